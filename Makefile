@@ -1,0 +1,29 @@
+# make demo: real text in, a trained model out.   make test: every test.   Both set up what they need first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install check test demo
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Set PYTHON=python3.11.")'
+	@echo "Installing into $(VENV) (two minutes or so, most of it PyTorch) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+check: install
+	$(BIN)/ruff format --check --diff .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_house.py
+
+test: install
+	$(BIN)/pytest
+
+demo: install
+	$(BIN)/python launch/demo.py
