@@ -80,33 +80,33 @@ class ModelConfig:
         if self.positions == "rotary" and self.head_size % 2:
             complaints.append(f"model.head_size {self.head_size} is odd; rotary positions turn pairs. Nearest: {self.head_size + 1}.")
         if self.positions == "sinusoidal" and self.hidden_size % 2:
-            complaints.append(f"model.hidden_size {self.hidden_size} is odd; sinusoidal positions come in pairs. Nearest: {self.hidden_size + 1}.")
+            complaints.append(f"model.hidden_size {self.hidden_size} is odd; sinusoidal waves are pairs. Nearest: {self.hidden_size + 1}.")
         if not 0 <= self.dropout < 1:
             complaints.append(f"model.dropout is {self.dropout}; it must be at least 0 and below 1.")
         if complaints:
             raise ValueError("\n".join(complaints))
 
 
-_GPT2 = dict(
-    vocab_size=50257,
-    sequence_length=1024,
-    norm="layernorm",
-    positions="learned",
-    activation="gelu_tanh",
-    biases=True,
-    tie_embeddings=True,
-)
-_LLAMA = dict(norm="rmsnorm", positions="rotary", activation="swiglu", biases=False, tie_embeddings=False)
-_LLAMA3 = _LLAMA | dict(vocab_size=128256, sequence_length=8192, rope_theta=500000.0, num_key_value_heads=8)
+_GPT2 = {
+    "vocab_size": 50257,
+    "sequence_length": 1024,
+    "norm": "layernorm",
+    "positions": "learned",
+    "activation": "gelu_tanh",
+    "biases": True,
+    "tie_embeddings": True,
+}
+_LLAMA = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "biases": False, "tie_embeddings": False}
+_LLAMA3 = _LLAMA | {"vocab_size": 128256, "sequence_length": 8192, "rope_theta": 500000.0, "num_key_value_heads": 8}
 
 
 def _shape(hidden_size: int, num_layers: int, num_attention_heads: int, intermediate_size: int | None = None, **more: object) -> dict:
-    return dict(
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_attention_heads=num_attention_heads,
-        intermediate_size=intermediate_size or 4 * hidden_size,
-    ) | dict(more)
+    return {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_attention_heads": num_attention_heads,
+        "intermediate_size": intermediate_size or 4 * hidden_size,
+    } | dict(more)
 
 
 # GPT-2: Radford et al. 2019, table 2, and the released checkpoints. GPT-3: Brown et al. 2020 (arXiv 2005.14165), table 2.1;
