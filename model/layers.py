@@ -152,7 +152,7 @@ class Positions(nn.Module):
 
     def forward(self, inputs: Passed, cache: KeyValueCache | None = None) -> Passed:
         hidden, segments = inputs
-        if self.restart:
+        if self.restart and cache is None:  # a cache holds one document
             added = F.embedding(positions_in_documents(segments), self.weight)
         else:
             start = cache.length if cache else 0
