@@ -51,11 +51,12 @@ class ModelConfig:
     """Standard deviation of fresh weights (GPT-2's; what writes to the residual stream gets 1/sqrt(2 num_layers) of it)."""
 
     def __post_init__(self) -> None:
-        derive = lambda name, value: getattr(self, name) is None and object.__setattr__(self, name, value)  # noqa: E731
+        sizes = ("vocab_size", "sequence_length", "hidden_size", "num_layers", "num_attention_heads")
+        derived = ("num_key_value_heads", "head_size", "intermediate_size")
         complaints = [
             f"model.{name} is {getattr(self, name)}; it must be at least 1."
-            for name in ("vocab_size", "sequence_length", "hidden_size", "num_layers", "num_attention_heads")
-            if getattr(self, name) < 1
+            for name in sizes + derived
+            if getattr(self, name) is not None and getattr(self, name) < 1
         ]
         if complaints:
             raise ValueError("\n".join(complaints))
@@ -68,17 +69,18 @@ class ModelConfig:
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.num_attention_heads "
                 f"{self.num_attention_heads}. Nearest number of heads: {heads}; or set model.head_size."
             )
-        derive("num_key_value_heads", self.num_attention_heads)
-        derive("head_size", self.hidden_size // self.num_attention_heads)
-        derive("intermediate_size", 4 * self.hidden_size)
+        defaults = self.num_attention_heads, max(1, self.hidden_size // self.num_attention_heads), 4 * self.hidden_size
+        for name, value in zip(derived, defaults, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         assert self.num_key_value_heads and self.head_size and self.intermediate_size
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        if self.positions == "rotary" and self.head_size % 2 and not complaints:
+            complaints.append(f"model.head_size {self.head_size} is odd; rotary positions turn pairs. Nearest: {self.head_size + 1}.")
+        if self.num_attention_heads % self.num_key_value_heads:
             complaints.append(
                 f"model.num_key_value_heads {self.num_key_value_heads} does not divide "
                 f"model.num_attention_heads {self.num_attention_heads}."
             )
-        if self.positions == "rotary" and self.head_size % 2:
-            complaints.append(f"model.head_size {self.head_size} is odd; rotary positions turn pairs. Nearest: {self.head_size + 1}.")
         if self.positions == "sinusoidal" and self.hidden_size % 2:
             complaints.append(f"model.hidden_size {self.hidden_size} is odd; sinusoidal waves are pairs. Nearest: {self.hidden_size + 1}.")
         if not 0 <= self.dropout < 1:
@@ -137,23 +139,29 @@ def named_size(name: str) -> dict:
     return dict(SIZES[name])
 
 
+def _inner_widths(config: ModelConfig) -> tuple[int, int, int]:
+    """Width of all queries, of all keys, and inside the feed-forward."""
+    assert config.num_key_value_heads and config.head_size and config.intermediate_size
+    return config.num_attention_heads * config.head_size, config.num_key_value_heads * config.head_size, config.intermediate_size
+
+
 def _matrix_parameters_per_block(config: ModelConfig) -> int:
-    queries = config.num_attention_heads * config.head_size
-    keys = config.num_key_value_heads * config.head_size
+    queries, keys, inner = _inner_widths(config)
     feed_forward = 3 if config.activation == "swiglu" else 2
-    return config.hidden_size * (2 * queries + 2 * keys + feed_forward * config.intermediate_size)
+    return config.hidden_size * (2 * queries + 2 * keys + feed_forward * inner)
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the built module, tied weights once."""
+    queries, keys, inner = _inner_widths(config)
     has_bias = config.norm == "layernorm" and config.biases
     norm = config.hidden_size * (2 if has_bias else 1)
     block = _matrix_parameters_per_block(config) + 2 * norm
     if config.biases:
-        block += config.head_size * (config.num_attention_heads + 2 * config.num_key_value_heads) + config.hidden_size
-        block += config.intermediate_size * (2 if config.activation == "swiglu" else 1) + config.hidden_size
+        block += queries + 2 * keys + config.hidden_size
+        block += inner * (2 if config.activation == "swiglu" else 1) + config.hidden_size
     if config.qk_norm:
-        block += 2 * config.head_size
+        block += 2 * queries // config.num_attention_heads
     embedding = config.vocab_size * config.hidden_size
     total = embedding * (1 if config.tie_embeddings else 2) + config.num_layers * block
     if config.positions == "learned":
@@ -172,5 +180,5 @@ def flops_per_token(config: ModelConfig, sequence_length: int | None = None, cau
     length = sequence_length or config.sequence_length
     keys_seen = (length + 1) / 2 if causal else length
     matrices = config.num_layers * _matrix_parameters_per_block(config) + config.vocab_size * config.hidden_size
-    attention = config.num_layers * 2 * config.num_attention_heads * config.head_size * keys_seen
+    attention = config.num_layers * 2 * _inner_widths(config)[0] * keys_seen
     return 3 * 2 * (matrices + attention)

@@ -1,0 +1,37 @@
+import pytest
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+
+@pytest.fixture
+def tiny():
+    """A small configuration; keywords change it."""
+
+    def build(**changes) -> ModelConfig:
+        settings = {"vocab_size": 61, "sequence_length": 24, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4}
+        return ModelConfig(**(settings | changes))
+
+    return build
+
+
+@pytest.fixture
+def randomise():
+    """Moves every parameter off its initial value: zeros and ones would hide a forgotten bias or gain."""
+
+    def move(module: nn.Module, seed: int = 0) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return module.eval()
+
+    return move
+
+
+@pytest.fixture
+def network(randomise):
+    """A plain network of a configuration, in its eval mode, with no parameter left at zero or one."""
+    return lambda config: randomise(Transformer(config))
