@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.loss import IGNORED, token_losses, training_loss
+
+
+def random_logits(batch: int, seq: int, vocab: int) -> torch.Tensor:
+    return 3 * torch.randn(batch, seq, vocab, generator=torch.Generator().manual_seed(0))
+
+
+def test_four_equal_logits_give_log_four():
+    logits, targets = torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [3, 0, 1]])
+    assert training_loss(logits, (targets, torch.tensor(6.0))).item() == pytest.approx(math.log(4), rel=1e-6)
+    torch.testing.assert_close(token_losses(logits, targets), torch.full((2, 3), math.log(4)))
+
+
+@pytest.mark.parametrize(("batch", "seq", "vocab"), [(2, 5, 11), (1, 300, 9001)])  # the second is more than one chunk of rows
+def test_loss_and_gradient_are_those_of_cross_entropy(batch, seq, vocab):
+    targets = torch.randint(vocab, (batch, seq), generator=torch.Generator().manual_seed(1))
+    targets[:, ::3] = IGNORED
+    num_targets = (targets != IGNORED).sum()
+    ours, theirs = (random_logits(batch, seq, vocab).requires_grad_() for _ in range(2))
+    loss = training_loss(ours, (targets, num_targets))
+    reference = F.cross_entropy(theirs.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    torch.testing.assert_close(loss, reference, rtol=1e-6, atol=0)
+    loss.backward()
+    reference.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6 / num_targets.item())
+    assert (ours.grad[targets == IGNORED] == 0).all()
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    logits = random_logits(1, 3, 5)
+    targets = torch.tensor([[4, IGNORED, 1]])
+    value = lambda logits: training_loss(logits, (targets, torch.tensor(2.0))).item()  # noqa: E731
+    logits.requires_grad_()
+    training_loss(logits, (targets, torch.tensor(2.0))).backward()
+    for place in range(logits.numel()):
+        step = torch.zeros(logits.numel()).index_fill(0, torch.tensor([place]), 1e-2).view_as(logits)
+        difference = (value(logits.detach() + step) - value(logits.detach() - step)) / 2e-2
+        assert logits.grad.flatten()[place].item() == pytest.approx(difference, abs=1e-4)  # float32 differences hold no more
+
+
+def test_bf16_logits_are_summed_in_float32():
+    logits = random_logits(2, 50, 31).bfloat16().requires_grad_()
+    targets = torch.randint(31, (2, 50), generator=torch.Generator().manual_seed(1))
+    loss = training_loss(logits, (targets, torch.tensor(100.0)))
+    exact = logits.detach().float().requires_grad_()
+    reference = F.cross_entropy(exact.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, reference, rtol=1e-6, atol=0)
+    loss.backward()
+    reference.backward()
+    assert logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.grad.float(), exact.grad, rtol=2**-6, atol=1e-7)  # two roundings to bf16's 8 bits
+
+
+def test_the_mean_over_micro_batches_is_the_mean_over_tokens():
+    logits = random_logits(4, 6, 11)
+    targets = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(1))
+    targets[0, 1:] = IGNORED  # one micro-batch has far fewer targets than the other
+    targets[1] = IGNORED
+    divisor = (targets != IGNORED).sum() / 2  # the global batch's targets over its two micro-batches
+    micro_batches = [training_loss(logits[rows], (targets[rows], divisor)) for rows in (slice(0, 2), slice(2, 4))]
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    torch.testing.assert_close(torch.stack(micro_batches).mean(), expected, rtol=1e-6, atol=0)
+
+
+def test_no_targets_are_no_loss():
+    logits = random_logits(1, 3, 5).requires_grad_()
+    loss = training_loss(logits, (torch.full((1, 3), IGNORED), torch.tensor(7.0)))
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
+
+
+def test_token_losses_are_zero_where_ignored():
+    targets = torch.tensor([[1, IGNORED, 2]])
+    losses = token_losses(random_logits(1, 3, 5), targets)
+    assert losses[0, 1] == 0 and (losses[0, ::2] > 0).all()
