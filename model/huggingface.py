@@ -308,7 +308,7 @@ def load(folder: str | os.PathLike) -> tuple[ModelConfig, State]:
         raise ValueError(f"{folder} has no config.json; a Hugging Face checkpoint has one.")
     try:
         config = from_huggingface(json.loads(path.read_text()))
-    except ValueError as error:  # json's is one too
+    except (ValueError, TypeError, AttributeError) as error:  # no JSON, or values that are no numbers
         raise ValueError(f"{path}: {error}") from error
     return config, State(folder, config)
 
@@ -502,8 +502,8 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
         files = {"model.safetensors"}
     elif index.is_file():
         try:
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+            files = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not an index of safetensors files.") from error
     elif any(folder.glob("*.bin")):
         raise ValueError(f"{folder} has only pickled weights (.bin), which can run code when read. Save it as safetensors first.")

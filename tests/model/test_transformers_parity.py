@@ -1,0 +1,107 @@
+"""Our network and that of transformers, from folders that transformers wrote: the same logits and the same gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.config import ModelConfig, count_parameters
+from model.huggingface import counterparts, load
+from model.transformer import Transformer
+
+transformers = pytest.importorskip("transformers", reason="the independent reference is transformers")
+
+GPT2 = {"vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LLAMA = {
+    "vocab_size": 61,
+    "max_position_embeddings": 24,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+MODELS = {
+    "gpt2": lambda: transformers.GPT2Config(**GPT2, **NO_DROPOUT),
+    "gpt2, untied, narrow, exact gelu": lambda: transformers.GPT2Config(
+        **GPT2, **NO_DROPOUT, n_inner=40, activation_function="gelu", tie_word_embeddings=False, layer_norm_epsilon=1e-3
+    ),
+    "gpt2, relu": lambda: transformers.GPT2Config(**GPT2, **NO_DROPOUT, activation_function="relu"),
+    "llama": lambda: transformers.LlamaConfig(**LLAMA),
+    "llama, grouped, own head size and wavelengths, tied": lambda: transformers.LlamaConfig(
+        **(LLAMA | {"num_key_value_heads": 2}),
+        head_dim=6,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+    ),
+    "llama, biases": lambda: transformers.LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
+    "qwen3": lambda: transformers.Qwen3Config(**(LLAMA | {"num_key_value_heads": 2}), head_dim=10),
+    "qwen3, tied": lambda: transformers.Qwen3Config(**(LLAMA | {"hidden_size": 30}), head_dim=8, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(params=MODELS)
+def theirs(request, randomise):
+    return randomise(transformers.AutoModelForCausalLM.from_config(MODELS[request.param](), dtype=torch.float32))
+
+
+def read(folder) -> tuple[ModelConfig, Transformer]:
+    config, state = load(folder)
+    ours = Transformer(config, seed=123)
+    ours.load_state_dict(state)
+    return config, ours.eval()
+
+
+def test_logits_and_gradients_are_those_of_transformers(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "saved")
+    config, ours = read(tmp_path / "saved")
+    assert count_parameters(config) == theirs.num_parameters()
+    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(0))
+    our_logits, their_logits = ours(tokens, torch.ones_like(tokens)), theirs(tokens).logits
+    # Float32 sums in another order differ by about 1e-6 here; 1e-4 is what we promise.
+    torch.testing.assert_close(our_logits, their_logits, rtol=0, atol=1e-5)
+    for logits in (our_logits, their_logits):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    our_gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for entry in counterparts(config):
+        stacked = torch.cat([our_gradients.pop(name) for name in entry.ours])
+        torch.testing.assert_close(stacked.T if entry.transposed else stacked, their_gradients.pop(entry.theirs), rtol=1e-4, atol=1e-6)
+    assert not our_gradients and not their_gradients
+
+
+def test_a_sharded_folder_reads_the_same(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    (config, whole), (same_config, sharded) = load(tmp_path / "whole"), load(tmp_path / "sharded")
+    assert config == same_config and set(whole) == set(sharded)
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+
+
+def test_bf16_weights_read_as_they_are(theirs, tmp_path):
+    theirs.bfloat16().save_pretrained(tmp_path / "saved")
+    _, state = load(tmp_path / "saved")
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+
+
+def test_dropout_is_that_of_gpt2(tmp_path):
+    config = transformers.GPT2Config(**GPT2, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "saved")
+    assert load(tmp_path / "saved")[0].dropout == 0.2
+
+
+def test_the_rotary_angles_of_a_long_context_are_those_of_transformers():
+    """At position 8191 the last bit of a wavelength is already 5e-4 of an angle."""
+    config = transformers.LlamaConfig(**(LLAMA | {"max_position_embeddings": 8192}), head_dim=128)
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    cos, sin = rotary(torch.zeros(1), torch.arange(8192)[None])
+    ours = Transformer(
+        ModelConfig(vocab_size=8, sequence_length=8192, hidden_size=32, num_layers=1, num_attention_heads=4, head_size=128)
+    ).blocks()[0]
+    torch.testing.assert_close(ours.attention.cos, cos[0, :, :64], rtol=0, atol=0)
+    torch.testing.assert_close(ours.attention.sin, sin[0, :, :64], rtol=0, atol=0)
