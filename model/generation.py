@@ -39,12 +39,13 @@ def generate(
     model: Callable[[Tensor, Tensor, KeyValueCache], Tensor],
     tokens: Tensor,
     max_new_tokens: int,
-    sequence_length: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
     stop: int | None = None,
+    *,
+    sequence_length: int,
 ) -> Iterator[Tensor]:
     """Continue each row of `tokens` [batch, seq], yielding one id a row [batch] at every step, on the device of `tokens`.
 

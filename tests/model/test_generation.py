@@ -43,18 +43,18 @@ def test_greedy_is_the_likeliest_token_each_time(tiny, network):
     for _ in range(10):
         likeliest = model(continued, torch.ones_like(continued))[:, -1].argmax(dim=-1)
         continued = torch.cat((continued, likeliest[:, None]), dim=1)
-    assert torch.equal(drawn(model, tokens, 10, 24, temperature=0), continued[:, 3:])
-    assert torch.equal(drawn(model, tokens, 10, 24, top_k=1, seed=5), continued[:, 3:])
-    assert torch.equal(drawn(model, tokens, 10, 24, top_p=1e-9, seed=5), continued[:, 3:])
+    assert torch.equal(drawn(model, tokens, 10, sequence_length=24, temperature=0), continued[:, 3:])
+    assert torch.equal(drawn(model, tokens, 10, sequence_length=24, top_k=1, seed=5), continued[:, 3:])
+    assert torch.equal(drawn(model, tokens, 10, sequence_length=24, top_p=1e-9, seed=5), continued[:, 3:])
 
 
 def test_the_seed_decides_the_tokens(tiny, network):
     model, tokens = network(tiny()), torch.tensor([[1, 2, 3]])
     torch.manual_seed(0)
-    first = drawn(model, tokens, 15, 24, seed=1)
+    first = drawn(model, tokens, 15, sequence_length=24, seed=1)
     torch.manual_seed(1)  # the global generator has no say
-    assert torch.equal(first, drawn(model, tokens, 15, 24, seed=1))
-    assert not torch.equal(first, drawn(model, tokens, 15, 24, seed=2))
+    assert torch.equal(first, drawn(model, tokens, 15, sequence_length=24, seed=1))
+    assert not torch.equal(first, drawn(model, tokens, 15, sequence_length=24, seed=2))
 
 
 def test_a_full_context_goes_on_from_its_last_half():
@@ -80,13 +80,13 @@ def test_of_a_long_prompt_the_end_is_seen():
 
 @pytest.mark.parametrize("sequence_length", [1, 2, 3])
 def test_the_shortest_contexts_go_on_too(sequence_length):
-    assert drawn(Counting(100), torch.tensor([[7]]), 6, sequence_length, temperature=0).tolist() == [[8, 9, 10, 11, 12, 13]]
+    assert drawn(Counting(100), torch.tensor([[7]]), 6, sequence_length=sequence_length, temperature=0).tolist() == [[8, 9, 10, 11, 12, 13]]
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
 def test_a_network_goes_on_beyond_its_context(tiny, network, positions):
     model, tokens = network(tiny(positions=positions, sequence_length=8)), torch.tensor([[1, 2, 3]])
-    ids = drawn(model, tokens, 30, 8, temperature=0)
+    ids = drawn(model, tokens, 30, sequence_length=8, temperature=0)
     assert ids.shape == (1, 30)
     window = torch.cat((tokens, ids), dim=1)[:, 5:9]  # the first window behind the roll-over
     assert model(window, torch.ones_like(window))[0, -1].argmax() == ids[0, 6]

@@ -86,7 +86,7 @@ def test_transformers_continues_a_prompt_as_we_do(model, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     prompt = torch.tensor([[5, 9, 2]])
     continued = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=15, do_sample=False, pad_token_id=0)
-    ours = torch.stack(list(generate(network, prompt, 15, config.sequence_length, temperature=0)), dim=1)
+    ours = torch.stack(list(generate(network, prompt, 15, temperature=0, sequence_length=config.sequence_length)), dim=1)
     assert torch.equal(continued[:, 3:], ours)
 
 
