@@ -48,6 +48,11 @@ def fresh_weight(shape: tuple[int, ...], std: float, *stream: object) -> nn.Para
     return parameter
 
 
+def _count(*bounds: int) -> Tensor:
+    """Integers for a table of positions: real ones even where weights are only shapes (meta), whole ones under zero.Init."""
+    return torch.arange(*bounds, device="cpu")
+
+
 class Linear(nn.Module):
     """x W^T + b.  [..., in] -> [..., out]"""
 
@@ -145,8 +150,8 @@ class Positions(nn.Module):
         if config.positions == "learned":
             self.weight = fresh_weight(shape, config.initializer_range, seed, "positions")
         else:
-            wavelengths = 10000.0 ** (torch.arange(0, config.hidden_size, 2) / config.hidden_size)
-            angles = torch.arange(config.sequence_length)[:, None] / wavelengths
+            wavelengths = 10000.0 ** (_count(0, config.hidden_size, 2) / config.hidden_size)
+            angles = _count(config.sequence_length)[:, None] / wavelengths
             waves = torch.stack((angles.sin(), angles.cos()), dim=-1).view(shape)  # sin in even columns, cos in odd ones
             self.register_buffer("weight", waves, persistent=False)
 
@@ -183,8 +188,9 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(config.head_size, config.norm_epsilon) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_size, config.norm_epsilon) if config.qk_norm else None
         if config.positions == "rotary":
-            inverse_wavelengths = config.rope_theta ** -(torch.arange(0, config.head_size, 2) / config.head_size)
-            angles = torch.arange(config.sequence_length)[:, None] * inverse_wavelengths
+            # 1 / theta^x, not theta^-x: the last bit, which counts at far positions, is then that of transformers.
+            inverse_wavelengths = 1.0 / config.rope_theta ** (_count(0, config.head_size, 2) / config.head_size)
+            angles = _count(config.sequence_length)[:, None] * inverse_wavelengths
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
         else:

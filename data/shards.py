@@ -1,0 +1,283 @@
+"""The file format: token shards as Megatron writes them, and a prepared folder of them.
+
+PREFIX.bin holds the tokens, little-endian, without a header. PREFIX.idx, packed: the magic, u64 version 1, u8 dtype,
+u64 sequences S, u64 documents + 1 D, S x i32 tokens in each sequence, S x i64 byte offset of each sequence,
+D x i64 document boundaries in sequences, first 0, last S. We write one sequence a document.
+Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+"""
+
+import array
+import bisect
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.command_line import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+
+_HEADER = struct.Struct("<9sQBQQ")
+_WRITTEN_CODES = {np.dtype("<u2"): 8, np.dtype("<i4"): 4}
+# Megatron numbers 6 f64, 7 f32, 8 u16; gpt-neox 6 f32, 7 f64, 8 u16; DeepSpeed 6 u16, 7 u32, 8 u64. Tokens are integers, and
+# the size of the .bin tells which of the integers it is.
+_READ_CODES = {1: ["u1"], 2: ["i1"], 3: ["<i2"], 4: ["<i4"], 5: ["<i8"], 6: ["<u2"], 7: ["<u4"], 8: ["<u2", "<u8"]}
+_UINT16_VOCAB_SIZE = 65_500  # Megatron's own border
+_CHECKED_AT_ONCE = 1 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What a token is stored as: two bytes where the ids fit Megatron's bound for it, else four."""
+    return np.dtype("<u2") if vocab_size < _UINT16_VOCAB_SIZE else np.dtype("<i4")
+
+
+class ShardWriter:
+    """Writes PREFIX.bin and PREFIX.idx, a document at a time; they appear when the `with` block ends well, .idx last."""
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype)
+        self.lengths = array.array("i")
+        self.tokens = 0
+        self.sha256: dict[str, str] = {}
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> "ShardWriter":
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(f"{self.prefix}.bin.partial", "wb")
+        return self
+
+    def add(self, tokens: NDArray) -> None:
+        """One document.  [tokens]"""
+        stored = tokens.astype(self.dtype, casting="same_kind", copy=False).tobytes()
+        self._file.write(stored)
+        self._digest.update(stored)
+        self.lengths.append(len(tokens))
+        self.tokens += len(tokens)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._file.close()
+            os.unlink(self._file.name)
+            return
+        _publish(self._file, f"{self.prefix}.bin")
+        self.sha256["bin"] = self._digest.hexdigest()
+        index = self._index()
+        with open(f"{self.prefix}.idx.partial", "wb") as file:
+            file.write(index)
+            _publish(file, f"{self.prefix}.idx")
+        self.sha256["idx"] = hashlib.sha256(index).hexdigest()
+
+    def _index(self) -> bytes:
+        lengths = np.array(self.lengths, dtype="<i4")
+        offsets = np.zeros(len(lengths), dtype="<i8")
+        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+        offsets *= self.dtype.itemsize
+        boundaries = np.arange(len(lengths) + 1, dtype="<i8")
+        header = _HEADER.pack(MAGIC, VERSION, _WRITTEN_CODES[self.dtype], len(lengths), len(boundaries))
+        return header + lengths.tobytes() + offsets.tobytes() + boundaries.tobytes()
+
+
+class Shard:
+    """A .bin/.idx pair, ours or another's, opened by memory map and checked; a failed check raises UserError with its own sentence."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self._index = _map_file(f"{prefix}.idx")
+        self._read_index(f"{prefix}.idx")
+        stored = _map_file(f"{prefix}.bin")
+        self.tokens = stored.view(self._told_dtype(len(stored)))
+        self._check_offsets(f"{prefix}.idx")
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._boundaries) - 1
+
+    def document_start(self, document: int) -> int:
+        """The place of a document's first token; one past the last token for the number one past the last document."""
+        sequence = int(self._boundaries[document])
+        return int(self._offsets[sequence]) // self.tokens.itemsize if sequence < len(self._offsets) else len(self.tokens)
+
+    def documents_before(self, place: int) -> int:
+        """How many documents start before a token's place. A bisection, so that nothing but the map is held in memory."""
+        return bisect.bisect_left(range(self.num_documents), place, key=self.document_start)
+
+    def document_starts(self, first: int, last: int) -> NDArray[np.int64]:
+        """The places where documents start, of those with first <= place < last.  -> [documents]"""
+        sequences = self._boundaries[self.documents_before(first) : self.documents_before(last)]
+        return self._offsets[sequences[sequences < len(self._offsets)]] // self.tokens.itemsize
+
+    def _read_index(self, path: str) -> None:
+        if len(self._index) < _HEADER.size:
+            raise UserError(f"{path} is {len(self._index)} bytes long; the header alone has {_HEADER.size}: it is cut off.")
+        magic, version, self._code, sequences, boundaries = _HEADER.unpack(self._index[: _HEADER.size].tobytes())
+        if magic != MAGIC:
+            raise UserError(f"{path} begins with {magic!r}, not with {MAGIC!r}: it is no Megatron index.")
+        if version != VERSION:
+            raise UserError(f"{path} has version {version}; version {VERSION} is the one that is read here.")
+        if self._code not in _READ_CODES:
+            raise UserError(f"{path} has dtype {self._code}; the codes are 1 to 8.")
+        whole = _HEADER.size + 12 * sequences + 8 * boundaries
+        if len(self._index) != whole:
+            raise UserError(
+                f"{path} is {len(self._index)} bytes long; with {sequences} sequences and {boundaries} document boundaries it has {whole}."
+            )
+        fields = np.split(self._index, [_HEADER.size, _HEADER.size + 4 * sequences, _HEADER.size + 12 * sequences])
+        self._lengths, self._offsets, self._boundaries = fields[1].view("<i4"), fields[2].view("<i8"), fields[3].view("<i8")
+        if sequences == 0:
+            raise UserError(f"{path} has no sequences.")
+        if boundaries < 2 or self._boundaries[0] != 0 or self._boundaries[-1] != sequences:
+            raise UserError(f"{path}: the document boundaries do not go from 0 to {sequences}, the number of sequences.")
+        if any((np.diff(part) < 0).any() for part in _overlapping(self._boundaries)):
+            raise UserError(f"{path}: the document boundaries go backwards.")
+        if self._lengths.min() < 0:
+            raise UserError(f"{path}: a sequence has a negative length.")
+
+    def _told_dtype(self, num_bytes: int) -> np.dtype:
+        """The integer that dtype code and size of the .bin agree on."""
+        num_tokens = int(self._lengths.sum(dtype=np.int64))
+        dtypes = [np.dtype(name) for name in _READ_CODES[self._code]]
+        for dtype in dtypes:
+            if num_bytes == num_tokens * dtype.itemsize:
+                return dtype
+        meant = " or ".join(f"{num_tokens * dtype.itemsize} as {dtype.name}" for dtype in dtypes)
+        raise UserError(f"{self.prefix}.bin is {num_bytes} bytes long; {num_tokens} tokens, dtype {self._code} of its .idx, are {meant}.")
+
+    def _check_offsets(self, path: str) -> None:
+        expected = 0
+        for start in range(0, len(self._offsets), _CHECKED_AT_ONCE):
+            ends = expected + np.cumsum(self._lengths[start : start + _CHECKED_AT_ONCE], dtype=np.int64) * self.tokens.itemsize
+            offsets = self._offsets[start : start + _CHECKED_AT_ONCE]
+            wrong = np.flatnonzero(offsets != np.concatenate([[expected], ends[:-1]]))
+            if len(wrong):
+                raise UserError(f"{path}: the offset of sequence {start + wrong[0]} is not where the sequence before it ends.")
+            expected = int(ends[-1])
+
+
+class TokenStream:
+    """All shards of a split as one row of tokens, with the places where its documents start."""
+
+    def __init__(self, shards: list[Shard], num_bytes: int) -> None:
+        self.shards = shards
+        self.num_bytes = num_bytes
+        """The text that the tokens were, in UTF-8 bytes: what bits per byte divides by."""
+        self.num_documents = sum(shard.num_documents for shard in shards)
+        self._starts = np.cumsum([0] + [len(shard.tokens) for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, count: int) -> NDArray:
+        """Tokens of the stream; one shard's where they lie in one, joined where they lie in several.  -> [count]"""
+        assert start >= 0 and start + count <= len(self), f"tokens {start} to {start + count} of {len(self)}"
+        parts = [shard.tokens[first:last] for shard, first, last, _ in self._touched(start, count)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def document_starts(self, start: int, count: int) -> NDArray[np.int64]:
+        """Which of these `count` tokens are the first of a document, counted from `start`.  -> [documents]"""
+        parts = [shard.document_starts(first, last) + (base - start) for shard, first, last, base in self._touched(start, count)]
+        return np.unique(np.concatenate(parts))  # a document without tokens starts where the next one does
+
+    def _touched(self, start: int, count: int) -> Iterator[tuple[Shard, int, int, int]]:
+        """(shard, first and one past the last token in it, its own place in the stream) of each shard that these tokens lie in."""
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        end = start + count
+        while start < end:
+            base, after = int(self._starts[number]), int(self._starts[number + 1])
+            yield self.shards[number], start - base, min(end, after) - base, base
+            start, number = after, number + 1
+
+
+class PreparedData:
+    """A folder that data/prepare.py wrote: a TokenStream a split, the tokenizer's file, and the manifest.
+
+    Opening checks the sizes of all files and the indexes; `verify` reads every byte.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        tokenizer = self.manifest["tokenizer"]
+        self.tokenizer_path = self.folder / tokenizer["file"]
+        self.vocab_size: int = tokenizer["vocab_size"]
+        self.end_of_text: int = tokenizer["end_of_text"]
+        self.splits = {name: self._open_split(split) for name, split in self.manifest["splits"].items()}
+        if not self.tokenizer_path.is_file():
+            raise UserError(f"{self.tokenizer_path} is missing; {self.folder / MANIFEST} names it.")
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash for all tokens in their order."""
+        shards = [(name, shard["sha256"]) for name, split in self.manifest["splits"].items() for shard in split["shards"]]
+        return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Hash every file; UserError names the first whose bytes are not those that were written."""
+        expected = {self.tokenizer_path: self.manifest["tokenizer"]["sha256"]}
+        for split in self.manifest["splits"].values():
+            for shard in split["shards"]:
+                expected |= {self.folder / f"{shard['prefix']}.{kind}": digest for kind, digest in shard["sha256"].items()}
+        for path, digest in expected.items():
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise UserError(f"{path} was changed after it was written: its sha256 is not that of {self.folder / MANIFEST}.")
+
+    def _open_split(self, split: dict) -> TokenStream:
+        shards = []
+        for entry in split["shards"]:
+            shard = Shard(self.folder / entry["prefix"])
+            found = (shard.num_documents, len(shard.tokens))
+            if found != (entry["documents"], entry["tokens"]):
+                raise UserError(
+                    f"{shard.prefix}.idx has {found[0]} documents and {found[1]} tokens; "
+                    f"{self.folder / MANIFEST} says {entry['documents']} and {entry['tokens']}."
+                )
+            shards.append(shard)
+        return TokenStream(shards, split["bytes"])
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a prepared folder."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["format"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{folder} is no prepared folder: it has no {MANIFEST}. data/prepare.py makes one.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest of data/prepare.py: {type(error).__name__}, {error}.") from error
+    if found != MANIFEST_FORMAT:
+        raise UserError(f"{path} has format {found}; format {MANIFEST_FORMAT} is the one that is read here.")
+    return manifest
+
+
+def _publish(file, path: str) -> None:
+    """The bytes are on the disk before the file has its name."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.rename(file.name, path)
+
+
+def _map_file(path: str) -> NDArray[np.uint8]:
+    try:
+        if os.path.getsize(path) == 0:
+            raise UserError(f"{path} is empty.")
+        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from error
+
+
+def _overlapping(values: NDArray) -> Iterator[NDArray]:
+    """Parts of an array that share one value with their neighbour, so that every step from value to value is in one of them."""
+    for start in range(0, len(values) - 1, _CHECKED_AT_ONCE):
+        yield values[start : start + _CHECKED_AT_ONCE + 1]

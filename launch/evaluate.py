@@ -1,0 +1,107 @@
+"""Measure a model on held-out text: python launch/evaluate.py runs/demo [--data prepared]"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from data.command_line import UserError, read_settings, run_door
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    model: str
+    """Run folder, a checkpoint in one, or an exported Hugging Face folder."""
+    data: str | None = None
+    """Folder that data/prepare.py wrote (default: the one the run was trained on)."""
+    split: Literal["validation", "train"] = "validation"
+    """Which documents of it."""
+    sequence_length: int | None = None
+    """Tokens of a window (default: the model's context)."""
+    stride: int | None = None
+    """Tokens that a window moves on; below sequence_length each token sees at least sequence_length - stride tokens before it
+    (default: sequence_length, windows side by side)."""
+    micro_batch_size: int = 16
+    """Windows at a time."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Type of weights and activations; the losses are float32 either way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Of all the tokens of a split, each predicted once (the first of all has nothing before it)."""
+
+    loss: float
+    """Nats per token, weighted by token."""
+    perplexity: float
+    bits_per_byte: float
+    """Over the UTF-8 bytes of the text."""
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+def evaluate(settings: EvaluateSettings, show_progress: bool = True) -> Evaluation:
+    import torch
+    from tqdm import tqdm
+
+    from data.batches import evaluation_batches
+    from data.shards import PreparedData
+    from launch.training.processes import device_name, keep_freed_memory
+    from launch.training.weights import load_model
+    from model.loss import token_losses
+
+    keep_freed_memory()
+    trained = load_model(settings.model)
+    prepared = PreparedData(Path(settings.data or _data_of_run(settings.model, trained.folder)))
+    if prepared.vocab_size > trained.config.vocab_size:
+        raise UserError(f"{settings.data} has token ids up to {prepared.vocab_size - 1}; {settings.model} knows {trained.config.vocab_size}.")
+    length = settings.sequence_length or trained.config.sequence_length
+    if not 1 <= length <= trained.config.sequence_length:
+        raise UserError(f"sequence_length {length} is outside 1 ... {trained.config.sequence_length}, the model's context.")
+    stride = settings.stride or length
+    if not 1 <= stride <= length:
+        raise UserError(f"stride {stride} is outside 1 ... {length}, the window.")
+    device = device_name()
+    model = trained.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    stream = prepared.split(settings.split)
+    windows = evaluation_batches(stream, length, settings.micro_batch_size, stride=stride)
+    start = time.perf_counter()
+    total = torch.zeros((), dtype=torch.float64)
+    count = math.ceil(max(1, len(stream) - 1 - length) / stride / settings.micro_batch_size) + 1
+    with torch.no_grad():
+        for batch in tqdm(windows, total=count, unit="batch", disable=None if show_progress else True, leave=False):
+            tokens, segments, targets = (tensor.to(device) for tensor in batch)
+            total += token_losses(model(tokens, segments), targets).double().sum().cpu()
+    predicted = len(stream) - 1
+    loss = float(total) / predicted
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=float(total) / math.log(2) / stream.num_bytes,
+        tokens=predicted,
+        bytes=stream.num_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _data_of_run(model: str, checkpoint: Path) -> str:
+    for folder in (Path(model), checkpoint.parent.parent):
+        if (folder / "run.json").is_file():
+            return json.loads((folder / "run.json").read_text())["recipe"]["data"]["path"]
+    raise UserError(f"{model} does not say which data it was trained on: give --data.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = read_settings(EvaluateSettings, arguments, "Measure a model on held-out text.", positional="model")
+    result = evaluate(settings)
+    print(f"loss: {result.loss:.5f} nats/token | perplexity: {result.perplexity:.3f} | bits per byte: {result.bits_per_byte:.4f}")
+    print(f"{result.tokens:,} tokens, {result.bytes:,} bytes of text, {result.seconds:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    run_door(main)

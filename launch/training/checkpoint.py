@@ -1,0 +1,184 @@
+"""Checkpoints as folders: written beside, hashed while written, published last, verified before use.
+
+    checkpoints/step_00000100/    files of every rank, and manifest.json: each file's bytes and sha256, step, layout, recipe
+    checkpoints/latest            the name of the newest; a hint for people, never trusted
+
+A folder with its final name is complete: it was renamed after the last file and the manifest reached the disk. A damaged one is
+renamed to *.corrupt and the next older one is taken.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from data.command_line import UserError
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+class HashingFile:
+    """A file that knows its own length and sha256 when it is closed. Temporary name, fsync, rename."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._beside = path.with_name(path.name + ".tmp")
+        self._file: BinaryIO = open(self._beside, "wb")  # noqa: SIM115
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data)
+        self._hash.update(view)
+        self.bytes += view.nbytes
+        return self._file.write(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def finish(self) -> dict:
+        """Close; the manifest's entry: bytes and sha256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._beside, self.path)
+        return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def begin(root: Path, step: int, run_id: str) -> Path:
+    """An empty folder to write the checkpoint of `step` into; what an earlier attempt left there is dropped."""
+    folder = root / f"{name_of(step)}.tmp-{run_id}"
+    discard(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_part(folder: Path, rank: int, files: dict[str, dict]) -> None:
+    """A rank's list of what it wrote, for the manifest."""
+    (folder / f"part_{rank:05d}.json").write_text(json.dumps(files))
+
+
+def publish(folder: Path, step: int, about: dict) -> Path:
+    """Join the ranks' parts into the manifest and give the folder its final name. Called by one process, after all have written."""
+    files: dict[str, dict] = {}
+    for part in sorted(folder.glob("part_*.json")):
+        files |= json.loads(part.read_text())
+        part.unlink()
+    write_durably(folder / MANIFEST, json.dumps(about | {"step": step, "files": files}, indent=1))
+    final = folder.parent / name_of(step)
+    if final.exists():  # the step was saved before; what is there is replaced only by a whole one
+        os.rename(final, final.with_name(final.name + ".old"))
+    os.rename(folder, final)
+    _sync(folder.parent)
+    shutil.rmtree(final.with_name(final.name + ".old"), ignore_errors=True)
+    write_durably(folder.parent / "latest", final.name + "\n")
+    return final
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file, or leave the old one."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    _sync(path.parent)
+
+
+def published(root: Path) -> list[Path]:
+    """Checkpoint folders with a final name, newest first."""
+    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    match = _NAME.match(folder.name)
+    assert match, folder
+    return int(match.group(1))
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest; raises UserError where there is none or it is damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"], manifest["step"], manifest["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} has no readable {MANIFEST} ({type(error).__name__}: {error}).") from error
+    return manifest
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in a sentence; None where every file is whole. Files are shared out over `parts` readers."""
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return str(error)
+    for name, expected in sorted(manifest["files"].items())[part::parts]:
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing."
+        if path.stat().st_size != expected["bytes"]:
+            return f"{path} has {path.stat().st_size:,} bytes; {expected['bytes']:,} were written."
+        if sha256_of(path) != expected["sha256"]:
+            return f"{path} is damaged: its sha256 is not the one it was written with."
+    return None
+
+
+def newest_good(root: Path, verify: Callable[[Path], str | None], say: Callable[[str], None], may_rename: bool = True) -> Path | None:
+    """The newest checkpoint that `verify` finds whole; a damaged one is named, renamed to *.corrupt, and the next is tried.
+
+    None where there never was one; UserError where there are some and none is whole.
+    """
+    candidates = published(root)
+    for folder in candidates:
+        complaint = verify(folder)
+        if complaint is None:
+            return folder
+        say(f"Damaged checkpoint: {complaint} Trying the one before.")
+        if may_rename and folder.exists():
+            os.rename(folder, folder.with_name(folder.name + ".corrupt"))
+    if candidates or list(root.glob("step_*.corrupt")):
+        raise UserError(
+            f"{root} holds no whole checkpoint, so the run cannot go on, and it will not start again from step 0 by itself. "
+            "Give another --output, or move the folder away."
+        )
+    return None
+
+
+def retain(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and what interrupted writes left; by renaming first, so none is ever half there."""
+    for folder in published(root)[keep:]:
+        doomed = folder.with_name(folder.name + ".deleted")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    newest = published(root)[:1]
+    for leftover in root.glob("step_*.*"):
+        if leftover.suffix in (".deleted", ".old") or (leftover.suffix.startswith(".tmp-") and newest and step_of(leftover) <= step_of(newest[0])):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,211 @@
+"""Settings of a run, from recipe and command line, and the batch arithmetic that follows from them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from data.command_line import UserError, read_settings
+from model.config import ModelConfig, named_size
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSettings:
+    global_batch_size: int = 32
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences per rank and forward pass; accumulation follows from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    learning_rate: float = 3e-4
+    """AdamW's rate after warm-up (Loshchilov and Hutter, arXiv 1711.05101)."""
+    weight_decay: float = 0.1
+    """Decay a step, times the rate, on matrices only (embeddings among them); biases and norms have none."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
+    epsilon: float = 1e-8
+    """Added to the root of the mean square."""
+    gradient_clipping: float = 1.0
+    """Largest norm of the whole gradient; 0 clips nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleSettings:
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """What the rate does after warm-up; wsd (warmup-stable-decay, arXiv 2404.06395) stays, then falls at the end."""
+    warmup_steps: int = 100
+    """Steps in which the rate rises linearly from 0."""
+    min_learning_rate: float = 0.0
+    """Rate at the last step (constant: not used)."""
+    decay_fraction: float = 0.2
+    """wsd only: the share of all steps in which the rate falls, linearly."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    path: str = "prepared"
+    """Folder that data/prepare.py wrote. Where the default is missing, the embedded corpus is prepared into it."""
+    vocab_size: int = 4096
+    """Pieces of the tokenizer trained when the embedded corpus has to be prepared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+    interval: int = 10
+    """Steps between console lines."""
+    validation_interval: int = 100
+    """Steps between validations (always one after the last step); 0: only that one."""
+    validation_samples: int = 64
+    """Sequences of the held-out split in a validation, always the same ones; 0: all of it."""
+    sample_interval: int = 500
+    """Steps between samples of generated text in TensorBoard; 0: none."""
+    sample_prompt: str = "def "
+    """What those samples start with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    interval: int = 500
+    """Steps between checkpoints (always one after the last step); 0: only that one."""
+    keep: int = 3
+    """Newest checkpoints that are kept, at least 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """A training run: the recipe (what a person decides) and where it happens."""
+
+    deepspeed: str = str(REPOSITORY / "ds_configs" / "zero1.json")
+    """DeepSpeed's JSON: engine choices. Numbers that the recipe owns are "auto" there."""
+    output: str = "runs/demo"
+    """Folder of the run: curves, log, checkpoints. A second start with the same one goes on."""
+    size: str | None = None
+    """Named size the model settings start from, such as gpt2-124m or llama3-8b."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    batch: BatchSettings = dataclasses.field(default_factory=BatchSettings)
+    optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = dataclasses.field(default_factory=ScheduleSettings)
+    train_steps: int | None = None
+    """Length of training in optimizer steps; give this or train_tokens."""
+    train_tokens: float | None = None
+    """Length of training in tokens, rounded down to whole steps."""
+    precision: Literal["bf16", "fp16", "float32"] = "bf16"
+    """Type of weights and activations; bf16 and fp16 keep float32 master weights in the optimizer."""
+    seed: int = 1
+    """Of the fresh weights, the order of samples and dropout."""
+    recompute: bool = False
+    """Keep only the input of each block for the backward pass and compute the rest again: less memory, a third more work."""
+    compile: bool = False
+    """torch.compile each block: a minute at the start, faster steps."""
+    log: LogSettings = dataclasses.field(default_factory=LogSettings)
+    checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
+    resume: bool = False
+    """Insist on going on from a checkpoint: refuse to start where there is none."""
+    allow_changes: bool = False
+    """Go on although settings that change the mathematics differ from those of the run so far."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s, for utilisation (default: its data sheet; on an unknown device a measured product)."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the whole run."""
+        if self.train_steps is not None:
+            return self.train_steps
+        assert self.train_tokens is not None
+        return int(self.train_tokens // self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_batch_size * self.model.sequence_length
+
+
+def read_run_settings(arguments: Sequence[str]) -> RunSettings:
+    """Settings from the command line over the recipe over the defaults; with no recipe, the demo recipe.
+
+    Raises UserError, with every complaint about their combination at once.
+    """
+    words = [word for word in arguments if not word.startswith("--local_rank") and not word.startswith("--local-rank")]
+    if not any(word == "--config" or word.startswith("--config=") for word in words):
+        words = ["--config", str(DEMO_RECIPE), *words]
+    aliases = {"--deepspeed_config": "--deepspeed", "--data": "--data.path"}
+    try:
+        settings = read_settings(RunSettings, words, "Train a transformer with DeepSpeed.", aliases=aliases, defaults=_defaults_of_size)
+    except UserError:
+        raise
+    except ValueError as error:  # the model's own complaints
+        raise UserError(str(error)) from error
+    _refuse_impossible(settings)
+    return settings
+
+
+def _defaults_of_size(given: dict) -> dict:
+    if not given.get("size"):
+        return {}
+    return {f"model.{name}": value for name, value in named_size(given["size"]).items()}
+
+
+def _refuse_impossible(settings: RunSettings) -> None:
+    complaints = []
+    if (settings.train_steps is None) == (settings.train_tokens is None):
+        complaints.append("Give train_steps or train_tokens, one of them.")
+    elif settings.train_tokens is not None and settings.steps < 1:
+        complaints.append(f"train_tokens {settings.train_tokens:g} is less than one step of {settings.tokens_per_step:,} tokens.")
+    positive = {
+        "batch.global_batch_size": settings.batch.global_batch_size,
+        "batch.micro_batch_size": settings.batch.micro_batch_size,
+        "optimizer.learning_rate": settings.optimizer.learning_rate,
+        "optimizer.epsilon": settings.optimizer.epsilon,
+        "train_steps": 1 if settings.train_steps is None else settings.train_steps,
+        "log.interval": settings.log.interval,
+    }
+    complaints += [f"{name} is {value}; it must be above 0." for name, value in positive.items() if value <= 0]
+    not_negative = {
+        "optimizer.weight_decay": settings.optimizer.weight_decay,
+        "optimizer.gradient_clipping": settings.optimizer.gradient_clipping,
+        "schedule.warmup_steps": settings.schedule.warmup_steps,
+        "schedule.min_learning_rate": settings.schedule.min_learning_rate,
+        "log.validation_interval": settings.log.validation_interval,
+        "log.validation_samples": settings.log.validation_samples,
+        "log.sample_interval": settings.log.sample_interval,
+        "checkpoint.interval": settings.checkpoint.interval,
+    }
+    complaints += [f"{name} is {value}; it may not be negative." for name, value in not_negative.items() if value < 0]
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(settings.optimizer, name) < 1:
+            complaints.append(f"optimizer.{name} is {getattr(settings.optimizer, name)}; it must be at least 0 and below 1.")
+    if not 0 < settings.schedule.decay_fraction <= 1:
+        complaints.append(f"schedule.decay_fraction is {settings.schedule.decay_fraction}; it must be above 0 and at most 1.")
+    if settings.checkpoint.keep < 2:
+        complaints.append(
+            f"checkpoint.keep is {settings.checkpoint.keep}; at least 2 are kept, so that a damaged one leaves another to go on from."
+        )
+    if not complaints and settings.schedule.warmup_steps >= settings.steps and settings.schedule.kind != "constant":
+        complaints.append(
+            f"schedule.warmup_steps {settings.schedule.warmup_steps} leaves nothing of the {settings.steps} steps. "
+            f"Nearest: {max(0, settings.steps - 1)}."
+        )
+    if complaints:
+        raise UserError("\n".join(complaints))
+
+
+def accumulation_steps(batch: BatchSettings, data_parallel_size: int) -> int:
+    """Micro-batches that each rank adds up for one optimizer step. Raises UserError where the batch does not divide."""
+    unit = batch.micro_batch_size * data_parallel_size
+    steps, remainder = divmod(batch.global_batch_size, unit)
+    if remainder or not steps:
+        nearest = [str(unit * n) for n in (steps, steps + 1) if n]
+        raise UserError(
+            f"batch.global_batch_size {batch.global_batch_size} is not a multiple of batch.micro_batch_size {batch.micro_batch_size} "
+            f"x data_parallel_size {data_parallel_size} = {unit}.\nNearest: {' or '.join(nearest)}."
+        )
+    return steps

@@ -1,0 +1,216 @@
+"""DeepSpeed's JSON: read, checked, and completed from the recipe into the one dictionary that DeepSpeed receives.
+
+The rule is Hugging Face's: a training number is "auto" in the JSON and comes from the recipe; one written in both places must be
+the same. DeepSpeed ignores unknown keys at the top, so every key is checked here, and what touches the mathematics is always
+written out, so that no default of DeepSpeed's (some changed between versions) can change a run.
+"""
+
+import json
+import types
+import typing
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from data.command_line import UserError, nearest
+from launch.training.config import RunSettings, accumulation_steps
+
+# Sections that DeepSpeed reads without checking their keys.
+_PLAIN_SECTIONS: dict[str, set[str]] = {
+    "data_types": {"grad_accum_dtype"},
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+    "checkpoint": {"tag_validation"},
+    "optimizer": {"type", "params"},
+}
+_OPTIMIZER_PARAMETERS = {"lr", "betas", "eps", "weight_decay"}
+_TOP_LEVEL = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "comms_logger",
+    "memory_breakdown",
+    *_PLAIN_SECTIONS,
+}
+_ELSEWHERE = {
+    "scheduler": "The learning rate follows the recipe (schedule.kind, schedule.warmup_steps, ...): delete the section.",
+    "tensorboard": "TensorBoard is always written, into the run's folder: delete the section.",
+    "activation_checkpointing": "Recomputation is the recipe's: delete the section and set recompute: true.",
+    "pipeline": "There is no pipeline parallelism yet: delete the section.",
+    "tensor_parallel": "There is no tensor parallelism yet: delete the section.",
+}
+
+
+def read_deepspeed_json(path: str) -> dict:
+    """The JSON at `path`; raises UserError where it cannot be read, is not JSON, or holds a key that nothing reads."""
+    try:
+        written = json.loads(Path(path).read_text(), object_pairs_hook=_refuse_twins)
+    except OSError as error:
+        raise UserError(f"--deepspeed {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed {path} is not JSON: {error}.") from error
+    if not isinstance(written, dict):
+        raise UserError(f"--deepspeed {path} holds a {type(written).__name__}; DeepSpeed's JSON is one object.")
+    _check_keys(written, path)
+    return written
+
+
+def complete(written: dict, path: str, settings: RunSettings, data_parallel_size: int, device: str) -> dict:
+    """What DeepSpeed receives: every "auto" filled from the recipe, every number that matters written out.
+
+    Raises UserError that lists each number that JSON and recipe give differently, and what this device or DeepSpeed cannot do.
+    """
+    batch, optimizer = settings.batch, settings.optimizer
+    owned = {
+        "train_batch_size": batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(batch, data_parallel_size),
+        "gradient_clipping": optimizer.gradient_clipping,
+        "bf16.enabled": settings.precision == "bf16",
+        "fp16.enabled": settings.precision == "fp16",
+        "data_types.grad_accum_dtype": "fp16" if settings.precision == "fp16" else "fp32",
+        "optimizer.type": "AdamW",
+        "optimizer.params.lr": optimizer.learning_rate,
+        "optimizer.params.betas": [optimizer.beta1, optimizer.beta2],
+        "optimizer.params.eps": optimizer.epsilon,
+        "optimizer.params.weight_decay": optimizer.weight_decay,
+    }
+    origin = {
+        "train_batch_size": "batch.global_batch_size",
+        "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+        "gradient_accumulation_steps": "batch.global_batch_size / (batch.micro_batch_size x ranks)",
+        "gradient_clipping": "optimizer.gradient_clipping",
+        "bf16.enabled": "precision",
+        "fp16.enabled": "precision",
+        "data_types.grad_accum_dtype": "precision",
+        "optimizer.params.lr": "optimizer.learning_rate",
+        "optimizer.params.betas": "optimizer.beta1, beta2",
+        "optimizer.params.eps": "optimizer.epsilon",
+        "optimizer.params.weight_decay": "optimizer.weight_decay",
+    }
+    complaints = []
+    merged = json.loads(json.dumps(written))
+    for name, value in owned.items():
+        *sections, key = name.split(".")
+        if sections and sections[0] == "optimizer" and "optimizer" not in written:
+            continue
+        place = merged
+        for section in sections:
+            place = place.setdefault(section, {})
+        given = place.get(key, "auto")
+        if given != "auto" and given != value:
+            complaints.append(f"{path}: {name} is {given}; the recipe's {origin.get(name, 'optimizer')} makes it {value}. Write \"auto\".")
+        place[key] = value
+    merged.pop("optimizer", None)  # ours is handed over, built from the same numbers
+    zero = merged.setdefault("zero_optimization", {"stage": 0})
+    _fill_pinning(zero, device)
+    if left := [name for name, value in _leaves(merged) if value == "auto"]:
+        complaints.append(f'{path}: nothing fills the "auto" of {", ".join(left)}. Write a value.')
+    complaints += _impossible(merged, path, settings, device)
+    if complaints:
+        raise UserError("\n".join(complaints))
+    return merged | {
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW, which DeepSpeed calls untested
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam would have to be compiled on the first start
+        "prescale_gradients": merged.get("prescale_gradients", False),
+        "gradient_predivide_factor": merged.get("gradient_predivide_factor", 1.0),
+        "communication_data_type": merged.get("communication_data_type", "fp32"),
+        "steps_per_print": merged.get("steps_per_print", 2**31),
+        "wall_clock_breakdown": merged.get("wall_clock_breakdown", False),
+    }
+
+
+def _impossible(merged: dict, path: str, settings: RunSettings, device: str) -> list[str]:
+    complaints = []
+    zero = merged["zero_optimization"]
+    stage = zero.get("stage", 0)
+    if settings.precision == "fp16" and device == "cpu":
+        complaints.append("precision fp16: DeepSpeed has no fp16 on a CPU. Allowed here: bf16, float32.")
+    if settings.precision != "float32" and stage == 0:
+        complaints.append(
+            f"{path}: zero_optimization.stage 0 keeps no float32 master weights under {settings.precision}. "
+            "Nearest: stage 1, or precision float32."
+        )
+    for section in ("offload_optimizer", "offload_param"):
+        offload = zero.get(section) or {}
+        if offload.get("device") == "nvme" and not Path(offload.get("nvme_path", "")).is_dir():
+            complaints.append(f"{path}: zero_optimization.{section}.nvme_path {offload.get('nvme_path')} is not a folder on this machine.")
+        if section == "offload_param" and offload.get("device", "none") != "none" and stage != 3:
+            complaints.append(f"{path}: zero_optimization.offload_param needs stage 3; the stage is {stage}.")
+    return complaints
+
+
+def _fill_pinning(zero: dict, device: str) -> None:
+    for section in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(section), dict) and zero[section].get("pin_memory") == "auto":
+            zero[section]["pin_memory"] = device != "cpu"
+
+
+def _check_keys(written: dict, path: str) -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    complaints = []
+    for key, value in written.items():
+        if key in _ELSEWHERE:
+            complaints.append(f'{path}: "{key}" is not for this file. {_ELSEWHERE[key]}')
+        elif key not in _TOP_LEVEL:
+            complaints.append(_unknown(path, key, key, _TOP_LEVEL) + " DeepSpeed would ignore it.")
+        elif (key in models or key in _PLAIN_SECTIONS) and not isinstance(value, dict):
+            complaints.append(f'{path}: "{key}" is {json.dumps(value)}; it must be an object.')
+        elif key in models:
+            complaints += _unknown_in(models[key], value, path, key)
+        elif key in _PLAIN_SECTIONS:
+            complaints += [_unknown(path, f"{key}.{name}", name, _PLAIN_SECTIONS[key]) for name in value if name not in _PLAIN_SECTIONS[key]]
+        if key == "optimizer" and isinstance(value, dict):
+            parameters = value.get("params", {})
+            complaints += [
+                _unknown(path, f"optimizer.params.{n}", n, _OPTIMIZER_PARAMETERS) for n in parameters if n not in _OPTIMIZER_PARAMETERS
+            ]
+    if complaints:
+        raise UserError("\n".join(complaints))
+
+
+def _unknown(path: str, name: str, key: str, allowed: typing.Iterable[str]) -> str:
+    return f'{path}: unknown key "{name}".{nearest(key, sorted(allowed))}'
+
+
+def _unknown_in(model: type[BaseModel], value: dict, path: str, section: str) -> list[str]:
+    """Complaints on keys of `value` that DeepSpeed's own pydantic model of the section does not know, sections inside it included."""
+    fields = {(field.alias or name): field.annotation for name, field in model.model_fields.items()}
+    fields |= {name: field.annotation for name, field in model.model_fields.items()}
+    complaints = []
+    for key, inner in value.items():
+        if key not in fields:
+            complaints.append(_unknown(path, f"{section}.{key}", key, fields))
+        elif isinstance(inner, dict):
+            for kind in (fields[key], *typing.get_args(fields[key])):
+                if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and issubclass(kind, BaseModel):
+                    complaints += _unknown_in(kind, inner, path, f"{section}.{key}")
+    return complaints
+
+
+def _refuse_twins(pairs: list[tuple[str, object]]) -> dict:
+    keys = [key for key, _ in pairs]
+    twins = {key for key in keys if keys.count(key) > 1}
+    if twins:
+        raise ValueError(f'"{sorted(twins)[0]}" stands twice in one object')
+    return dict(pairs)
+
+
+def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+    leaves: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return leaves

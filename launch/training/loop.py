@@ -1,0 +1,201 @@
+"""The training loop: an engine with a few verbs, samples by step number, a monitor on rank 0."""
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from data.batches import Batch
+from launch.training import checkpoint
+from launch.training.config import RunSettings
+from launch.training.engine import Engine, StepReport
+from launch.training.monitor import Monitor, perplexity
+from launch.training.schedule import learning_rate
+
+SAVED_AND_UNFINISHED = 85
+"""Exit status of a run that was told to stop: saved, start it again to go on."""
+MOST_SKIPPED_IN_A_ROW = 50
+"""Steps whose gradient was not finite before the run gives up (an fp16 loss scale needs about 16 to settle)."""
+
+
+class StopRequest:
+    """SIGINT, SIGTERM and SIGUSR1 ask to stop after the step in hand; a second SIGINT leaves at once."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.asked == "SIGINT":
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+
+
+def train(
+    settings: RunSettings,
+    engine: Engine,
+    batches_of_step: Callable[[int], list[Batch]],
+    validation_batches: Callable[[], Iterable[Batch]],
+    first_step: int,
+    about: dict,
+    monitor: Monitor | None,
+    figures: "Figures",
+    decode: Callable[[list[int]], str],
+    prompt: list[int],
+    end_of_text: int,
+) -> int:
+    """Train from step `first_step` to the end of the recipe; the exit status: 0 done, 85 told to stop and saved.
+
+    `monitor` is rank 0's; `about` goes into every manifest.
+    """
+    root = Path(settings.output) / "checkpoints"
+    stop = StopRequest()
+    saved_step = first_step if first_step else None
+    skipped_in_a_row = 0
+
+    def save(step: int) -> None:
+        nonlocal saved_step
+        start = time.perf_counter()
+        complaint = engine.save(root, step, about)
+        if complaint is None:
+            saved_step = step
+        if monitor:
+            if complaint is None:
+                checkpoint.retain(root, settings.checkpoint.keep)
+                monitor.scalars(step, {"time/save": time.perf_counter() - start})
+            else:
+                monitor.say(f"The checkpoint of step {step} could not be written: {complaint} The one before it stands; training goes on.")
+                monitor.scalars(step, {"alarm/save_failed": 1.0})
+
+    for step in range(first_step, settings.steps):
+        start = time.perf_counter()
+        rate = _rate(settings, step)
+        micro_batches = batches_of_step(step)
+        data_seconds = time.perf_counter() - start
+        report = engine.train_step(micro_batches, rate, step, stop_asked=stop.asked is not None)
+        seconds = time.perf_counter() - start
+        done = step + 1
+        skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
+        if monitor:
+            _show_step(settings, monitor, figures, done, rate, report, seconds, data_seconds, engine)
+        if skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(f"The gradient was not finite in {skipped_in_a_row} steps in a row; the last was step {done}.")
+        last = done == settings.steps
+        if last or (settings.log.validation_interval and done % settings.log.validation_interval == 0):
+            _validate(engine, validation_batches(), monitor, figures, done)
+        if settings.log.sample_interval and (last or done % settings.log.sample_interval == 0):
+            text = decode(prompt + engine.sample(prompt, min(128, settings.model.sequence_length // 2), 0.8, done, end_of_text))
+            if monitor:
+                monitor.text("samples", text, done)
+        if last or report.stop_asked or (settings.checkpoint.interval and done % settings.checkpoint.interval == 0):
+            save(done)
+        if report.stop_asked and not last:
+            if monitor:
+                monitor.say(f"Stopped by {stop.asked or 'a signal to another rank'} after step {done}; " + _how_to_go_on(saved_step, done))
+            return SAVED_AND_UNFINISHED if saved_step == done else 1
+    return 0 if saved_step == settings.steps else 1
+
+
+class Figures:
+    """Numbers that turn counts into what people compare."""
+
+    def __init__(self, flops_per_token: float, peak_flops: float, world_size: int, bytes_per_token: float):
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.world_size = world_size
+        self.bytes_per_token = bytes_per_token
+
+    def bits_per_byte(self, loss: float) -> float:
+        """From mean nats per token, at the corpus's mean bytes per token."""
+        return loss / math.log(2) / self.bytes_per_token
+
+    def flops_per_device(self, tokens_per_second: float) -> float:
+        return tokens_per_second * self.flops_per_token / self.world_size
+
+
+def _rate(settings: RunSettings, step: int) -> float:
+    schedule = settings.schedule
+    return learning_rate(
+        step,
+        settings.steps,
+        settings.optimizer.learning_rate,
+        schedule.kind,
+        schedule.warmup_steps,
+        schedule.min_learning_rate,
+        schedule.decay_fraction,
+    )
+
+
+def _show_step(
+    settings: RunSettings,
+    monitor: Monitor,
+    figures: Figures,
+    done: int,
+    rate: float,
+    report: StepReport,
+    seconds: float,
+    data_seconds: float,
+    engine: Engine,
+) -> None:
+    tokens_per_second = settings.tokens_per_step / seconds
+    used = figures.flops_per_device(tokens_per_second)
+    scalars = {
+        "loss/train": report.loss,
+        "optimization/learning_rate": rate,
+        "optimization/gradient_norm": report.gradient_norm,
+        "progress/tokens": done * settings.tokens_per_step,
+    }
+    if report.loss_scale is not None:
+        scalars["optimization/loss_scale"] = report.loss_scale
+    if report.skipped:
+        scalars["alarm/skipped_step"] = 1.0
+        monitor.say(f"Step {done} was skipped: its gradient was not finite. No weight was changed.")
+    at_interval = done % settings.log.interval == 0 or done == settings.steps
+    if at_interval:
+        scalars |= {
+            "perplexity/train": perplexity(report.loss),
+            "bits_per_byte/train": figures.bits_per_byte(report.loss),
+            "throughput/tokens_per_second": tokens_per_second,
+            "throughput/tflops_per_device": used / 1e12,
+            "throughput/utilization": used / figures.peak_flops,
+            "memory/peak_gib": engine.memory_bytes() / 2**30,
+            "memory/free_disk_gib": shutil.disk_usage(settings.output).free / 2**30,
+            "time/step": seconds,
+            "time/data": data_seconds,
+            "time/forward": report.forward_seconds,
+            "time/backward": report.backward_seconds,
+            "time/optimizer": report.optimizer_seconds,
+        }
+    monitor.step(done, scalars, seconds)
+    if at_interval:
+        monitor.console(done, report.loss, rate, report.gradient_norm, tokens_per_second, used / figures.peak_flops)
+
+
+def _validate(engine: Engine, batches: Iterable[Batch], monitor: Monitor | None, figures: Figures, step: int) -> None:
+    start = time.perf_counter()
+    loss_sum, tokens = engine.validate(batches)
+    if monitor:
+        loss = loss_sum / tokens
+        monitor.scalars(
+            step,
+            {
+                "loss/validation": loss,
+                "perplexity/validation": perplexity(loss),
+                "bits_per_byte/validation": figures.bits_per_byte(loss),
+                "time/validation": time.perf_counter() - start,
+            },
+        )
+        monitor.say(
+            f"step: {step} | validation loss: {loss:.4f} | perplexity: {perplexity(loss):.2f} | "
+            f"bits per byte: {figures.bits_per_byte(loss):.4f} | over {tokens:,} tokens"
+        )
+        monitor.flush()
+
+
+def _how_to_go_on(saved_step: int | None, done: int) -> str:
+    if saved_step == done:
+        return "saved. The same command goes on from here."
+    return f"the newest checkpoint is of step {saved_step}." if saved_step else "there is no checkpoint."

@@ -1,0 +1,126 @@
+"""What a run will do and need, worked out before anything starts."""
+
+import torch
+
+from launch.training.config import RunSettings, accumulation_steps
+from launch.training.processes import Process
+from model.config import count_parameters, flops_per_token
+
+# Dense bf16/fp16 tensor-core peaks of the data sheets, TFLOP/s (NVIDIA), by a part of the device's name.
+_DATA_SHEET_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "V100": 125,
+    "RTX 4090": 165,
+}
+
+
+def peak_flops(settings: RunSettings, device: str) -> tuple[float, str]:
+    """Floating-point operations a second of one device, and where the number is from."""
+    if settings.peak_tflops is not None:
+        return settings.peak_tflops * 1e12, "peak_tflops"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        for part, tflops in _DATA_SHEET_TFLOPS.items():
+            if part in name:
+                return tflops * 1e12, f"data sheet of {part}"
+    return _measured_flops(settings.precision, device), "measured: a matrix product of 1024 x 1024 x 1024"
+
+
+def _measured_flops(precision: str, device: str) -> float:
+    import time
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def model_state_bytes(parameters: int, stage: int, data_parallel_size: int, precision: str) -> dict[str, float]:
+    """Bytes per rank of weights, gradients and optimizer states.  Rajbhandari et al. 2020 (ZeRO), arXiv 1910.02054, section 3.
+
+    Weights in the run's precision, gradients accumulated in float32 (fp16: in fp16), AdamW's two moments and, below float32, a
+    master copy in float32. ZeRO-1 divides the optimizer states by the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too.
+    """
+    weight = 4 if precision == "float32" else 2
+    gradient = 2 if precision == "fp16" else 4
+    states = 8 if precision == "float32" else 12
+    share = lambda from_stage: data_parallel_size if stage >= from_stage else 1  # noqa: E731
+    return {
+        "weights": parameters * weight / share(3),
+        "gradients": parameters * gradient / share(2),
+        "optimizer": parameters * states / share(1),
+    }
+
+
+def plan(settings: RunSettings, merged_json: dict, process: Process, device: str, train, validation, tokenizer: str) -> str:
+    """The whole plan, as lines to print. `train` and `validation` are the token streams of the prepared data."""
+    model, batch = settings.model, settings.batch
+    parameters = count_parameters(model)
+    zero = merged_json["zero_optimization"]
+    stage = zero.get("stage", 0)
+    states = model_state_bytes(parameters, stage, process.world_size, settings.precision)
+    accumulation = accumulation_steps(batch, process.world_size)
+    tokens = settings.steps * settings.tokens_per_step
+    flops = flops_per_token(model)
+    offload = [
+        f"{part.removeprefix('offload_')} on {zero[part]['device']}"
+        for part in ("offload_optimizer", "offload_param")
+        if (zero.get(part) or {}).get("device", "none") != "none"
+    ]
+    feed = f"{model.activation} {model.intermediate_size}"
+    rows = [
+        (
+            "model",
+            f"{parameters:,} parameters: {model.num_layers} blocks, hidden {model.hidden_size}, "
+            f"{model.num_attention_heads} heads ({model.num_key_value_heads} key/value), {feed}, {model.norm} {model.norm_position}, "
+            f"{model.positions} positions, vocabulary {model.vocab_size:,}, context {model.sequence_length:,}",
+        ),
+        ("work", f"{flops:,.0f} FLOPs a token, forward and backward, causal attention counted; {flops * tokens:.3g} in all"),
+        (
+            "data",
+            f"{settings.data.path}: {len(train):,} training tokens in {train.num_documents:,} documents, {len(validation):,} held out; {tokenizer}",
+        ),
+        (
+            "batch",
+            f"{batch.global_batch_size} sequences = micro-batch {batch.micro_batch_size} x accumulation {accumulation} "
+            f"x ranks {process.world_size}; {settings.tokens_per_step:,} tokens a step",
+        ),
+        ("length", f"{settings.steps:,} steps, {tokens:,} tokens, {tokens / max(1, len(train)):.2f} epochs"),
+        (
+            "rate",
+            f"{settings.optimizer.learning_rate:g}, {settings.schedule.kind}, warm-up {settings.schedule.warmup_steps} steps, "
+            f"down to {settings.schedule.min_learning_rate:g}; clipping {settings.optimizer.gradient_clipping:g}, "
+            f"decay {settings.optimizer.weight_decay:g}",
+        ),
+        (
+            "engine",
+            f"ZeRO-{stage}, {settings.precision}, {process.world_size} rank(s) on {device}"
+            + (", " + ", ".join(offload) if offload else "")
+            + f"; {settings.deepspeed}",
+        ),
+        (
+            "memory",
+            f"model states per rank {_mib(sum(states.values()))}: "
+            + ", ".join(f"{name} {_mib(size)}" for name, size in states.items())
+            + "; activations not counted",
+        ),
+        ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),
+    ]
+    return "\n".join(f"{name:>8}: {text}" for name, text in rows)
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

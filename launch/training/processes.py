@@ -1,0 +1,62 @@
+"""Which process this is, on which device, with how many threads."""
+
+import ctypes
+import dataclasses
+import os
+import platform
+import socket
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """One rank of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def find_process() -> Process:
+    """Read rank and world from what the launcher set (deepspeed, torchrun); alone, become rank 0 of 1 and say so to torch."""
+    if "RANK" not in os.environ:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            free_port = listener.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    world_size = int(os.environ["WORLD_SIZE"])
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    return Process(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")), local_world_size)
+
+
+def share_the_cores(process: Process) -> None:
+    """Give each local rank its part of the cores, where OMP_NUM_THREADS does not say otherwise.
+
+    Left alone, every rank starts a thread a core: two ranks on two cores ran ten times slower.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.local_world_size))
+
+
+def keep_freed_memory() -> None:
+    """On a CPU under glibc: do not give large freed tensors back to the kernel.
+
+    By default each one is a fresh mapping whose pages fault one by one: an eighth of a training step here. See mallopt(3).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def device_name() -> str:
+    """ "cuda" where DeepSpeed would use a GPU, else "cpu"."""
+    asked = os.environ.get("DS_ACCELERATOR")
+    return "cuda" if asked == "cuda" or (asked is None and torch.cuda.is_available()) else "cpu"

@@ -1,0 +1,147 @@
+"""The folder of a run: what it was started with, and whether a second start may go on in it.
+
+    runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, data: written before the first step
+                tokenizer.*     copied from the data, so that the folder alone can generate
+                checkpoints/    see checkpoint.py
+                tb/  metrics.jsonl  log.txt
+"""
+
+import dataclasses
+import json
+import platform
+import shutil
+import subprocess
+import time
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+
+from data.command_line import UserError
+from launch.training import checkpoint
+from launch.training.config import REPOSITORY, RunSettings
+
+# What may differ when a run goes on: nothing of it changes a number (micro-batches only round differently).
+_HARMLESS = (
+    "deepspeed",
+    "output",
+    "size",
+    "data.path",
+    "data.vocab_size",
+    "batch.micro_batch_size",
+    "recompute",
+    "compile",
+    "log.",
+    "checkpoint.",
+    "resume",
+    "allow_changes",
+    "peak_tflops",
+    "dry_run",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """How a run starts: its id, and whether there is one to go on with."""
+
+    run_id: str
+    goes_on: bool
+    notes: tuple[str, ...] = ()
+
+
+def inspect(settings: RunSettings, fingerprint: str, layout: dict) -> Start:
+    """Decide on a fresh start or going on, changing nothing. Raises UserError where the folder holds another run or something else."""
+    folder = Path(settings.output)
+    record = folder / "run.json"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file; it must be a folder or not be there yet.")
+    if not record.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"output {folder} holds files but no run.json: not a run of ours. Give another --output.")
+        if settings.resume:
+            raise UserError(f"--resume: {folder} holds no run to go on with.")
+        return Start(uuid.uuid4().hex[:12], goes_on=False)
+    try:
+        before = json.loads(record.read_text())
+    except ValueError as error:
+        raise UserError(f"{record} is damaged ({error}). Give another --output.") from error
+    root = folder / "checkpoints"
+    started = checkpoint.published(root) or list(root.glob("step_*.corrupt"))
+    if not started:
+        if settings.resume:
+            raise UserError(f"--resume: {folder} holds a run without a checkpoint. Without --resume it starts again from step 0.")
+        return Start(before["run_id"], False, (f"{folder} holds a run that never reached a checkpoint: it starts again from step 0.",))
+    changed = _changes(before, settings, fingerprint)
+    if changed and not settings.allow_changes:
+        raise UserError(
+            f"{folder} holds another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
+            "Give another --output, or --allow_changes to go on with the new settings."
+        )
+    newest = checkpoint.published(root)
+    if newest:
+        _refuse_other_model(checkpoint.read_manifest(newest[0]), newest[0], settings, layout)
+    return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed))
+
+
+def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path) -> None:
+    """Write run.json and the tokenizer, before the first step. A run that goes on adds a line to its starts."""
+    folder = Path(settings.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    about = {
+        "run_id": start.run_id,
+        "recipe": dataclasses.asdict(settings),
+        "deepspeed": merged_json,
+        "data_fingerprint": fingerprint,
+        "versions": versions(),
+        "commit": _commit(),
+        "starts": [*starts, time.strftime("%Y-%m-%d %H:%M:%S")],
+    }
+    checkpoint.write_durably(path, json.dumps(about, indent=1))
+    if not (folder / tokenizer.name).exists():
+        shutil.copyfile(tokenizer, folder / tokenizer.name)
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed", "megabatch")}
+
+
+def _changes(before: dict, settings: RunSettings, fingerprint: str) -> list[str]:
+    old, new = flatten(before["recipe"]), flatten(json.loads(json.dumps(dataclasses.asdict(settings))))
+    changed = [
+        f"{name}: {old.get(name)} -> {value}"
+        for name, value in new.items()
+        if not name.startswith(_HARMLESS) and old.get(name) != value
+    ]
+    if before["data_fingerprint"] != fingerprint:
+        changed.append(f"the data: {before['recipe']['data']['path']} {before['data_fingerprint'][:12]} -> {settings.data.path} {fingerprint[:12]}")
+    return changed
+
+
+def _refuse_other_model(manifest: dict, folder: Path, settings: RunSettings, layout: dict) -> None:
+    model = dataclasses.asdict(settings.model)
+    differences = [f"{name}: {manifest['model'].get(name)} there, {value} now" for name, value in model.items() if manifest["model"].get(name) != value]
+    if differences:
+        raise UserError(f"{folder} is a checkpoint of another model:\n" + "\n".join(f"  {line}" for line in differences))
+    if manifest["layout"] != layout:
+        raise UserError(
+            f"{folder} was written by {_layout(manifest['layout'])}; this start has {_layout(layout)}. "
+            "A checkpoint goes on in the layout that wrote it."
+        )
+
+
+def _layout(layout: dict) -> str:
+    return f"{layout['world_size']} rank(s) under ZeRO-{layout['zero_stage']} in {layout['precision']}"
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested settings by dotted name."""
+    flat: dict = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _commit() -> str | None:
+    found = subprocess.run(["git", "-C", REPOSITORY, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or None

@@ -1,0 +1,111 @@
+"""One rank of the equality tests: trains a tiny model under each case of a JSON list, prints losses and gradient norms as JSON."""
+
+import dataclasses
+import json
+import sys
+
+import torch
+
+from data.batches import Batch
+from launch.training import deepspeed_config
+from launch.training.config import RunSettings, read_run_settings
+from launch.training.processes import Process, find_process
+from model.config import ModelConfig
+from model.loss import IGNORED, training_loss
+from model.transformer import Transformer
+
+STEPS = 20
+GLOBAL_BATCH = 8
+MICRO_BATCH = 2
+SEQUENCE = 16
+VOCABULARY = 64
+
+
+def model_config(case: dict) -> ModelConfig:
+    shape = dict(vocab_size=VOCABULARY, sequence_length=SEQUENCE, hidden_size=32, num_layers=2, num_attention_heads=2)
+    return ModelConfig(**shape | case.get("model", {}))
+
+
+def run_settings(case: dict) -> RunSettings:
+    words = ["--batch.global_batch_size", str(GLOBAL_BATCH), "--batch.micro_batch_size", str(MICRO_BATCH)]
+    words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5)), "--optimizer.learning_rate", "1e-3"]
+    words += ["--precision", case.get("precision", "float32"), "--recompute", str(case.get("recompute", False)).lower()]
+    return dataclasses.replace(read_run_settings(words), model=model_config(case))
+
+
+def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets [8, 16] of a step; a third of the targets are left out, unevenly over the samples."""
+    generator = torch.Generator().manual_seed(step)
+    drawn = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+    share = torch.linspace(0.0, 0.7, GLOBAL_BATCH)[:, None]
+    left_out = torch.rand((GLOBAL_BATCH, SEQUENCE), generator=generator) < share
+    return drawn[:, :-1], drawn[:, 1:].masked_fill(left_out, IGNORED)
+
+
+def micro_batches(step: int, process: Process) -> list[Batch]:
+    tokens, targets = global_batch(step)
+    starts = range(process.rank * MICRO_BATCH, GLOBAL_BATCH, process.world_size * MICRO_BATCH)
+    rows = [slice(start, start + MICRO_BATCH) for start in starts]
+    return [Batch(tokens[row], torch.ones_like(tokens[row]), targets[row]) for row in rows]
+
+
+def rate(step: int, settings: RunSettings) -> float:
+    return settings.optimizer.learning_rate * (step + 1) / STEPS
+
+
+def train_plain(case: dict) -> list[tuple[float, float]]:
+    """The reference: one process, the whole batch at once, torch's own optimizer and clipping."""
+    settings = run_settings(case)
+    model = Transformer(settings.model, settings.seed).train()
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(settings.optimizer.beta1, settings.optimizer.beta2),
+        eps=settings.optimizer.epsilon,
+    )
+    history = []
+    for step in range(STEPS):
+        tokens, targets = global_batch(step)
+        loss = training_loss(model(tokens, torch.ones_like(tokens)), (targets, (targets != IGNORED).sum()))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping or float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, settings)
+        optimizer.step()
+        history.append((float(loss.detach()), float(norm)))
+    return history
+
+
+def build_engine(case: dict, process: Process):
+    from launch.training.engine import Engine, OptimizerNumbers
+
+    settings = run_settings(case)
+    path = f"ds_configs/{case['json']}.json"
+    written = deepspeed_config.read_deepspeed_json(path) if case["json"] != "zero0" else {"zero_optimization": {"stage": 0}}
+    written["zero_optimization"] |= case.get("zero", {})
+    merged = deepspeed_config.complete(written, path, settings, process.world_size, "cpu")
+    numbers = OptimizerNumbers(
+        settings.optimizer.weight_decay, settings.optimizer.beta1, settings.optimizer.beta2, settings.optimizer.epsilon
+    )
+    return Engine(settings.model, merged, numbers, process, settings.seed, settings.recompute), settings
+
+
+def train_under_deepspeed(case: dict, process: Process) -> list[tuple[float, float]]:
+    engine, settings = build_engine(case, process)
+    reports = [engine.train_step(micro_batches(step, process), rate(step, settings), step) for step in range(STEPS)]
+    return [(report.loss, report.gradient_norm) for report in reports]
+
+
+def main() -> None:
+    from launch.training.engine import initialize_communication
+
+    torch.set_num_threads(1)
+    process = find_process()
+    initialize_communication(process)
+    print(json.dumps([train_under_deepspeed(case, process) for case in json.loads(sys.argv[1])]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Start ranks of a script and collect what each one answered. The only place where tests start processes of a run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This environment without what an outer launcher may have set."""
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    binaries = os.path.dirname(sys.executable)
+    return kept | {"PATH": f"{binaries}:{kept.get('PATH', '')}", "HF_HUB_OFFLINE": "1"} | more
+
+
+def start_ranks(world_size: int, script: Path, *arguments: str, **environment: str) -> list[subprocess.Popen]:
+    """One process a rank, as torchrun would start them; standard output and error of each are one pipe of text."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = clean_environment(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment)
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], timeout_seconds: float = 300) -> list[str]:
+    """What each rank printed. Fails with all outputs where one did not end with status 0; no process outlives the call."""
+    deadline = time.monotonic() + timeout_seconds
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=max(1, deadline - time.monotonic()))[0])
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, f"status {process.returncode}:\n" + "\n---\n".join(outputs)
+    return outputs
+
+
+def answers_of_ranks(world_size: int, script: Path, *arguments: str, **environment: str) -> list:
+    """The JSON that each rank printed as its last line."""
+    return [json.loads(output.splitlines()[-1]) for output in finish(start_ranks(world_size, script, *arguments, **environment))]
