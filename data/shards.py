@@ -57,8 +57,9 @@ class ShardWriter:
         return self
 
     def add(self, tokens: NDArray) -> None:
-        """One document.  [tokens]"""
-        stored = tokens.astype(self.dtype, casting="same_kind", copy=False).tobytes()
+        """One document, in the shard's dtype.  [tokens]"""
+        assert tokens.dtype == self.dtype, tokens.dtype
+        stored = tokens.tobytes()
         self._file.write(stored)
         self._digest.update(stored)
         self.lengths.append(len(tokens))
@@ -206,11 +207,14 @@ class PreparedData:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        tokenizer = self.manifest["tokenizer"]
-        self.tokenizer_path = self.folder / tokenizer["file"]
-        self.vocab_size: int = tokenizer["vocab_size"]
-        self.end_of_text: int = tokenizer["end_of_text"]
-        self.splits = {name: self._open_split(split) for name, split in self.manifest["splits"].items()}
+        try:
+            tokenizer = self.manifest["tokenizer"]
+            self.tokenizer_path = self.folder / tokenizer["file"]
+            self.vocab_size: int = tokenizer["vocab_size"]
+            self.end_of_text: int = tokenizer["end_of_text"]
+            self.splits = {name: self._open_split(split) for name, split in self.manifest["splits"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.folder / MANIFEST} is not as data/prepare.py writes it: {type(error).__name__}, {error}.") from error
         if not self.tokenizer_path.is_file():
             raise UserError(f"{self.tokenizer_path} is missing; {self.folder / MANIFEST} names it.")
 
@@ -254,7 +258,7 @@ def read_manifest(folder: Path) -> dict:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} is no prepared folder: it has no {MANIFEST}. data/prepare.py makes one.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest of data/prepare.py: {type(error).__name__}, {error}.") from error
+        raise UserError(f"{path} is not as data/prepare.py writes it: {type(error).__name__}, {error}.") from error
     if found != MANIFEST_FORMAT:
         raise UserError(f"{path} has format {found}; format {MANIFEST_FORMAT} is the one that is read here.")
     return manifest

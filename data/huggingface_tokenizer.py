@@ -1,0 +1,133 @@
+"""A tokenizer as the files that Hugging Face's AutoTokenizer reads, giving the ids that ours gives."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, decoders, models, normalizers
+
+from data.command_line import UserError
+from data.tokenizer import Tokenizer, load_tokenizer
+
+_SPACE = "\u2581"  # what SentencePiece writes for a space
+_PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
+_NEVER_CHOSEN = -1000.0  # below the least likely piece, for a byte's or a special token's name standing in a text
+_SPELT_THE_SAME = (
+    "",
+    " ",
+    "Hello, world!  Two  spaces,   three; and a trailing one ",
+    "def f(x):\n    if x:\n        return [1, 2.5e-3]\n\treturn None\r\n\n\n",
+    "\t\ttabs\t and \v\f others \x00\x07\x7f\u00a0\u2003\u3000\u200b\ufeff",
+    "naïve café Ångström ﬁ ½ ２ e\u0301 \u0130 ß",
+    "汉字かなカナ한글 עברית العربية ไทย हिन्दी Ελληνικά Русский",
+    "😀👩‍👩‍👧‍👦🇪🇺 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff\ue000",
+    "▁ literal ▁▁ marks▁",
+    "<unk> <s> </s> <pad> <|endoftext|> <|end_of_text|> <0x0A> <0xE2> [CLS] [MASK] <extra_id_0>",
+    "http://example.org/a_b?c=d&e=%20#f  {'k': \"v\\n\"} /* x */ // y ## z --- === ... !!!!",
+    "aaaaaaaaaaaaaaaaaaaaaaaaa" + 37 * " " + 21 * "\n" + 13 * "\t" + 50 * "=" + 33 * "-" + 17 * "ab" + 11 * "\r\n",
+)
+
+
+def write_tokenizer(tokenizer_file: str | Path, folder: str | Path, model_max_length: int, end_of_text: str | None = None) -> None:
+    """Write tokenizer.json and tokenizer_config.json into `folder`; neither sentencepiece nor code of ours is needed to read them.
+
+    A tokenizer.json is copied, a SentencePiece `.model` (bpe or unigram) rewritten as one and copied beside it. The ids of what
+    is written are compared with ours on texts of many kinds, and UserError is raised where one differs, or where the `.model`
+    does what a tokenizer.json cannot. `end_of_text` as in load_tokenizer.
+    """
+    ours = load_tokenizer(tokenizer_file, end_of_text)
+    folder = Path(folder)
+    written = folder / "tokenizer.json"
+    if ours.path.suffix == ".json":
+        shutil.copyfile(ours.path, written)
+    else:
+        convert(ours).save(os.fspath(written))
+        shutil.copyfile(ours.path, folder / "tokenizer.model")
+    theirs = tokenizers.Tokenizer.from_file(os.fspath(written))
+    theirs.encode_special_tokens = True  # what split_special_tokens below becomes
+    theirs.no_truncation()
+    for text in _texts(ours):
+        if ours.encode(text) != theirs.encode(text, add_special_tokens=False).ids:
+            raise UserError(f"{ours.path} cannot be written as a tokenizer.json: it would give other ids for {text[:80]!r}.")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": ours.end_of_text_token,
+        "eos_token": ours.end_of_text_token,
+        "model_max_length": model_max_length,
+        "split_special_tokens": True,  # a special token written in a text stays text, as with ours
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """A SentencePiece model, bpe or unigram, as a Hugging Face tokenizer; raises UserError for what has no counterpart.
+
+    Its pieces hold real spaces. A character that is no piece is spelt in bytes, the one that SentencePiece writes for a space
+    among them.
+    """
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+    _refuse(tokenizer.path, model)
+    names = [piece.piece.replace(_SPACE, " ") if piece.type == _PIECE.NORMAL else piece.piece for piece in model.pieces]
+    if model.trainer_spec.model_type == model.trainer_spec.BPE:
+        ids = {name: token for token, name in enumerate(names)}
+        converted = tokenizers.Tokenizer(
+            models.BPE(ids, _merges(model, names), unk_token=names[_unknown(model)], byte_fallback=True, fuse_unk=True)
+        )
+    else:
+        least = min(piece.score for piece in model.pieces if piece.type == _PIECE.NORMAL)
+        scores = [piece.score if piece.type == _PIECE.NORMAL else least + _NEVER_CHOSEN for piece in model.pieces]
+        converted = tokenizers.Tokenizer(models.Unigram(list(zip(names, scores, strict=True)), _unknown(model), byte_fallback=True))
+    steps: list = [decoders.ByteFallback(), decoders.Fuse()]
+    if model.normalizer_spec.add_dummy_prefix:
+        # Such a model takes the mark for a space (see SentencePieceTokenizer), and its decoder drops the space in front.
+        converted.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(_SPACE, " ")])
+        steps.append(decoders.Strip(" ", 1, 0))
+    converted.decoder = decoders.Sequence(steps)
+    special = [piece.piece for piece in model.pieces if piece.type == _PIECE.CONTROL]
+    converted.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    return converted
+
+
+def _refuse(path: Path, model: sentencepiece_model_pb2.ModelProto) -> None:
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    kinds = {piece.type for piece in model.pieces}
+    complaints = {
+        "is neither bpe nor unigram": trainer.model_type not in (trainer.BPE, trainer.UNIGRAM),
+        "has no bytes to spell unknown characters in (byte_fallback)": _PIECE.BYTE not in kinds,
+        f'normalises text ("{normalizer.name}")': bool(normalizer.precompiled_charsmap),
+        "removes spaces": normalizer.remove_extra_whitespaces,
+        "does not write spaces as \\u2581": not normalizer.escape_whitespaces,
+        "puts the space behind a word": trainer.treat_whitespace_as_suffix,
+        "holds user-defined pieces": _PIECE.USER_DEFINED in kinds,
+        "holds unused pieces": _PIECE.UNUSED in kinds,
+    }
+    found = [what for what, is_so in complaints.items() if is_so]
+    if found:
+        raise UserError(f"{path} cannot be written as a tokenizer.json: it {', '.join(found)}.")
+
+
+def _unknown(model: sentencepiece_model_pb2.ModelProto) -> int:
+    return next(token for token, piece in enumerate(model.pieces) if piece.type == _PIECE.UNKNOWN)
+
+
+def _merges(model: sentencepiece_model_pb2.ModelProto, names: list[str]) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two, the best piece first: SentencePiece joins any two that make a piece."""
+    best = sorted((-piece.score, name) for piece, name in zip(model.pieces, names, strict=True) if piece.type == _PIECE.NORMAL)
+    pieces = {name for _, name in best}
+    return [
+        (name[:cut], name[cut:]) for _, name in best for cut in range(len(name) - 1, 0, -1) if name[:cut] in pieces and name[cut:] in pieces
+    ]
+
+
+def _texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Texts of many kinds, and pieces of the vocabulary in random order."""
+    yield from _SPELT_THE_SAME
+    draw = random.Random(0)
+    for _ in range(500):
+        yield tokenizer.decode([draw.randrange(tokenizer.vocab_size) for _ in range(draw.randrange(1, 60))])
