@@ -58,7 +58,9 @@ def evaluate(settings: EvaluateSettings, show_progress: bool = True) -> Evaluati
     trained = load_model(settings.model)
     prepared = PreparedData(Path(settings.data or _data_of_run(settings.model, trained.folder)))
     if prepared.vocab_size > trained.config.vocab_size:
-        raise UserError(f"{settings.data} has token ids up to {prepared.vocab_size - 1}; {settings.model} knows {trained.config.vocab_size}.")
+        raise UserError(
+            f"{settings.data} has token ids up to {prepared.vocab_size - 1}; {settings.model} knows {trained.config.vocab_size}."
+        )
     length = settings.sequence_length or trained.config.sequence_length
     if not 1 <= length <= trained.config.sequence_length:
         raise UserError(f"sequence_length {length} is outside 1 ... {trained.config.sequence_length}, the model's context.")
@@ -67,7 +69,7 @@ def evaluate(settings: EvaluateSettings, show_progress: bool = True) -> Evaluati
         raise UserError(f"stride {stride} is outside 1 ... {length}, the window.")
     device = device_name()
     model = trained.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
-    stream = prepared.split(settings.split)
+    stream = prepared.splits[settings.split]
     windows = evaluation_batches(stream, length, settings.micro_batch_size, stride=stride)
     start = time.perf_counter()
     total = torch.zeros((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Continue a text: python launch/generate.py runs/demo --prompt "def "   """
+"""Continue a text: python launch/generate.py runs/demo --prompt "def " """
 
 import dataclasses
 import sys

@@ -64,7 +64,9 @@ def _run(settings: RunSettings, merged: dict, process, data, layout: dict, start
     if monitor:
         for note in start.notes:
             monitor.say(note)
-        monitor.say(f"{'Going on from' if first_step else 'Starting at'} step {first_step} of {settings.steps}; peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]})")
+        monitor.say(
+            f"{'Going on from' if first_step else 'Starting at'} step {first_step} of {settings.steps}; peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]})"
+        )
         monitor.text("recipe", json.dumps(dataclasses.asdict(settings), indent=1))
         monitor.text("deepspeed", json.dumps(merged, indent=1))
         monitor.hyperparameters(run_folder.flatten(dataclasses.asdict(settings)), {"loss/validation": 0.0})
@@ -83,7 +85,11 @@ def _run(settings: RunSettings, merged: dict, process, data, layout: dict, start
         "run_id": start.run_id,
         "model": dataclasses.asdict(settings.model),
         "layout": layout,
-        "data": {"fingerprint": data.fingerprint, "sequence_length": settings.model.sequence_length, "samples_per_step": batch.global_batch_size},
+        "data": {
+            "fingerprint": data.fingerprint,
+            "sequence_length": settings.model.sequence_length,
+            "samples_per_step": batch.global_batch_size,
+        },
         "random": {"seed": settings.seed, "streams": "order: (seed, epoch, sample); dropout: (seed, step, rank)"},
         "recipe": dataclasses.asdict(settings),
         "versions": run_folder.versions(),

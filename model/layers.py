@@ -18,6 +18,9 @@ from model.config import ModelConfig
 
 Passed = tuple[Tensor, Tensor]
 
+LONGEST_PLAIN_ATTENTION = 1024
+"""Tokens up to which training on a CPU multiplies the attention out: there the fused kernel's backward takes twice as long."""
+
 
 class KeyValueCache:
     """Keys and values that attention has seen, for generation: one pair [batch, kv_heads, seq, head] a block."""
@@ -119,6 +122,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(Q K^T / sqrt(head)) V, causal where there is no mask.  [batch, heads, seq, head] -> same; keys may be grouped
+
+    Vaswani et al. 2017, arXiv 1706.03762, equation 1.
+    """
+    heads, seq = query.shape[1:3]
+    if query.device.type == "cpu" and query.requires_grad and seq <= LONGEST_PLAIN_ATTENTION:
+        if heads != key.shape[1]:
+            key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        allowed = torch.ones(seq, seq, dtype=torch.bool).tril() if mask is None else mask
+        forbidden = torch.zeros(allowed.shape, dtype=query.dtype).masked_fill(~allowed, -torch.inf)
+        weights = (query * query.shape[-1] ** -0.5 @ key.transpose(2, 3) + forbidden).softmax(dim=-1)
+        return F.dropout(weights, dropout) @ value
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and seq > 1, enable_gqa=heads != key.shape[1]
+    )
+
+
 class TokenEmbedding(nn.Module):
     """Token ids to vectors; as the tied head, vectors to logits.  [batch, seq] -> [batch, seq, hidden] -> [batch, seq, vocab]
 
@@ -214,15 +235,7 @@ class Attention(nn.Module):
             key, value = cache.append(self.layer_number, key, value)
             if key.shape[2] > seq > 1:  # several new queries behind old keys: each sees the old and its own past
                 mask = torch.ones(seq, key.shape[2], dtype=torch.bool, device=key.device).tril(key.shape[2] - seq)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and seq > 1,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        mixed = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.output(mixed.transpose(1, 2).reshape(batch, seq, -1))
 
 

@@ -50,7 +50,7 @@ def finish(processes: list[subprocess.Popen], timeout_seconds: float = 300) -> l
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    for process, output in zip(processes, outputs, strict=True):
+    for process in processes:
         assert process.returncode == 0, f"status {process.returncode}:\n" + "\n---\n".join(outputs)
     return outputs
 

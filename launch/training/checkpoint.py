@@ -172,7 +172,9 @@ def retain(root: Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
     newest = published(root)[:1]
     for leftover in root.glob("step_*.*"):
-        if leftover.suffix in (".deleted", ".old") or (leftover.suffix.startswith(".tmp-") and newest and step_of(leftover) <= step_of(newest[0])):
+        if leftover.suffix in (".deleted", ".old") or (
+            leftover.suffix.startswith(".tmp-") and newest and step_of(leftover) <= step_of(newest[0])
+        ):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -34,7 +34,7 @@ def open_data(settings: RunSettings, process: Process) -> RunData:
             f"model.vocab_size {settings.model.vocab_size} is too small for {path}: its tokens go up to {prepared.vocab_size - 1}.\n"
             f"Nearest: {prepared.vocab_size}, or {-(-prepared.vocab_size // 128) * 128} for round matrices."
         )
-    return RunData(prepared.split("train"), prepared.split("validation"), tokenizer, tokenizer_path, prepared.fingerprint)
+    return RunData(prepared.splits["train"], prepared.splits["validation"], tokenizer, tokenizer_path, prepared.fingerprint)
 
 
 def _prepare_embedded_corpus(settings: RunSettings, process: Process) -> None:

@@ -109,7 +109,7 @@ def complete(written: dict, path: str, settings: RunSettings, data_parallel_size
             place = place.setdefault(section, {})
         given = place.get(key, "auto")
         if given != "auto" and given != value:
-            complaints.append(f"{path}: {name} is {given}; the recipe's {origin.get(name, 'optimizer')} makes it {value}. Write \"auto\".")
+            complaints.append(f'{path}: {name} is {given}; the recipe\'s {origin.get(name, "optimizer")} makes it {value}. Write "auto".')
         place[key] = value
     merged.pop("optimizer", None)  # ours is handed over, built from the same numbers
     zero = merged.setdefault("zero_optimization", {"stage": 0})
@@ -172,7 +172,9 @@ def _check_keys(written: dict, path: str) -> None:
         elif key in models:
             complaints += _unknown_in(models[key], value, path, key)
         elif key in _PLAIN_SECTIONS:
-            complaints += [_unknown(path, f"{key}.{name}", name, _PLAIN_SECTIONS[key]) for name in value if name not in _PLAIN_SECTIONS[key]]
+            complaints += [
+                _unknown(path, f"{key}.{name}", name, _PLAIN_SECTIONS[key]) for name in value if name not in _PLAIN_SECTIONS[key]
+            ]
         if key == "optimizer" and isinstance(value, dict):
             parameters = value.get("params", {})
             complaints += [

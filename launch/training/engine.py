@@ -1,6 +1,8 @@
 """DeepSpeed, behind a few verbs: train_step, validate, sample, save, load. Nothing else in the project imports it but weights.py."""
 
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import time
@@ -95,7 +97,8 @@ class Engine:
         if compile_blocks:
             for block in model.blocks():
                 block.compile()
-        self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, optimizer), config=merged_json)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use at every turn
+            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, optimizer), config=merged_json)
         self._files = HashedFiles()
         self._deepspeed.checkpoint_engine = self._files
         self._model = self._deepspeed.module

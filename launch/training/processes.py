@@ -57,6 +57,5 @@ def keep_freed_memory() -> None:
 
 
 def device_name() -> str:
-    """ "cuda" where DeepSpeed would use a GPU, else "cpu"."""
-    asked = os.environ.get("DS_ACCELERATOR")
-    return "cuda" if asked == "cuda" or (asked is None and torch.cuda.is_available()) else "cpu"
+    """ "cuda" or "cpu": what DS_ACCELERATOR asks for, else a GPU where there is one. DeepSpeed is told the same."""
+    return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,9 +1,9 @@
 """The folder of a run: what it was started with, and whether a second start may go on in it.
 
-    runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, data: written before the first step
-                tokenizer.*     copied from the data, so that the folder alone can generate
-                checkpoints/    see checkpoint.py
-                tb/  metrics.jsonl  log.txt
+runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, data: written before the first step
+            tokenizer.*     copied from the data, so that the folder alone can generate
+            checkpoints/    see checkpoint.py
+            tb/  metrics.jsonl  log.txt
 """
 
 import dataclasses
@@ -109,18 +109,20 @@ def versions() -> dict[str, str]:
 def _changes(before: dict, settings: RunSettings, fingerprint: str) -> list[str]:
     old, new = flatten(before["recipe"]), flatten(json.loads(json.dumps(dataclasses.asdict(settings))))
     changed = [
-        f"{name}: {old.get(name)} -> {value}"
-        for name, value in new.items()
-        if not name.startswith(_HARMLESS) and old.get(name) != value
+        f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if not name.startswith(_HARMLESS) and old.get(name) != value
     ]
     if before["data_fingerprint"] != fingerprint:
-        changed.append(f"the data: {before['recipe']['data']['path']} {before['data_fingerprint'][:12]} -> {settings.data.path} {fingerprint[:12]}")
+        changed.append(
+            f"the data: {before['recipe']['data']['path']} {before['data_fingerprint'][:12]} -> {settings.data.path} {fingerprint[:12]}"
+        )
     return changed
 
 
 def _refuse_other_model(manifest: dict, folder: Path, settings: RunSettings, layout: dict) -> None:
     model = dataclasses.asdict(settings.model)
-    differences = [f"{name}: {manifest['model'].get(name)} there, {value} now" for name, value in model.items() if manifest["model"].get(name) != value]
+    differences = [
+        f"{name}: {manifest['model'].get(name)} there, {value} now" for name, value in model.items() if manifest["model"].get(name) != value
+    ]
     if differences:
         raise UserError(f"{folder} is a checkpoint of another model:\n" + "\n".join(f"  {line}" for line in differences))
     if manifest["layout"] != layout:

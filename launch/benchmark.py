@@ -1,0 +1,274 @@
+"""Measure the training step beside transformers' and beside its bare matrix products: python launch/benchmark.py
+
+Every contender runs in a process of its own, one after the other, in several rounds; a share is a ratio of medians within one run.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from data.command_line import UserError, nearest, read_settings, run_door
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSettings:
+    hidden_size: int = 384
+    """Width."""
+    num_layers: int = 6
+    """Blocks."""
+    num_attention_heads: int = 6
+    """Heads."""
+    intermediate_size: int = 1024
+    """Feed-forward width."""
+    vocab_size: int = 8192
+    """Rows of embedding and head, which are not tied."""
+    sequence_length: int = 256
+    """Tokens of a sequence."""
+    micro_batch_size: int = 16
+    """Sequences a forward pass."""
+    accumulation: int = 2
+    """Micro-batches a step."""
+    rounds: int = 3
+    """How often each contender is started."""
+    steps: int = 4
+    """Steps measured in each round, after two that are not."""
+    only: tuple[str, ...] = ()
+    """Contenders to measure (default: all)."""
+    contender: str | None = None
+    """Measure this one here and print its seconds a step; the benchmark starts itself with this."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = read_settings(BenchmarkSettings, arguments, "Measure the training step beside others.")
+    for name in (settings.contender, *settings.only):
+        if name is not None and name not in CONTENDERS:
+            raise UserError(f'Unknown contender "{name}".{nearest(name, list(CONTENDERS))} There are: {", ".join(CONTENDERS)}.')
+    if settings.contender:
+        seconds = _measure(CONTENDERS[settings.contender](settings), settings.steps)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(json.dumps(seconds))
+        return 0
+    names = [name for name in CONTENDERS if name in (settings.only or CONTENDERS)]
+    seconds = {name: [] for name in names}
+    for number in range(settings.rounds):
+        for name in names:
+            print(f"round {number + 1}/{settings.rounds}: {name} ...", file=sys.stderr, flush=True)
+            seconds[name] += _start(name, arguments)
+    tokens = settings.micro_batch_size * settings.accumulation * settings.sequence_length
+    bare = statistics.median(seconds["bare products"]) if "bare products" in seconds else None
+    print(f"\n{'':40}{'s/step':>8}{'tokens/s':>11}{'of bare products':>18}")
+    for name in names:
+        middle = statistics.median(seconds[name])
+        share = f"{bare / middle:18.2f}" if bare else ""
+        print(f"{name:40}{middle:8.3f}{tokens / middle:11,.0f}{share}")
+    return 0
+
+
+def _start(name: str, arguments: Sequence[str]) -> list[float]:
+    world_size = 2 if name.endswith("two ranks") else 1
+    from launch.training.processes import find_process
+
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    if world_size > 1:
+        before = dict(os.environ)
+        find_process()
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["MASTER_PORT"], "WORLD_SIZE": str(world_size)}
+        os.environ.clear()
+        os.environ.update(before)
+    command = [sys.executable, __file__, *arguments, "--contender", name]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    outputs = [rank.communicate() for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError(f"{name} failed:\n" + "\n".join(error for _, error in outputs))
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+def _measure(step: Callable[[], object], steps: int) -> list[float]:
+    seconds = []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
+
+
+def _config(settings: BenchmarkSettings):
+    from model.config import ModelConfig
+
+    return ModelConfig(
+        vocab_size=settings.vocab_size,
+        sequence_length=settings.sequence_length,
+        hidden_size=settings.hidden_size,
+        num_layers=settings.num_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+        tie_embeddings=False,
+    )
+
+
+def _draw(settings: BenchmarkSettings):
+    import torch
+
+    return torch.randint(0, settings.vocab_size, (settings.micro_batch_size, settings.sequence_length + 1))
+
+
+def _bare_products(settings: BenchmarkSettings) -> Callable[[], object]:
+    """Every matrix product of one step, forward and backward, and nothing else: bf16, contiguous, outputs thrown away.
+
+    Attention: scores and mixture forward, two each backward, over whole (not causal) squares.
+    """
+    import torch
+
+    rows = settings.micro_batch_size * settings.sequence_length
+    hidden, inner = settings.hidden_size, settings.intermediate_size
+    shapes = [(hidden, hidden)] * 4 + [(hidden, inner)] * 2 + [(inner, hidden)]
+    draw = lambda *shape: torch.randn(*shape).bfloat16()  # noqa: E731
+    linear = {(i, o): (draw(rows, i), draw(o, i), draw(rows, o)) for i, o in {*shapes, (hidden, settings.vocab_size)}}
+    heads = settings.micro_batch_size * settings.num_attention_heads
+    head_size = hidden // settings.num_attention_heads
+    part, square = draw(heads, settings.sequence_length, head_size), draw(heads, settings.sequence_length, settings.sequence_length)
+
+    def products(shape: tuple[int, int]) -> None:
+        x, weight, gradient = linear[shape]
+        x @ weight.t()
+        gradient @ weight
+        gradient.t() @ x
+
+    def step() -> None:
+        for _ in range(settings.accumulation):
+            for _ in range(settings.num_layers):
+                for shape in shapes:
+                    products(shape)
+                for _ in range(2):
+                    part @ part.transpose(1, 2)
+                for _ in range(4):
+                    square @ part
+            products((hidden, settings.vocab_size))
+
+    return step
+
+
+def _transformers(settings: BenchmarkSettings, compiled: bool) -> Callable[[], object]:
+    """transformers' Llama of the same shape in a plain loop: float32 weights, bf16 autocast, fused AdamW."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=settings.vocab_size,
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_attention_heads,
+            intermediate_size=settings.intermediate_size,
+            max_position_embeddings=settings.sequence_length,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    call = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        for _ in range(settings.accumulation):
+            drawn = _draw(settings)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = call(input_ids=drawn[:, :-1], labels=drawn[:, :-1]).loss / settings.accumulation
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _ours_in_a_plain_loop(settings: BenchmarkSettings, compiled: bool) -> Callable[[], object]:
+    """Our layers without DeepSpeed: bf16 weights, float32 master weights and gradients, as ZeRO-1 keeps them."""
+    import torch
+
+    from launch.training.processes import keep_freed_memory
+    from model.loss import training_loss
+    from model.transformer import Transformer
+
+    keep_freed_memory()
+    model = Transformer(_config(settings)).bfloat16()
+    if compiled:
+        for block in model.blocks():
+            block.compile()
+    weights = list(model.parameters())
+    masters = [weight.detach().float() for weight in weights]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        for _ in range(settings.accumulation):
+            drawn = _draw(settings)
+            tokens, targets = drawn[:, :-1], drawn[:, 1:]
+            divisor = torch.tensor(float(targets.numel() * settings.accumulation))
+            training_loss(model(tokens, torch.ones_like(tokens)), (targets, divisor)).backward()
+            for weight, master in zip(weights, masters, strict=True):
+                master.grad += weight.grad
+                weight.grad = None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        torch._foreach_copy_([weight.detach() for weight in weights], masters)
+        for master in masters:
+            master.grad.zero_()
+
+    return step
+
+
+def _ours_under_deepspeed(settings: BenchmarkSettings, compiled: bool, stage: int = 1) -> Callable[[], object]:
+    from data.batches import Batch
+    from launch.training import deepspeed_config, processes
+    from launch.training.config import REPOSITORY, BatchSettings, RunSettings
+    from launch.training.engine import Engine, OptimizerNumbers, initialize_communication
+
+    process = processes.find_process()
+    processes.share_the_cores(process)
+    processes.keep_freed_memory()
+    initialize_communication(process)
+    path = str(REPOSITORY / "ds_configs" / f"zero{stage}.json")
+    micro_batches = settings.accumulation // process.world_size
+    run = RunSettings(batch=BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size), train_steps=1)
+    merged = deepspeed_config.complete(deepspeed_config.read_deepspeed_json(path), path, run, process.world_size, "cpu")
+    engine = Engine(_config(settings), merged, OptimizerNumbers(0.1, 0.9, 0.95, 1e-8), process, seed=1, compile_blocks=compiled)
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        drawn = [_draw(settings) for _ in range(micro_batches)]
+        engine.train_step([Batch(one[:, :-1], one[:, :-1].new_ones(one[:, :-1].shape), one[:, 1:]) for one in drawn], 1e-4, number)
+        number += 1
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[BenchmarkSettings], Callable[[], object]]] = {
+    "bare products": _bare_products,
+    "transformers eager": lambda settings: _transformers(settings, False),
+    "transformers compiled": lambda settings: _transformers(settings, True),
+    "ours plain eager": lambda settings: _ours_in_a_plain_loop(settings, False),
+    "ours plain compiled": lambda settings: _ours_in_a_plain_loop(settings, True),
+    "ours ZeRO-1 eager": lambda settings: _ours_under_deepspeed(settings, False),
+    "ours ZeRO-1 compiled": lambda settings: _ours_under_deepspeed(settings, True),
+    "ours ZeRO-1 eager, two ranks": lambda settings: _ours_under_deepspeed(settings, False),
+}
+
+
+if __name__ == "__main__":
+    run_door(main)
