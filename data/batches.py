@@ -74,7 +74,7 @@ class CausalBatches:
         """This rank's micro-batches of an optimizer step, counted from 0."""
         samples = sample_numbers(number, self.global_batch_size, self.num_samples, self.seed)
         share = rank_share(samples, self.micro_batch_size, self.rank, self.world)
-        return [_gather(self.stream, numbers, self.sequence_length, self.document_mask) for numbers in share]
+        return [_gather(self.stream, numbers, self.sequence_length, self.document_mask, self.sequence_length) for numbers in share]
 
     def epoch(self, number: int) -> float:
         """How often the text has been read before an optimizer step."""
@@ -89,28 +89,31 @@ def evaluation_batches(
     world: int = 1,
     limit_samples: int | None = None,
     document_mask: bool = False,
+    stride: int | None = None,
 ) -> Iterator[Batch]:
     """The whole stream in a fixed order, every token but the first a target once; the last sample is padded.
 
     Each rank gets the same number of batches, the last ones padding where there is nothing left, because ranks must call the
-    model together. `limit_samples` takes so many samples, evenly spread.
+    model together. `limit_samples` takes so many samples, evenly spread. Samples begin `stride` tokens apart (default: side by
+    side); where they overlap, the later one reads the tokens again without counting them.
     """
     if len(stream) < 2:
         raise UserError(f"The split to evaluate on has {len(stream)} tokens: no document was held out. Prepare with a larger --held_out.")
-    num_samples = -(-(len(stream) - 1) // sequence_length)
+    stride = stride or sequence_length
+    num_samples = 1 + max(0, -(-(len(stream) - 1 - sequence_length) // stride))
     taken = min(num_samples, limit_samples or num_samples)
     samples = np.arange(taken, dtype=np.int64) * num_samples // taken
-    padding = np.full(-taken % (micro_batch_size * world), num_samples, dtype=np.int64)  # one past the last sample: nothing in it
+    padding = np.full(-taken % (micro_batch_size * world), len(stream), dtype=np.int64)  # past the end: nothing in it
     for numbers in rank_share(np.concatenate([samples, padding]), micro_batch_size, rank, world):
-        yield _gather(stream, numbers, sequence_length, document_mask)
+        yield _gather(stream, numbers, sequence_length, document_mask, stride)
 
 
-def _gather(stream: TokenStream, samples: NDArray[np.int64], sequence_length: int, document_mask: bool) -> Batch:
+def _gather(stream: TokenStream, samples: NDArray[np.int64], sequence_length: int, document_mask: bool, stride: int) -> Batch:
     """[micro_batch_size] sample numbers -> Batch, padded where the stream ends."""
     shape = (len(samples), sequence_length)
     tokens, segments, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
     for row, sample in enumerate(samples):
-        start = int(sample) * sequence_length
+        start = int(sample) * stride
         count = min(sequence_length, len(stream) - 1 - start)
         if count <= 0:
             continue
@@ -120,4 +123,6 @@ def _gather(stream: TokenStream, samples: NDArray[np.int64], sequence_length: in
             starts = stream.document_starts(start + 1, count)  # of the targets; the next input of each is one place on
             targets[row, starts] = IGNORED
             segments[row, :count] += np.searchsorted(starts, np.arange(count), side="left")
+        if sample > 0:
+            targets[row, : sequence_length - stride] = IGNORED  # the sample before has counted them
     return Batch(torch.from_numpy(tokens), torch.from_numpy(segments), torch.from_numpy(targets))

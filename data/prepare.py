@@ -119,7 +119,7 @@ def _check(settings: PrepareSettings) -> None:
         raise UserError("--end_of_text is for a given --tokenizer; a learnt one has its own.")
     if not 0 <= settings.held_out < 1:
         raise UserError(f"--held_out {settings.held_out} must be at least 0 and below 1.")
-    for name, least in {"vocab_size": 258, "tokenizer_characters": 1, "shard_tokens": 1, "workers": 0}.items():
+    for name, least in {"vocab_size": 512, "tokenizer_characters": 1, "shard_tokens": 1, "workers": 0}.items():
         if getattr(settings, name) < least:
             raise UserError(f"--{name} {getattr(settings, name)} must be at least {least}.")
 

@@ -48,7 +48,7 @@ def evaluate(settings: EvaluateSettings, show_progress: bool = True) -> Evaluati
     import torch
     from tqdm import tqdm
 
-    from data.batches import evaluation_batches
+    from data.batches import IGNORED, evaluation_batches
     from data.shards import PreparedData
     from launch.training.processes import device_name, keep_freed_memory
     from launch.training.weights import load_model
@@ -70,15 +70,15 @@ def evaluate(settings: EvaluateSettings, show_progress: bool = True) -> Evaluati
     device = device_name()
     model = trained.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     stream = prepared.splits[settings.split]
-    windows = evaluation_batches(stream, length, settings.micro_batch_size, stride=stride)
+    windows = evaluation_batches(stream, length, settings.micro_batch_size, document_mask=trained.config.document_mask, stride=stride)
     start = time.perf_counter()
-    total = torch.zeros((), dtype=torch.float64)
-    count = math.ceil(max(1, len(stream) - 1 - length) / stride / settings.micro_batch_size) + 1
+    total, predicted = torch.zeros((), dtype=torch.float64), 0
+    count = math.ceil((1 + max(0, math.ceil((len(stream) - 1 - length) / stride))) / settings.micro_batch_size)
     with torch.no_grad():
         for batch in tqdm(windows, total=count, unit="batch", disable=None if show_progress else True, leave=False):
             tokens, segments, targets = (tensor.to(device) for tensor in batch)
             total += token_losses(model(tokens, segments), targets).double().sum().cpu()
-    predicted = len(stream) - 1
+            predicted += int((targets != IGNORED).sum())
     loss = float(total) / predicted
     return Evaluation(
         loss=loss,

@@ -36,14 +36,20 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"No tokenizer.model or tokenizer.json lies beside {settings.model}.")
     tokenizer = load_tokenizer(trained.tokenizer)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    state = {name: tensor.to(dtype) for name, tensor in trained.model.state_dict().items()}
+    state = trained.model.state_dict()
+    differences: list[float] = []
+
+    def complete(unfinished: Path) -> None:
+        write_tokenizer(trained.tokenizer, unfinished, trained.config.sequence_length)
+        differences.append(huggingface.verify(unfinished, trained.config, state))
+
     try:
-        huggingface.export(trained.config, state, Path(settings.output), tokenizer.end_of_text, dtype, int(settings.max_shard_gib * 2**30))
-        write_tokenizer(trained.tokenizer, Path(settings.output), trained.config.sequence_length)
-        difference = huggingface.verify(Path(settings.output), trained.config, state)
+        huggingface.export(
+            trained.config, state, settings.output, tokenizer.end_of_text, dtype, int(settings.max_shard_gib * 2**30), complete
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(f"{settings.output}: transformers loads it with no missing or unexpected key; largest difference of logits {difference:.1e}.")
+    print(f"{settings.output}: transformers loads it with no missing or unexpected key; largest difference of logits {differences[0]:.1e}.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed, behind a few verbs: train_step, validate, sample, save, load. Nothing else in the project imports it but weights.py."""
+"""DeepSpeed, behind a few verbs: train_step, validate, sample, save, load. Nothing else trains with it."""
 
 import contextlib
 import dataclasses
@@ -18,16 +18,22 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from data.batches import Batch
 from launch.training import checkpoint
 from launch.training.processes import Process, device_name
-from launch.training.weights import SAFE_CLASSES
 from model.config import ModelConfig
 from model.generation import generate
 from model.loss import IGNORED, token_losses, training_loss
 from model.transformer import Transformer
+
+
+SAFE_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+"""The only classes that DeepSpeed's checkpoints need; a file with any other is refused, not run."""
 
 
 @dataclasses.dataclass(frozen=True)
