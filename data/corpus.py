@@ -227,9 +227,9 @@ class _ZstandardFile(io.RawIOBase):
 
 def _read_line(line: bytes, place: str, text_field: str) -> str:
     try:
-        record = json.loads(_decode(line, place))
+        record = json.loads(_decode(line.rstrip(b"\r\n"), place))
     except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON: {error}.") from error
+        raise UserError(f"{place} is not JSON: {error.msg}, column {error.colno}.") from error
     if not isinstance(record, dict):
         raise UserError(f'{place} holds a {type(record).__name__}; a line is an object with the field "{text_field}".')
     return _field(record, place, text_field)
@@ -240,7 +240,7 @@ def _field(record: dict, place: str, text_field: str) -> str:
         raise UserError(f'{place} has no field "{text_field}".{nearest(text_field, list(record))} Set with --text_field.')
     text = record[text_field]
     if not isinstance(text, str):
-        raise UserError(f'{place}: "{text_field}" is a {type(text).__name__}; it must be a string.')
+        raise UserError(f'{place}: "{text_field}" is {str(text)[:40]}, a {type(text).__name__}; it must be a string.')
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair

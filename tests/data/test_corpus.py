@@ -110,11 +110,11 @@ def test_a_compressed_file_that_is_cut_off_or_damaged_is_refused(tmp_path, suffi
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        (b'{"text": "cut', r"line 2 is not JSON: Unterminated string"),
+        (b'{"text": "cut', r"line 2 is not JSON: Unterminated string starting at, column 10"),
         (b'["text"]', r"line 2 holds a list; a line is an object"),
         (b'{"txt": "a"}', r'line 2 has no field "text"\. Did you mean "txt"\? Set with --text_field'),
-        (b'{"text": 7}', r'line 2: "text" is a int; it must be a string'),
-        (b'{"text": null}', r"NoneType"),
+        (b'{"text": 7}', r'line 2: "text" is 7, a int; it must be a string'),
+        (b'{"text": null}', r'line 2: "text" is None, a NoneType; it must be a string'),
         (b'{"text": "\xff"}', r"line 2 is not UTF-8"),
         (b'{"text": "\\ud800"}', r'line 2: "text" is not text that UTF-8 can hold'),
     ],
