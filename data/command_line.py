@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,26 +41,30 @@ def read_settings(
     `defaults` sees what was given so far, flat by dotted name, and returns defaults that depend on it. Unknown names, wrong
     types and values outside the allowed ones raise UserError.
     """
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, default_env=False)
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, default_env=False, allow_abbrev=False)
     if positional is None:
         parser.add_argument("--config", action="config", help="recipe: a YAML file with any of the settings below, by name")
     else:
         parser.add_argument(positional, help=_field_help(settings, positional))
     parser.add_class_arguments(settings, as_group=False, skip={positional} if positional else set())
-    spelt = _spell_out(arguments, settings, aliases or {})
-    recipes = [place for place, word in enumerate(spelt) if word == "--config" or word.startswith("--config=")]
-    for place in reversed(recipes):  # a recipe lies under the command line wherever it is named
-        words = spelt[place : place + (2 if spelt[place] == "--config" else 1)]
-        del spelt[place : place + len(words)]
-        spelt = words + spelt
-        _check_recipe(words[-1].removeprefix("--config="), parser)
+    kinds = _field_types(settings)
+    for action in parser._actions:
+        if _members(action.dest, kinds):  # jsonargparse would let a whole group come from a file of its own
+            action.help = jsonargparse.SUPPRESS
+    words = _spell_out(arguments, kinds | ({"config": str} if positional is None else {}), aliases or {})
+    recipes = {word.partition("=")[2]: {} for word in words if word.startswith("--config=")}
+    recipes = {path: _read_recipe(path, kinds) for path in recipes}
+    given = [word for word in words if not word.startswith("--config=")]
+    in_recipes = {name: value for recipe in recipes.values() for name, value in recipe.items()}
     try:
         if defaults is not None:
-            parser.set_defaults(defaults(_given(spelt)))
-        namespace = parser.parse_args(spelt)
+            in_words = {name.removeprefix("--"): value for name, equals, value in (word.partition("=") for word in given) if equals}
+            parser.set_defaults(defaults(in_recipes | in_words))
+        # A recipe lies under the command line wherever it is named.
+        namespace = parser.parse_args([f"--config={path}" for path, recipe in recipes.items() if recipe] + given)
         values = vars(parser.instantiate(namespace))
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise UserError(_one_sentence(str(error), parser)) from error
+        raise UserError(_one_sentence(str(error), kinds, given, recipes)) from error
     values.pop("config", None)
     return settings(**values)
 
@@ -83,36 +88,47 @@ def nearest(word: str, allowed: Sequence[str]) -> str:
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
-def _spell_out(arguments: Sequence[str], settings: type, aliases: dict[str, str]) -> list[str]:
-    """Aliases replaced; a bare --claim becomes --claim=true; the words behind a list's name become one list."""
-    kinds = _field_types(settings)
+def _spell_out(arguments: Sequence[str], kinds: dict[str, object], aliases: dict[str, str]) -> list[str]:
+    """Every setting as one word --name=value: aliases replaced, a bare claim made true, the words behind a list's name one list."""
     spelt: list[str] = []
     words = list(arguments)
     while words:
-        name, equals, value = words.pop(0).partition("=")
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
         name = aliases.get(name, name)
-        kind = kinds.get(name.removeprefix("--")) if not equals else None
-        if kind is bool and (not words or words[0].lower() not in ("true", "false")):
-            spelt.append(f"{name}=true")
-        elif typing.get_origin(kind) is tuple:
-            items = []
-            while words and not words[0].startswith("--"):
+        if members := _members(name.removeprefix("--"), kinds) if name.startswith("--") else []:
+            raise UserError(f"{name} is a group of settings; give one of them: {', '.join('--' + member for member in members)}.")
+        kind = kinds.get(name.removeprefix("--")) if name.startswith("--") else None
+        is_list = typing.get_origin(kind) is tuple
+        if kind is None:
+            spelt.append(word)
+        elif is_list and not (equals and value.startswith("[")):
+            items = [value] if equals else []
+            while not equals and words and not words[0].startswith("--"):
                 items.append(words.pop(0))
             spelt.append(f"{name}={json.dumps(items)}")
+        elif equals:
+            spelt.append(f"{name}={value}")
+        elif kind is bool and (not words or words[0].lower() not in ("true", "false")):
+            spelt.append(f"{name}=true")
+        elif not words or words[0].startswith("--"):
+            raise UserError(f"{name} needs a value.")
         else:
-            spelt.append(name + equals + value)
+            spelt.append(f"{name}={words.pop(0)}")
     return spelt
+
+
+def _members(group: str, kinds: dict[str, object]) -> list[str]:
+    return [name for name in kinds if name.startswith(f"{group}.")]
 
 
 def _field_types(settings: type, prefix: str = "") -> dict[str, object]:
     types: dict[str, object] = {}
     for name, kind in typing.get_type_hints(settings).items():
-        types |= _field_types(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
+        types |= (
+            _field_types(kind, f"{prefix}{name}.") if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {prefix + name: kind}
+        )
     return types
-
-
-def _option_names(parser: jsonargparse.ArgumentParser) -> list[str]:
-    return [option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")]
 
 
 def _field_help(settings: type, field: str) -> str:
@@ -121,46 +137,54 @@ def _field_help(settings: type, field: str) -> str:
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for name, value in tree.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
-def _read_recipe(path: str) -> dict:
+def _read_recipe(path: str, kinds: dict[str, object]) -> dict:
+    """What a recipe gives, flat by dotted name."""
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe or {}, dict):
+    if not isinstance(recipe, dict):
         raise UserError(f"--config {path} holds a {type(recipe).__name__}; a recipe is names with values.")
-    return recipe or {}
+    flat = _flatten(recipe)
+    for name in flat:
+        if members := _members(name, kinds):
+            raise UserError(f'{path}: "{name}" is a group of settings: {", ".join(members)}.')
+        if name not in kinds:
+            raise UserError(f'{path}: unknown setting "{name}".{nearest(name, list(kinds))} --help lists them all.')
+    return flat
 
 
-def _check_recipe(path: str, parser: jsonargparse.ArgumentParser) -> None:
-    allowed = _option_names(parser)
-    for name in _flatten(_read_recipe(path)):
-        if name not in allowed:
-            raise UserError(f'{path}: unknown setting "{name}".{nearest(name, allowed)} --help lists them all.')
-
-
-def _given(arguments: Sequence[str]) -> dict:
-    """What the recipe and the command line give, flat by dotted name, before any default."""
-    given: dict = {}
-    words = list(arguments)
-    for place, word in enumerate(words):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            given[name] = value if equals else (words[place + 1] if place + 1 < len(words) else "")
-            if name == "config":
-                given |= _flatten(_read_recipe(given.pop(name)))
-    return given
-
-
-def _one_sentence(message: str, parser: jsonargparse.ArgumentParser) -> str:
+def _one_sentence(message: str, kinds: dict[str, object], given: list[str], recipes: dict[str, dict]) -> str:
+    """jsonargparse's complaint in the words of this project, and where the setting was given."""
+    message = " ".join(message.split())
     if unknown := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message, re.I):
-        return f'Unknown setting "{unknown.group(1)}".{nearest(unknown.group(1), _option_names(parser))} --help lists them all.'
-    message = re.sub(r"^Parser key", "Setting", " ".join(message.split()))
-    return re.sub(r"typing\.|<class '(\w+)'>", r"\1", message)
+        return f'Unknown setting "{unknown.group(1)}".{nearest(unknown.group(1), list(kinds))} --help lists them all.'
+    wrong = re.match(r'Parser key "([^"]+)": .*(?:Got value|Given value): (.*)$', message)
+    if not wrong or wrong.group(1) not in kinds:
+        return message
+    name, value = wrong.groups()
+    allowed = _allowed(kinds[name])
+    hint = nearest(value, allowed) if len(allowed) > 1 else ""
+    where = [path for path, recipe in recipes.items() if name in recipe][-1:]
+    place = f" Set in {where[0]}." if where and not any(word.startswith(f"--{name}=") for word in given) else ""
+    return f"{name} is {value}; it must be {' or '.join(allowed)}.{hint}{place}"
+
+
+def _allowed(kind: object) -> list[str]:
+    """What a setting of this type may be, in words."""
+    if typing.get_origin(kind) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(kind)]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return [words for part in typing.get_args(kind) for words in _allowed(part)]
+    if typing.get_origin(kind) is tuple:
+        return ["a list"]
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return [names.get(kind, str(kind))]  # type: ignore[call-overload]

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -37,7 +36,7 @@ from data.corpus import (
     is_held_out,
 )
 from data.shards import MANIFEST, MANIFEST_FORMAT, PreparedData, ShardWriter, read_manifest, token_dtype
-from data.tokenizer import copy_tokenizer, load_tokenizer, train_sentencepiece
+from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_sentencepiece
 
 _CHUNK_CHARACTERS = 1_000_000  # what a worker tokenizes at a time
 _SECONDS_BETWEEN_LINES = 5.0
@@ -87,25 +86,29 @@ def prepare(settings: PrepareSettings, progress: Callable[[str], object] = print
     """
     _check(settings)
     corpus = _corpus(settings)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.end_of_text) if settings.tokenizer else None
+    recorded = _record(settings, corpus, tokenizer)
     output = Path(settings.output)
-    recorded = _record(settings, corpus)
     if output.exists():
+        if not (output / MANIFEST).is_file():
+            raise UserError(f"{output} exists and is no prepared folder; nothing is overwritten. Give another --output.")
         if any(read_manifest(output).get(name) != value for name, value in recorded.items()):
             raise UserError(f"{output} exists and was prepared from other text or with other settings. Give another --output.")
         progress(f"{output} holds exactly this already: nothing to do.")
         return PreparedData(output)
     partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
     try:
-        manifest = recorded | _write(settings, corpus, partial, progress)
+        partial.mkdir(parents=True)
+        manifest = recorded | _write(settings, corpus, tokenizer, partial, progress)
         with open(partial / MANIFEST, "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=2, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(output)
-    except BaseException:
+    except OSError as error:  # a full disk, a folder that may not be written, another process that was faster
+        raise UserError(f"{output} cannot be written: {error.strerror}.") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     progress(_summary(manifest, output))
     return PreparedData(output)
 
@@ -130,19 +133,17 @@ def _corpus(settings: PrepareSettings) -> Corpus:
     return file_corpus(settings.input, settings.text_field) if settings.input else embedded_corpus()
 
 
-def _record(settings: PrepareSettings, corpus: Corpus) -> dict:
+def _record(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer | None) -> dict:
     """What decides the tokens: a folder with the same record holds the same."""
     chosen = dataclasses.asdict(settings) | {"input": list(settings.input)}
     del chosen["output"], chosen["workers"]
-    given = _sha256(load_tokenizer(settings.tokenizer, settings.end_of_text).path) if settings.tokenizer else None
+    given = {"sha256": _sha256(tokenizer.path), "end_of_text": tokenizer.end_of_text} if tokenizer else None
     return {"format": MANIFEST_FORMAT, "settings": chosen, "text": corpus.identity, "given_tokenizer": given}
 
 
-def _write(settings: PrepareSettings, corpus: Corpus, folder: Path, progress: Callable[[str], object]) -> dict:
+def _write(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, progress: Callable[[str], object]) -> dict:
     """Tokenizer and shards into a folder; what the manifest says of them."""
-    if settings.tokenizer:
-        tokenizer = load_tokenizer(settings.tokenizer, settings.end_of_text)
-    else:
+    if tokenizer is None:
         progress(f"Learning a tokenizer of {settings.vocab_size} ids ...")
         texts = _beginnings(corpus, settings.tokenizer_characters, settings.held_out)
         train_sentencepiece(texts, folder / "tokenizer.model", settings.vocab_size, settings.tokenizer_kind)
@@ -151,12 +152,13 @@ def _write(settings: PrepareSettings, corpus: Corpus, folder: Path, progress: Ca
     dtype = token_dtype(tokenizer.vocab_size)
     dropped = {"empty": 0, "duplicate": 0}
     chunks = _chunks(drop_duplicates_and_empty(corpus.documents(), dropped))
-    workers = settings.workers or len(os.sched_getaffinity(0))
-    with ExitStack() as stack:
-        splits = {name: stack.enter_context(_SplitWriter(folder, name, dtype, settings.shard_tokens)) for name in ("train", "validation")}
-        for chunk, encoded in _report(_encode_in_order(copy, dtype, chunks, workers), progress):
-            for document, tokens in zip(chunk, encoded, strict=True):
-                splits["validation" if is_held_out(document.source, settings.held_out) else "train"].add(document, tokens)
+    workers = settings.workers or _usable_cores()
+    splits = {name: _SplitWriter(folder, name, dtype, settings.shard_tokens) for name in ("train", "validation")}
+    for chunk, encoded in _report(_encode_in_order(copy, dtype, chunks, workers), progress):
+        for document, tokens in zip(chunk, encoded, strict=True):
+            splits["validation" if is_held_out(document.source, settings.held_out) else "train"].add(document, tokens)
+    for split in splits.values():
+        split.close()
     if not splits["train"].shards:
         raise UserError(
             "There is no document to train on: "
@@ -180,44 +182,27 @@ class _SplitWriter:
     def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int) -> None:
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
         self.shards: list[dict] = []
-        self._open = ExitStack()
         self._writer: ShardWriter | None = None
-
-    def __enter__(self) -> "_SplitWriter":
-        return self
 
     def add(self, document: Document, tokens: NDArray) -> None:
         if self._writer is None:
-            self._prefix = f"{self.name}/{len(self.shards):05d}"
-            self._writer = self._open.enter_context(ShardWriter(self.folder / self._prefix, self.dtype))
-            self._num_bytes, self._first = 0, document.source
+            prefix = f"{self.name}/{len(self.shards):05d}"
+            self._writer = ShardWriter(self.folder / prefix, self.dtype)
+            self.shards.append({"prefix": prefix, "bytes": 0, "sources": [document.source, document.source]})
         self._writer.add(tokens)
-        self._num_bytes += len(document.text.encode())
-        self._last = document.source
+        self.shards[-1]["bytes"] += len(document.text.encode())
+        self.shards[-1]["sources"][1] = document.source
         if self._writer.tokens >= self.shard_tokens:
-            self._finish()
+            self.close()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self.shards[-1] |= {"documents": len(self._writer.lengths), "tokens": self._writer.tokens, "sha256": self._writer.sha256}
+            self._writer = None
 
     def totals(self) -> dict[str, int]:
         return {name: sum(shard[name] for shard in self.shards) for name in ("documents", "tokens", "bytes")}
-
-    def __exit__(self, *error) -> None:
-        if error[0] is None and self._writer:
-            self._finish()
-        self._open.__exit__(*error)
-
-    def _finish(self) -> None:
-        self._open.close()
-        self.shards.append(
-            {
-                "prefix": self._prefix,
-                "documents": len(self._writer.lengths),
-                "tokens": self._writer.tokens,
-                "bytes": self._num_bytes,
-                "sources": [self._first, self._last],
-                "sha256": self._writer.sha256,
-            }
-        )
-        self._writer = None
 
 
 def _beginnings(corpus: Corpus, characters: int, held_out: float) -> Iterator[str]:
@@ -297,6 +282,11 @@ def _summary(manifest: dict, output: Path) -> str:
     ]
     dropped = ", ".join(f"{number:,} {reason}" for reason, number in manifest["dropped"].items())
     return "\n".join([*lines, f"dropped    {dropped}", f"tokenizer  {manifest['tokenizer']['vocab_size']:,} ids", f"written to {output}"])
+
+
+def _usable_cores() -> int:
+    """The cores that a batch system left to this process, where the system can say, else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes PREFIX.bin and PREFIX.idx, a document at a time; they appear when the `with` block ends well, .idx last."""
+    """Writes PREFIX.bin and PREFIX.idx, a document at a time; they appear when it is closed, .idx last."""
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix = str(prefix)
@@ -49,12 +50,10 @@ class ShardWriter:
         self.lengths = array.array("i")
         self.tokens = 0
         self.sha256: dict[str, str] = {}
+        """Of the two files, by "bin" and "idx", once they are closed."""
         self._digest = hashlib.sha256()
-
-    def __enter__(self) -> "ShardWriter":
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(f"{self.prefix}.bin.partial", "wb")
-        return self
+        self._file = open(f"{self.prefix}.bin.partial", "wb")  # noqa: SIM115  closed by close
 
     def add(self, tokens: NDArray) -> None:
         """One document, in the shard's dtype.  [tokens]"""
@@ -65,18 +64,23 @@ class ShardWriter:
         self.lengths.append(len(tokens))
         self.tokens += len(tokens)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            self._file.close()
-            os.unlink(self._file.name)
-            return
+    def close(self) -> None:
         _publish(self._file, f"{self.prefix}.bin")
-        self.sha256["bin"] = self._digest.hexdigest()
         index = self._index()
         with open(f"{self.prefix}.idx.partial", "wb") as file:
             file.write(index)
             _publish(file, f"{self.prefix}.idx")
-        self.sha256["idx"] = hashlib.sha256(index).hexdigest()
+        self.sha256 = {"bin": self._digest.hexdigest(), "idx": hashlib.sha256(index).hexdigest()}
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+            os.unlink(self._file.name)
 
     def _index(self) -> bytes:
         lengths = np.array(self.lengths, dtype="<i4")
@@ -264,7 +268,7 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _publish(file, path: str) -> None:
+def _publish(file: BinaryIO, path: str) -> None:
     """The bytes are on the disk before the file has its name."""
     file.flush()
     os.fsync(file.fileno())

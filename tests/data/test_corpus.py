@@ -149,7 +149,7 @@ def test_a_datasets_folder_is_streamed_without_a_network(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     documents = list(dataset_corpus(str(tmp_path), "train", "text").documents())
     assert [document.text for document in documents] == ["one", "two"]
-    assert documents[1].source == f"{tmp_path}:train:2"
+    assert documents[1].source == f"{tmp_path.name}:train:2"
 
 
 @pytest.mark.parametrize("split, field, sentence", [("test", "text", "Bad split: test"), ("train", "txt", 'row 1 has no field "txt"')])

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_a_folder_that_is_there_is_kept_and_told_apart(make, corpus):
 def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
     (tmp_path / "prepared").mkdir()
     (tmp_path / "prepared/thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is no prepared folder"):
+    with pytest.raises(UserError, match="exists and is no prepared folder; nothing is overwritten"):
         make()
     assert list(files(tmp_path)) == ["prepared/thesis.tex"]
 
@@ -138,8 +139,9 @@ def test_settings_that_cannot_be_are_refused(make, tmp_path, changes, sentence):
     assert files(tmp_path) == {}
 
 
-def door(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, REPOSITORY / "data/prepare.py", *arguments], cwd=cwd, capture_output=True, text=True)
+def door(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, REPOSITORY / "data/prepare.py", *arguments]
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
 
 
 def test_the_door_prepares_and_sums_up(corpus, tokenizer, tmp_path):
@@ -153,3 +155,18 @@ def test_the_door_says_a_mistake_in_one_sentence(tmp_path):
     done = door("--input", "nowhere", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "--input nowhere: no such file.\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_without_a_network_ends_in_one_sentence(tmp_path):
+    done = door("--dataset", "somebody/something:some_config", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 2
+    assert (
+        done.stderr.startswith("--dataset somebody/something:some_config, split train, cannot be read: ") and done.stderr.count("\n") == 1
+    )
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_an_output_that_may_not_be_written_is_named(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/prepared cannot be written: Not a directory"):
+        make(output=str(tmp_path / "file/prepared"))
