@@ -82,7 +82,7 @@ def _run(settings: RunSettings, merged: dict, process, data, layout: dict, start
         settings.model.document_mask,
     )
     about = {
-        "run_id": start.run_id,
+        "run_id": engine.first_sentence(start.run_id),
         "model": dataclasses.asdict(settings.model),
         "layout": layout,
         "data": {

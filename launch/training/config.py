@@ -149,9 +149,10 @@ def read_run_settings(arguments: Sequence[str]) -> RunSettings:
 
 
 def _defaults_of_size(given: dict) -> dict:
-    if not given.get("size"):
-        return {}
-    return {f"model.{name}": value for name, value in named_size(given["size"]).items()}
+    """The model's defaults as written, what is derived left open: a width on the command line changes what follows from it."""
+    written = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    written |= named_size(given["size"]) if given.get("size") else {}
+    return {f"model.{name}": value for name, value in written.items()}
 
 
 def _refuse_impossible(settings: RunSettings) -> None:

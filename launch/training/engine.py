@@ -181,6 +181,9 @@ class Engine:
             self._files.attempt(lambda: checkpoint.begin(root, step, about["run_id"]))
         self.barrier()
         self._deepspeed.save_checkpoint(str(root), tag=folder.name, save_latest=False)
+        if self.process.is_first:
+            for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # left there by DeepSpeed; they cannot read ZeRO-1 in bf16
+                (root / script).unlink(missing_ok=True)
         self._files.attempt(lambda: checkpoint.write_part(folder, self.process.rank, self._files.written))
         if self.agree(self._files.failure is None) and self.process.is_first:
             self._files.attempt(lambda: checkpoint.publish(folder, step, about))

@@ -1,0 +1,56 @@
+"""launch/pretrain.py with a fault from outside: FAULT="rank:where:number" kills that rank with SIGKILL at that moment.
+
+where "step": before optimizer step `number`; "write": at the `number`-th write of checkpoint bytes; "publish": before the
+`number`-th checkpoint gets its name. FAULT_TERMINATE="rank:number" sends SIGTERM to that rank in step `number`.
+"""
+
+import os
+import signal
+import sys
+
+from data.command_line import run_door
+from launch import pretrain
+from launch.training import checkpoint
+from launch.training.engine import Engine
+
+
+def plant(fault: str) -> None:
+    rank, where, number = fault.split(":")
+    if os.environ["RANK"] != rank:
+        return
+    owner, name = {"step": (Engine, "train_step"), "write": (checkpoint.HashingFile, "write"), "publish": (checkpoint, "publish")}[where]
+    whole, calls = getattr(owner, name), iter(range(int(number)))
+
+    def failing(*arguments, **more):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments, **more)
+
+    setattr(owner, name, failing)
+
+
+def plant_termination(order: str) -> None:
+    rank, number = order.split(":")
+    whole = Engine.train_step
+
+    def interrupted(self, micro_batches, learning_rate, step, stop_asked=False):
+        if os.environ["RANK"] == rank and step == int(number):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, micro_batches, learning_rate, step, stop_asked)
+
+    Engine.train_step = interrupted
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RANK", "0")
+    if os.environ["RANK"] == "0" and os.environ.get("WORLD_SIZE", "1") == "1":
+        del os.environ["RANK"]
+        from launch.training.processes import find_process
+
+        find_process()
+    if "FAULT" in os.environ:
+        plant(os.environ["FAULT"])
+    if "FAULT_TERMINATE" in os.environ:
+        plant_termination(os.environ["FAULT_TERMINATE"])
+    sys.argv[0] = pretrain.__file__
+    run_door(pretrain.main)

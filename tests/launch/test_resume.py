@@ -1,0 +1,101 @@
+"""Stopped and resumed equals never stopped, bit for bit; and no moment of dying loses a published checkpoint."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch.training import checkpoint
+from launch.training.loop import SAVED_AND_UNFINISHED
+from launch.training.weights import read_weights
+from tests.ranks import finish, start_ranks
+
+DOOR = Path(__file__).with_name("pretrain_with_faults.py")
+CURVES = ("loss/train", "optimization/gradient_norm", "optimization/learning_rate", "loss/validation")
+
+
+def run(world_size: int, words: list[str], **environment: str) -> str:
+    return "\n---\n".join(finish(start_ranks(world_size, DOOR, *words, OMP_NUM_THREADS="1", **environment)))
+
+
+def statuses(world_size: int, words: list[str], **environment: str) -> list[int]:
+    """Run and let it die: each rank's status. What a dead rank leaves waiting is ended here, as a launcher would."""
+    processes = start_ranks(world_size, DOOR, *words, OMP_NUM_THREADS="1", **environment)
+    try:
+        for process in processes:
+            process.communicate(timeout=120)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return [process.returncode for process in processes]
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {name: {} for name in CURVES}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        for name in set(CURVES) & set(entry):
+            assert entry["step"] not in found[name], f"{name} of step {entry['step']} stands twice"
+            found[name][entry["step"]] = entry[name]
+    return found
+
+
+def board_curve(folder: Path) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss/train")]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert curves(one) == curves(other)
+    assert board_curve(one) == board_curve(other)
+    ours, theirs = (read_weights(checkpoint.published(folder / "checkpoints")[0]) for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+CASES = [
+    (1, ["--deepspeed", "ds_configs/zero1.json"]),
+    (2, ["--deepspeed", "ds_configs/zero2.json", "--precision", "float32", "--model.dropout", "0.1"]),
+    (2, ["--deepspeed", "ds_configs/zero3.json", "--model.tie_embeddings", "false"]),
+]
+
+
+@pytest.mark.parametrize(("world_size", "choice"), CASES)
+def test_a_killed_run_goes_on_with_the_numbers_of_one_that_never_stopped(world_size, choice, tiny, tmp_path):
+    words = [*tiny, *choice]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(world_size, [*words, "--output", str(whole)])
+    assert any(status == -signal.SIGKILL for status in statuses(world_size, [*words, "--output", str(stopped)], FAULT="0:step:7"))
+    assert "Going on from step 4 of 12" in run(world_size, [*words, "--output", str(stopped)])
+    assert_same_run(whole, stopped)
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_same_step_saved_and_the_same_command_goes_on(tiny, tmp_path):
+    words = [*tiny, "--deepspeed", "ds_configs/zero1.json"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(2, [*words, "--output", str(whole)])
+    assert statuses(2, [*words, "--output", str(stopped)], FAULT_TERMINATE="1:6") == [SAVED_AND_UNFINISHED] * 2
+    assert checkpoint.step_of(checkpoint.published(stopped / "checkpoints")[0]) == 8  # asked during step 7, all know in step 8
+    run(2, [*words, "--output", str(stopped), "--resume"])
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize("fault", ["1:write:2", "0:write:40", "0:publish:1"])
+def test_dying_while_the_second_checkpoint_is_written_leaves_the_first(fault, tiny, tmp_path):
+    words = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
+    root = tmp_path / "run" / "checkpoints"
+    if fault == "1:write:2":  # count a rank's writes of one checkpoint, so that the kill falls into the second
+        run(2, [*words, "--train_steps", "4", "--output", str(tmp_path / "counted")])
+        fault = "1:write:60"
+    assert any(status == -signal.SIGKILL for status in statuses(2, words, FAULT=fault))
+    for folder in checkpoint.published(root):
+        assert checkpoint.damage(folder) is None
+    run(2, [*words, "--resume"] if checkpoint.published(root) else words)
+    assert checkpoint.step_of(checkpoint.published(root)[0]) == 12
