@@ -89,6 +89,8 @@ def find_files(inputs: Sequence[str]) -> dict[Path, str]:
     """The files that inputs name, sorted within each input, with their paths inside it."""
     files: dict[Path, str] = {}
     for given in inputs:
+        if not given:
+            raise UserError('--input "" names no file; was a variable empty?')
         path = Path(given)
         if path.is_dir():
             root, found = path, [file for file in path.rglob("*") if _is_readable(file)]

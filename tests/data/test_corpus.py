@@ -78,6 +78,8 @@ def test_what_matches_nothing_is_refused(tmp_path):
         find_files([str(tmp_path)])
     with pytest.raises(UserError, match=r"--input .*\.txt: no such file"):
         find_files([str(tmp_path / "*.txt")])
+    with pytest.raises(UserError, match="names no file"):
+        find_files([""])  # a path of nothing would be the whole working folder
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
