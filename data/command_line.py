@@ -52,8 +52,8 @@ def read_settings(
         if _members(action.dest, kinds):  # jsonargparse would let a whole group come from a file of its own
             action.help = jsonargparse.SUPPRESS
     words = _spell_out(arguments, kinds | ({"config": str} if positional is None else {}), aliases or {})
-    recipes = {word.partition("=")[2]: {} for word in words if word.startswith("--config=")}
-    recipes = {path: _read_recipe(path, kinds) for path in recipes}
+    paths = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    recipes = {path: _read_recipe(path, kinds) for path in paths}
     given = [word for word in words if not word.startswith("--config=")]
     in_recipes = {name: value for recipe in recipes.values() for name, value in recipe.items()}
     try:
@@ -86,6 +86,14 @@ def nearest(word: str, allowed: Sequence[str]) -> str:
     """' Did you mean "..."?' with the closest of the allowed words, or nothing where there is none."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested settings by dotted name."""
+    flat: dict = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _spell_out(arguments: Sequence[str], kinds: dict[str, object], aliases: dict[str, str]) -> list[str]:
@@ -136,13 +144,6 @@ def _field_help(settings: type, field: str) -> str:
     return next((entry.description or "" for entry in documented if entry.arg_name == field), "")
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat: dict = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _read_recipe(path: str, kinds: dict[str, object]) -> dict:
     """What a recipe gives, flat by dotted name."""
     try:
@@ -153,7 +154,7 @@ def _read_recipe(path: str, kinds: dict[str, object]) -> dict:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} holds a {type(recipe).__name__}; a recipe is names with values.")
-    flat = _flatten(recipe)
+    flat = flatten(recipe)
     for name in flat:
         if members := _members(name, kinds):
             raise UserError(f'{path}: "{name}" is a group of settings: {", ".join(members)}.')
@@ -175,7 +176,8 @@ def _one_sentence(message: str, kinds: dict[str, object], given: list[str], reci
     hint = nearest(value, allowed) if len(allowed) > 1 else ""
     where = [path for path, recipe in recipes.items() if name in recipe][-1:]
     place = f" Set in {where[0]}." if where and not any(word.startswith(f"--{name}=") for word in given) else ""
-    return f"{name} is {value}; it must be {' or '.join(allowed)}.{hint}{place}"
+    choices = " or ".join([*([", ".join(allowed[:-1])] if allowed[:-1] else []), allowed[-1]])
+    return f"{name} is {value}; it must be {choices}.{hint}{place}"
 
 
 def _allowed(kind: object) -> list[str]:

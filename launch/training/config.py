@@ -1,11 +1,13 @@
 """Settings of a run, from recipe and command line, and the batch arithmetic that follows from them."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from data.command_line import UserError, read_settings
+from data.command_line import UserError, flatten, read_settings
 from model.config import ModelConfig, named_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -43,7 +45,7 @@ class ScheduleSettings:
     warmup_steps: int = 100
     """Steps in which the rate rises linearly from 0."""
     min_learning_rate: float = 0.0
-    """Rate at the last step (constant: not used)."""
+    """Where the rate ends, one step behind the last (constant: not used)."""
     decay_fraction: float = 0.2
     """wsd only: the share of all steps in which the rate falls, linearly."""
 
@@ -87,7 +89,7 @@ class RunSettings:
     output: str = "runs/demo"
     """Folder of the run: curves, log, checkpoints. A second start with the same one goes on."""
     size: str | None = None
-    """Named size the model settings start from, such as gpt2-124m or llama3-8b."""
+    """Named size the model settings start from, such as gpt2-124m or llama3-8b; on the command line it replaces those of the recipe."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     batch: BatchSettings = dataclasses.field(default_factory=BatchSettings)
@@ -134,11 +136,12 @@ def read_run_settings(arguments: Sequence[str]) -> RunSettings:
 
     Raises UserError, with every complaint about their combination at once.
     """
-    words = [word for word in arguments if not word.startswith("--local_rank") and not word.startswith("--local-rank")]
+    words = _without_local_rank(arguments)
     if not any(word == "--config" or word.startswith("--config=") for word in words):
         words = ["--config", str(DEMO_RECIPE), *words]
     aliases = {"--deepspeed_config": "--deepspeed", "--data": "--data.path"}
     try:
+        words = [*_words_of_size(words), *words]
         settings = read_settings(RunSettings, words, "Train a transformer with DeepSpeed.", aliases=aliases, defaults=_defaults_of_size)
     except UserError:
         raise
@@ -146,6 +149,28 @@ def read_run_settings(arguments: Sequence[str]) -> RunSettings:
         raise UserError(str(error)) from error
     _refuse_impossible(settings)
     return settings
+
+
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """The launcher adds --local_rank=N (torch's older one --local-rank=N); the environment says it too."""
+    words, kept = list(arguments), []
+    while words:
+        word = words.pop(0)
+        if word in ("--local_rank", "--local-rank"):
+            del words[:1]
+        elif not word.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(word)
+    return kept
+
+
+def _words_of_size(words: list[str]) -> list[str]:
+    """A size on the command line, spelt out: like everything there it lies over the recipe, and under --model.* beside it."""
+    sizes = [word.removeprefix("--size=") for word in words if word.startswith("--size=")]
+    sizes += [value for name, value in itertools.pairwise(words) if name == "--size"]
+    if not sizes:
+        return []
+    shape = {"num_key_value_heads": None, "head_size": None} | named_size(sizes[-1])
+    return [f"--model.{name}={'null' if value is None else str(value).lower()}" for name, value in shape.items()]
 
 
 def _defaults_of_size(given: dict) -> dict:
@@ -156,10 +181,21 @@ def _defaults_of_size(given: dict) -> dict:
 
 
 def _refuse_impossible(settings: RunSettings) -> None:
-    complaints = []
-    if (settings.train_steps is None) == (settings.train_tokens is None):
-        complaints.append("Give train_steps or train_tokens, one of them.")
-    elif settings.train_tokens is not None and settings.steps < 1:
+    complaints = [
+        f"{name} is {value}; it must be a finite number."
+        for name, value in flatten(dataclasses.asdict(settings)).items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    if complaints:
+        raise UserError("\n".join(complaints))
+    if settings.train_steps is None and settings.train_tokens is None:
+        complaints.append("Give train_steps or train_tokens, the length of training.")
+    elif settings.train_steps is not None and settings.train_tokens is not None:
+        complaints.append(
+            f"train_steps {settings.train_steps} and train_tokens {settings.train_tokens:g} both say how long to train; "
+            "keep one and set the other to null."
+        )
+    elif settings.train_tokens is not None and settings.train_tokens < settings.tokens_per_step:
         complaints.append(f"train_tokens {settings.train_tokens:g} is less than one step of {settings.tokens_per_step:,} tokens.")
     positive = {
         "batch.global_batch_size": settings.batch.global_batch_size,
@@ -168,6 +204,7 @@ def _refuse_impossible(settings: RunSettings) -> None:
         "optimizer.epsilon": settings.optimizer.epsilon,
         "train_steps": 1 if settings.train_steps is None else settings.train_steps,
         "log.interval": settings.log.interval,
+        "peak_tflops": 1 if settings.peak_tflops is None else settings.peak_tflops,
     }
     complaints += [f"{name} is {value}; it must be above 0." for name, value in positive.items() if value <= 0]
     not_negative = {
@@ -186,6 +223,11 @@ def _refuse_impossible(settings: RunSettings) -> None:
             complaints.append(f"optimizer.{name} is {getattr(settings.optimizer, name)}; it must be at least 0 and below 1.")
     if not 0 < settings.schedule.decay_fraction <= 1:
         complaints.append(f"schedule.decay_fraction is {settings.schedule.decay_fraction}; it must be above 0 and at most 1.")
+    if settings.schedule.min_learning_rate > settings.optimizer.learning_rate and settings.schedule.kind != "constant":
+        complaints.append(
+            f"schedule.min_learning_rate {settings.schedule.min_learning_rate:g} is above optimizer.learning_rate "
+            f"{settings.optimizer.learning_rate:g}."
+        )
     if settings.checkpoint.keep < 2:
         complaints.append(
             f"checkpoint.keep is {settings.checkpoint.keep}; at least 2 are kept, so that a damaged one leaves another to go on from."

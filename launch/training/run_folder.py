@@ -16,7 +16,7 @@ import uuid
 from importlib.metadata import version
 from pathlib import Path
 
-from data.command_line import UserError
+from data.command_line import UserError, flatten
 from launch.training import checkpoint
 from launch.training.config import REPOSITORY, RunSettings
 
@@ -134,14 +134,6 @@ def _refuse_other_model(manifest: dict, folder: Path, settings: RunSettings, lay
 
 def _layout(layout: dict) -> str:
     return f"{layout['world_size']} rank(s) under ZeRO-{layout['zero_stage']} in {layout['precision']}"
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """Nested settings by dotted name."""
-    flat: dict = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _commit() -> str | None:

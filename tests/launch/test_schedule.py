@@ -1,0 +1,66 @@
+"""The learning rate, step by step."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.training.schedule import learning_rate
+
+# 110 steps, 10 of them warm-up: the peak is at step 10, the middle of what follows at 60, the last step is 109, 99/100 of the way.
+RUN = {"steps": 110, "peak": 1.0, "warmup_steps": 10, "minimum": 0.2}
+
+
+@pytest.mark.parametrize(
+    "kind, rates",
+    [
+        ("cosine", {0: 1 / 11, 9: 10 / 11, 10: 1.0, 60: 0.6, 109: 0.2 + 0.4 * (1 + math.cos(math.pi * 0.99)), 110: 0.2}),
+        ("linear", {0: 1 / 11, 9: 10 / 11, 10: 1.0, 60: 0.6, 109: 0.208, 110: 0.2}),
+        ("constant", {0: 1 / 11, 9: 10 / 11, 10: 1.0, 60: 1.0, 109: 1.0, 110: 1.0}),
+        ("wsd", {0: 1 / 11, 9: 10 / 11, 10: 1.0, 88: 1.0, 99: 0.6, 109: 0.2 + 0.8 / 22, 110: 0.2}),  # falls over the last 22 steps
+    ],
+)
+def test_each_kind_by_hand(kind, rates):
+    for step, rate in rates.items():
+        assert learning_rate(step, kind=kind, **RUN) == pytest.approx(rate, abs=1e-12), step
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    for kind in ("cosine", "linear", "constant", "wsd"):
+        assert learning_rate(0, 10, 3e-4, kind) == 3e-4
+
+
+runs = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(["cosine", "linear", "constant", "wsd"]),
+        "steps": st.integers(2, 400),
+        "peak": st.floats(1e-6, 1.0),
+        "decay_fraction": st.floats(0.01, 1.0),
+    }
+).flatmap(
+    lambda run: st.fixed_dictionaries(
+        {name: st.just(value) for name, value in run.items()}
+        | {"warmup_steps": st.integers(0, run["steps"] - 1), "minimum": st.floats(0.0, run["peak"])}
+    )
+)
+
+
+@given(runs)
+def test_the_rate_rises_from_above_zero_never_leaves_its_bounds_and_never_jumps(run):
+    steps, warmup, peak, minimum = run["steps"], run["warmup_steps"], run["peak"], run["minimum"]
+    rates = [learning_rate(step, **run) for step in range(steps + 1)]
+    tiny = 1e-12 * peak
+    assert rates[0] > 0
+    assert all(later > earlier for earlier, later in itertools.pairwise(rates[: warmup + 1])), "warm-up rises"
+    assert rates[warmup] == pytest.approx(peak)
+    assert all(minimum - tiny <= rate <= peak + tiny for rate in rates[warmup:])
+    assert all(later <= earlier + tiny for earlier, later in itertools.pairwise(rates[warmup:])), "then it never rises"
+    falling = min(steps - warmup, max(1, round(run["decay_fraction"] * steps))) if run["kind"] == "wsd" else steps - warmup
+    steepest = max(peak / (warmup + 1), math.pi / 2 * (peak - minimum) / falling)  # the cosine's slope in its middle
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= steepest + tiny
+    if run["kind"] == "wsd":
+        assert all(rate == pytest.approx(peak) for rate in rates[warmup : steps - round(run["decay_fraction"] * steps)])
+    if run["kind"] in ("cosine", "linear"):
+        assert rates[-1] == pytest.approx(minimum, abs=tiny)
