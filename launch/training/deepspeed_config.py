@@ -10,7 +10,7 @@ import types
 import typing
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from data.command_line import UserError, nearest
 from launch.training.config import RunSettings, accumulation_steps
@@ -20,9 +20,25 @@ _PLAIN_SECTIONS: dict[str, set[str]] = {
     "data_types": {"grad_accum_dtype"},
     "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
     "checkpoint": {"tag_validation"},
+    "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
     "optimizer": {"type", "params"},
 }
 _OPTIMIZER_PARAMETERS = {"lr", "betas", "eps", "weight_decay"}
+_PRECISION_DEFAULTS = {  # DeepSpeed 0.19's own, written out
+    "bf16": {"immediate_grad_update": False, "check_grad_overflow": True},
+    "fp16": {
+        "loss_scale": 0,
+        "initial_scale_power": 16,
+        "loss_scale_window": 1000,
+        "hysteresis": 2,
+        "consecutive_hysteresis": False,
+        "min_loss_scale": 1,
+    },
+}
+_OURS = {
+    "zero_allow_untested_optimizer": True,  # torch's own AdamW, which DeepSpeed calls untested
+    "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam would have to be compiled on the first start
+}
 _TOP_LEVEL = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -38,7 +54,6 @@ _TOP_LEVEL = {
     "zero_force_ds_cpu_optimizer",
     "steps_per_print",
     "wall_clock_breakdown",
-    "comms_logger",
     "memory_breakdown",
     *_PLAIN_SECTIONS,
 }
@@ -112,16 +127,22 @@ def complete(written: dict, path: str, settings: RunSettings, data_parallel_size
             complaints.append(f'{path}: {name} is {given}; the recipe\'s {origin.get(name, "optimizer")} makes it {value}. Write "auto".')
         place[key] = value
     merged.pop("optimizer", None)  # ours is handed over, built from the same numbers
+    for section, defaults in _PRECISION_DEFAULTS.items():
+        merged[section] = defaults | merged[section]
     zero = merged.setdefault("zero_optimization", {"stage": 0})
     _fill_pinning(zero, device)
+    _fill_buckets(zero, settings.model.hidden_size)
+    complaints += [
+        f"{path}: {name} is {merged[name]}; it must be {value}." for name, value in _OURS.items() if merged.get(name, value) != value
+    ]
     if left := [name for name, value in _leaves(merged) if value == "auto"]:
         complaints.append(f'{path}: nothing fills the "auto" of {", ".join(left)}. Write a value.')
-    complaints += _impossible(merged, path, settings, device)
+    complaints += _invalid(merged, path) or _impossible(merged, path, settings, device)
     if complaints:
         raise UserError("\n".join(complaints))
+    zero["stage"] = int(zero.get("stage", 0))
     return merged | {
-        "zero_allow_untested_optimizer": True,  # torch's own AdamW, which DeepSpeed calls untested
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam would have to be compiled on the first start
+        **_OURS,
         "prescale_gradients": merged.get("prescale_gradients", False),
         "gradient_predivide_factor": merged.get("gradient_predivide_factor", 1.0),
         "communication_data_type": merged.get("communication_data_type", "fp32"),
@@ -133,7 +154,7 @@ def complete(written: dict, path: str, settings: RunSettings, data_parallel_size
 def _impossible(merged: dict, path: str, settings: RunSettings, device: str) -> list[str]:
     complaints = []
     zero = merged["zero_optimization"]
-    stage = zero.get("stage", 0)
+    stage = int(zero.get("stage", 0))
     if settings.precision == "fp16" and device == "cpu":
         complaints.append("precision fp16: DeepSpeed has no fp16 on a CPU. Allowed here: bf16, float32.")
     if settings.precision != "float32" and stage == 0:
@@ -143,10 +164,29 @@ def _impossible(merged: dict, path: str, settings: RunSettings, device: str) -> 
         )
     for section in ("offload_optimizer", "offload_param"):
         offload = zero.get(section) or {}
-        if offload.get("device") == "nvme" and not Path(offload.get("nvme_path", "")).is_dir():
-            complaints.append(f"{path}: zero_optimization.{section}.nvme_path {offload.get('nvme_path')} is not a folder on this machine.")
+        folder = offload.get("nvme_path")
+        if offload.get("device") == "nvme" and not (folder and Path(folder).is_dir()):
+            complaints.append(f"{path}: zero_optimization.{section}.nvme_path {folder} is not a folder on this machine.")
         if section == "offload_param" and offload.get("device", "none") != "none" and stage != 3:
             complaints.append(f"{path}: zero_optimization.offload_param needs stage 3; the stage is {stage}.")
+        if section == "offload_optimizer" and offload.get("device", "none") != "none" and stage == 0:
+            complaints.append(f"{path}: zero_optimization.offload_optimizer needs stage 1, 2 or 3; the stage is 0.")
+    return complaints
+
+
+def _invalid(merged: dict, path: str) -> list[str]:
+    """What DeepSpeed's own types say against the values."""
+    complaints = []
+    for section, model in _typed_sections().items():
+        try:
+            model(**merged[section])
+        except ValidationError as error:
+            complaints += [
+                f"{path}: {'.'.join(map(str, (section, *wrong['loc'])))} is {json.dumps(wrong['input'])}: {wrong['msg']}."
+                for wrong in error.errors()
+            ]
+    if merged.get("communication_data_type", "fp32") not in ("fp32", "bf16", "fp16"):
+        complaints.append(f"{path}: communication_data_type is {merged['communication_data_type']}; it must be fp32, bf16 or fp16.")
     return complaints
 
 
@@ -156,11 +196,25 @@ def _fill_pinning(zero: dict, device: str) -> None:
             zero[section]["pin_memory"] = device != "cpu"
 
 
-def _check_keys(written: dict, path: str) -> None:
+def _fill_buckets(zero: dict, hidden_size: int) -> None:
+    """The sizes that Hugging Face's integration gives to these when they are "auto"."""
+    sizes = {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    zero |= {name: size for name, size in sizes.items() if zero.get(name) == "auto"}
+
+
+def _typed_sections() -> dict[str, type[BaseModel]]:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    return {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+
+
+def _check_keys(written: dict, path: str) -> None:
+    models = _typed_sections()
     complaints = []
     for key, value in written.items():
         if key in _ELSEWHERE:
@@ -177,6 +231,9 @@ def _check_keys(written: dict, path: str) -> None:
             ]
         if key == "optimizer" and isinstance(value, dict):
             parameters = value.get("params", {})
+            if not isinstance(parameters, dict):
+                complaints.append(f'{path}: "optimizer.params" is {json.dumps(parameters)}; it must be an object.')
+                continue
             complaints += [
                 _unknown(path, f"optimizer.params.{n}", n, _OPTIMIZER_PARAMETERS) for n in parameters if n not in _OPTIMIZER_PARAMETERS
             ]
