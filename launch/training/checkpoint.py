@@ -4,7 +4,7 @@
     checkpoints/latest            the name of the newest; a hint for people, never trusted
 
 A folder with its final name is complete: it was renamed after the last file and the manifest reached the disk. A damaged one is
-renamed to *.corrupt and the next older one is taken.
+renamed to *.corrupt and the next older one is taken. Where a step is saved again, what was there is *.old until the new one has the name.
 """
 
 import hashlib
@@ -82,13 +82,18 @@ def publish(folder: Path, step: int, about: dict) -> Path:
     for part in sorted(folder.glob("part_*.json")):
         files |= json.loads(part.read_text())
         part.unlink()
-    write_durably(folder / MANIFEST, json.dumps(about | {"step": step, "files": files}, indent=1))
+    for name in sorted(_files_in(folder) - files.keys()):  # DeepSpeed copies what it keeps on NVMe by itself
+        files[name] = _entry_of(folder / name)
+    manifest = about | {"step": step, "files": files}
+    write_durably(folder / MANIFEST, _text(manifest | {"sha256": _seal(manifest)}))
     final = folder.parent / name_of(step)
+    old = final.with_name(final.name + ".old")
     if final.exists():  # the step was saved before; what is there is replaced only by a whole one
-        os.rename(final, final.with_name(final.name + ".old"))
+        discard(old)
+        os.rename(final, old)
     os.rename(folder, final)
     _sync(folder.parent)
-    shutil.rmtree(final.with_name(final.name + ".old"), ignore_errors=True)
+    discard(old)
     write_durably(folder.parent / "latest", final.name + "\n")
     return final
 
@@ -105,8 +110,8 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def published(root: Path) -> list[Path]:
-    """Checkpoint folders with a final name, newest first."""
-    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name)] if root.is_dir() else []
+    """Checkpoint folders with a final name, and those left without a successor when a step was saved again; newest first."""
+    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) or _is_left_alone(path)] if root.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -119,8 +124,10 @@ def step_of(folder: Path) -> int:
 def read_manifest(folder: Path) -> dict:
     """The manifest; raises UserError where there is none or it is damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["files"], manifest["step"], manifest["model"]
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if manifest.pop("sha256") != _seal(manifest) or text != _text(manifest | {"sha256": _seal(manifest)}):
+            raise ValueError("it is not as it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} has no readable {MANIFEST} ({type(error).__name__}: {error}).") from error
     return manifest
@@ -132,13 +139,21 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         manifest = read_manifest(folder)
     except UserError as error:
         return str(error)
+    if _NAME.match(folder.name) and step_of(folder) != manifest["step"]:
+        return f"{folder} holds the checkpoint of step {manifest['step']}."
+    if strangers := sorted(_files_in(folder) - manifest["files"].keys() - {MANIFEST}):
+        return f"{folder / strangers[0]} does not belong to the checkpoint."
     for name, expected in sorted(manifest["files"].items())[part::parts]:
         path = folder / name
         if not path.is_file():
             return f"{path} is missing."
         if path.stat().st_size != expected["bytes"]:
             return f"{path} has {path.stat().st_size:,} bytes; {expected['bytes']:,} were written."
-        if sha256_of(path) != expected["sha256"]:
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}."
+        if found != expected["sha256"]:
             return f"{path} is damaged: its sha256 is not the one it was written with."
     return None
 
@@ -155,7 +170,12 @@ def newest_good(root: Path, verify: Callable[[Path], str | None], say: Callable[
             return folder
         say(f"Damaged checkpoint: {complaint} Trying the one before.")
         if may_rename and folder.exists():
-            os.rename(folder, folder.with_name(folder.name + ".corrupt"))
+            corrupt = folder.with_name(f"{name_of(step_of(folder))}.corrupt")
+            discard(corrupt)
+            try:
+                os.rename(folder, corrupt)
+            except OSError as error:
+                say(f"{folder} cannot be renamed: {error.strerror}.")
     if candidates or list(root.glob("step_*.corrupt")):
         raise UserError(
             f"{root} holds no whole checkpoint, so the run cannot go on, and it will not start again from step 0 by itself. "
@@ -166,20 +186,43 @@ def newest_good(root: Path, verify: Callable[[Path], str | None], say: Callable[
 
 def retain(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and what interrupted writes left; by renaming first, so none is ever half there."""
+    newest = published(root)[:1]
+    for leftover in root.glob("step_*.*"):
+        unfinished = leftover.suffix.startswith(".tmp-") and newest and step_of(leftover) <= step_of(newest[0])
+        replaced = leftover.suffix == ".old" and not _is_left_alone(leftover)
+        if unfinished or replaced or leftover.suffix == ".deleted":
+            discard(leftover)
     for folder in published(root)[keep:]:
         doomed = folder.with_name(folder.name + ".deleted")
         os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    newest = published(root)[:1]
-    for leftover in root.glob("step_*.*"):
-        if leftover.suffix in (".deleted", ".old") or (
-            leftover.suffix.startswith(".tmp-") and newest and step_of(leftover) <= step_of(newest[0])
-        ):
-            shutil.rmtree(leftover, ignore_errors=True)
+        discard(doomed)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _is_left_alone(path: Path) -> bool:
+    """A checkpoint that was to be replaced by one of the same step, which never came."""
+    return path.suffix == ".old" and bool(_NAME.fullmatch(path.stem)) and not path.with_suffix("").exists()
+
+
+def _files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _entry_of(path: Path) -> dict:
+    """The manifest's entry of a file that another wrote; it reaches the disk first."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _text(manifest: dict) -> str:
+    return json.dumps(manifest, indent=1)
+
+
+def _seal(manifest: dict) -> str:
+    return hashlib.sha256(_text(manifest).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
