@@ -8,6 +8,7 @@ runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, dat
 
 import dataclasses
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -52,18 +53,20 @@ def inspect(settings: RunSettings, fingerprint: str, layout: dict) -> Start:
     """Decide on a fresh start or going on, changing nothing. Raises UserError where the folder holds another run or something else."""
     folder = Path(settings.output)
     record = folder / "run.json"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file; it must be a folder or not be there yet.")
+    in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if in_the_way:
+        raise UserError(f"output {folder}: {in_the_way} is a file; it must be a folder or not be there yet.")
     if not record.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != "run.json.tmp" for path in folder.iterdir()):  # a start that died at once leaves that
             raise UserError(f"output {folder} holds files but no run.json: not a run of ours. Give another --output.")
         if settings.resume:
             raise UserError(f"--resume: {folder} holds no run to go on with.")
         return Start(uuid.uuid4().hex[:12], goes_on=False)
     try:
-        before = json.loads(record.read_text())
-    except ValueError as error:
-        raise UserError(f"{record} is damaged ({error}). Give another --output.") from error
+        before = json.loads(record.read_text(encoding="utf-8"))
+        before["run_id"], before["data_fingerprint"], before["recipe"]["data"]["path"], before["starts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record} is damaged ({type(error).__name__}: {error}). Give another --output.") from error
     root = folder / "checkpoints"
     started = checkpoint.published(root) or list(root.glob("step_*.corrupt"))
     if not started:
@@ -76,9 +79,8 @@ def inspect(settings: RunSettings, fingerprint: str, layout: dict) -> Start:
             f"{folder} holds another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
             "Give another --output, or --allow_changes to go on with the new settings."
         )
-    newest = checkpoint.published(root)
-    if newest:
-        _refuse_other_model(checkpoint.read_manifest(newest[0]), newest[0], settings, layout)
+    if newest := _newest_manifest(root):
+        _refuse_other_model(*newest, settings, layout)
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed))
 
 
@@ -98,8 +100,12 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
         "starts": [*starts, time.strftime("%Y-%m-%d %H:%M:%S")],
     }
     checkpoint.write_durably(path, json.dumps(about, indent=1))
-    if not (folder / tokenizer.name).exists():
-        shutil.copyfile(tokenizer, folder / tokenizer.name)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if name != tokenizer.name:  # of an earlier start on other data
+            (folder / name).unlink(missing_ok=True)
+    beside = folder / f"{tokenizer.name}.tmp"
+    shutil.copyfile(tokenizer, beside)
+    os.replace(beside, folder / tokenizer.name)
 
 
 def versions() -> dict[str, str]:
@@ -118,7 +124,16 @@ def _changes(before: dict, settings: RunSettings, fingerprint: str) -> list[str]
     return changed
 
 
-def _refuse_other_model(manifest: dict, folder: Path, settings: RunSettings, layout: dict) -> None:
+def _newest_manifest(root: Path) -> tuple[Path, dict] | None:
+    for folder in checkpoint.published(root):
+        try:
+            return folder, checkpoint.read_manifest(folder)
+        except UserError:  # passed over and named when the run goes on
+            continue
+    return None
+
+
+def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings, layout: dict) -> None:
     model = dataclasses.asdict(settings.model)
     differences = [
         f"{name}: {manifest['model'].get(name)} there, {value} now" for name, value in model.items() if manifest["model"].get(name) != value

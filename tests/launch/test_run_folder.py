@@ -1,0 +1,203 @@
+"""A folder belongs to one run: it goes on, or it is refused and nothing in it changes."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from data.command_line import UserError
+from launch.training import checkpoint, run_folder
+from launch.training.config import DataSettings, LogSettings, OptimizerSettings, RunSettings
+from model.config import ModelConfig
+
+LAYOUT = {"world_size": 2, "zero_stage": 1, "precision": "bf16"}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every path below, with the hash of what it holds."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+class Run:
+    """A run as a first start leaves it, and what a second start says to it."""
+
+    def __init__(self, folder: Path):
+        self.output = folder / "run"
+        self.root = self.output / "checkpoints"
+        self.settings = RunSettings(output=str(self.output), model=ModelConfig(hidden_size=64), train_steps=100, data=DataSettings("old"))
+        self.tokenizer = folder / "tokenizer.model"
+        self.tokenizer.write_bytes(b"pieces")
+
+    def start(self, fingerprint: str = "f" * 64, layout: dict = LAYOUT, **changes) -> run_folder.Start:
+        return run_folder.inspect(dataclasses.replace(self.settings, **changes), fingerprint, layout)
+
+    def record(self, start: run_folder.Start | None = None) -> str:
+        start = start or self.start()
+        run_folder.record(self.settings, {"zero_optimization": {"stage": 1}}, start, "f" * 64, self.tokenizer)
+        return start.run_id
+
+    def save(self, step: int, model: ModelConfig | None = None) -> Path:
+        about = {"model": dataclasses.asdict(model or self.settings.model), "layout": LAYOUT}
+        return checkpoint.publish(checkpoint.begin(self.root, step, "run"), step, about)
+
+    def refusal(self, **changes) -> str:
+        """The sentence of a start that is refused; nothing in the folder has changed."""
+        before = tree(self.output.parent)
+        with pytest.raises(UserError) as refused:
+            self.start(**changes)
+        assert tree(self.output.parent) == before
+        return str(refused.value).replace(str(self.output), "RUN")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+@pytest.fixture
+def saved(run):
+    run.record()
+    run.save(10)
+    return run
+
+
+def test_a_fresh_start_is_recorded_before_the_first_step(run):
+    start = run.start()
+    assert (start.goes_on, start.notes) == (False, ())
+    assert not run.output.exists(), "looking changes nothing"
+    run.record(start)
+    about = json.loads((run.output / "run.json").read_text())
+    assert about["run_id"] == start.run_id
+    assert about["recipe"]["model"]["hidden_size"] == 64
+    assert about["deepspeed"] == {"zero_optimization": {"stage": 1}}
+    assert set(about["versions"]) == {"python", "torch", "deepspeed", "megabatch"}
+    assert len(about["starts"]) == 1
+    assert (run.output / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_two_fresh_starts_are_two_runs(run):
+    assert run.start().run_id != run.start().run_id
+
+
+def test_a_second_start_goes_on_under_the_same_id_and_is_noted(saved):
+    start = saved.start()
+    assert start.goes_on and start.notes == ()
+    assert saved.record(start) == json.loads((saved.output / "run.json").read_text())["run_id"]
+    assert len(json.loads((saved.output / "run.json").read_text())["starts"]) == 2
+    assert saved.start(resume=True).goes_on
+
+
+def test_a_run_without_a_checkpoint_starts_again_and_says_so(run):
+    run_id = run.record()
+    start = run.start()
+    assert (start.run_id, start.goes_on) == (run_id, False)
+    assert start.notes == (f"{run.output} holds a run that never reached a checkpoint: it starts again from step 0.",)
+    assert run.refusal(resume=True) == "--resume: RUN holds a run without a checkpoint. Without --resume it starts again from step 0."
+
+
+def test_an_empty_folder_is_a_fresh_start_and_so_is_one_whose_start_died_at_once(run):
+    run.output.mkdir()
+    assert not run.start().goes_on
+    (run.output / "run.json.tmp").write_text('{"run_')
+    assert not run.start().goes_on
+
+
+def test_resume_insists_on_a_run(run):
+    assert run.refusal(resume=True) == "--resume: RUN holds no run to go on with."
+
+
+def test_a_folder_with_other_things_is_refused(run):
+    run.output.mkdir()
+    (run.output / "thesis.tex").write_text("years")
+    assert run.refusal() == "output RUN holds files but no run.json: not a run of ours. Give another --output."
+
+
+@pytest.mark.parametrize("below", ["", "/deeper/still"])
+def test_a_file_in_the_way_is_refused(run, below):
+    run.output.write_text("a file")
+    sentence = f"output RUN{below}: RUN is a file; it must be a folder or not be there yet."
+    assert run.refusal(output=f"{run.output}{below}") == sentence
+
+
+@pytest.mark.parametrize("text", ["", '{"run_id": ', "[]", "null", "{}", '{"run_id": "x", "recipe": {}, "starts": []}', "\ud800"])
+def test_a_damaged_record_is_refused(saved, text):
+    (saved.output / "run.json").write_bytes(text.encode(errors="surrogatepass"))
+    assert saved.refusal().startswith("RUN/run.json is damaged (")
+
+
+def test_another_run_is_refused_with_every_difference(saved):
+    changes = {"seed": 2, "train_steps": 200, "optimizer": OptimizerSettings(learning_rate=1e-3)}
+    assert saved.refusal(**changes) == (
+        "RUN holds another run:\n"
+        "  optimizer.learning_rate: 0.0003 -> 0.001\n"
+        "  train_steps: 100 -> 200\n"
+        "  seed: 1 -> 2\n"
+        "Give another --output, or --allow_changes to go on with the new settings."
+    )
+    start = saved.start(**changes, allow_changes=True)
+    assert start.goes_on
+    assert start.notes == (
+        "Going on with a change: optimizer.learning_rate: 0.0003 -> 0.001",
+        "Going on with a change: train_steps: 100 -> 200",
+        "Going on with a change: seed: 1 -> 2",
+    )
+
+
+def test_what_changes_no_number_may_change(saved):
+    harmless = {"recompute": True, "compile": True, "log": LogSettings(interval=1), "peak_tflops": 5.0, "deepspeed": "other.json"}
+    assert saved.start(**harmless, data=DataSettings("moved"), dry_run=True).notes == ()
+
+
+def test_other_data_is_refused(saved):
+    sentence = saved.refusal(fingerprint="e" * 64, data=DataSettings("new"))
+    assert f"  the data: old {'f' * 12} -> new {'e' * 12}\n" in sentence
+
+
+def test_another_model_is_refused_even_where_changes_are_allowed(saved):
+    sentence = saved.refusal(model=ModelConfig(hidden_size=128), allow_changes=True)
+    assert sentence.startswith("RUN/checkpoints/step_00000010 is a checkpoint of another model:\n  hidden_size: 64 there, 128 now\n")
+    assert "  intermediate_size: 256 there, 512 now" in sentence
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"world_size": 4}, "4 rank(s) under ZeRO-1 in bf16"),
+        ({"zero_stage": 3}, "2 rank(s) under ZeRO-3 in bf16"),
+        ({"precision": "float32"}, "2 rank(s) under ZeRO-1 in float32"),
+    ],
+)
+def test_another_layout_is_refused_by_name(saved, change, words):
+    assert saved.refusal(layout=LAYOUT | change) == (
+        f"RUN/checkpoints/step_00000010 was written by 2 rank(s) under ZeRO-1 in bf16; this start has {words}. "
+        "A checkpoint goes on in the layout that wrote it."
+    )
+
+
+def test_a_damaged_newest_checkpoint_does_not_hide_the_one_before(saved):
+    (saved.save(20) / "manifest.json").write_text('{"step": 2')
+    assert saved.start().goes_on
+    assert "another model" in saved.refusal(model=ModelConfig(hidden_size=128), allow_changes=True)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_no_fresh_start(saved):
+    newest = saved.root / "step_00000010"
+    (newest / "manifest.json").unlink()
+    assert saved.start().goes_on, "what is there is judged when it is loaded"
+    newest.rename(newest.with_name("step_00000010.corrupt"))
+    assert saved.start().goes_on
+
+
+def test_the_tokenizer_beside_the_run_is_the_one_of_its_data(run):
+    run.record()
+    run.tokenizer.write_bytes(b"other pieces")
+    run.record()
+    assert (run.output / "tokenizer.model").read_bytes() == b"other pieces"
+    run.tokenizer = run.tokenizer.rename(run.tokenizer.with_name("tokenizer.json"))
+    run.record()
+    assert {path.name for path in run.output.glob("tokenizer*")} == {"tokenizer.json"}
