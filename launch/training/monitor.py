@@ -12,6 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from launch.training.checkpoint import write_durably
+
 DEEPSPEED_NAMES = {  # what DeepSpeed's own monitor calls them, over samples; old dashboards expect these
     "loss/train": "Train/Samples/train_loss",
     "optimization/learning_rate": "Train/Samples/lr",
@@ -34,10 +36,9 @@ class Monitor:
         self._log = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
         _cut_off(folder / "metrics.jsonl", first_step)
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        purge = {"purge_step": first_step + 1} if first_step else {}
-        self._board = SummaryWriter(folder / "tb", flush_secs=20, **purge)
-        purge = {"purge_step": first_step * samples_per_step + 1} if first_step else {}
-        self._board_by_samples = SummaryWriter(folder / "tb" / "by_samples", flush_secs=20, **purge)
+        self._board = SummaryWriter(folder / "tb", flush_secs=20, purge_step=first_step + 1)
+        samples = first_step * samples_per_step
+        self._board_by_samples = SummaryWriter(folder / "tb" / "by_samples", flush_secs=20, purge_step=samples + 1)
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True)
 
     def say(self, line: str) -> None:
@@ -93,10 +94,8 @@ class Monitor:
 
     def close(self) -> None:
         self._bar.close()
-        self._guard(self._board.close)
-        self._guard(self._board_by_samples.close)
-        self._log.close()
-        self._metrics.close()
+        for file in (self._board, self._board_by_samples, self._log, self._metrics):
+            self._guard(file.close)  # closing writes what is left
 
     def _guard(self, write) -> None:
         if self._muted:
@@ -105,7 +104,7 @@ class Monitor:
             write()
         except OSError as error:
             self._muted = True
-            print(f"The run's curves and log cannot be written any more ({error.strerror}). Training goes on.", file=sys.stderr)
+            print(f"The run's curves and log cannot be written any more ({error.strerror or error}). Training goes on.", file=sys.stderr)
 
 
 def perplexity(loss: float) -> float:
@@ -124,10 +123,10 @@ def _cut_off(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept))
+    write_durably(path, "".join(kept))

@@ -1,5 +1,8 @@
 """What a run will do and need, worked out before anything starts."""
 
+import re
+import time
+
 import torch
 
 from launch.training.config import RunSettings, accumulation_steps
@@ -28,14 +31,13 @@ def peak_flops(settings: RunSettings, device: str) -> tuple[float, str]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
         for part, tflops in _DATA_SHEET_TFLOPS.items():
-            if part in name:
+            if re.search(rf"{part}\b", name):  # an L40 is no L4
                 return tflops * 1e12, f"data sheet of {part}"
-    return _measured_flops(settings.precision, device), "measured: a matrix product of 1024 x 1024 x 1024"
+    return measured_flops(settings.precision, device), "measured: a matrix product of 1024 x 1024 x 1024"
 
 
-def _measured_flops(precision: str, device: str) -> float:
-    import time
-
+def measured_flops(precision: str, device: str) -> float:
+    """Floating-point operations a second of the best of a few matrix products."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
     a = torch.randn(1024, 1024, device=device).to(dtype)
     best = float("inf")
@@ -91,7 +93,8 @@ def plan(settings: RunSettings, merged_json: dict, process: Process, device: str
         ("work", f"{flops:,.0f} FLOPs a token, forward and backward, causal attention counted; {flops * tokens:.3g} in all"),
         (
             "data",
-            f"{settings.data.path}: {len(train):,} training tokens in {train.num_documents:,} documents, {len(validation):,} held out; {tokenizer}",
+            f"{settings.data.path}: {len(train):,} training tokens in {train.num_documents:,} documents, "
+            f"{len(validation):,} held out; {tokenizer}",
         ),
         (
             "batch",
@@ -101,8 +104,9 @@ def plan(settings: RunSettings, merged_json: dict, process: Process, device: str
         ("length", f"{settings.steps:,} steps, {tokens:,} tokens, {tokens / max(1, len(train)):.2f} epochs"),
         (
             "rate",
-            f"{settings.optimizer.learning_rate:g}, {settings.schedule.kind}, warm-up {settings.schedule.warmup_steps} steps, "
-            f"down to {settings.schedule.min_learning_rate:g}; clipping {settings.optimizer.gradient_clipping:g}, "
+            f"{settings.optimizer.learning_rate:g}, {settings.schedule.kind}, warm-up {settings.schedule.warmup_steps} steps"
+            + (f", down to {settings.schedule.min_learning_rate:g}" if settings.schedule.kind != "constant" else "")
+            + f"; clipping {settings.optimizer.gradient_clipping:g}, "
             f"decay {settings.optimizer.weight_decay:g}",
         ),
         (
