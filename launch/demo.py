@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from data.command_line import run_door
-from data.corpus import embedded_corpus, is_held_out
+from data.corpus import drop_duplicates_and_empty, embedded_corpus, is_held_out
 from data.prepare import PrepareSettings
 from launch.training.config import read_run_settings
 
@@ -45,7 +45,9 @@ def _compare(run: str, data: str) -> None:
     print(f"\n=== Held-out files: python launch/evaluate.py {run}", flush=True)
     result = evaluate(EvaluateSettings(run, data))
     held_out = PrepareSettings().held_out
-    text = b"".join(document.text.encode() for document in embedded_corpus().documents() if is_held_out(document.source, held_out))
+    documents = drop_duplicates_and_empty(embedded_corpus().documents(), {"empty": 0, "duplicate": 0})
+    text = b"".join(document.text.encode() for document in documents if is_held_out(document.source, held_out))
+    assert len(text) == result.bytes, "not the bytes that were evaluated"
     rows = {
         "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
         "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),

@@ -109,7 +109,12 @@ def _run(settings: RunSettings, merged: dict, process, data, layout: dict, start
         first_step,
         about,
         monitor,
-        Figures(flops_per_token(settings.model), peak[0], process.world_size, data.train.num_bytes / len(data.train)),
+        Figures(
+            flops_per_token(settings.model),
+            peak[0],
+            process.world_size,
+            {"train": data.train.num_bytes / len(data.train), "validation": data.validation.num_bytes / max(1, len(data.validation))},
+        ),
         data.tokenizer.decode,
         data.tokenizer.encode(settings.log.sample_prompt) or [data.tokenizer.end_of_text],
         data.tokenizer.end_of_text,

@@ -31,7 +31,6 @@ from model.generation import generate
 from model.loss import IGNORED, token_losses, training_loss
 from model.transformer import Transformer
 
-
 SAFE_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 """The only classes that DeepSpeed's checkpoints need; a file with any other is refused, not run."""
 

@@ -102,15 +102,15 @@ def train(
 class Figures:
     """Numbers that turn counts into what people compare."""
 
-    def __init__(self, flops_per_token: float, peak_flops: float, world_size: int, bytes_per_token: float):
+    def __init__(self, flops_per_token: float, peak_flops: float, world_size: int, bytes_per_token: dict[str, float]):
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.world_size = world_size
         self.bytes_per_token = bytes_per_token
 
-    def bits_per_byte(self, loss: float) -> float:
-        """From mean nats per token, at the corpus's mean bytes per token."""
-        return loss / math.log(2) / self.bytes_per_token
+    def bits_per_byte(self, loss: float, split: str) -> float:
+        """From mean nats per token, at the mean bytes per token of the whole split."""
+        return loss / math.log(2) / self.bytes_per_token[split]
 
     def flops_per_device(self, tokens_per_second: float) -> float:
         return tokens_per_second * self.flops_per_token / self.world_size
@@ -157,7 +157,7 @@ def _show_step(
     if at_interval:
         scalars |= {
             "perplexity/train": perplexity(report.loss),
-            "bits_per_byte/train": figures.bits_per_byte(report.loss),
+            "bits_per_byte/train": figures.bits_per_byte(report.loss, "train"),
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tflops_per_device": used / 1e12,
             "throughput/utilization": used / figures.peak_flops,
@@ -184,13 +184,13 @@ def _validate(engine: Engine, batches: Iterable[Batch], monitor: Monitor | None,
             {
                 "loss/validation": loss,
                 "perplexity/validation": perplexity(loss),
-                "bits_per_byte/validation": figures.bits_per_byte(loss),
+                "bits_per_byte/validation": figures.bits_per_byte(loss, "validation"),
                 "time/validation": time.perf_counter() - start,
             },
         )
         monitor.say(
             f"step: {step} | validation loss: {loss:.4f} | perplexity: {perplexity(loss):.2f} | "
-            f"bits per byte: {figures.bits_per_byte(loss):.4f} | over {tokens:,} tokens"
+            f"bits per byte: {figures.bits_per_byte(loss, 'validation'):.4f} | over {tokens:,} tokens"
         )
         monitor.flush()
 

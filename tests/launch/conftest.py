@@ -23,7 +23,14 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def tiny(prepared, tmp_path):
     """Words for launch/pretrain.py: a model of 0.1 M parameters on that text."""
-    model = {"vocab_size": 800, "sequence_length": 32, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = {
+        "vocab_size": 800,
+        "sequence_length": 32,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     words = ["--data", str(prepared), "--output", str(tmp_path / "run")]
     for name, value in model.items():
         words += [f"--model.{name}", str(value)]

@@ -1,0 +1,208 @@
+"""The doors: they run as the README says, agree with one another, and refuse a person's mistake with one sentence and status 2."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.command_line import UserError
+from launch import evaluate, export, generate, pretrain
+from launch.training import checkpoint
+from launch.training.loop import SAVED_AND_UNFINISHED
+from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
+
+PRETRAIN = REPOSITORY / "launch" / "pretrain.py"
+BINARIES = Path(sys.executable).parent
+LAYOUTS = {
+    "zero1-bf16": (1, ["--deepspeed", "ds_configs/zero1.json"]),
+    "zero2": (2, ["--deepspeed", "ds_configs/zero2.json", "--precision", "float32"]),
+    "zero3": (2, ["--deepspeed", "ds_configs/zero3.json", "--precision", "float32"]),
+}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its hash."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def launched(command: list[str], **more) -> subprocess.Popen:
+    environment = clean_environment(TERM="dumb")
+    return subprocess.Popen(
+        [str(BINARIES / command[0]), *command[1:]],
+        env=environment,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **more,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, prepared):
+    """A finished tiny run of each layout, by name; validated over the whole held-out split at its end."""
+    folders = {}
+    for name, (world_size, choice) in LAYOUTS.items():
+        folder = tmp_path_factory.mktemp("runs") / name
+        words = ["--data", str(prepared), "--output", str(folder), "--model.vocab_size", "800", "--model.sequence_length", "32"]
+        words += ["--model.hidden_size", "32", "--model.num_layers", "2", "--model.num_attention_heads", "2", "--train_steps", "6"]
+        words += ["--schedule.warmup_steps", "1", "--batch.global_batch_size", "8", "--batch.micro_batch_size", "2"]
+        words += ["--log.validation_samples", "0", "--log.sample_interval", "3", *choice]
+        finish(start_ranks(world_size, PRETRAIN, *words, OMP_NUM_THREADS="1"))
+        folders[name] = folder
+    return folders
+
+
+def validation_loss(run: Path) -> float:
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return next(entry["loss/validation"] for entry in reversed(entries) if "loss/validation" in entry)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evaluation_of_the_checkpoint_gives_the_loss_that_training_saw(layout, runs, prepared):
+    result = evaluate.evaluate(evaluate.EvaluateSettings(str(runs[layout])), show_progress=False)
+    # Training validates in bf16 where it trains in bf16; the checkpoint holds the float32 master weights.
+    assert result.loss == pytest.approx(validation_loss(runs[layout]), abs=0.01 if "bf16" in layout else 1e-5)
+    assert result.bits_per_byte == pytest.approx(result.loss * result.tokens / 0.6931471805599453 / result.bytes)
+
+
+def test_a_sliding_window_predicts_every_token_once_with_more_before_it(runs):
+    side_by_side = evaluate.evaluate(evaluate.EvaluateSettings(str(runs["zero2"])), show_progress=False)
+    sliding = evaluate.evaluate(evaluate.EvaluateSettings(str(runs["zero2"]), stride=8), show_progress=False)
+    assert sliding.tokens == side_by_side.tokens
+    assert sliding.loss == pytest.approx(side_by_side.loss, rel=0.01)
+    assert sliding.loss != side_by_side.loss
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_is_loaded_by_transformers_and_speaks_as_the_run_does(layout, runs, tmp_path, capsys, prepared):
+    folder = tmp_path / "exported"
+    assert export.main([str(runs[layout]), "--output", str(folder)]) == 0
+    assert "no missing or unexpected key" in capsys.readouterr().out
+    spoken = []
+    for model in (runs[layout], checkpoint.published(runs[layout] / "checkpoints")[0], folder):
+        assert generate.main([str(model), "--prompt", "abc", "--max_new_tokens", "12", "--temperature", "0"]) == 0
+        spoken.append(capsys.readouterr().out)
+    assert spoken[0] == spoken[1] == spoken[2]
+    exported = evaluate.evaluate(evaluate.EvaluateSettings(str(folder), str(prepared)), show_progress=False)
+    assert exported.loss == pytest.approx(evaluate.evaluate(evaluate.EvaluateSettings(str(runs[layout])), False).loss, abs=1e-5)
+    before = tree(folder)
+    with pytest.raises(UserError, match="nothing is overwritten"):
+        export.main([str(runs[layout]), "--output", str(folder)])
+    assert tree(folder) == before
+
+
+MISTAKES = [
+    (["--deepspeed", "nowhere.json"], "No such file"),
+    (["--data", "nowhere"], "no prepared folder"),
+    (["--modle.hidden_size", "64"], 'Did you mean "model.hidden_size"'),
+    (["--batch.global_batch_size", "7"], "Nearest: 6 or 8"),
+    (["--model.vocab_size", "700"], "Nearest: 800"),
+    (["--precision", "fp16"], "no fp16 on a CPU"),
+    (["--size", "gpt2-124"], 'Did you mean "gpt2-124m"'),
+    (["--train_tokens", "1e6"], "train_steps or train_tokens"),
+    (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate"),
+    (["--checkpoint.keep", "1"], "At least 2|at least 2"),
+    (["--resume"], "holds no run"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), MISTAKES)
+def test_a_mistake_is_refused_before_anything_is_made(words, sentence, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "x")  # so that what the door sets is taken back
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=sentence):
+        pretrain.main([*tiny, *words])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "train" / "00000.bin").write_bytes((folder / "train" / "00000.bin").read_bytes()[:-2]), "bytes long"),
+        (lambda folder: (folder / "train" / "00000.idx").write_bytes(b"nonsense" * 9), "no Megatron index"),
+        (lambda folder: (folder / "train" / "00000.bin").unlink(), "No such file"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
+    ],
+)
+def test_damaged_data_is_refused_by_name(damage, sentence, tiny, prepared, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(REPOSITORY)
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    damage(copy)
+    with pytest.raises(UserError, match=sentence):
+        pretrain.main([*tiny, "--data", str(copy), "--dry_run"])
+
+
+def test_only_the_first_of_two_ranks_says_what_is_wrong_and_both_leave_with_status_2(tiny):
+    processes = start_ranks(2, PRETRAIN, *tiny, "--batch.global_batch_size", "6")
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "Nearest: 4 or 8" in outputs[0] and "Traceback" not in outputs[0]
+    assert outputs[1].strip() == ""
+
+
+def test_another_runs_folder_is_refused_and_left_as_it_was(runs, tiny):
+    folder = runs["zero1-bf16"]
+    before = tree(folder)
+    processes = start_ranks(1, PRETRAIN, *tiny, "--output", str(folder))
+    output = processes[0].communicate(timeout=60)[0]
+    assert processes[0].returncode == 2
+    assert "holds another run" in output and "train_steps: 6 -> 12" in output
+    assert tree(folder) == before
+
+
+def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path):
+    output = finish(start_ranks(1, PRETRAIN, *tiny, "--dry_run"))[0]
+    for line in ("parameters", "micro-batch 2 x accumulation 4 x ranks 1", "12 steps", "model states per rank", "checkpoints/"):
+        assert line in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("launcher", [["deepspeed", "--num_accelerators", "2"], ["torchrun", "--nproc_per_node", "2"], ["python"]])
+def test_every_launcher_trains(launcher, tiny, tmp_path):
+    if launcher[0] == "deepspeed":
+        launcher = [*launcher, "--master_port", str(20000 + os.getpid() % 20000)]
+    process = launched([*launcher, str(PRETRAIN), *tiny, "--deepspeed", "ds_configs/zero3.json"])
+    output = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, output
+    assert "Done: 12 steps" in output
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000012"
+
+
+def test_control_c_under_the_deepspeed_launcher_saves_and_the_same_command_goes_on(tiny, tmp_path):
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(20001 + os.getpid() % 20000), str(PRETRAIN), *tiny]
+    command += ["--train_steps", "400", "--checkpoint.interval", "0", "--log.validation_interval", "0", "--log.sample_interval", "0"]
+    process = launched(command, start_new_session=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while (not metrics.is_file() or not metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    output = process.communicate(timeout=60)[0]
+    assert "saved. The same command goes on from here" in output, output
+    (saved,) = checkpoint.published(tmp_path / "run" / "checkpoints")
+    assert checkpoint.damage(saved) is None
+    again = launched(command)
+    output = again.communicate(timeout=180)[0]
+    assert f"Going on from step {checkpoint.step_of(saved)} of 400" in output, output
+    assert again.returncode == 0
+
+
+def test_a_signal_gives_status_85(tiny):
+    process = start_ranks(1, PRETRAIN, *tiny, "--train_steps", "400")[0]
+    while "step: 4/400" not in (line := process.stdout.readline()):
+        assert line, "ended too early"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == SAVED_AND_UNFINISHED
