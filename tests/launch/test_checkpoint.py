@@ -20,6 +20,12 @@ from launch.training.checkpoint import HashingFile, damage, newest_good, publish
 ABOUT = {"model": {"hidden_size": 8}, "layout": {"world_size": 2}, "rates": (0.1, 1e-8)}
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """What fsync does to a disk cannot be seen from here; that it is called, and may fail, can."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def content(step: int, version: int = 0) -> dict[int, dict[str, bytes]]:
     """What each of two ranks writes."""
     return {
@@ -28,9 +34,9 @@ def content(step: int, version: int = 0) -> dict[int, dict[str, bytes]]:
     }
 
 
-def save(root: Path, step: int, version: int = 0) -> Path:
+def save(root: Path, step: int, version: int = 0, num_ranks: int = 2) -> Path:
     folder = checkpoint.begin(root, step, "run1")
-    for rank, files in content(step, version).items():
+    for rank, files in list(content(step, version).items())[:num_ranks]:
         entries = {}
         for name, data in files.items():
             file = HashingFile(folder / name)
@@ -82,7 +88,7 @@ def test_files_that_the_engine_wrote_by_itself_are_in_the_manifest_too(tmp_path)
 
 
 def test_every_flipped_bit_and_every_truncation_of_every_file_is_found(tmp_path):
-    folder = save(tmp_path, 5)
+    folder = save(tmp_path, 5, num_ranks=1)
     assert damage(folder) is None
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
