@@ -51,11 +51,14 @@ def _run(settings: RunSettings, merged: dict, process, data, layout: dict, start
     engine = Engine(settings.model, merged, numbers, process, settings.seed, settings.recompute, settings.compile)
     first_step = 0
     if start.goes_on:
+        root = Path(settings.output) / "checkpoints"
+        seen_by_the_first = engine.first_sentence(" ".join(path.name for path in checkpoint.published(root))) or ""
         folder = checkpoint.newest_good(
-            Path(settings.output) / "checkpoints",
+            root,
             verify=lambda folder: engine.first_sentence(checkpoint.damage(folder, process.rank, process.world_size)),
             say=lambda line: print(line, flush=True) if process.is_first else None,
             may_rename=process.is_first,
+            candidates=[root / name for name in seen_by_the_first.split()],
         )
         assert folder is not None
         engine.load(folder)
@@ -64,9 +67,8 @@ def _run(settings: RunSettings, merged: dict, process, data, layout: dict, start
     if monitor:
         for note in start.notes:
             monitor.say(note)
-        monitor.say(
-            f"{'Going on from' if first_step else 'Starting at'} step {first_step} of {settings.steps}; peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]})"
-        )
+        where = f"Going on from step {first_step}" if first_step else "Starting at step 0"
+        monitor.say(f"{where} of {settings.steps}; peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]})")
         monitor.text("recipe", json.dumps(dataclasses.asdict(settings), indent=1))
         monitor.text("deepspeed", json.dumps(merged, indent=1))
         monitor.hyperparameters(run_folder.flatten(dataclasses.asdict(settings)), {"loss/validation": 0.0})

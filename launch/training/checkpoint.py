@@ -158,12 +158,19 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def newest_good(root: Path, verify: Callable[[Path], str | None], say: Callable[[str], None], may_rename: bool = True) -> Path | None:
+def newest_good(
+    root: Path,
+    verify: Callable[[Path], str | None],
+    say: Callable[[str], None],
+    may_rename: bool = True,
+    candidates: list[Path] | None = None,
+) -> Path | None:
     """The newest checkpoint that `verify` finds whole; a damaged one is named, renamed to *.corrupt, and the next is tried.
 
-    None where there never was one; UserError where there are some and none is whole.
+    Ranks that look together give the same `candidates`, those of `published`: a network disk may list others to each. None where
+    there never was one; UserError where there are some and none is whole.
     """
-    candidates = published(root)
+    candidates = published(root) if candidates is None else candidates
     for folder in candidates:
         complaint = verify(folder)
         if complaint is None:

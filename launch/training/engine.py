@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-
 import deepspeed
 import deepspeed.ops
 import torch

@@ -64,11 +64,15 @@ def train(
             saved_step = step
         if monitor:
             if complaint is None:
-                checkpoint.retain(root, settings.checkpoint.keep)
                 monitor.scalars(step, {"time/save": time.perf_counter() - start})
+                try:
+                    checkpoint.retain(root, settings.checkpoint.keep)
+                except OSError as error:
+                    monitor.say(f"Old checkpoints cannot be deleted: {error}.")
             else:
                 monitor.say(f"The checkpoint of step {step} could not be written: {complaint} The one before it stands; training goes on.")
                 monitor.scalars(step, {"alarm/save_failed": 1.0})
+            monitor.flush()  # what a checkpoint stands on is on the disk when it is
 
     for step in range(first_step, settings.steps):
         start = time.perf_counter()

@@ -8,6 +8,8 @@ import socket
 
 import torch
 
+from data.command_line import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Process:
@@ -24,7 +26,20 @@ class Process:
 
 
 def find_process() -> Process:
-    """Read rank and world from what the launcher set (deepspeed, torchrun); alone, become rank 0 of 1 and say so to torch."""
+    """Read rank and world from what the launcher set (deepspeed, torchrun); alone, become rank 0 of 1 and say so to torch.
+
+    Raises UserError where a launcher set only a part, or started several processes without saying which is which.
+    """
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"srun started {os.environ['SLURM_NTASKS']} tasks without saying which is which ({', '.join(missing)} not set). "
+            "Start torchrun or deepspeed in one task a node."
+        )
+    if "RANK" in os.environ and missing:
+        raise UserError(f"RANK is set but {', '.join(missing)} not. Start with deepspeed or torchrun, or unset RANK.")
     if "RANK" not in os.environ:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))

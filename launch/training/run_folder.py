@@ -40,6 +40,10 @@ _HARMLESS = (
 )
 
 
+# Settings of the model that --allow_changes may change: the same weights go on.
+_NOT_IN_THE_WEIGHTS = ("dropout", "document_mask", "initializer_range")
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """How a run starts: its id, and whether there is one to go on with."""
@@ -53,6 +57,9 @@ def inspect(settings: RunSettings, fingerprint: str, layout: dict) -> Start:
     """Decide on a fresh start or going on, changing nothing. Raises UserError where the folder holds another run or something else."""
     folder = Path(settings.output)
     record = folder / "run.json"
+    ground = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if ground.is_dir() and not os.access(ground, os.W_OK):
+        raise UserError(f"output {folder}: {ground} cannot be written.")
     in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
     if in_the_way:
         raise UserError(f"output {folder}: {in_the_way} is a file; it must be a folder or not be there yet.")
@@ -136,7 +143,9 @@ def _newest_manifest(root: Path) -> tuple[Path, dict] | None:
 def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings, layout: dict) -> None:
     model = dataclasses.asdict(settings.model)
     differences = [
-        f"{name}: {manifest['model'].get(name)} there, {value} now" for name, value in model.items() if manifest["model"].get(name) != value
+        f"{name}: {manifest['model'].get(name)} there, {value} now"
+        for name, value in model.items()
+        if name not in _NOT_IN_THE_WEIGHTS and manifest["model"].get(name) != value
     ]
     if differences:
         raise UserError(f"{folder} is a checkpoint of another model:\n" + "\n".join(f"  {line}" for line in differences))

@@ -1,0 +1,53 @@
+"""The README's commands are ones that the doors take, and the files that it names are there."""
+
+import re
+import shlex
+
+import pytest
+
+from data.command_line import read_settings
+from data.prepare import PrepareSettings
+from launch.benchmark import BenchmarkSettings
+from launch.evaluate import EvaluateSettings
+from launch.export import ExportSettings
+from launch.generate import GenerateSettings
+from launch.training.config import read_run_settings
+from tests.ranks import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+DOORS = {
+    "launch/evaluate.py": (EvaluateSettings, "model"),
+    "launch/generate.py": (GenerateSettings, "model"),
+    "launch/export.py": (ExportSettings, "model"),
+    "launch/benchmark.py": (BenchmarkSettings, None),
+    "data/prepare.py": (PrepareSettings, None),
+}
+
+
+def commands() -> list[list[str]]:
+    """Every command of the README, in a block or in the text, that starts a door, as words."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`((?:python|deepspeed|torchrun) [^`]*)`", README)
+    in_words = [shlex.split(line, comments=True) for line in lines if re.match("python |deepspeed |torchrun ", line)]
+    return [words for words in in_words if "..." not in words]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_a_command_of_the_readme_is_taken_by_its_door(words):
+    place = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    door, arguments = words[place], words[place + 1 :]
+    if door == "launch/pretrain.py":
+        read_run_settings(arguments)
+    else:
+        settings, positional = DOORS[door]
+        read_settings(settings, arguments, "", positional)
+
+
+def test_there_are_commands_and_the_files_that_the_readme_names_are_there():
+    assert len(commands()) > 8
+    for name in re.findall(r"(?:launch|data|model|ds_configs|tests|\.readme)/[\w/.-]+\.\w+", README):
+        assert (REPOSITORY / name).exists(), name
+    for name in re.findall(r"`(zero\w+\.json)`", README):
+        assert (REPOSITORY / "ds_configs" / name).exists(), name
+    assert {path.name for path in (REPOSITORY / "ds_configs").glob("*.json")} == set(re.findall(r"`(zero\w+\.json)`", README))
