@@ -76,10 +76,6 @@ class CausalBatches:
         share = rank_share(samples, self.micro_batch_size, self.rank, self.world)
         return [_gather(self.stream, numbers, self.sequence_length, self.document_mask, self.sequence_length) for numbers in share]
 
-    def epoch(self, number: int) -> float:
-        """How often the text has been read before an optimizer step."""
-        return number * self.global_batch_size / self.num_samples
-
 
 def evaluation_batches(
     stream: TokenStream,

@@ -171,8 +171,9 @@ class Shard:
 class TokenStream:
     """All shards of a split as one row of tokens, with the places where its documents start."""
 
-    def __init__(self, shards: list[Shard], num_bytes: int) -> None:
+    def __init__(self, shards: list[Shard], num_bytes: int, vocab_size: int | None = None) -> None:
         self.shards = shards
+        self._vocab_size = vocab_size
         self.num_bytes = num_bytes
         """The text that the tokens were, in UTF-8 bytes: what bits per byte divides by."""
         self.num_documents = sum(shard.num_documents for shard in shards)
@@ -185,7 +186,11 @@ class TokenStream:
         """Tokens of the stream; one shard's where they lie in one, joined where they lie in several.  -> [count]"""
         assert start >= 0 and start + count <= len(self), f"tokens {start} to {start + count} of {len(self)}"
         parts = [shard.tokens[first:last] for shard, first, last, _ in self._touched(start, count)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._vocab_size is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            prefixes = ", ".join(shard.prefix for shard, *_ in self._touched(start, count))
+            raise UserError(f"{prefixes}.bin is damaged: it holds a token outside the {self._vocab_size} ids of the tokenizer.")
+        return tokens
 
     def document_starts(self, start: int, count: int) -> NDArray[np.int64]:
         """Which of these `count` tokens are the first of a document, counted from `start`.  -> [documents]"""
@@ -228,6 +233,11 @@ class PreparedData:
         shards = [(name, shard["sha256"]) for name, split in self.manifest["splits"].items() for shard in split["shards"]]
         return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tokens on the disk."""
+        return sum(shard.tokens.nbytes for stream in self.splits.values() for shard in stream.shards)
+
     def verify(self) -> None:
         """Hash every file; UserError names the first whose bytes are not those that were written."""
         expected = {self.tokenizer_path: self.manifest["tokenizer"]["sha256"]}
@@ -250,7 +260,7 @@ class PreparedData:
                     f"{self.folder / MANIFEST} says {entry['documents']} and {entry['tokens']}."
                 )
             shards.append(shard)
-        return TokenStream(shards, split["bytes"])
+        return TokenStream(shards, split["bytes"], self.vocab_size)
 
 
 def read_manifest(folder: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Measure the training step beside transformers' and beside its bare matrix products: python launch/benchmark.py
+"""Measure the training step on this CPU, beside transformers' and beside its bare matrix products: python launch/benchmark.py
 
 Every contender runs in a process of its own, one after the other, in several rounds; a share is a ratio of medians within one run.
 """
@@ -6,6 +6,7 @@ Every contender runs in a process of its own, one after the other, in several ro
 import dataclasses
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str]) -> int:
     for name in (settings.contender, *settings.only):
         if name is not None and name not in CONTENDERS:
             raise UserError(f'Unknown contender "{name}".{nearest(name, list(CONTENDERS))} There are: {", ".join(CONTENDERS)}.')
+    for name in ("rounds", "steps", "accumulation", "micro_batch_size"):
+        if getattr(settings, name) < (2 if name == "accumulation" else 1):
+            raise UserError(f"{name} is {getattr(settings, name)}; it must be at least {2 if name == 'accumulation' else 1}.")
     if settings.contender:
         seconds = _measure(CONTENDERS[settings.contender](settings), settings.steps)
         if int(os.environ.get("RANK", "0")) == 0:
@@ -71,15 +75,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _start(name: str, arguments: Sequence[str]) -> list[float]:
     world_size = 2 if name.endswith("two ranks") else 1
-    from launch.training.processes import find_process
-
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    ours = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in ours} | {"DS_ACCELERATOR": "cpu"}
     if world_size > 1:
-        before = dict(os.environ)
-        find_process()
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["MASTER_PORT"], "WORLD_SIZE": str(world_size)}
-        os.environ.clear()
-        os.environ.update(before)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
     command = [sys.executable, __file__, *arguments, "--contender", name]
     ranks = [
         subprocess.Popen(
@@ -232,21 +234,21 @@ def _ours_in_a_plain_loop(settings: BenchmarkSettings, compiled: bool) -> Callab
     return step
 
 
-def _ours_under_deepspeed(settings: BenchmarkSettings, compiled: bool, stage: int = 1) -> Callable[[], object]:
+def _ours_under_deepspeed(settings: BenchmarkSettings, compiled: bool) -> Callable[[], object]:
     from data.batches import Batch
     from launch.training import deepspeed_config, processes
     from launch.training.config import REPOSITORY, BatchSettings, RunSettings
-    from launch.training.engine import Engine, OptimizerNumbers, initialize_communication
+    from launch.training.engine import Engine, initialize_communication
 
     process = processes.find_process()
     processes.share_the_cores(process)
     processes.keep_freed_memory()
     initialize_communication(process)
-    path = str(REPOSITORY / "ds_configs" / f"zero{stage}.json")
+    path = str(REPOSITORY / "ds_configs" / "zero1.json")
     micro_batches = settings.accumulation // process.world_size
     run = RunSettings(batch=BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size), train_steps=1)
     merged = deepspeed_config.complete(deepspeed_config.read_deepspeed_json(path), path, run, process.world_size, "cpu")
-    engine = Engine(_config(settings), merged, OptimizerNumbers(0.1, 0.9, 0.95, 1e-8), process, seed=1, compile_blocks=compiled)
+    engine = Engine(_config(settings), merged, run.optimizer, process, seed=1, compile_blocks=compiled)
     number = 0
 
     def step() -> None:

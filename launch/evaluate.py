@@ -32,13 +32,16 @@ class EvaluateSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Of all the tokens of a split, each predicted once (the first of all has nothing before it)."""
+    """Of all the tokens of a split, each predicted once but the first of all, which has nothing before it.
+
+    With document_mask the first of every document is left out in the same way.
+    """
 
     loss: float
     """Nats per token, weighted by token."""
     perplexity: float
     bits_per_byte: float
-    """Over the UTF-8 bytes of the text."""
+    """Over all UTF-8 bytes of the text."""
     tokens: int
     bytes: int
     seconds: float
@@ -57,16 +60,10 @@ def evaluate(settings: EvaluateSettings, show_progress: bool = True) -> Evaluati
     keep_freed_memory()
     trained = load_model(settings.model)
     prepared = PreparedData(Path(settings.data or _data_of_run(settings.model, trained.folder)))
-    if prepared.vocab_size > trained.config.vocab_size:
-        raise UserError(
-            f"{settings.data} has token ids up to {prepared.vocab_size - 1}; {settings.model} knows {trained.config.vocab_size}."
-        )
-    length = settings.sequence_length or trained.config.sequence_length
-    if not 1 <= length <= trained.config.sequence_length:
-        raise UserError(f"sequence_length {length} is outside 1 ... {trained.config.sequence_length}, the model's context.")
-    stride = settings.stride or length
-    if not 1 <= stride <= length:
-        raise UserError(f"stride {stride} is outside 1 ... {length}, the window.")
+    context = trained.config.sequence_length
+    length = context if settings.sequence_length is None else settings.sequence_length
+    stride = length if settings.stride is None else settings.stride
+    _refuse_impossible(settings, trained, prepared, length, stride)
     device = device_name()
     model = trained.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     stream = prepared.splits[settings.split]
@@ -90,8 +87,26 @@ def evaluate(settings: EvaluateSettings, show_progress: bool = True) -> Evaluati
     )
 
 
+def _refuse_impossible(settings: EvaluateSettings, trained, prepared, length: int, stride: int) -> None:
+    context, vocab_size = trained.config.sequence_length, trained.config.vocab_size
+    complaints = []
+    if not 1 <= length <= context:
+        complaints.append(f"sequence_length {length} is outside 1 ... {context}, the model's context.")
+    if not 1 <= stride <= length:
+        complaints.append(f"stride {stride} is outside 1 ... {length}, the window.")
+    if settings.micro_batch_size < 1:
+        complaints.append(f"micro_batch_size is {settings.micro_batch_size}; it must be at least 1.")
+    if prepared.vocab_size > vocab_size:
+        complaints.append(f"{prepared.folder} has token ids up to {prepared.vocab_size - 1}; {settings.model} knows {vocab_size}.")
+    tokenizer, other = trained.tokenizer, prepared.tokenizer_path
+    if tokenizer and tokenizer.name == other.name and tokenizer.read_bytes() != other.read_bytes():
+        complaints.append(f"{prepared.folder} was tokenized with another {other.name} than {settings.model} was trained with.")
+    if complaints:
+        raise UserError("\n".join(complaints))
+
+
 def _data_of_run(model: str, checkpoint: Path) -> str:
-    for folder in (Path(model), checkpoint.parent.parent):
+    for folder in (Path(model), checkpoint.resolve().parent.parent):
         if (folder / "run.json").is_file():
             return json.loads((folder / "run.json").read_text())["recipe"]["data"]["path"]
     raise UserError(f"{model} does not say which data it was trained on: give --data.")

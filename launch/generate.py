@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
             settings.seed,
             stop=tokenizer.end_of_text,
             sequence_length=trained.config.sequence_length,
+            vocab_size=tokenizer.vocab_size,
         )
         _stream(settings.prompt, prompt, drawn, tokenizer)
     except ValueError as error:

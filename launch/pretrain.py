@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.command_line import run_door
+from data.command_line import flatten, run_door
 from launch.training.config import RunSettings, read_run_settings
 
 
@@ -13,9 +13,10 @@ def main(arguments: Sequence[str]) -> int:
     settings = read_run_settings(arguments)
 
     # Torch and DeepSpeed are imported only now: --help and mistakes in settings answer at once.
+    from data.batches import CausalBatches
     from launch.training import deepspeed_config, processes, run_folder
-    from launch.training.data import open_data
-    from launch.training.plan import peak_flops, plan
+    from launch.training.data import open_data, will_be_prepared
+    from launch.training.plan import plan
 
     process = processes.find_process()
     processes.share_the_cores(process)
@@ -24,109 +25,112 @@ def main(arguments: Sequence[str]) -> int:
         processes.keep_freed_memory()
     written = deepspeed_config.read_deepspeed_json(settings.deepspeed)
     merged = deepspeed_config.complete(written, settings.deepspeed, settings, process.world_size, device)
-    data = open_data(settings, process)
-    layout = {"world_size": process.world_size, "zero_stage": merged["zero_optimization"].get("stage", 0), "precision": settings.precision}
-    start = run_folder.inspect(settings, data.fingerprint, layout)
-    if process.is_first:
-        print(plan(settings, merged, process, device, data.train, data.validation, f"tokenizer {data.tokenizer_path.name}"), flush=True)
-    if settings.dry_run:
+    if settings.dry_run and will_be_prepared(settings):
+        print(plan(settings, merged, process, device, None))
         return 0
-    return _run(settings, merged, process, data, layout, start, peak_flops(settings, device))
-
-
-def _run(settings: RunSettings, merged: dict, process, data, layout: dict, start, peak: tuple[float, str]) -> int:
-    from data.batches import CausalBatches, evaluation_batches
-    from launch.training import checkpoint, run_folder
-    from launch.training.engine import Engine, OptimizerNumbers, initialize_communication
-    from launch.training.loop import Figures, train
-    from launch.training.monitor import Monitor
-    from model.config import flops_per_token
-
-    initialize_communication(process)
-    if process.is_first:
-        run_folder.record(settings, merged, start, data.fingerprint, data.tokenizer_path)
-    numbers = OptimizerNumbers(
-        settings.optimizer.weight_decay, settings.optimizer.beta1, settings.optimizer.beta2, settings.optimizer.epsilon
-    )
-    engine = Engine(settings.model, merged, numbers, process, settings.seed, settings.recompute, settings.compile)
-    first_step = 0
-    if start.goes_on:
-        root = Path(settings.output) / "checkpoints"
-        seen_by_the_first = engine.first_sentence(" ".join(path.name for path in checkpoint.published(root))) or ""
-        folder = checkpoint.newest_good(
-            root,
-            verify=lambda folder: engine.first_sentence(checkpoint.damage(folder, process.rank, process.world_size)),
-            say=lambda line: print(line, flush=True) if process.is_first else None,
-            may_rename=process.is_first,
-            candidates=[root / name for name in seen_by_the_first.split()],
-        )
-        assert folder is not None
-        engine.load(folder)
-        first_step = checkpoint.step_of(folder)
-    monitor = Monitor(Path(settings.output), first_step, settings.steps, settings.batch.global_batch_size) if process.is_first else None
-    if monitor:
-        for note in start.notes:
-            monitor.say(note)
-        where = f"Going on from step {first_step}" if first_step else "Starting at step 0"
-        monitor.say(f"{where} of {settings.steps}; peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]})")
-        monitor.text("recipe", json.dumps(dataclasses.asdict(settings), indent=1))
-        monitor.text("deepspeed", json.dumps(merged, indent=1))
-        monitor.hyperparameters(run_folder.flatten(dataclasses.asdict(settings)), {"loss/validation": 0.0})
-    batch = settings.batch
+    data = open_data(settings, process)
     samples = CausalBatches(
         data.train,
         settings.model.sequence_length,
-        batch.global_batch_size,
-        batch.micro_batch_size,
+        settings.batch.global_batch_size,
+        settings.batch.micro_batch_size,
         settings.seed,
         process.rank,
         process.world_size,
         settings.model.document_mask,
     )
+    layout = {"world_size": process.world_size, "zero_stage": merged["zero_optimization"]["stage"], "precision": settings.precision}
+    start = run_folder.inspect(settings, data.fingerprint, layout, merged)
+    if process.is_first:
+        print(plan(settings, merged, process, device, data), flush=True)
+    if settings.dry_run:
+        return 0
+    held = run_folder.lock(settings) if process.is_first else None  # noqa: F841 (held until the process ends)
+    return _run(settings, merged, process, data, samples, layout, start)
+
+
+def _run(settings: RunSettings, merged: dict, process, data, samples, layout: dict, start) -> int:
+    from data.batches import evaluation_batches
+    from launch.training import checkpoint, run_folder
+    from launch.training.engine import Engine, initialize_communication
+    from launch.training.loop import Figures, train
+    from launch.training.monitor import Monitor
+    from launch.training.plan import peak_flops
+    from model.config import flops_per_token
+
+    initialize_communication(process)
+    if process.is_first:
+        run_folder.record(settings, merged, start, data.fingerprint, data.tokenizer_path)
+    engine = Engine(settings.model, merged, settings.optimizer, process, settings.seed, settings.recompute, settings.compile)
+    root = Path(settings.output) / "checkpoints"
+    seen = [path.name for path in checkpoint.published(root)]
+    # Rank 0 says for all what there is to go on with: a network disk may show each rank something else.
+    word, *names = engine.first_sentence(" ".join(["resume" if start.goes_on else "begin", *seen]), 32 * 1024).split()
+    first_step = 0
+    if word == "resume":
+        folder = checkpoint.newest_good(
+            root,
+            verify=lambda folder: engine.first_sentence(checkpoint.damage(folder, process.rank, process.world_size)),
+            say=lambda line: print(line, flush=True) if process.is_first else None,
+            may_rename=process.is_first,
+            candidates=[root / name for name in names],
+        )
+        assert folder is not None
+        engine.load(folder)
+        first_step = checkpoint.step_of(folder)
+    monitor, peak = None, 1.0
+    if process.is_first:
+        monitor = Monitor(Path(settings.output), first_step, settings.steps, settings.batch.global_batch_size)
+        peak, peak_source = peak_flops(settings, engine.device.type)
+        _introduce(monitor, settings, merged, start, first_step, f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})")
     about = {
         "run_id": engine.first_sentence(start.run_id),
         "model": dataclasses.asdict(settings.model),
         "layout": layout,
-        "data": {
-            "fingerprint": data.fingerprint,
-            "sequence_length": settings.model.sequence_length,
-            "samples_per_step": batch.global_batch_size,
-        },
+        "data": {"fingerprint": data.fingerprint, "samples_per_step": settings.batch.global_batch_size},
         "random": {"seed": settings.seed, "streams": "order: (seed, epoch, sample); dropout: (seed, step, rank)"},
         "recipe": dataclasses.asdict(settings),
         "versions": run_folder.versions(),
     }
-    status = train(
-        settings,
-        engine,
-        samples.step,
-        lambda: evaluation_batches(
+
+    def validation_batches():
+        return evaluation_batches(
             data.validation,
             settings.model.sequence_length,
-            batch.micro_batch_size,
+            settings.batch.micro_batch_size,
             process.rank,
             process.world_size,
             settings.log.validation_samples or None,
-        ),
-        first_step,
-        about,
-        monitor,
-        Figures(
-            flops_per_token(settings.model),
-            peak[0],
-            process.world_size,
-            {"train": data.train.num_bytes / len(data.train), "validation": data.validation.num_bytes / max(1, len(data.validation))},
-        ),
-        data.tokenizer.decode,
-        data.tokenizer.encode(settings.log.sample_prompt) or [data.tokenizer.end_of_text],
-        data.tokenizer.end_of_text,
-    )
+            settings.model.document_mask,
+        )
+
+    def sample(step: int) -> str:
+        prompt = data.tokenizer.encode(settings.log.sample_prompt) or [data.tokenizer.end_of_text]
+        drawn = engine.sample(prompt, min(128, settings.model.sequence_length // 2), 0.8, step, data.tokenizer.vocab_size)
+        end = drawn.index(data.tokenizer.end_of_text) if data.tokenizer.end_of_text in drawn else len(drawn)
+        return data.tokenizer.decode(prompt + drawn[:end])
+
+    bytes_per_token = {"train": data.train.num_bytes / len(data.train)}
+    if len(data.validation):
+        bytes_per_token["validation"] = data.validation.num_bytes / len(data.validation)
+    figures = Figures(flops_per_token(settings.model), peak, process.world_size, samples.num_samples, bytes_per_token)
+    validated = validation_batches if len(data.validation) > 1 else None
+    status = train(settings, engine, samples.step, validated, sample, first_step, about, monitor, figures)
     if monitor:
         if status == 0:
             monitor.say(f"Done: {settings.steps} steps. {settings.output} holds the model; python launch/evaluate.py {settings.output}")
         monitor.close()
     engine.close()
     return status
+
+
+def _introduce(monitor, settings: RunSettings, merged: dict, start, first_step: int, peak: str) -> None:
+    for note in start.notes:
+        monitor.say(note)
+    monitor.say(f"{f'Going on from step {first_step}' if first_step else 'Starting at step 0'} of {settings.steps}; {peak}")
+    monitor.text("recipe", json.dumps(dataclasses.asdict(settings), indent=1))
+    monitor.text("deepspeed", json.dumps(merged, indent=1))
+    monitor.hyperparameters(flatten(dataclasses.asdict(settings)), {"loss/validation": 0.0})
 
 
 if __name__ == "__main__":

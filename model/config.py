@@ -83,6 +83,9 @@ class ModelConfig:
             )
         if self.positions == "sinusoidal" and self.hidden_size % 2:
             complaints.append(f"model.hidden_size {self.hidden_size} is odd; sinusoidal waves are pairs. Nearest: {self.hidden_size + 1}.")
+        for name in ("norm_epsilon", "rope_theta", "initializer_range"):
+            if not getattr(self, name) > 0:
+                complaints.append(f"model.{name} is {getattr(self, name)}; it must be above 0.")
         if not 0 <= self.dropout < 1:
             complaints.append(f"model.dropout is {self.dropout}; it must be at least 0 and below 1.")
         if complaints:

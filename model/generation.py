@@ -46,12 +46,14 @@ def generate(
     stop: int | None = None,
     *,
     sequence_length: int,
+    vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Continue each row of `tokens` [batch, seq], yielding one id a row [batch] at every step, on the device of `tokens`.
 
     `model` is (tokens, segments, cache) -> logits [batch, seq, vocab], in its eval mode. Each token is computed once, until
     tokens fill the `sequence_length` that the model knows: then the last half of them is read again as a new beginning, and so
     on. Of a longer prompt only the last `sequence_length` tokens are seen.
+    Ids from `vocab_size` on, where the model has more rows than the tokenizer ids, are never drawn.
     A row that has drawn `stop` goes on yielding it; when all have, the iterator ends. The same seed gives the same tokens.
     """
     _check_sampling(temperature, top_k, top_p)
@@ -60,7 +62,7 @@ def generate(
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(f"The prompt has shape {list(tokens.shape)}; it must be [batch, seq] with at least one token.")
     generator = torch.Generator(tokens.device).manual_seed(seed)
-    draw = lambda logits: sample(logits, temperature, top_k, top_p, generator)  # noqa: E731
+    draw = lambda logits: sample(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # noqa: E731
     return _steps(model, tokens, max_new_tokens, sequence_length, draw, stop)
 
 
@@ -79,7 +81,7 @@ def _steps(
         if cache.length + unread.shape[1] > sequence_length:
             window = unread = window[:, -max(1, sequence_length // 2) :]
             cache = KeyValueCache()
-        with torch.inference_mode():  # not around the yield: it would reach into the caller's code
+        with torch.no_grad():  # not inference_mode: what ZeRO-3 gathers under it could not be trained any more
             logits = model(unread, torch.ones_like(unread), cache)[:, -1]
             ids = draw(logits)
             if stop is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 IGNORED = -100
 """The label of a position that is no target."""
 
-_CHUNK_BYTES = 4 << 20  # float32 logits handled at a time: about a core's share of cache, so no large temporary is ever made
+_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # float32 logits handled at a time: on a CPU about a core's share of cache
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -34,9 +34,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(context, logits: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = torch.empty_like(logits) if context.needs_input_grad[0] else None
+        # Under fp16 the loss scale comes with `factor`, so what is small stays float32 until then.
+        kept_as = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.empty_like(logits, dtype=kept_as) if context.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        rows = max(1, _CHUNK_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else 4096
+        rows = max(1, _CHUNK_BYTES.get(logits.device.type, 4 << 20) // (4 * logits.shape[1]))
         for start in range(0, len(logits), rows):
             wanted = targets[start : start + rows, None]
             is_target = (wanted != IGNORED).float()
@@ -46,9 +48,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 probabilities = log_probabilities.exp_().mul_(is_target)
                 gradient[start : start + rows] = probabilities.scatter_add_(1, wanted, -is_target)
-        context.gradient = gradient
+        context.gradient, context.logits_dtype = gradient, logits.dtype
         return total
 
     @staticmethod
     def backward(context, factor: Tensor):  # type: ignore[override]
-        return context.gradient.mul_(factor), None  # in place: the gradient is asked for once
+        return context.gradient.mul_(factor).to(context.logits_dtype), None  # in place: the gradient is asked for once

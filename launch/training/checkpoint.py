@@ -7,6 +7,7 @@ A folder with its final name is complete: it was renamed after the last file and
 renamed to *.corrupt and the next older one is taken. Where a step is saved again, what was there is *.old until the new one has the name.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,10 +61,17 @@ def name_of(step: int) -> str:
 
 
 def begin(root: Path, step: int, run_id: str) -> Path:
-    """An empty folder to write the checkpoint of `step` into; what an earlier attempt left there is dropped."""
+    """An empty folder to write the checkpoint of `step` into; what an earlier attempt left there is dropped.
+
+    Raises OSError where the disk has less room than 1.2 times the newest checkpoint.
+    """
     folder = root / f"{name_of(step)}.tmp-{run_id}"
     discard(folder)
     folder.mkdir(parents=True)
+    needed = 1.2 * max((_size(path) for path in published(root)[:1]), default=0)
+    if (free := shutil.disk_usage(root).free) < needed:
+        discard(folder)
+        raise OSError(f"{root} has {free / 2**30:.2f} GiB free; a checkpoint needs {needed / 2**30:.2f}.")
     return folder
 
 
@@ -79,7 +87,10 @@ def write_part(folder: Path, rank: int, files: dict[str, dict]) -> None:
 def publish(folder: Path, step: int, about: dict) -> Path:
     """Join the ranks' parts into the manifest and give the folder its final name. Called by one process, after all have written."""
     files: dict[str, dict] = {}
-    for part in sorted(folder.glob("part_*.json")):
+    parts, world_size = sorted(folder.glob("part_*.json")), about["layout"]["world_size"]
+    if len(parts) != world_size:
+        raise OSError(f"{folder} shows the files of {len(parts)} of {world_size} ranks; all of them must write to one shared disk.")
+    for part in parts:
         files |= json.loads(part.read_text())
         part.unlink()
     for name in sorted(_files_in(folder) - files.keys()):  # DeepSpeed copies what it keeps on NVMe by itself
@@ -94,7 +105,8 @@ def publish(folder: Path, step: int, about: dict) -> Path:
     os.rename(folder, final)
     _sync(folder.parent)
     discard(old)
-    write_durably(folder.parent / "latest", final.name + "\n")
+    with contextlib.suppress(OSError):  # the checkpoint is published; this is a hint
+        write_durably(folder.parent / "latest", final.name + "\n")
     return final
 
 
@@ -208,6 +220,10 @@ def retain(root: Path, keep: int) -> None:
 def _is_left_alone(path: Path) -> bool:
     """A checkpoint that was to be replaced by one of the same step, which never came."""
     return path.suffix == ".old" and bool(_NAME.fullmatch(path.stem)) and not path.with_suffix("").exists()
+
+
+def _size(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in _files_in(folder))
 
 
 def _files_in(folder: Path) -> set[str]:

@@ -86,7 +86,7 @@ class RunSettings:
 
     deepspeed: str = str(REPOSITORY / "ds_configs" / "zero1.json")
     """DeepSpeed's JSON: engine choices. Numbers that the recipe owns are "auto" there."""
-    output: str = "runs/demo"
+    output: str = "runs/run"
     """Folder of the run: curves, log, checkpoints. A second start with the same one goes on."""
     size: str | None = None
     """Named size the model settings start from, such as gpt2-124m or llama3-8b; on the command line it replaces those of the recipe."""
@@ -132,16 +132,16 @@ class RunSettings:
 
 
 def read_run_settings(arguments: Sequence[str]) -> RunSettings:
-    """Settings from the command line over the recipe over the defaults; with no recipe, the demo recipe.
+    """Settings from the command line over the recipe over the defaults; with neither recipe nor size, over the demo recipe.
 
     Raises UserError, with every complaint about their combination at once.
     """
     words = _without_local_rank(arguments)
-    if not any(word == "--config" or word.startswith("--config=") for word in words):
+    if not _says(words, "--config") and not _says(words, "--size"):
         words = ["--config", str(DEMO_RECIPE), *words]
     aliases = {"--deepspeed_config": "--deepspeed", "--data": "--data.path"}
     try:
-        words = [*_words_of_size(words), *words]
+        words = [*_words_of_size(words), *_words_of_length(words), *words]
         settings = read_settings(RunSettings, words, "Train a transformer with DeepSpeed.", aliases=aliases, defaults=_defaults_of_size)
     except UserError:
         raise
@@ -169,15 +169,28 @@ def _words_of_size(words: list[str]) -> list[str]:
     sizes += [value for name, value in itertools.pairwise(words) if name == "--size"]
     if not sizes:
         return []
-    shape = {"num_key_value_heads": None, "head_size": None} | named_size(sizes[-1])
+    shape = _defaults_as_written() | named_size(sizes[-1])
     return [f"--model.{name}={'null' if value is None else str(value).lower()}" for name, value in shape.items()]
 
 
+def _words_of_length(words: list[str]) -> list[str]:
+    """A length on the command line takes the place of the recipe's, also where that is counted in the other unit."""
+    steps, tokens = _says(words, "--train_steps"), _says(words, "--train_tokens")
+    return (["--train_steps=null"] if tokens and not steps else []) + (["--train_tokens=null"] if steps and not tokens else [])
+
+
+def _says(words: list[str], name: str) -> bool:
+    return any(word == name or word.startswith(f"{name}=") for word in words)
+
+
 def _defaults_of_size(given: dict) -> dict:
-    """The model's defaults as written, what is derived left open: a width on the command line changes what follows from it."""
-    written = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    written |= named_size(given["size"]) if given.get("size") else {}
+    written = _defaults_as_written() | (named_size(given["size"]) if given.get("size") else {})
     return {f"model.{name}": value for name, value in written.items()}
+
+
+def _defaults_as_written() -> dict:
+    """The model's defaults, what is derived left open: a width on the command line changes what follows from it."""
+    return {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
 def _refuse_impossible(settings: RunSettings) -> None:

@@ -11,6 +11,9 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from launch.training.config import DataSettings, RunSettings
 from launch.training.processes import Process
 
+_HASHED_AT_START = 4 << 30  # bytes that are hashed in two or three seconds; above, sizes and indexes are checked, and ids while reading
+_LONGEST_WAIT_SECONDS = 300
+
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
@@ -24,9 +27,11 @@ class RunData:
 def open_data(settings: RunSettings, process: Process) -> RunData:
     """Open the prepared folder. Raises UserError where it is missing or damaged or does not fit the model."""
     path = Path(settings.data.path)
-    if not path.exists() and settings.data.path == DataSettings().path:
+    if will_be_prepared(settings):
         _prepare_embedded_corpus(settings, process)
     prepared = PreparedData(path)
+    if prepared.stored_bytes < _HASHED_AT_START:
+        prepared.verify()
     tokenizer_path = prepared.tokenizer_path
     tokenizer = load_tokenizer(tokenizer_path)
     if prepared.vocab_size > settings.model.vocab_size:
@@ -37,11 +42,23 @@ def open_data(settings: RunSettings, process: Process) -> RunData:
     return RunData(prepared.splits["train"], prepared.splits["validation"], tokenizer, tokenizer_path, prepared.fingerprint)
 
 
+def will_be_prepared(settings: RunSettings) -> bool:
+    """The default folder is wanted, and missing."""
+    return settings.data.path == DataSettings().path and not Path(settings.data.path).exists()
+
+
 def _prepare_embedded_corpus(settings: RunSettings, process: Process) -> None:
     """Rank 0 prepares; the others wait for the folder, which appears when it is whole. No process group exists yet that could time out."""
     path = Path(settings.data.path)
+    if settings.data.vocab_size > settings.model.vocab_size:
+        raise UserError(f"data.vocab_size {settings.data.vocab_size} is above model.vocab_size {settings.model.vocab_size}.")
     if process.is_first:
         print(f"{path}/ is not there: preparing the embedded corpus, the source text of Python's standard library.", flush=True)
         prepare(PrepareSettings(output=str(path), vocab_size=settings.data.vocab_size))
-    while not path.exists():  # a failing rank 0 ends the job, and this loop with it
+    deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path} did not appear within {_LONGEST_WAIT_SECONDS} s; rank 0 prepares it, on a disk that all ranks must share."
+            )
         time.sleep(0.2)

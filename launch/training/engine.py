@@ -21,12 +21,13 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
-from data.batches import Batch
+from data.batches import Batch, target_tokens
 from launch.training import checkpoint
+from launch.training.config import OptimizerSettings
 from launch.training.processes import Process, device_name
 from model.config import ModelConfig
 from model.generation import generate
-from model.loss import IGNORED, token_losses, training_loss
+from model.loss import token_losses, training_loss
 from model.transformer import Transformer
 
 SAFE_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
@@ -54,16 +55,8 @@ class StepReport:
     optimizer_seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerNumbers:
-    weight_decay: float
-    beta1: float
-    beta2: float
-    epsilon: float
-
-
-def initialize_communication(process: Process, timeout_minutes: int = 30) -> None:
-    """Join the process group. Raises ConnectionError that names the address where the group does not form."""
+def initialize_communication(process: Process) -> None:
+    """Join the process group, quietly."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="deepspeed|torch.distributed")
     # Without this a CPU start compiles a C++ helper: two minutes once, and, killed meanwhile, a lock that hangs all later starts.
@@ -71,7 +64,7 @@ def initialize_communication(process: Process, timeout_minutes: int = 30) -> Non
     if device_name() == "cuda":
         torch.cuda.set_device(process.local_rank)
     backend = "nccl" if device_name() == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=30), verbose=False)
 
 
 class Engine:
@@ -81,7 +74,7 @@ class Engine:
         self,
         config: ModelConfig,
         merged_json: dict,
-        optimizer: OptimizerNumbers,
+        optimizer: OptimizerSettings,
         process: Process,
         seed: int,
         recompute: bool = False,
@@ -104,6 +97,8 @@ class Engine:
             self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, optimizer), config=merged_json)
         self._files = HashedFiles()
         self._deepspeed.checkpoint_engine = self._files
+        # It would copy its own converter there, outside the checkpoint engine; it cannot read ZeRO-1 in bf16, and weights.py does.
+        self._deepspeed._copy_recovery_script = lambda folder: None
         self._model = self._deepspeed.module
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int, stop_asked: bool = False) -> StepReport:
@@ -113,9 +108,8 @@ class Engine:
         torch.manual_seed(_stream(self._seed, step, self.process.rank))  # dropout's numbers are a function of seed, step and rank
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        targets_here = sum(int((batch.targets != IGNORED).sum()) for batch in micro_batches)
-        target_tokens = int(self._sum_over_ranks([targets_here])[0])
-        divisor = torch.tensor(max(1, target_tokens) / (len(micro_batches) * self.process.world_size), device=self.device)
+        num_targets = int(self._sum_over_ranks([target_tokens(micro_batches)])[0])
+        divisor = torch.tensor(max(1, num_targets) / (len(micro_batches) * self.process.world_size), device=self.device)
         watch = Stopwatch(self.device)
         total = torch.zeros((), device=self.device)
         skipped = False
@@ -140,7 +134,7 @@ class Engine:
             loss=loss_sum / (len(micro_batches) * self.process.world_size),
             gradient_norm=gradient_norm,
             skipped=bool(skipped),
-            target_tokens=target_tokens,
+            target_tokens=num_targets,
             stop_asked=stops > 0,
             loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
             **{f"{part}_seconds": watch.seconds(part) for part in ("forward", "backward", "optimizer")},
@@ -150,20 +144,26 @@ class Engine:
     def validate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Summed loss in nats and number of target tokens over all ranks' batches; each rank gives equally many."""
         self._deepspeed.eval()
-        loss_sum, target_tokens = torch.zeros((), dtype=torch.float64), 0
+        loss_sum, num_targets = torch.zeros((), dtype=torch.float64), 0
         for batch in batches:
             tokens, segments, targets = (tensor.to(self.device) for tensor in batch)
             loss_sum += token_losses(self._model(tokens, segments), targets).double().sum().cpu()
-            target_tokens += int((targets != IGNORED).sum())
-        total, count = self._sum_over_ranks([float(loss_sum), target_tokens])
+            num_targets += target_tokens([batch])
+        total, count = self._sum_over_ranks([float(loss_sum), num_targets])
         return total, int(count)
 
-    def sample(self, prompt: list[int], new_tokens: int, temperature: float, seed: int, stop: int | None) -> list[int]:
-        """Token ids that follow `prompt`; every rank draws the same ones."""
+    def sample(self, prompt: list[int], new_tokens: int, temperature: float, seed: int, vocab_size: int) -> list[int]:
+        """Token ids below `vocab_size` that follow `prompt`, always so many: under ZeRO-3 every rank must take every step."""
         self._deepspeed.eval()
         tokens = torch.tensor([prompt], device=self.device)
         drawn: Iterator[Tensor] = generate(
-            self._model, tokens, new_tokens, temperature=temperature, seed=seed, stop=stop, sequence_length=self.config.sequence_length
+            self._model,
+            tokens,
+            new_tokens,
+            temperature=temperature,
+            seed=seed,
+            sequence_length=self.config.sequence_length,
+            vocab_size=vocab_size,
         )
         return [int(ids[0]) for ids in drawn]
 
@@ -176,11 +176,9 @@ class Engine:
         folder = root / f"{checkpoint.name_of(step)}.tmp-{about['run_id']}"
         if self.process.is_first:
             self._files.attempt(lambda: checkpoint.begin(root, step, about["run_id"]))
-        self.barrier()
+        if not self.agree(self._files.failure is None):
+            return self.first_sentence(self._files.failure)
         self._deepspeed.save_checkpoint(str(root), tag=folder.name, save_latest=False)
-        if self.process.is_first:
-            for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # left there by DeepSpeed; they cannot read ZeRO-1 in bf16
-                (root / script).unlink(missing_ok=True)
         self._files.attempt(lambda: checkpoint.write_part(folder, self.process.rank, self._files.written))
         if self.agree(self._files.failure is None) and self.process.is_first:
             self._files.attempt(lambda: checkpoint.publish(folder, step, about))
@@ -194,9 +192,6 @@ class Engine:
         """Take weights, optimizer and loss scale from a checkpoint of the same layout."""
         loaded, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         assert loaded is not None, folder
-
-    def barrier(self) -> None:
-        dist.barrier()
 
     def agree(self, claim: bool) -> bool:
         """True where the claim holds on every rank."""
@@ -239,7 +234,7 @@ class Engine:
         return not_finite, norm
 
 
-def _adamw(model: Transformer, numbers: OptimizerNumbers) -> torch.optim.AdamW:
+def _adamw(model: Transformer, numbers: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW with decay on matrices only. Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole."""
     matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
@@ -248,7 +243,7 @@ def _adamw(model: Transformer, numbers: OptimizerNumbers) -> torch.optim.AdamW:
 
 
 def _stream(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step) * 1_000_003 + rank
+    return ((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63
 
 
 class HashedFiles(CheckpointEngine):

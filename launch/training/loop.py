@@ -29,27 +29,25 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:
-        if number == signal.SIGINT and self.asked == "SIGINT":
-            raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # not an exception of ours: a rank inside a collective would not see it
 
 
 def train(
     settings: RunSettings,
     engine: Engine,
     batches_of_step: Callable[[int], list[Batch]],
-    validation_batches: Callable[[], Iterable[Batch]],
+    validation_batches: Callable[[], Iterable[Batch]] | None,
+    sample: Callable[[int], str],
     first_step: int,
     about: dict,
     monitor: Monitor | None,
     figures: "Figures",
-    decode: Callable[[list[int]], str],
-    prompt: list[int],
-    end_of_text: int,
 ) -> int:
     """Train from step `first_step` to the end of the recipe; the exit status: 0 done, 85 told to stop and saved.
 
-    `monitor` is rank 0's; `about` goes into every manifest.
+    `sample` writes a text after a step, on all ranks together; `monitor` is rank 0's; `about` goes into every manifest.
     """
     root = Path(settings.output) / "checkpoints"
     stop = StopRequest()
@@ -88,10 +86,10 @@ def train(
         if skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(f"The gradient was not finite in {skipped_in_a_row} steps in a row; the last was step {done}.")
         last = done == settings.steps
-        if last or (settings.log.validation_interval and done % settings.log.validation_interval == 0):
+        if validation_batches and (last or (settings.log.validation_interval and done % settings.log.validation_interval == 0)):
             _validate(engine, validation_batches(), monitor, figures, done)
         if settings.log.sample_interval and (last or done % settings.log.sample_interval == 0):
-            text = decode(prompt + engine.sample(prompt, min(128, settings.model.sequence_length // 2), 0.8, done, end_of_text))
+            text = sample(done)
             if monitor:
                 monitor.text("samples", text, done)
         if last or report.stop_asked or (settings.checkpoint.interval and done % settings.checkpoint.interval == 0):
@@ -106,7 +104,10 @@ def train(
 class Figures:
     """Numbers that turn counts into what people compare."""
 
-    def __init__(self, flops_per_token: float, peak_flops: float, world_size: int, bytes_per_token: dict[str, float]):
+    def __init__(
+        self, flops_per_token: float, peak_flops: float, world_size: int, samples_per_epoch: int, bytes_per_token: dict[str, float]
+    ):
+        self.samples_per_epoch = samples_per_epoch
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.world_size = world_size
@@ -151,6 +152,7 @@ def _show_step(
         "optimization/learning_rate": rate,
         "optimization/gradient_norm": report.gradient_norm,
         "progress/tokens": done * settings.tokens_per_step,
+        "progress/epochs": done * settings.batch.global_batch_size / figures.samples_per_epoch,
     }
     if report.loss_scale is not None:
         scalars["optimization/loss_scale"] = report.loss_scale

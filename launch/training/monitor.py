@@ -61,7 +61,8 @@ class Monitor:
                 self._board.add_scalar(name, value, step)
                 if name in DEEPSPEED_NAMES:
                     self._board_by_samples.add_scalar(DEEPSPEED_NAMES[name], value, step * self._samples_per_step)
-            self._metrics.write(json.dumps({"step": step} | scalars) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
+            self._metrics.write(json.dumps({"step": step} | finite) + "\n")
 
         self._guard(write)
 
@@ -109,7 +110,7 @@ class Monitor:
 
 def perplexity(loss: float) -> float:
     """exp(nats), or infinity."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def _clock(seconds: float) -> str:

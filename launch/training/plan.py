@@ -28,7 +28,7 @@ def peak_flops(settings: RunSettings, device: str) -> tuple[float, str]:
     """Floating-point operations a second of one device, and where the number is from."""
     if settings.peak_tflops is not None:
         return settings.peak_tflops * 1e12, "peak_tflops"
-    if device == "cuda":
+    if device == "cuda" and settings.precision != "float32":
         name = torch.cuda.get_device_name()
         for part, tflops in _DATA_SHEET_TFLOPS.items():
             if re.search(rf"{part}\b", name):  # an L40 is no L4
@@ -67,8 +67,8 @@ def model_state_bytes(parameters: int, stage: int, data_parallel_size: int, prec
     }
 
 
-def plan(settings: RunSettings, merged_json: dict, process: Process, device: str, train, validation, tokenizer: str) -> str:
-    """The whole plan, as lines to print. `train` and `validation` are the token streams of the prepared data."""
+def plan(settings: RunSettings, merged_json: dict, process: Process, device: str, data) -> str:
+    """The whole plan, as lines to print. `data` is the RunData, or None where it would be prepared first."""
     model, batch = settings.model, settings.batch
     parameters = count_parameters(model)
     zero = merged_json["zero_optimization"]
@@ -93,15 +93,18 @@ def plan(settings: RunSettings, merged_json: dict, process: Process, device: str
         ("work", f"{flops:,.0f} FLOPs a token, forward and backward, causal attention counted; {flops * tokens:.3g} in all"),
         (
             "data",
-            f"{settings.data.path}: {len(train):,} training tokens in {train.num_documents:,} documents, "
-            f"{len(validation):,} held out; {tokenizer}",
+            f"{settings.data.path}: {len(data.train):,} training tokens in {data.train.num_documents:,} documents, "
+            + (f"{len(data.validation):,} held out" if len(data.validation) else "none held out: no validation")
+            + f"; {data.tokenizer_path.name}"
+            if data
+            else f"{settings.data.path} is not there: the embedded corpus would be prepared first",
         ),
         (
             "batch",
             f"{batch.global_batch_size} sequences = micro-batch {batch.micro_batch_size} x accumulation {accumulation} "
             f"x ranks {process.world_size}; {settings.tokens_per_step:,} tokens a step",
         ),
-        ("length", f"{settings.steps:,} steps, {tokens:,} tokens, {tokens / max(1, len(train)):.2f} epochs"),
+        ("length", f"{settings.steps:,} steps, {tokens:,} tokens" + (f", {tokens / len(data.train):.2f} epochs" if data else "")),
         (
             "rate",
             f"{settings.optimizer.learning_rate:g}, {settings.schedule.kind}, warm-up {settings.schedule.warmup_steps} steps"

@@ -33,9 +33,9 @@ def find_process() -> Process:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "RANK" not in os.environ:
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
         raise UserError(
-            f"srun started {os.environ['SLURM_NTASKS']} tasks without saying which is which ({', '.join(missing)} not set). "
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without saying which is which ({', '.join(missing)} not set). "
             "Start torchrun or deepspeed in one task a node."
         )
     if "RANK" in os.environ and missing:
@@ -51,11 +51,12 @@ def find_process() -> Process:
 
 
 def share_the_cores(process: Process) -> None:
-    """Give each local rank its part of the cores, where OMP_NUM_THREADS does not say otherwise.
+    """Give each local rank its part of the cores, where a person's OMP_NUM_THREADS does not say otherwise.
 
-    Left alone, every rank starts a thread a core: two ranks on two cores ran ten times slower.
+    Left alone, every rank starts a thread a core: two ranks on two cores ran ten times slower. torchrun sets 1 by itself.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if "OMP_NUM_THREADS" not in os.environ or by_torchrun:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.local_world_size))
 
 

@@ -7,6 +7,7 @@ runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, dat
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import platform
@@ -16,12 +17,13 @@ import time
 import uuid
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 from data.command_line import UserError, flatten
 from launch.training import checkpoint
 from launch.training.config import REPOSITORY, RunSettings
 
-# What may differ when a run goes on: nothing of it changes a number (micro-batches only round differently).
+# What may differ when a run goes on: it changes no number but by rounding, and, under dropout, by which ones are dropped.
 _HARMLESS = (
     "deepspeed",
     "output",
@@ -40,6 +42,9 @@ _HARMLESS = (
 )
 
 
+LOCK = ".lock"
+_MATHEMATICAL_KEYS = ("communication_data_type", "data_types", "prescale_gradients", "gradient_predivide_factor", "bf16", "fp16")
+
 # Settings of the model that --allow_changes may change: the same weights go on.
 _NOT_IN_THE_WEIGHTS = ("dropout", "document_mask", "initializer_range")
 
@@ -53,7 +58,7 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def inspect(settings: RunSettings, fingerprint: str, layout: dict) -> Start:
+def inspect(settings: RunSettings, fingerprint: str, layout: dict, merged_json: dict) -> Start:
     """Decide on a fresh start or going on, changing nothing. Raises UserError where the folder holds another run or something else."""
     folder = Path(settings.output)
     record = folder / "run.json"
@@ -64,14 +69,14 @@ def inspect(settings: RunSettings, fingerprint: str, layout: dict) -> Start:
     if in_the_way:
         raise UserError(f"output {folder}: {in_the_way} is a file; it must be a folder or not be there yet.")
     if not record.is_file():
-        if folder.is_dir() and any(path.name != "run.json.tmp" for path in folder.iterdir()):  # a start that died at once leaves that
+        if folder.is_dir() and any(path.name not in ("run.json.tmp", LOCK) for path in folder.iterdir()):
             raise UserError(f"output {folder} holds files but no run.json: not a run of ours. Give another --output.")
         if settings.resume:
             raise UserError(f"--resume: {folder} holds no run to go on with.")
         return Start(uuid.uuid4().hex[:12], goes_on=False)
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
-        before["run_id"], before["data_fingerprint"], before["recipe"]["data"]["path"], before["starts"]
+        before["run_id"], before["data_fingerprint"], before["recipe"]["data"]["path"], before["starts"], before["deepspeed"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record} is damaged ({type(error).__name__}: {error}). Give another --output.") from error
     root = folder / "checkpoints"
@@ -80,7 +85,7 @@ def inspect(settings: RunSettings, fingerprint: str, layout: dict) -> Start:
         if settings.resume:
             raise UserError(f"--resume: {folder} holds a run without a checkpoint. Without --resume it starts again from step 0.")
         return Start(before["run_id"], False, (f"{folder} holds a run that never reached a checkpoint: it starts again from step 0.",))
-    changed = _changes(before, settings, fingerprint)
+    changed = _changes(before, settings, fingerprint, merged_json)
     if changed and not settings.allow_changes:
         raise UserError(
             f"{folder} holds another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
@@ -88,7 +93,22 @@ def inspect(settings: RunSettings, fingerprint: str, layout: dict) -> Start:
         )
     if newest := _newest_manifest(root):
         _refuse_other_model(*newest, settings, layout)
+        if newest[1]["step"] > settings.steps:
+            raise UserError(f"{newest[0]} is already beyond the {settings.steps} steps that are asked for. Nearest: {newest[1]['step']}.")
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed))
+
+
+def lock(settings: RunSettings) -> BinaryIO:
+    """Hold the run's folder for this process, until the returned file is closed. Raises UserError where another start holds it."""
+    folder = Path(settings.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = open(folder / LOCK, "wb")  # noqa: SIM115
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        held.close()
+        raise UserError(f"Another process is training in {folder}. Wait for it, or give another --output.") from error
+    return held
 
 
 def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path) -> None:
@@ -119,10 +139,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed", "megabatch")}
 
 
-def _changes(before: dict, settings: RunSettings, fingerprint: str) -> list[str]:
+def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json: dict) -> list[str]:
     old, new = flatten(before["recipe"]), flatten(json.loads(json.dumps(dataclasses.asdict(settings))))
     changed = [
         f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if not name.startswith(_HARMLESS) and old.get(name) != value
+    ]
+    changed += [
+        f"{settings.deepspeed}: {name} {json.dumps(before['deepspeed'].get(name))} -> {json.dumps(merged_json.get(name))}"
+        for name in _MATHEMATICAL_KEYS
+        if before["deepspeed"].get(name) != merged_json.get(name)
     ]
     if before["data_fingerprint"] != fingerprint:
         changed.append(
@@ -161,5 +186,8 @@ def _layout(layout: dict) -> str:
 
 
 def _commit() -> str | None:
-    found = subprocess.run(["git", "-C", REPOSITORY, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "-C", REPOSITORY, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
     return found.stdout.strip() or None

@@ -31,7 +31,7 @@ class TrainedModel:
 
 def load_model(path: str) -> TrainedModel:
     """Read a run folder (its newest whole checkpoint), one checkpoint in it, or an exported Hugging Face folder."""
-    folder = Path(path)
+    folder = Path(path).resolve()
     if (folder / "config.json").is_file() and not (folder / checkpoint.MANIFEST).is_file():
         try:
             config, state = huggingface.load(folder)

@@ -79,22 +79,23 @@ def train_plain(case: dict) -> list[tuple[float, float]]:
 
 
 def build_engine(case: dict, process: Process):
-    from launch.training.engine import Engine, OptimizerNumbers
+    from launch.training.engine import Engine
 
     settings = run_settings(case)
     path = f"ds_configs/{case['json']}.json"
     written = deepspeed_config.read_deepspeed_json(path) if case["json"] != "zero0" else {"zero_optimization": {"stage": 0}}
     written["zero_optimization"] |= case.get("zero", {})
     merged = deepspeed_config.complete(written, path, settings, process.world_size, "cpu")
-    numbers = OptimizerNumbers(
-        settings.optimizer.weight_decay, settings.optimizer.beta1, settings.optimizer.beta2, settings.optimizer.epsilon
-    )
-    return Engine(settings.model, merged, numbers, process, settings.seed, settings.recompute), settings
+    return Engine(settings.model, merged, settings.optimizer, process, settings.seed, settings.recompute), settings
 
 
 def train_under_deepspeed(case: dict, process: Process) -> list[tuple[float, float]]:
     engine, settings = build_engine(case, process)
-    reports = [engine.train_step(micro_batches(step, process), rate(step, settings), step) for step in range(STEPS)]
+    reports = []
+    for step in range(STEPS):
+        reports.append(engine.train_step(micro_batches(step, process), rate(step, settings), step))
+        if case.get("samples") and step == 3:  # must leave nothing behind in the weights that ZeRO-3 gathered
+            engine.sample([1, 2, 3], 4, 1.0, step, VOCABULARY)
     return [(report.loss, report.gradient_norm) for report in reports]
 
 

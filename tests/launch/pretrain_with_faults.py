@@ -2,8 +2,11 @@
 
 where "step": before optimizer step `number`; "write": at the `number`-th write of checkpoint bytes; "publish": before the
 `number`-th checkpoint gets its name. FAULT_TERMINATE="rank:number" sends SIGTERM to that rank in step `number`.
+FULL_DISK="rank:number" lets the `number`-th write of checkpoint bytes fail, and none after it.
 """
 
+import errno
+import itertools
 import os
 import signal
 import sys
@@ -29,6 +32,18 @@ def plant(fault: str) -> None:
     setattr(owner, name, failing)
 
 
+def plant_full_disk(order: str) -> None:
+    rank, number = order.split(":")
+    whole, calls = checkpoint.HashingFile.write, itertools.count()
+
+    def failing(self, data):
+        if os.environ["RANK"] == rank and next(calls) == int(number):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(self, data)
+
+    checkpoint.HashingFile.write = failing
+
+
 def plant_termination(order: str) -> None:
     rank, number = order.split(":")
     whole = Engine.train_step
@@ -50,6 +65,8 @@ if __name__ == "__main__":
         find_process()
     if "FAULT" in os.environ:
         plant(os.environ["FAULT"])
+    if "FULL_DISK" in os.environ:
+        plant_full_disk(os.environ["FULL_DISK"])
     if "FAULT_TERMINATE" in os.environ:
         plant_termination(os.environ["FAULT_TERMINATE"])
     sys.argv[0] = pretrain.__file__

@@ -44,7 +44,7 @@ def save(root: Path, step: int, version: int = 0, num_ranks: int = 2) -> Path:
             file.write(memoryview(data)[5:])
             entries[name] = file.finish()
         checkpoint.write_part(folder, rank, entries)
-    return checkpoint.publish(folder, step, ABOUT)
+    return checkpoint.publish(folder, step, ABOUT | {"layout": {"world_size": num_ranks}})
 
 
 def read(folder: Path) -> dict[int, dict[str, bytes]]:
@@ -77,11 +77,19 @@ def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
     assert good(tmp_path / "nowhere") is None
 
 
+def test_a_rank_whose_files_are_not_seen_keeps_the_checkpoint_from_being_published(tmp_path):
+    folder = checkpoint.begin(tmp_path, 1, "run1")
+    checkpoint.write_part(folder, 0, {})
+    with pytest.raises(OSError, match="1 of 2 ranks"):
+        checkpoint.publish(folder, 1, ABOUT)
+    assert checkpoint.published(tmp_path) == []
+
+
 def test_files_that_the_engine_wrote_by_itself_are_in_the_manifest_too(tmp_path):
     folder = checkpoint.begin(tmp_path, 1, "run1")
     (folder / "offloaded" / "rank0").mkdir(parents=True)
     (folder / "offloaded" / "rank0" / "moments.swp").write_bytes(b"12345678")
-    whole = checkpoint.publish(folder, 1, ABOUT)
+    whole = checkpoint.publish(folder, 1, ABOUT | {"layout": {"world_size": 0}})
     assert damage(whole) is None
     (whole / "offloaded" / "rank0" / "moments.swp").write_bytes(b"12345679")
     assert "moments.swp is damaged" in damage(whole)
@@ -137,7 +145,7 @@ def test_readers_that_share_the_files_find_what_one_reader_finds(tmp_path_factor
         file.write(data)
         entries[name] = file.finish()
     checkpoint.write_part(folder, 0, entries)
-    folder = checkpoint.publish(folder, 1, ABOUT)
+    folder = checkpoint.publish(folder, 1, ABOUT | {"layout": {"world_size": 1}})
     assert [damage(folder, part, parts) for part in range(parts)] == [None] * parts
     for name in files:
         whole = (folder / name).read_bytes()

@@ -1,6 +1,7 @@
 """What a run will need, worked out before it starts."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +39,13 @@ HELD_OUT = type("Stream", (), {"__len__": lambda self: 5_000})()
 
 
 def lines(settings: RunSettings, zero: dict) -> dict[str, str]:
-    printed = plan(settings, {"zero_optimization": zero}, Process(0, 4, 0, 4), "cpu", TRAIN, HELD_OUT, "tokenizer.model")
+    printed = plan(
+        settings,
+        {"zero_optimization": zero},
+        Process(0, 4, 0, 4),
+        "cpu",
+        SimpleNamespace(train=TRAIN, validation=HELD_OUT, tokenizer_path=Path("tokenizer.model")),
+    )
     return dict(line.strip().split(": ", 1) for line in printed.splitlines())
 
 
@@ -58,7 +65,7 @@ def test_the_plan_says_everything_that_will_happen():
         f"model states per rank {6 * mib:.1f} MiB: weights {2 * mib:.1f} MiB, gradients {mib:.1f} MiB, optimizer {3 * mib:.1f} MiB; "
         "activations not counted"
     )
-    assert shown["output"] == "runs/demo: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"
+    assert shown["output"] == "runs/run: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"
 
 
 def test_a_constant_rate_goes_down_to_nothing_else():

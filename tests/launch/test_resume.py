@@ -87,15 +87,20 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step_saved_and_the_same_co
     assert_same_run(whole, stopped)
 
 
-@pytest.mark.parametrize("fault", ["1:write:2", "0:write:40", "0:publish:1"])
-def test_dying_while_the_second_checkpoint_is_written_leaves_the_first(fault, tiny, tmp_path):
+@pytest.mark.parametrize(("fault", "last_whole"), [("1:write:60", 4), ("0:write:60", 4), ("0:publish:1", 4)])
+def test_dying_while_the_second_checkpoint_is_written_leaves_the_first(fault, last_whole, tiny, tmp_path):
     words = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
     root = tmp_path / "run" / "checkpoints"
-    if fault == "1:write:2":  # count a rank's writes of one checkpoint, so that the kill falls into the second
-        run(2, [*words, "--train_steps", "4", "--output", str(tmp_path / "counted")])
-        fault = "1:write:60"
     assert any(status == -signal.SIGKILL for status in statuses(2, words, FAULT=fault))
-    for folder in checkpoint.published(root):
-        assert checkpoint.damage(folder) is None
-    run(2, [*words, "--resume"] if checkpoint.published(root) else words)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.published(root)] == [last_whole]
+    assert checkpoint.damage(checkpoint.published(root)[0]) is None
+    run(2, [*words, "--resume"])
     assert checkpoint.step_of(checkpoint.published(root)[0]) == 12
+
+
+def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(tiny, tmp_path):
+    output = run(2, [*tiny, "--deepspeed", "ds_configs/zero2.json"], FULL_DISK="1:60")
+    root = tmp_path / "run" / "checkpoints"
+    assert "The checkpoint of step 8 could not be written: OSError: [Errno 28] No space left on device" in output
+    assert [checkpoint.step_of(folder) for folder in checkpoint.published(root)] == [12, 4]
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000004", "step_00000012"]

@@ -12,6 +12,7 @@ from launch.training import checkpoint, run_folder
 from launch.training.config import DataSettings, LogSettings, OptimizerSettings, RunSettings
 from model.config import ModelConfig
 
+MERGED = {"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}
 LAYOUT = {"world_size": 2, "zero_stage": 1, "precision": "bf16"}
 
 
@@ -33,17 +34,20 @@ class Run:
         self.tokenizer = folder / "tokenizer.model"
         self.tokenizer.write_bytes(b"pieces")
 
-    def start(self, fingerprint: str = "f" * 64, layout: dict = LAYOUT, **changes) -> run_folder.Start:
-        return run_folder.inspect(dataclasses.replace(self.settings, **changes), fingerprint, layout)
+    def start(self, fingerprint: str = "f" * 64, layout: dict = LAYOUT, merged: dict | None = None, **changes) -> run_folder.Start:
+        return run_folder.inspect(dataclasses.replace(self.settings, **changes), fingerprint, layout, merged or MERGED)
 
     def record(self, start: run_folder.Start | None = None) -> str:
         start = start or self.start()
-        run_folder.record(self.settings, {"zero_optimization": {"stage": 1}}, start, "f" * 64, self.tokenizer)
+        run_folder.record(self.settings, MERGED, start, "f" * 64, self.tokenizer)
         return start.run_id
 
     def save(self, step: int, model: ModelConfig | None = None) -> Path:
         about = {"model": dataclasses.asdict(model or self.settings.model), "layout": LAYOUT}
-        return checkpoint.publish(checkpoint.begin(self.root, step, "run"), step, about)
+        folder = checkpoint.begin(self.root, step, "run")
+        for rank in range(LAYOUT["world_size"]):
+            checkpoint.write_part(folder, rank, {})
+        return checkpoint.publish(folder, step, about)
 
     def refusal(self, **changes) -> str:
         """The sentence of a start that is refused; nothing in the folder has changed."""
@@ -74,7 +78,7 @@ def test_a_fresh_start_is_recorded_before_the_first_step(run):
     about = json.loads((run.output / "run.json").read_text())
     assert about["run_id"] == start.run_id
     assert about["recipe"]["model"]["hidden_size"] == 64
-    assert about["deepspeed"] == {"zero_optimization": {"stage": 1}}
+    assert about["deepspeed"] == MERGED
     assert set(about["versions"]) == {"python", "torch", "deepspeed", "megabatch"}
     assert len(about["starts"]) == 1
     assert (run.output / "tokenizer.model").read_bytes() == b"pieces"
@@ -201,3 +205,19 @@ def test_the_tokenizer_beside_the_run_is_the_one_of_its_data(run):
     run.tokenizer = run.tokenizer.rename(run.tokenizer.with_name("tokenizer.json"))
     run.record()
     assert {path.name for path in run.output.glob("tokenizer*")} == {"tokenizer.json"}
+
+
+def test_an_engine_choice_that_changes_numbers_is_another_run(saved):
+    with pytest.raises(UserError, match='communication_data_type "fp32" -> "bf16"'):
+        saved.start(merged=MERGED | {"communication_data_type": "bf16"})
+
+
+def test_a_run_that_is_already_longer_is_not_shortened(saved):
+    with pytest.raises(UserError, match="already beyond the 1 steps"):
+        saved.start(train_steps=1, allow_changes=True, schedule=dataclasses.replace(saved.settings.schedule, warmup_steps=0))
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(saved):
+    with run_folder.lock(saved.settings), pytest.raises(UserError, match="Another process is training"):
+        run_folder.lock(saved.settings)
+    run_folder.lock(saved.settings).close()
