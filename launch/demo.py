@@ -13,9 +13,6 @@ from data.corpus import drop_duplicates_and_empty, embedded_corpus, is_held_out
 from data.prepare import PrepareSettings
 from launch.training.config import read_run_settings
 
-STRIDE = 128
-"""Tokens that the window moves on when the demo is measured: each token sees at least 384 before it."""
-
 
 def main(arguments: list[str]) -> int:
     start = time.perf_counter()
@@ -44,8 +41,8 @@ def _compare(run: str, data: str) -> bool:
     """Print the model's bits per byte on held-out files beside those of the compressors that everybody has; whether it beats xz."""
     from launch.evaluate import EvaluateSettings, evaluate
 
-    print(f"\n=== Held-out files: python launch/evaluate.py {run} --stride {STRIDE} --precision bf16", flush=True)
-    result = evaluate(EvaluateSettings(run, data, stride=STRIDE, precision="bf16"))
+    print(f"\n=== Held-out files: python launch/evaluate.py {run}", flush=True)
+    result = evaluate(EvaluateSettings(run, data))
     held_out = PrepareSettings().held_out
     documents = drop_duplicates_and_empty(embedded_corpus().documents(), {"empty": 0, "duplicate": 0})
     text = b"".join(document.text.encode() for document in documents if is_held_out(document.source, held_out))

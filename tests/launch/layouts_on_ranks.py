@@ -1,5 +1,6 @@
 """One rank of the equality tests: trains a tiny model under each case of a JSON list, prints losses and gradient norms as JSON."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -30,6 +31,7 @@ def run_settings(case: dict) -> RunSettings:
     words = ["--batch.global_batch_size", str(GLOBAL_BATCH), "--batch.micro_batch_size", str(MICRO_BATCH)]
     words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5)), "--optimizer.learning_rate", "1e-3"]
     words += ["--precision", case.get("precision", "float32"), "--recompute", str(case.get("recompute", False)).lower()]
+    words += ["--compile", str(case.get("compile", False)).lower()]
     return dataclasses.replace(read_run_settings(words), model=model_config(case))
 
 
@@ -66,6 +68,9 @@ def train_plain(case: dict) -> list[tuple[float, float]]:
     )
     history = []
     for step in range(STEPS):
+        if step == case.get("poison"):  # as if the step had never been asked for
+            history.append((float("nan"), float("nan")))
+            continue
         tokens, targets = global_batch(step)
         loss = training_loss(model(tokens, torch.ones_like(tokens)), (targets, (targets != IGNORED).sum()))
         optimizer.zero_grad()
@@ -86,16 +91,30 @@ def build_engine(case: dict, process: Process):
     written = deepspeed_config.read_deepspeed_json(path) if case["json"] != "zero0" else {"zero_optimization": {"stage": 0}}
     written["zero_optimization"] |= case.get("zero", {})
     merged = deepspeed_config.complete(written, path, settings, process.world_size, "cpu")
-    return Engine(settings.model, merged, settings.optimizer, process, settings.seed, settings.recompute), settings
+    return Engine(settings.model, merged, settings.optimizer, process, settings.seed, settings.recompute, settings.compile), settings
+
+
+@contextlib.contextmanager
+def poisoned(here: bool):
+    """Within it, a loss on this rank is not a number."""
+    from launch.training import engine
+
+    whole = engine.training_loss
+    if here:
+        engine.training_loss = lambda logits, labels: whole(logits, labels) * float("nan")
+    yield
+    engine.training_loss = whole
 
 
 def train_under_deepspeed(case: dict, process: Process) -> list[tuple[float, float]]:
     engine, settings = build_engine(case, process)
     reports = []
     for step in range(STEPS):
-        reports.append(engine.train_step(micro_batches(step, process), rate(step, settings), step))
+        with poisoned(step == case.get("poison") and process.is_first):
+            reports.append(engine.train_step(micro_batches(step, process), rate(step, settings), step))
         if case.get("samples") and step == 3:  # must leave nothing behind in the weights that ZeRO-3 gathered
             engine.sample([1, 2, 3], 4, 1.0, step, VOCABULARY)
+    assert [step for step, report in enumerate(reports) if report.skipped] == [step for step in [case.get("poison")] if step is not None]
     return [(report.loss, report.gradient_norm) for report in reports]
 
 

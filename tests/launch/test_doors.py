@@ -107,7 +107,7 @@ MISTAKES = [
     (["--model.vocab_size", "700"], "Nearest: 800"),
     (["--precision", "fp16"], "no fp16 on a CPU"),
     (["--size", "gpt2-124"], 'Did you mean "gpt2-124m"'),
-    (["--train_tokens", "100"], "less than one step"),
+    (["--train_steps", "null", "--train_tokens", "100"], "less than one step"),
     (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate"),
     (["--checkpoint.keep", "1"], "At least 2|at least 2"),
     (["--resume"], "holds no run"),
