@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import flatten, run_door
-from launch.training.config import RunSettings, read_run_settings
+from launch.training.config import RunSettings, read_run_settings, share_the_batch
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,6 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     from launch.training.plan import plan
 
     process = processes.find_process()
+    settings = share_the_batch(settings, process.world_size)
     processes.share_the_cores(process)
     device = processes.device_name()
     if device == "cpu":

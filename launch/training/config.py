@@ -18,8 +18,8 @@ DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 class BatchSettings:
     global_batch_size: int = 32
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int = 8
-    """Sequences per rank and forward pass; accumulation follows from it."""
+    micro_batch_size: int | None = None
+    """Sequences per rank and forward pass; accumulation follows from it (default: the rank's whole share, no accumulation)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _refuse_impossible(settings: RunSettings) -> None:
         complaints.append(f"train_tokens {settings.train_tokens:g} is less than one step of {settings.tokens_per_step:,} tokens.")
     positive = {
         "batch.global_batch_size": settings.batch.global_batch_size,
-        "batch.micro_batch_size": settings.batch.micro_batch_size,
+        "batch.micro_batch_size": 1 if settings.batch.micro_batch_size is None else settings.batch.micro_batch_size,
         "optimizer.learning_rate": settings.optimizer.learning_rate,
         "optimizer.epsilon": settings.optimizer.epsilon,
         "train_steps": 1 if settings.train_steps is None else settings.train_steps,
@@ -254,8 +254,17 @@ def _refuse_impossible(settings: RunSettings) -> None:
         raise UserError("\n".join(complaints))
 
 
+def share_the_batch(settings: RunSettings, data_parallel_size: int) -> RunSettings:
+    """The same settings with a micro-batch size, where none was given. Raises UserError where the batch does not divide."""
+    size = settings.batch.micro_batch_size or max(1, settings.batch.global_batch_size // data_parallel_size)
+    batch = dataclasses.replace(settings.batch, micro_batch_size=size)
+    accumulation_steps(batch, data_parallel_size)
+    return dataclasses.replace(settings, batch=batch)
+
+
 def accumulation_steps(batch: BatchSettings, data_parallel_size: int) -> int:
     """Micro-batches that each rank adds up for one optimizer step. Raises UserError where the batch does not divide."""
+    assert batch.micro_batch_size is not None
     unit = batch.micro_batch_size * data_parallel_size
     steps, remainder = divmod(batch.global_batch_size, unit)
     if remainder or not steps:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.command_line import UserError
-from launch.training.config import BatchSettings, accumulation_steps, read_run_settings
+from launch.training.config import BatchSettings, accumulation_steps, read_run_settings, share_the_batch
 from model.config import SIZES, ModelConfig
 
 
@@ -44,6 +44,12 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(batch,
 def test_without_a_recipe_it_is_the_demo():
     settings = read_run_settings([])
     assert settings.output == "runs/demo"
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 4), (8, 1)])
+def test_without_a_micro_batch_size_each_rank_takes_its_whole_share(ranks, micro_batch):
+    batch = share_the_batch(read_run_settings([]), ranks).batch
+    assert (batch.micro_batch_size, accumulation_steps(batch, ranks)) == (micro_batch, 1)
 
 
 def test_tokens_become_whole_steps(recipe):
@@ -127,8 +133,8 @@ def test_the_models_own_complaints_come_as_sentences():
 
 @pytest.mark.parametrize("words", [["--local_rank=0"], ["--local-rank=3"], ["--local_rank", "1"]])
 def test_what_a_launcher_adds_is_taken_and_not_needed(words):
-    plain = read_run_settings(["--train_steps", "60"])
-    assert read_run_settings([*words, "--train_steps", "60"]) == read_run_settings(["--train_steps", "60", *words]) == plain
+    plain = read_run_settings(["--train_steps", "200"])
+    assert read_run_settings([*words, "--train_steps", "200"]) == read_run_settings(["--train_steps", "60", *words]) == plain
 
 
 def test_the_names_of_the_ecosystem_are_taken():
