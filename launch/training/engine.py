@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import math
 import os
 import time
 import warnings
@@ -122,14 +123,13 @@ class Engine:
                 engine.backward(loss)
             with watch.measure("optimizer"):
                 if self.zero_stage == 0 and engine.is_gradient_accumulation_boundary():
-                    skipped, plain_norm = self._plain_gradient_norm()
-                engine.step()
+                    gradient_norm, skipped = self._plain_step()
+                else:
+                    engine.step()
         loss_sum, stops = self._sum_over_ranks([float(total), float(stop_asked)])
-        if self.zero_stage == 0:
-            gradient_norm = plain_norm
-        else:
+        if self.zero_stage > 0:
             gradient_norm = float(engine.get_global_grad_norm())
-            skipped = bool(getattr(engine.optimizer, "overflow", False)) or not torch.isfinite(torch.tensor(gradient_norm))
+            skipped = bool(getattr(engine.optimizer, "overflow", False)) or not math.isfinite(gradient_norm)
         return StepReport(
             loss=loss_sum / (len(micro_batches) * self.process.world_size),
             gradient_norm=gradient_norm,
@@ -223,15 +223,19 @@ class Engine:
             dist.all_reduce(summed)
         return summed.tolist()
 
-    def _plain_gradient_norm(self) -> tuple[bool, float]:
-        """ZeRO-0 knows no gradient norm and would apply a NaN: measure it, and drop gradients that are not finite."""
-        parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
-        not_finite = not torch.isfinite(torch.tensor(norm))
-        if not_finite:
-            for parameter in parameters:
-                parameter.grad = None
-        return not_finite, norm
+    def _plain_step(self) -> tuple[float, bool]:
+        """ZeRO-0 knows no gradient norm and would apply a NaN: measure it, and take the step without the update where it is one."""
+        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            self._deepspeed.step()
+            return norm, False
+        for gradient in gradients:
+            gradient.zero_()
+        self._deepspeed.optimizer.step = lambda: None
+        self._deepspeed.step()
+        del self._deepspeed.optimizer.step
+        return norm, True
 
 
 def _adamw(model: Transformer, numbers: OptimizerSettings) -> torch.optim.AdamW:
