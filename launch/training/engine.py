@@ -267,7 +267,9 @@ class HashedFiles(CheckpointEngine):
         try:
             write()
         except (OSError, RuntimeError) as error:
-            self.failure = self.failure or f"{type(error).__name__}: {error}"
+            # Of a full disk torch says "unexpected pos"; what the disk said lies under it.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            self.failure = self.failure or f"{type(cause).__name__}: {cause}."
 
     def create(self, info) -> None:
         pass
