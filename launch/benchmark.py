@@ -6,7 +6,6 @@ Every contender runs in a process of its own, one after the other, in several ro
 import dataclasses
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -78,10 +77,9 @@ def _start(name: str, arguments: Sequence[str]) -> list[float]:
     ours = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {key: value for key, value in os.environ.items() if key not in ours} | {"DS_ACCELERATOR": "cpu"}
     if world_size > 1:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+        from launch.training.processes import free_port
+
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     command = [sys.executable, __file__, *arguments, "--contender", name]
     ranks = [
         subprocess.Popen(

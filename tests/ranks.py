@@ -2,11 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from launch.training.processes import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -21,10 +22,7 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 def start_ranks(world_size: int, script: Path, *arguments: str, **environment: str) -> list[subprocess.Popen]:
     """One process a rank, as torchrun would start them; standard output and error of each are one pipe of text."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    shared = clean_environment(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment)
+    shared = clean_environment(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **environment)
     return [
         subprocess.Popen(
             [sys.executable, str(script), *arguments],

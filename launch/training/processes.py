@@ -1,9 +1,11 @@
 """Which process this is, on which device, with how many threads."""
 
+import contextlib
 import ctypes
 import dataclasses
 import os
 import platform
+import random
 import socket
 
 import torch
@@ -25,6 +27,15 @@ class Process:
         return self.rank == 0
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on, below those that outgoing connections are given."""
+    for port in random.SystemRandom().sample(range(15000, 30000), 50):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise OSError("No free port between 15000 and 30000.")
+
+
 def find_process() -> Process:
     """Read rank and world from what the launcher set (deepspeed, torchrun); alone, become rank 0 of 1 and say so to torch.
 
@@ -41,10 +52,7 @@ def find_process() -> Process:
     if "RANK" in os.environ and missing:
         raise UserError(f"RANK is set but {', '.join(missing)} not. Start with deepspeed or torchrun, or unset RANK.")
     if "RANK" not in os.environ:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            free_port = listener.getsockname()[1]
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     world_size = int(os.environ["WORLD_SIZE"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     return Process(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")), local_world_size)

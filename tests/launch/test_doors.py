@@ -15,6 +15,7 @@ from data.command_line import UserError
 from launch import evaluate, export, generate, pretrain
 from launch.training import checkpoint
 from launch.training.loop import SAVED_AND_UNFINISHED
+from launch.training.processes import free_port
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 
 PRETRAIN = REPOSITORY / "launch" / "pretrain.py"
@@ -172,7 +173,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path):
 @pytest.mark.parametrize("launcher", [["deepspeed", "--num_accelerators", "2"], ["torchrun", "--nproc_per_node", "2"], ["python"]])
 def test_every_launcher_trains(launcher, tiny, tmp_path):
     if launcher[0] == "deepspeed":
-        launcher = [*launcher, "--master_port", str(20000 + os.getpid() % 20000)]
+        launcher = [*launcher, "--master_port", str(free_port())]
     process = launched([*launcher, str(PRETRAIN), *tiny, "--deepspeed", "ds_configs/zero3.json"])
     output = process.communicate(timeout=180)[0]
     assert process.returncode == 0, output
@@ -181,7 +182,7 @@ def test_every_launcher_trains(launcher, tiny, tmp_path):
 
 
 def test_control_c_under_the_deepspeed_launcher_saves_and_the_same_command_goes_on(tiny, tmp_path):
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(20001 + os.getpid() % 20000), str(PRETRAIN), *tiny]
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), str(PRETRAIN), *tiny]
     command += ["--train_steps", "400", "--checkpoint.interval", "0", "--log.validation_interval", "0", "--log.sample_interval", "0"]
     process = launched(command, start_new_session=True)
     metrics = tmp_path / "run" / "metrics.jsonl"

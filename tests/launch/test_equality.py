@@ -22,7 +22,7 @@ CASES = [
     {"json": "zero2", "model": UNTIED, "clipping": 0.0},
     *({"json": name, "model": TIED, "poison": 5} for name in ("zero0", "zero1", "zero2", "zero3")),
 ]
-# bf16 keeps 8 bits of a number: after 20 steps these losses differ by up to 0.02 of about 4.2.
+# bf16 keeps 8 bits of a number: these losses of about 4.2 were seen to differ by 0.00025, the norms by 0.2 %.
 BF16_CASES = [{"json": name, "model": UNTIED, "precision": "bf16"} for name in ("zero1", "zero2", "zero3")]
 
 
@@ -42,7 +42,7 @@ def test_every_zero_stage_gives_the_losses_and_gradient_norms_of_plain_pytorch(w
     assert all(str(answer) == str(answers[0]) for answer in answers), "the ranks report different numbers"
     for case, measured in zip(CASES + BF16_CASES, answers[0], strict=True):
         expected = train_plain(case)
-        loss_bound, norm_bound = (1e-5, 1e-4) if case in CASES else (0.03, 0.1)
+        loss_bound, norm_bound = (1e-5, 1e-5) if case in CASES else (1e-3, 1e-2)
         assert measured[0][0] == pytest.approx(expected[0][0], abs=loss_bound), case
         for (loss, norm), (plain_loss, plain_norm) in zip(measured, expected, strict=True):
             if plain_loss != plain_loss:  # a poisoned step: the steps behind it show that it changed nothing
