@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     settings = read_run_settings([])
     data, run = settings.data.path, settings.output
     _do("Text to shards", "python", "data/prepare.py", "--output", data, "--vocab_size", str(settings.data.vocab_size))
-    _do("Training", "deepspeed", "-q", "launch/pretrain.py", "--deepspeed", "ds_configs/zero1.json")
+    _do("Training", "deepspeed", "-q", "launch/pretrain.py", "--deepspeed", "ds_configs/zero3.json")
     exported = f"{run}/huggingface"
     if not Path(exported).exists():
         _do("Hugging Face export", "python", "launch/export.py", run, "--output", exported)

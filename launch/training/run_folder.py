@@ -177,7 +177,7 @@ def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings, lay
     if manifest["layout"] != layout:
         raise UserError(
             f"{folder} was written by {_layout(manifest['layout'])}; this start has {_layout(layout)}. "
-            "A checkpoint goes on in the layout that wrote it."
+            "A checkpoint goes on in the layout that wrote it; give another --output to start anew."
         )
 
 
