@@ -179,7 +179,7 @@ def test_another_model_is_refused_even_where_changes_are_allowed(saved):
 def test_another_layout_is_refused_by_name(saved, change, words):
     assert saved.refusal(layout=LAYOUT | change) == (
         f"RUN/checkpoints/step_00000010 was written by 2 rank(s) under ZeRO-1 in bf16; this start has {words}. "
-        "A checkpoint goes on in the layout that wrote it."
+        "A checkpoint goes on in the layout that wrote it; give another --output to start anew."
     )
 
 
