@@ -45,8 +45,6 @@ class StepReport:
     """Of the whole gradient, before clipping."""
     skipped: bool
     """A gradient was not finite: no weight was changed."""
-    target_tokens: int
-    """Of the global batch."""
     stop_asked: bool
     """Some rank was told to stop."""
     loss_scale: float | None
@@ -85,7 +83,6 @@ class Engine:
         self.process = process
         self.device = torch.device(device_name(), process.local_rank) if device_name() == "cuda" else torch.device("cpu")
         self.zero_stage = merged_json["zero_optimization"].get("stage", 0)
-        self.micro_batches_per_step = merged_json["gradient_accumulation_steps"]
         self._seed = seed
         with deepspeed.zero.Init(config_dict_or_path=merged_json, enabled=self.zero_stage == 3):
             model = Transformer(config, seed, recompute)
@@ -134,7 +131,6 @@ class Engine:
             loss=loss_sum / (len(micro_batches) * self.process.world_size),
             gradient_norm=gradient_norm,
             skipped=bool(skipped),
-            target_tokens=num_targets,
             stop_asked=stops > 0,
             loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
             **{f"{part}_seconds": watch.seconds(part) for part in ("forward", "backward", "optimizer")},

@@ -57,12 +57,6 @@ def plant_termination(order: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RANK", "0")
-    if os.environ["RANK"] == "0" and os.environ.get("WORLD_SIZE", "1") == "1":
-        del os.environ["RANK"]
-        from launch.training.processes import find_process
-
-        find_process()
     if "FAULT" in os.environ:
         plant(os.environ["FAULT"])
     if "FULL_DISK" in os.environ:
