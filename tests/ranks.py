@@ -10,6 +10,7 @@ from pathlib import Path
 from launch.training.processes import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+_ANSWER = "answer of this rank: "
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -17,7 +18,7 @@ def clean_environment(**more: str) -> dict[str, str]:
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     binaries = os.path.dirname(sys.executable)
-    return kept | {"PATH": f"{binaries}:{kept.get('PATH', '')}", "HF_HUB_OFFLINE": "1"} | more
+    return kept | {"PATH": f"{binaries}:{kept.get('PATH', '')}", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"} | more
 
 
 def start_ranks(world_size: int, script: Path, *arguments: str, **environment: str) -> list[subprocess.Popen]:
@@ -54,5 +55,14 @@ def finish(processes: list[subprocess.Popen], timeout_seconds: float = 300) -> l
 
 
 def answers_of_ranks(world_size: int, script: Path, *arguments: str, **environment: str) -> list:
-    """The JSON that each rank printed as its last line."""
-    return [json.loads(output.splitlines()[-1]) for output in finish(start_ranks(world_size, script, *arguments, **environment))]
+    """What each rank's script gave to `answer`; libraries may print what they like before and behind it."""
+    outputs = finish(start_ranks(world_size, script, *arguments, **environment))
+    found = [[line for line in output.splitlines() if line.startswith(_ANSWER)] for output in outputs]
+    assert all(len(lines) == 1 for lines in found), "\n---\n".join(outputs)
+    return [json.loads(lines[0].removeprefix(_ANSWER)) for lines in found]
+
+
+def answer(value: object) -> None:
+    """Called once in a rank's script, at its end: the value reaches `answers_of_ranks`."""
+    sys.stderr.flush()
+    print("\n" + _ANSWER + json.dumps(value), flush=True)
