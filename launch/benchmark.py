@@ -236,7 +236,8 @@ def _ours_under_deepspeed(settings: BenchmarkSettings, compiled: bool) -> Callab
     from data.batches import Batch
     from launch.training import deepspeed_config, processes
     from launch.training.config import REPOSITORY, BatchSettings, RunSettings
-    from launch.training.engine import Engine, initialize_communication
+    from launch.training.engine import initialize_communication
+    from launch.training.pipeline import engine_for
 
     process = processes.find_process()
     processes.share_the_cores(process)
@@ -244,9 +245,11 @@ def _ours_under_deepspeed(settings: BenchmarkSettings, compiled: bool) -> Callab
     initialize_communication(process)
     path = str(REPOSITORY / "ds_configs" / "zero1.json")
     micro_batches = settings.accumulation // process.world_size
-    run = RunSettings(batch=BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size), train_steps=1)
-    merged = deepspeed_config.complete(deepspeed_config.read_deepspeed_json(path), path, run, process.world_size, "cpu")
-    engine = Engine(_config(settings), merged, run.optimizer, process, seed=1, compile_blocks=compiled)
+    batch = BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size)
+    run = RunSettings(model=_config(settings), batch=batch, train_steps=1, compile=compiled)
+    written = deepspeed_config.read_deepspeed_json(path)
+    layout = deepspeed_config.layout_of(written, run, process.world_size)
+    engine = engine_for(layout)(run, deepspeed_config.complete(written, path, run, layout, "cpu"), process, layout)
     number = 0
 
     def step() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,15 +20,16 @@ def main(arguments: Sequence[str]) -> int:
     from launch.training.plan import plan
 
     process = processes.find_process()
-    settings = share_the_batch(settings, process.world_size)
+    written = deepspeed_config.read_deepspeed_json(settings.deepspeed)
+    layout = deepspeed_config.layout_of(written, settings, process.world_size)
+    settings = share_the_batch(settings, layout)
     processes.share_the_cores(process)
     device = processes.device_name()
     if device == "cpu":
         processes.keep_freed_memory()
-    written = deepspeed_config.read_deepspeed_json(settings.deepspeed)
-    merged = deepspeed_config.complete(written, settings.deepspeed, settings, process.world_size, device)
+    merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device)
     if settings.dry_run and will_be_prepared(settings):
-        print(plan(settings, merged, process, device, None))
+        print(plan(settings, merged, layout, device, None))
         return 0
     data = open_data(settings, process)
     samples = CausalBatches(
@@ -36,38 +38,39 @@ def main(arguments: Sequence[str]) -> int:
         settings.batch.global_batch_size,
         settings.batch.micro_batch_size,
         settings.seed,
-        process.rank,
-        process.world_size,
+        layout.data_rank(process.rank),
+        layout.data_parallel_size,
         settings.model.document_mask,
     )
-    layout = {"world_size": process.world_size, "zero_stage": merged["zero_optimization"]["stage"], "precision": settings.precision}
-    start = run_folder.inspect(settings, data.fingerprint, layout, merged)
+    start = run_folder.inspect(settings, data.fingerprint, merged)
     if process.is_first:
-        print(plan(settings, merged, process, device, data), flush=True)
+        print(plan(settings, merged, layout, device, data), flush=True)
     if settings.dry_run:
         return 0
     held = run_folder.lock(settings) if process.is_first else None  # noqa: F841 (held until the process ends)
-    return _run(settings, merged, process, data, samples, layout, start)
+    return _run(settings, merged, process, layout, data, samples, start)
 
 
-def _run(settings: RunSettings, merged: dict, process, data, samples, layout: dict, start) -> int:
+def _run(settings: RunSettings, merged: dict, process, layout, data, samples, start) -> int:
     from data.batches import evaluation_batches
     from launch.training import checkpoint, run_folder
-    from launch.training.engine import Engine, initialize_communication
+    from launch.training.engine import initialize_communication
     from launch.training.loop import Figures, train
     from launch.training.monitor import Monitor
+    from launch.training.pipeline import engine_for
     from launch.training.plan import peak_flops
     from model.config import flops_per_token
 
     initialize_communication(process)
     if process.is_first:
         run_folder.record(settings, merged, start, data.fingerprint, data.tokenizer_path)
-    engine = Engine(settings.model, merged, settings.optimizer, process, settings.seed, settings.recompute, settings.compile)
+    engine = engine_for(layout)(settings, merged, process, layout)
     root = Path(settings.output) / "checkpoints"
     seen = [path.name for path in checkpoint.published(root)]
     # Rank 0 says for all what there is to go on with: a network disk may show each rank something else.
     word, *names = engine.first_sentence(" ".join(["resume" if start.goes_on else "begin", *seen]), 32 * 1024).split()
-    first_step = 0
+    layout_now = dataclasses.asdict(layout) | {"zero_stage": merged["zero_optimization"]["stage"], "precision": settings.precision}
+    first_step, read = 0, ""
     if word == "resume":
         folder = checkpoint.newest_good(
             root,
@@ -77,19 +80,23 @@ def _run(settings: RunSettings, merged: dict, process, data, samples, layout: di
             candidates=[root / name for name in names],
         )
         assert folder is not None
+        begun = time.perf_counter()
         engine.load(folder)
         first_step = checkpoint.step_of(folder)
+        there = checkpoint.read_manifest(folder)["layout"]
+        read = f"read in {time.perf_counter() - begun:.1f} s"
+        read += "" if there == layout_now else f", converted from {run_folder.describe(there)} to {run_folder.describe(layout_now)}"
     monitor, peak = None, 1.0
     if process.is_first:
         monitor = Monitor(Path(settings.output), first_step, settings.steps, settings.batch.global_batch_size)
         peak, peak_source = peak_flops(settings, engine.device.type)
-        _introduce(monitor, settings, merged, start, first_step, f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+        _introduce(monitor, settings, merged, start, first_step, read, f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})")
     about = {
         "run_id": engine.first_sentence(start.run_id),
         "model": dataclasses.asdict(settings.model),
-        "layout": layout,
+        "layout": layout_now,
         "data": {"fingerprint": data.fingerprint, "samples_per_step": settings.batch.global_batch_size},
-        "random": {"seed": settings.seed, "streams": "order: (seed, epoch, sample); dropout: (seed, step, rank)"},
+        "random": {"seed": settings.seed, "streams": "order: (seed, epoch, sample); dropout: (seed, step, micro-batch, layer)"},
         "recipe": dataclasses.asdict(settings),
         "versions": run_folder.versions(),
     }
@@ -99,8 +106,8 @@ def _run(settings: RunSettings, merged: dict, process, data, samples, layout: di
             data.validation,
             settings.model.sequence_length,
             settings.batch.micro_batch_size,
-            process.rank,
-            process.world_size,
+            layout.data_rank(process.rank),
+            layout.data_parallel_size,
             settings.log.validation_samples or None,
             settings.model.document_mask,
         )
@@ -125,10 +132,11 @@ def _run(settings: RunSettings, merged: dict, process, data, samples, layout: di
     return status
 
 
-def _introduce(monitor, settings: RunSettings, merged: dict, start, first_step: int, peak: str) -> None:
+def _introduce(monitor, settings: RunSettings, merged: dict, start, first_step: int, read: str, peak: str) -> None:
     for note in start.notes:
         monitor.say(note)
-    monitor.say(f"{f'Going on from step {first_step}' if first_step else 'Starting at step 0'} of {settings.steps}; {peak}")
+    begun = f"Going on from step {first_step} of {settings.steps}, {read}" if first_step else f"Starting at step 0 of {settings.steps}"
+    monitor.say(f"{begun}; {peak}")
     monitor.text("recipe", json.dumps(dataclasses.asdict(settings), indent=1))
     monitor.text("deepspeed", json.dumps(merged, indent=1))
     monitor.hyperparameters(flatten(dataclasses.asdict(settings)), {"loss/validation": 0.0})

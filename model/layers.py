@@ -167,6 +167,7 @@ class Positions(nn.Module):
         super().__init__()
         self.restart = config.document_mask
         self.dropout = config.dropout
+        self.first_place = 0  # of the part of the sequence that is here, where ranks share one
         shape = config.sequence_length, config.hidden_size
         if config.positions == "learned":
             self.weight = fresh_weight(shape, config.initializer_range, seed, "positions")
@@ -178,11 +179,10 @@ class Positions(nn.Module):
 
     def forward(self, inputs: Passed, cache: KeyValueCache | None = None) -> Passed:
         hidden, segments = inputs
-        if self.restart and cache is None:  # a cache holds one document
-            added = F.embedding(positions_in_documents(segments), self.weight)
-        else:
-            start = cache.length if cache else 0
-            added = self.weight[start : start + hidden.shape[1]]
+        start = cache.length if cache else self.first_place
+        here = slice(start, start + hidden.shape[1])
+        restart = self.restart and cache is None  # a cache holds one document
+        added = F.embedding(positions_in_documents(segments)[:, here], self.weight) if restart else self.weight[here]
         hidden = hidden + added.to(hidden.dtype)
         return F.dropout(hidden, self.dropout, self.training), segments
 
@@ -218,12 +218,17 @@ class Attention(nn.Module):
             self.cos = self.sin = None
 
     def forward(self, hidden: Tensor, segments: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        batch, seq, _ = hidden.shape
-        query = self.query(hidden).view(batch, seq, -1, self.head_size).transpose(1, 2)
-        key = self.key(hidden).view(batch, seq, -1, self.head_size).transpose(1, 2)
-        value = self.value(hidden).view(batch, seq, -1, self.head_size).transpose(1, 2)
+        query = self.query(hidden).unflatten(-1, (-1, self.head_size))
+        key = self.key(hidden).unflatten(-1, (-1, self.head_size))
+        value = self.value(hidden).unflatten(-1, (-1, self.head_size))
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
+        return self.output(self.mix(query, key, value, segments, cache).flatten(2))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """All that passes between tokens; no weights, and each group of heads for itself.  [batch, seq, heads, head] -> same"""
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        seq = query.shape[2]
         if self.cos is not None:
             start = cache.length if cache else 0
             # Rotation is relative, so positions need not restart inside documents.
@@ -235,8 +240,7 @@ class Attention(nn.Module):
             key, value = cache.append(self.layer_number, key, value)
             if key.shape[2] > seq > 1:  # several new queries behind old keys: each sees the old and its own past
                 mask = torch.ones(seq, key.shape[2], dtype=torch.bool, device=key.device).tril(key.shape[2] - seq)
-        mixed = attend(query, key, value, mask, self.dropout if self.training else 0.0)
-        return self.output(mixed.transpose(1, 2).reshape(batch, seq, -1))
+        return attend(query, key, value, mask, self.dropout if self.training else 0.0).transpose(1, 2)
 
 
 class FeedForward(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.command_line import UserError, flatten, read_settings
+from launch.training.layout import Layout, micro_batch_size
 from model.config import ModelConfig, named_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -19,7 +20,8 @@ class BatchSettings:
     global_batch_size: int = 32
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int | None = None
-    """Sequences per rank and forward pass; accumulation follows from it (default: the rank's whole share, no accumulation)."""
+    """Sequences per forward pass of a rank; accumulation follows from it (default: the rank's whole share, no accumulation;
+    in a pipeline so many that it has four micro-batches a stage)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,12 @@ class RunSettings:
     """Type of weights and activations; bf16 and fp16 keep float32 master weights in the optimizer."""
     seed: int = 1
     """Of the fresh weights, the order of samples and dropout."""
+    pipeline_stages: int | None = None
+    """Stages that the layers are spread over (default: 2 where the JSON has a "pipeline" section, else 1: no pipeline)."""
+    tensor_parallel_size: int = 1
+    """Ranks, best of one node, that each weight matrix is cut among."""
+    sequence_parallel_size: int = 1
+    """Ranks that each sequence is cut among."""
     recompute: bool = False
     """Keep only the input of each block for the backward pass and compute the rest again: less memory, a third more work."""
     compile: bool = False
@@ -254,12 +262,13 @@ def _refuse_impossible(settings: RunSettings) -> None:
         raise UserError("\n".join(complaints))
 
 
-def share_the_batch(settings: RunSettings, data_parallel_size: int) -> RunSettings:
+def share_the_batch(settings: RunSettings, layout: Layout) -> RunSettings:
     """The same settings with a micro-batch size, where none was given. Raises UserError where the batch does not divide."""
-    size = settings.batch.micro_batch_size or max(1, settings.batch.global_batch_size // data_parallel_size)
+    share = max(1, settings.batch.global_batch_size // layout.data_parallel_size)
+    size = settings.batch.micro_batch_size or micro_batch_size(share, layout.pipeline_stages)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
-    accumulation_steps(batch, data_parallel_size)
-    return dataclasses.replace(settings, batch=batch)
+    accumulation_steps(batch, layout.data_parallel_size)
+    return dataclasses.replace(settings, batch=batch, pipeline_stages=layout.pipeline_stages)
 
 
 def accumulation_steps(batch: BatchSettings, data_parallel_size: int) -> int:

@@ -5,7 +5,10 @@ the same. DeepSpeed ignores unknown keys at the top, so every key is checked her
 written out, so that no default of DeepSpeed's (some changed between versions) can change a run.
 """
 
+import importlib.metadata
 import json
+import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -14,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from data.command_line import UserError, nearest
 from launch.training.config import RunSettings, accumulation_steps
+from launch.training.layout import Layout
+from model.transformer import layers
 
 # Sections that DeepSpeed reads without checking their keys.
 _PLAIN_SECTIONS: dict[str, set[str]] = {
@@ -22,6 +27,7 @@ _PLAIN_SECTIONS: dict[str, set[str]] = {
     "checkpoint": {"tag_validation"},
     "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
     "optimizer": {"type", "params"},
+    "pipeline": {"stages", "partition", "schedule"},
 }
 _OPTIMIZER_PARAMETERS = {"lr", "betas", "eps", "weight_decay"}
 _PRECISION_DEFAULTS = {  # DeepSpeed 0.19's own, written out
@@ -39,6 +45,14 @@ _OURS = {
     "zero_allow_untested_optimizer": True,  # torch's own AdamW, which DeepSpeed calls untested
     "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam would have to be compiled on the first start
 }
+_PIPELINE_DEFAULTS = {"partition": "parameters", "schedule": "1f1b"}
+_DEEPSPEED_PIPELINE = {"activation_checkpoint_interval": 0, "pipe_partitioned": False, "grad_partitioned": False}
+_WRONG_GRADIENTS = (  # from the first version that is wrong to the first that is right; the pull request that mended it
+    ((0, 18, 3), (0, 19, 3), "a pipeline with several micro-batches", "#8154"),
+    ((0, 0, 0), (0, 19, 0), "ZeRO-1 in bf16", "#7985"),
+    ((0, 15, 2), (0, 19, 0), "offload under ZeRO-1 or -2", "#7967, #7981"),
+    ((0, 0, 0), (0, 19, 3), "overlap_comm under ZeRO-1 or -2", "#7965, #8080"),
+)
 _TOP_LEVEL = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -61,8 +75,9 @@ _ELSEWHERE = {
     "scheduler": "The learning rate follows the recipe (schedule.kind, schedule.warmup_steps, ...): delete the section.",
     "tensorboard": "TensorBoard is always written, into the run's folder: delete the section.",
     "activation_checkpointing": "Recomputation is the recipe's: delete the section and set recompute: true.",
-    "pipeline": "There is no pipeline parallelism yet: delete the section.",
-    "tensor_parallel": "There is no tensor parallelism yet: delete the section.",
+    "tensor_parallel": "Which matrices are cut is ours to say, among how many the recipe's: delete the section, set tensor_parallel_size.",
+    "sequence_parallel_size": "It is the recipe's: delete it and set sequence_parallel_size.",
+    "data_parallel_size": "It follows from the other sizes: delete it.",
 }
 
 
@@ -80,7 +95,16 @@ def read_deepspeed_json(path: str) -> dict:
     return written
 
 
-def complete(written: dict, path: str, settings: RunSettings, data_parallel_size: int, device: str) -> dict:
+def layout_of(written: dict, settings: RunSettings, world_size: int) -> Layout:
+    """The ranks as a grid. Raises UserError where they do not divide."""
+    section = written.get("pipeline")
+    given = (section or {}).get("stages", "auto")
+    in_json = given if isinstance(given, int) else 2
+    stages = settings.pipeline_stages if settings.pipeline_stages is not None else 1 if section is None else in_json
+    return Layout(world_size, stages, settings.tensor_parallel_size, settings.sequence_parallel_size)
+
+
+def complete(written: dict, path: str, settings: RunSettings, layout: Layout, device: str) -> dict:
     """What DeepSpeed receives: every "auto" filled from the recipe, every number that matters written out.
 
     Raises UserError that lists each number that JSON and recipe give differently, and what this device or DeepSpeed cannot do.
@@ -89,7 +113,7 @@ def complete(written: dict, path: str, settings: RunSettings, data_parallel_size
     owned = {
         "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(batch, data_parallel_size),
+        "gradient_accumulation_steps": accumulation_steps(batch, layout.data_parallel_size),
         "gradient_clipping": optimizer.gradient_clipping,
         "bf16.enabled": settings.precision == "bf16",
         "fp16.enabled": settings.precision == "fp16",
@@ -99,6 +123,7 @@ def complete(written: dict, path: str, settings: RunSettings, data_parallel_size
         "optimizer.params.betas": [optimizer.beta1, optimizer.beta2],
         "optimizer.params.eps": optimizer.epsilon,
         "optimizer.params.weight_decay": optimizer.weight_decay,
+        "pipeline.stages": layout.pipeline_stages,
     }
     origin = {
         "train_batch_size": "batch.global_batch_size",
@@ -112,11 +137,14 @@ def complete(written: dict, path: str, settings: RunSettings, data_parallel_size
         "optimizer.params.betas": "optimizer.beta1, beta2",
         "optimizer.params.eps": "optimizer.epsilon",
         "optimizer.params.weight_decay": "optimizer.weight_decay",
+        "pipeline.stages": "pipeline_stages",
     }
     complaints = []
     merged = json.loads(json.dumps(written))
     for name, value in owned.items():
         *sections, key = name.split(".")
+        if sections == ["pipeline"] and layout.pipeline_stages == 1:
+            continue
         if sections and sections[0] == "optimizer" and "optimizer" not in written:
             continue
         place = merged
@@ -127,6 +155,10 @@ def complete(written: dict, path: str, settings: RunSettings, data_parallel_size
             complaints.append(f'{path}: {name} is {given}; the recipe\'s {origin.get(name, "optimizer")} makes it {value}. Write "auto".')
         place[key] = value
     merged.pop("optimizer", None)  # ours is handed over, built from the same numbers
+    if layout.pipeline_stages > 1:
+        merged["pipeline"] = _PIPELINE_DEFAULTS | merged["pipeline"] | _DEEPSPEED_PIPELINE
+    else:
+        merged.pop("pipeline", None)
     for section, defaults in _PRECISION_DEFAULTS.items():
         merged[section] = defaults | merged[section]
     zero = merged.setdefault("zero_optimization", {"stage": 0})
@@ -137,7 +169,12 @@ def complete(written: dict, path: str, settings: RunSettings, data_parallel_size
     ]
     if left := [name for name, value in _leaves(merged) if value == "auto"]:
         complaints.append(f'{path}: nothing fills the "auto" of {", ".join(left)}. Write a value.')
-    complaints += _invalid(merged, path) or _impossible(merged, path, settings, device)
+    complaints += _invalid(merged, path) or [
+        *_impossible(merged, path, settings, device),
+        *_impossible_to_share(settings, layout),
+        *(_impossible_in_a_pipeline(merged, path, settings, layout) if layout.pipeline_stages > 1 else []),
+        *known_wrong_gradients(importlib.metadata.version("deepspeed"), merged, layout),
+    ]
     if complaints:
         raise UserError("\n".join(complaints))
     zero["stage"] = int(zero.get("stage", 0))
@@ -172,6 +209,96 @@ def _impossible(merged: dict, path: str, settings: RunSettings, device: str) -> 
         if section == "offload_optimizer" and offload.get("device", "none") != "none" and stage == 0:
             complaints.append(f"{path}: zero_optimization.offload_optimizer needs stage 1, 2 or 3; the stage is 0.")
     return complaints
+
+
+def _impossible_to_share(settings: RunSettings, layout: Layout) -> list[str]:
+    """Why the model's heads or tokens do not divide among the ranks of a group."""
+    model, tensor, sequence = settings.model, layout.tensor_parallel_size, layout.sequence_parallel_size
+    complaints = [
+        f"tensor_parallel_size {tensor} does not divide model.{name} {count}. Nearest: {math.gcd(tensor, count)}."
+        for name, count in (("num_attention_heads", model.num_attention_heads), ("num_key_value_heads", model.num_key_value_heads))
+        if count % tensor
+    ]
+    if complaints:
+        return complaints
+    heads, key_heads = model.num_attention_heads // tensor, model.num_key_value_heads // tensor
+    if heads % sequence:
+        complaints.append(
+            f"sequence_parallel_size {sequence} does not divide the {heads} attention heads "
+            f"{'of a rank' if tensor > 1 else '(model.num_attention_heads)'}. Nearest: {math.gcd(sequence, heads)}."
+        )
+    elif key_heads % sequence and sequence % key_heads:
+        complaints.append(
+            f"sequence_parallel_size {sequence} is neither a divisor nor a multiple of the {key_heads} key/value heads "
+            f"{'of a rank' if tensor > 1 else '(model.num_key_value_heads)'}. Nearest: {math.gcd(sequence, key_heads)}."
+        )
+    if model.sequence_length % sequence:
+        complaints.append(
+            f"sequence_parallel_size {sequence} does not divide model.sequence_length {model.sequence_length}. "
+            f"Nearest: {math.gcd(sequence, model.sequence_length)}."
+        )
+    return complaints
+
+
+def _impossible_in_a_pipeline(merged: dict, path: str, settings: RunSettings, layout: Layout) -> list[str]:
+    complaints = []
+    section, zero, stages = merged["pipeline"], merged["zero_optimization"], layout.pipeline_stages
+    stage = int(zero.get("stage", 0))
+    if stage != 1:
+        why = "clips by the gradient norm of one stage alone" if stage == 0 else "is not carried by DeepSpeed's pipeline"
+        complaints.append(
+            f"{path}: zero_optimization.stage {stage} with pipeline_stages {stages}: ZeRO-{stage} {why}. "
+            f"Take ds_configs/pipeline_zero1.json{', or pipeline_stages 1' if stage > 1 else ''}."
+        )
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        complaints.append(
+            f"{path}: zero_optimization.offload_optimizer with pipeline_stages {stages}: not proved here. Delete one of them."
+        )
+    names = [layer.module.__name__ for layer in layers(settings.model)]
+    kind, _, pattern = str(section["partition"]).partition(":")
+    if section["schedule"] not in ("1f1b", "dualpipev"):
+        complaints.append(f'{path}: pipeline.schedule is {json.dumps(section["schedule"])}; it must be "1f1b" or "dualpipev".')
+    elif kind not in ("parameters", "uniform", "type") or (kind == "type") != bool(pattern):
+        complaints.append(
+            f'{path}: pipeline.partition is {json.dumps(section["partition"])}; it must be "parameters", "uniform" or "type:Block".'
+        )
+    elif kind == "type" and pattern.lower() not in (name.lower() for name in names):
+        complaints.append(
+            f"{path}: pipeline.partition {section['partition']}: no layer is a {pattern}.{nearest(pattern, sorted(set(names)))}"
+        )
+    parts = stages * (2 if section["schedule"] == "dualpipev" else 1)
+    most = names.count(next((name for name in names if name.lower() == pattern.lower()), "")) if kind == "type" else len(names)
+    if parts > most:
+        complaints.append(
+            f"pipeline_stages {stages}: {f'DualPipeV cuts the network into {parts} parts, but it' if parts > stages else 'the network'} "
+            f"has {most} layers to share out. Nearest: {most // (parts // stages)}."
+        )
+    micro_batches = accumulation_steps(settings.batch, layout.data_parallel_size)
+    if section["schedule"] == "dualpipev" and micro_batches < parts:
+        complaints.append(
+            f"{path}: pipeline.schedule dualpipev needs at least {parts} micro-batches a step, two for each stage; batch.micro_batch_size "
+            f"{settings.batch.micro_batch_size} makes {micro_batches} of batch.global_batch_size {settings.batch.global_batch_size}."
+        )
+    return complaints
+
+
+def known_wrong_gradients(version: str, merged: dict, layout: Layout) -> list[str]:
+    """Why this version of DeepSpeed must not train in this layout: gradients that were wrong without a word."""
+    zero = merged["zero_optimization"]
+    low = int(zero.get("stage", 0)) in (1, 2)
+    chosen = {
+        "a pipeline with several micro-batches": layout.pipeline_stages > 1 and merged["gradient_accumulation_steps"] > 1,
+        "ZeRO-1 in bf16": int(zero.get("stage", 0)) == 1 and merged["bf16"]["enabled"],
+        "offload under ZeRO-1 or -2": low and (zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        "overlap_comm under ZeRO-1 or -2": low and bool(zero.get("overlap_comm")),
+    }
+    installed = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    return [
+        f"DeepSpeed {version} computes wrong gradients with {what} (mended in {'.'.join(map(str, right))}, "
+        f"github.com/deepspeedai/DeepSpeed {pull_request}). Install {'.'.join(map(str, right))} or newer."
+        for wrong, right, what, pull_request in _WRONG_GRADIENTS
+        if chosen[what] and wrong <= installed < right
+    ]
 
 
 def _invalid(merged: dict, path: str) -> list[str]:

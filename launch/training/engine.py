@@ -2,37 +2,38 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import io
 import logging
 import math
-import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-from torch import Tensor
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.utils import groups
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from data.batches import Batch, target_tokens
-from launch.training import checkpoint
-from launch.training.config import OptimizerSettings
+from data.command_line import UserError
+from launch.training import checkpoint, parallel, state
+from launch.training.config import OptimizerSettings, RunSettings
+from launch.training.deepspeed_state import LiveState
+from launch.training.layout import Layout
 from launch.training.processes import Process, device_name
-from model.config import ModelConfig
 from model.generation import generate
+from model.layers import Block, KeyValueCache
 from model.loss import token_losses, training_loss
 from model.transformer import Transformer
-
-SAFE_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-"""The only classes that DeepSpeed's checkpoints need; a file with any other is refused, not run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +50,15 @@ class StepReport:
     """Some rank was told to stop."""
     loss_scale: float | None
     """Under fp16."""
-    forward_seconds: float
-    backward_seconds: float
-    optimizer_seconds: float
+    seconds: dict[str, float]
+    """Of this rank, by part: forward, backward, optimizer; in a pipeline also passing: sending, receiving and waiting for both."""
 
 
 def initialize_communication(process: Process) -> None:
     """Join the process group, quietly."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="deepspeed|torch.distributed")
+    warnings.filterwarnings("ignore", message="c10d::broadcast_")  # of tied weights, while a pipeline is built
     # Without this a CPU start compiles a C++ helper: two minutes once, and, killed meanwhile, a lock that hangs all later starts.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device_name() == "cuda":
@@ -69,48 +70,68 @@ def initialize_communication(process: Process) -> None:
 class Engine:
     """A model that trains. One object stands for all ranks: every verb is called by every rank."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        merged_json: dict,
-        optimizer: OptimizerSettings,
-        process: Process,
-        seed: int,
-        recompute: bool = False,
-        compile_blocks: bool = False,
-    ):
-        self.config = config
+    def __init__(self, settings: RunSettings, merged_json: dict, process: Process, layout: Layout):
+        self.config = settings.model
         self.process = process
+        self.layout = layout
         self.device = torch.device(device_name(), process.local_rank) if device_name() == "cuda" else torch.device("cpu")
         self.zero_stage = merged_json["zero_optimization"].get("stage", 0)
-        self._seed = seed
-        with deepspeed.zero.Init(config_dict_or_path=merged_json, enabled=self.zero_stage == 3):
-            model = Transformer(config, seed, recompute)
+        self._seed = settings.seed
+        self._micro_batches_seen: dict[int, int] = {}  # by each layer, in this step
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the pipeline's parts, and its memory use at every turn
+            mpu = None
+            if layout.sequence_parallel_size > 1:  # DeepSpeed takes a part of a sequence for a sample
+                merged_json = merged_json | {"train_batch_size": merged_json["train_batch_size"] * layout.sequence_parallel_size}
+            if layout.tensor_parallel_size > 1 and layout.pipeline_stages == 1:
+                merged_json, mpu = merged_json | parallel.begin_tensor_parallel(layout.tensor_parallel_size), groups
+            model = self._build(merged_json, settings.recompute, mpu)
+            if layout.sequence_parallel_size > 1:
+                parallel.spread_sequences(model, self.config.sequence_length, layout, process.rank)
+            if settings.compile:
+                for block in model.modules():
+                    if isinstance(block, Block):
+                        block.compile()
+            optimizer = _adamw(model, settings.optimizer)
+            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged_json, mpu=mpu)
+        self._model = self._deepspeed.module
+        for name, layer in self._model.named_children():
+            if self.config.dropout and name.isdigit():
+                layer.register_forward_pre_hook(functools.partial(self._begin_stream, int(name)))
+        self._state = LiveState(self._deepspeed, self._box_of, self._is_copy)
+
+    def _build(self, merged_json: dict, recompute: bool, mpu: ModuleType | None) -> nn.Module:
+        data_group = mpu.get_data_parallel_group() if mpu else None
+        with deepspeed.zero.Init(config_dict_or_path=merged_json, enabled=self.zero_stage == 3, mpu=mpu, data_parallel_group=data_group):
+            model = Transformer(self.config, self._seed, recompute)
         for buffer in model.buffers():  # under ZeRO-3 DeepSpeed moves parameters only
             buffer.data = buffer.data.to(self.device)
-        if compile_blocks:
-            for block in model.blocks():
-                block.compile()
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use at every turn
-            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, optimizer), config=merged_json)
-        self._files = HashedFiles()
-        self._deepspeed.checkpoint_engine = self._files
-        # It would copy its own converter there, outside the checkpoint engine; it cannot read ZeRO-1 in bf16, and weights.py does.
-        self._deepspeed._copy_recovery_script = lambda folder: None
-        self._model = self._deepspeed.module
+        return model
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int, stop_asked: bool = False) -> StepReport:
-        """One optimizer step on this rank's micro-batches of global step `step`."""
+        """One optimizer step on this data rank's micro-batches of global step `step`."""
+        self._step, self._micro_batches_seen = step, {}
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        micro_batches = [self._part_of(batch) for batch in micro_batches]
+        num_targets = self._sum_over_ranks([target_tokens(micro_batches)])[0] / self.layout.num_copies
+        divisor = torch.tensor(max(1, num_targets) / (len(micro_batches) * self.layout.zero_size), device=self.device)
+        watch = Stopwatch(self.device)
+        loss, gradient_norm, skipped = self._step_on(micro_batches, divisor, watch)
+        loss_sum, stops = self._sum_over_ranks([loss, float(stop_asked)])
+        return StepReport(
+            loss=loss_sum / self.process.world_size,
+            gradient_norm=gradient_norm,
+            skipped=skipped,
+            stop_asked=stops > 0,
+            loss_scale=float(self._deepspeed.optimizer.loss_scale) if self._deepspeed.fp16_enabled() else None,
+            seconds=watch.seconds(),
+        )
+
+    def _step_on(self, micro_batches: list[Batch], divisor: Tensor, watch: "Stopwatch") -> tuple[float, float, bool]:
+        """The loss of this rank (its mean over all ranks is the step's), the gradient norm, and whether the update was left out."""
         engine = self._deepspeed
         engine.train()
-        torch.manual_seed(_stream(self._seed, step, self.process.rank))  # dropout's numbers are a function of seed, step and rank
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        num_targets = int(self._sum_over_ranks([target_tokens(micro_batches)])[0])
-        divisor = torch.tensor(max(1, num_targets) / (len(micro_batches) * self.process.world_size), device=self.device)
-        watch = Stopwatch(self.device)
         total = torch.zeros((), device=self.device)
-        skipped = False
         for batch in micro_batches:
             tokens, segments, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             with watch.measure("forward"):
@@ -120,40 +141,32 @@ class Engine:
                 engine.backward(loss)
             with watch.measure("optimizer"):
                 if self.zero_stage == 0 and engine.is_gradient_accumulation_boundary():
-                    gradient_norm, skipped = self._plain_step()
-                else:
-                    engine.step()
-        loss_sum, stops = self._sum_over_ranks([float(total), float(stop_asked)])
-        if self.zero_stage > 0:
-            gradient_norm = float(engine.get_global_grad_norm())
-            skipped = bool(getattr(engine.optimizer, "overflow", False)) or not math.isfinite(gradient_norm)
-        return StepReport(
-            loss=loss_sum / (len(micro_batches) * self.process.world_size),
-            gradient_norm=gradient_norm,
-            skipped=bool(skipped),
-            stop_asked=stops > 0,
-            loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
-            **{f"{part}_seconds": watch.seconds(part) for part in ("forward", "backward", "optimizer")},
-        )
+                    return (float(total) / len(micro_batches), *self._plain_step())
+                engine.step()
+        return (float(total) / len(micro_batches), *self._norm_and_overflow())
+
+    def _norm_and_overflow(self) -> tuple[float, bool]:
+        norm = float(self._deepspeed.get_global_grad_norm())
+        return norm, bool(getattr(self._deepspeed.optimizer, "overflow", False)) or not math.isfinite(norm)
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Summed loss in nats and number of target tokens over all ranks' batches; each rank gives equally many."""
+        """Summed loss in nats and number of target tokens over all data ranks' batches; each gives equally many."""
         self._deepspeed.eval()
         loss_sum, num_targets = torch.zeros((), dtype=torch.float64), 0
-        for batch in batches:
+        for batch in map(self._part_of, batches):
             tokens, segments, targets = (tensor.to(self.device) for tensor in batch)
             loss_sum += token_losses(self._model(tokens, segments), targets).double().sum().cpu()
             num_targets += target_tokens([batch])
         total, count = self._sum_over_ranks([float(loss_sum), num_targets])
-        return total, int(count)
+        return total / self.layout.num_copies, int(count) // self.layout.num_copies
 
     def sample(self, prompt: list[int], new_tokens: int, temperature: float, seed: int, vocab_size: int) -> list[int]:
         """Token ids below `vocab_size` that follow `prompt`, always so many: under ZeRO-3 every rank must take every step."""
         self._deepspeed.eval()
         tokens = torch.tensor([prompt], device=self.device)
         drawn: Iterator[Tensor] = generate(
-            self._model,
+            self._read,
             tokens,
             new_tokens,
             temperature=temperature,
@@ -163,31 +176,78 @@ class Engine:
         )
         return [int(ids[0]) for ids in drawn]
 
+    def _read(self, tokens: Tensor, segments: Tensor, cache: KeyValueCache) -> Tensor:
+        """What `generate` asks for: logits [1, seq, vocab] of tokens that follow those in the cache."""
+        return self._model(tokens, segments, cache)
+
     def save(self, root: Path, step: int, about: dict) -> str | None:
         """Write and publish the checkpoint of `step`. Returns what went wrong, the same sentence on every rank, or None.
 
         A failure on any rank leaves what was there before, and the run can go on.
         """
-        self._files.begin()
+        attempt = Attempt()
         folder = root / f"{checkpoint.name_of(step)}.tmp-{about['run_id']}"
         if self.process.is_first:
-            self._files.attempt(lambda: checkpoint.begin(root, step, about["run_id"]))
-        if not self.agree(self._files.failure is None):
-            return self.first_sentence(self._files.failure)
-        self._deepspeed.save_checkpoint(str(root), tag=folder.name, save_latest=False)
-        self._files.attempt(lambda: checkpoint.write_part(folder, self.process.rank, self._files.written))
-        if self.agree(self._files.failure is None) and self.process.is_first:
-            self._files.attempt(lambda: checkpoint.publish(folder, step, about))
-        if self.agree(self._files.failure is None):
+            attempt.to(lambda: checkpoint.begin(root, step, about["run_id"]))
+        if not self.agree(attempt.failure is None):
+            return self.first_sentence(attempt.failure)
+        attempt.to(lambda: self._write(folder))
+        checksums = self._checksums()
+        if self.agree(attempt.failure is None) and self.process.is_first:
+            restored = {"steps": self._state.steps, "loss_scaler": self._state.loss_scaler}
+            attempt.to(lambda: checkpoint.publish(folder, step, about | {"optimizer": restored, "checksums": checksums}))
+        if self.agree(attempt.failure is None):
             return None
         if self.process.is_first:
             checkpoint.discard(folder)
-        return self.first_sentence(self._files.failure)
+        return self.first_sentence(attempt.failure)
+
+    def _write(self, folder: Path) -> None:
+        written = {}
+        if self._state.written:
+            file = checkpoint.HashingFile(folder / f"rank_{self.process.rank:05d}.safetensors")
+            state.write(file, self._state.written, self._state.visit(self._state.written))
+            written[file.path.name] = file.finish()
+        checkpoint.write_part(folder, self.process.rank, written)
 
     def load(self, folder: Path) -> None:
-        """Take weights, optimizer and loss scale from a checkpoint of the same layout."""
-        loaded, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
-        assert loaded is not None, folder
+        """Take weights, moments and loss scale from a checkpoint of any layout.
+
+        Raises UserError where what is then in memory has other checksums than what was saved.
+        """
+        manifest = checkpoint.read_manifest(folder)
+        self._state.restore(state.SavedState(folder), **manifest["optimizer"])
+        wrong = [name for name, sums in self._checksums().items() if sums != manifest["checksums"].get(name)]
+        if wrong:
+            raise UserError(f"{folder} was read, but {len(wrong)} parameters have other checksums than were saved, {wrong[0]} first.")
+
+    def _checksums(self) -> dict[str, list[int]]:
+        """Of each parameter of the model, in the order of state.KINDS; the same on every rank."""
+        with torch.device("meta"):
+            names = [name for name, _ in Transformer(self.config).named_parameters()]
+        sums = torch.zeros(len(names), len(state.KINDS), dtype=torch.int64)
+        for stretch, numbers in self._state.visit(self._state.written):
+            sums[names.index(stretch.name)] += torch.tensor([state.checksum(numbers[kind], stretch) for kind in state.KINDS])
+        sums = sums.to(self.device)
+        dist.all_reduce(sums)
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def _box_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], state.Box] | None:
+        """The whole shape of a parameter, and the part of it that this rank has, not counting what ZeRO cuts; None: not the model's."""
+        return parallel.box_of(parameter, self.layout.tensor_place(self.process.rank))
+
+    def _is_copy(self, stretch: state.Stretch, parameter: nn.Parameter) -> bool:
+        """Whether a checkpoint has these numbers from another rank."""
+        rank, layout = self.process.rank, self.layout
+        on_all_tensor_places = stretch.box == state.whole_box(stretch.shape)
+        in_all_of_zero = self.zero_stage == 0 and rank // layout.tensor_parallel_size % layout.zero_size > 0
+        return in_all_of_zero or (on_all_tensor_places and layout.tensor_place(rank) > 0)
+
+    def _part_of(self, batch: Batch) -> Batch:
+        """The tokens and targets that this rank has of each sequence; segments stay whole, for attention sees them all."""
+        size = batch.tokens.shape[1] // self.layout.sequence_parallel_size
+        start = self.layout.sequence_place(self.process.rank) * size
+        return Batch(batch.tokens[:, start : start + size], batch.segments, batch.targets[:, start : start + size])
 
     def agree(self, claim: bool) -> bool:
         """True where the claim holds on every rank."""
@@ -219,10 +279,24 @@ class Engine:
             dist.all_reduce(summed)
         return summed.tolist()
 
+    def _begin_stream(self, layer: int, module: nn.Module, inputs: tuple) -> None:
+        """Before a layer is run in training: its dropout is a function of seed, step, micro-batch and layer, whatever the layout."""
+        if module.training:
+            seen = self._micro_batches_seen.get(layer, 0)
+            self._micro_batches_seen[layer] = seen + 1
+            micro_batch = seen * self.layout.data_parallel_size + self.layout.data_rank(self.process.rank)
+            torch.manual_seed(_stream(self._seed, self._step, micro_batch, layer, self.layout.sequence_place(self.process.rank)))
+
     def _plain_step(self) -> tuple[float, bool]:
         """ZeRO-0 knows no gradient norm and would apply a NaN: measure it, and take the step without the update where it is one."""
-        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters]
+        cut = [parameter.grad for parameter in parameters if is_model_parallel_parameter(parameter)]
+        whole = [parameter.grad for parameter in parameters if not is_model_parallel_parameter(parameter)]
+        squares = get_total_norm(whole) ** 2 / self.layout.tensor_parallel_size + get_total_norm(cut) ** 2
+        if self.layout.tensor_parallel_size > 1:
+            dist.all_reduce(squares, group=groups.get_tensor_model_parallel_group())
+        norm = float(squares.sqrt())
         if math.isfinite(norm):
             self._deepspeed.step()
             return norm, False
@@ -234,60 +308,31 @@ class Engine:
         return norm, True
 
 
-def _adamw(model: Transformer, numbers: OptimizerSettings) -> torch.optim.AdamW:
+def _adamw(model: nn.Module, numbers: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW with decay on matrices only. Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole."""
     matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
     groups = [{"params": matrices, "weight_decay": numbers.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]  # a stage of a pipeline may have one kind alone
     return torch.optim.AdamW(groups, lr=0.0, betas=(numbers.beta1, numbers.beta2), eps=numbers.epsilon, fused=True)
 
 
-def _stream(seed: int, step: int, rank: int) -> int:
-    return ((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63
+def _stream(*place: int) -> int:
+    """A seed for torch from numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "little") >> 1
 
 
-class HashedFiles(CheckpointEngine):
-    """Writes DeepSpeed's files atomically and hashed, reads them without unpickling anything but tensors and plain data.
-
-    An error while writing is kept, not raised: the other ranks are on their way to a barrier. `Engine.save` tells them.
-    """
+class Attempt:
+    """Things that a disk may refuse. The error is kept, not raised: the other ranks are on their way to a collective."""
 
     def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        self.written: dict[str, dict] = {}
         self.failure: str | None = None
 
-    def attempt(self, write) -> None:
+    def to(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except (OSError, RuntimeError) as error:
-            # Of a full disk torch says "unexpected pos"; what the disk said lies under it.
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            self.failure = self.failure or f"{type(cause).__name__}: {cause}."
-
-    def create(self, info) -> None:
-        pass
-
-    def makedirs(self, path, exist_ok=False) -> None:
-        self.attempt(lambda: os.makedirs(path, exist_ok=exist_ok))
-
-    def save(self, state_dict, path: str) -> None:
-        def write() -> None:
-            file = checkpoint.HashingFile(Path(path))
-            torch.save(state_dict, file)
-            self.written[Path(path).name] = file.finish()
-
-        self.attempt(write)
-
-    def load(self, path: str, map_location=None):
-        with torch.serialization.safe_globals(SAFE_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True)
-
-    def commit(self, info) -> bool:
-        dist.barrier()
-        return True
+        except OSError as error:
+            self.failure = self.failure or f"{type(error).__name__}: {error}."
 
 
 class Stopwatch:
@@ -300,12 +345,11 @@ class Stopwatch:
     def measure(self, part: str) -> "_Span":
         return _Span(self._spans.setdefault(part, []), self._on_gpu)
 
-    def seconds(self, part: str) -> float:
-        spans = self._spans.get(part, [])
+    def seconds(self) -> dict[str, float]:
         if self._on_gpu:
             torch.cuda.synchronize()
-            return sum(start.elapsed_time(end) for start, end in spans) / 1000
-        return sum(end - start for start, end in spans)
+            return {part: sum(start.elapsed_time(end) for start, end in spans) / 1000 for part, spans in self._spans.items()}
+        return {part: sum(end - start for start, end in spans) for part, spans in self._spans.items()}
 
 
 class _Span:

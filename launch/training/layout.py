@@ -8,9 +8,8 @@ from data.command_line import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The ranks of a run as a grid, stage by stage as DeepSpeed numbers them: rank = (stage x data_parallel_size + data rank) x group + place.
-
-    A group is the ranks that compute one micro-batch of one stage together: of tensor or of sequence parallelism.
+    """The ranks of a run as a grid, numbered as DeepSpeed does: rank = ((stage x data_parallel_size + data rank) x
+    sequence_parallel_size + sequence place) x tensor_parallel_size + tensor place.
     """
 
     world_size: int
@@ -43,9 +42,33 @@ class Layout:
         """Micro-batches that are computed side by side."""
         return self.world_size // self.model_parallel_size
 
+    @property
+    def num_copies(self) -> int:
+        """Ranks that compute the same tokens, or other layers of them: stages times tensor parallelism."""
+        return self.pipeline_stages * self.tensor_parallel_size
+
+    @property
+    def zero_size(self) -> int:
+        """Ranks among which ZeRO divides, and over which gradients are averaged: data times sequence parallelism."""
+        return self.data_parallel_size * self.sequence_parallel_size
+
     def data_rank(self, rank: int) -> int:
         """Whose micro-batches a rank works on."""
         return rank // self._group % self.data_parallel_size
+
+    def sequence_place(self, rank: int) -> int:
+        """Which part of the sequences a rank has."""
+        return rank // self.tensor_parallel_size % self.sequence_parallel_size
+
+    def tensor_place(self, rank: int) -> int:
+        """Which part of the matrices a rank has."""
+        return rank % self.tensor_parallel_size
+
+    def sequence_groups(self) -> list[list[int]]:
+        """The ranks that share sequences."""
+        stride = self.tensor_parallel_size
+        first = [rank for rank in range(self.world_size) if self.sequence_place(rank) == 0]
+        return [[rank + stride * place for place in range(self.sequence_parallel_size)] for rank in first]
 
     @property
     def _group(self) -> int:

@@ -171,10 +171,7 @@ def _show_step(
             "memory/free_disk_gib": shutil.disk_usage(settings.output).free / 2**30,
             "time/step": seconds,
             "time/data": data_seconds,
-            "time/forward": report.forward_seconds,
-            "time/backward": report.backward_seconds,
-            "time/optimizer": report.optimizer_seconds,
-        }
+        } | {f"time/{part}": part_seconds for part, part_seconds in report.seconds.items()}
     monitor.step(done, scalars, seconds)
     if at_interval:
         monitor.console(done, report.loss, rate, report.gradient_norm, tokens_per_second, used / figures.peak_flops)

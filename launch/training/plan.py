@@ -6,7 +6,7 @@ import time
 import torch
 
 from launch.training.config import RunSettings, accumulation_steps
-from launch.training.processes import Process
+from launch.training.layout import Layout, fewest_micro_batches, micro_batch_size
 from model.config import count_parameters, flops_per_token
 
 # Dense bf16/fp16 tensor-core peaks of the data sheets, TFLOP/s (NVIDIA), by a part of the device's name.
@@ -50,7 +50,7 @@ def measured_flops(precision: str, device: str) -> float:
     return 2 * 1024**3 / best
 
 
-def model_state_bytes(parameters: int, stage: int, data_parallel_size: int, precision: str) -> dict[str, float]:
+def model_state_bytes(parameters: float, stage: int, data_parallel_size: int, precision: str) -> dict[str, float]:
     """Bytes per rank of weights, gradients and optimizer states.  Rajbhandari et al. 2020 (ZeRO), arXiv 1910.02054, section 3.
 
     Weights in the run's precision, gradients accumulated in float32 (fp16: in fp16), AdamW's two moments and, below float32, a
@@ -67,14 +67,15 @@ def model_state_bytes(parameters: int, stage: int, data_parallel_size: int, prec
     }
 
 
-def plan(settings: RunSettings, merged_json: dict, process: Process, device: str, data) -> str:
+def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, data) -> str:
     """The whole plan, as lines to print. `data` is the RunData, or None where it would be prepared first."""
     model, batch = settings.model, settings.batch
     parameters = count_parameters(model)
     zero = merged_json["zero_optimization"]
     stage = zero.get("stage", 0)
-    states = model_state_bytes(parameters, stage, process.world_size, settings.precision)
-    accumulation = accumulation_steps(batch, process.world_size)
+    on_a_rank = parameters / layout.pipeline_stages / layout.tensor_parallel_size
+    states = model_state_bytes(on_a_rank, stage, layout.data_parallel_size * layout.sequence_parallel_size, settings.precision)
+    accumulation = accumulation_steps(batch, layout.data_parallel_size)
     tokens = settings.steps * settings.tokens_per_step
     flops = flops_per_token(model)
     offload = [
@@ -102,7 +103,7 @@ def plan(settings: RunSettings, merged_json: dict, process: Process, device: str
         (
             "batch",
             f"{batch.global_batch_size} sequences = micro-batch {batch.micro_batch_size} x accumulation {accumulation} "
-            f"x ranks {process.world_size}; {settings.tokens_per_step:,} tokens a step",
+            f"x data parallel {layout.data_parallel_size}; {settings.tokens_per_step:,} tokens a step",
         ),
         ("length", f"{settings.steps:,} steps, {tokens:,} tokens" + (f", {tokens / len(data.train):.2f} epochs" if data else "")),
         (
@@ -114,19 +115,41 @@ def plan(settings: RunSettings, merged_json: dict, process: Process, device: str
         ),
         (
             "engine",
-            f"ZeRO-{stage}, {settings.precision}, {process.world_size} rank(s) on {device}"
+            f"ZeRO-{stage}, {settings.precision}, {layout} on {device}"
             + (", " + ", ".join(offload) if offload else "")
             + f"; {settings.deepspeed}",
         ),
+        *_pipeline_rows(settings, merged_json, layout, accumulation),
         (
             "memory",
-            f"model states per rank {_mib(sum(states.values()))}: "
+            f"model states per rank {'(mean) ' if layout.pipeline_stages > 1 else ''}{_mib(sum(states.values()))}: "
             + ", ".join(f"{name} {_mib(size)}" for name, size in states.items())
             + "; activations not counted",
         ),
         ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),
     ]
     return "\n".join(f"{name:>8}: {text}" for name, text in rows)
+
+
+def _pipeline_rows(settings: RunSettings, merged_json: dict, layout: Layout, micro_batches: int) -> list[tuple[str, str]]:
+    """The pipeline's shape and bubble; too few micro-batches get a warning with the size to use."""
+    if layout.pipeline_stages == 1:
+        return []
+    section, stages = merged_json["pipeline"], layout.pipeline_stages
+    bubble = f"bubble {layout.bubble(micro_batches):.1%} of a step under one forward, one backward"
+    if section["schedule"] == "dualpipev":
+        bubble += "; DualPipeV, which fills it from both ends, waits less"
+    rows = [("pipeline", f"{stages} stages by {section['partition']}, {section['schedule']}, {micro_batches} micro-batches; {bubble}")]
+    if micro_batches < fewest_micro_batches(stages):
+        size = micro_batch_size(settings.batch.global_batch_size // layout.data_parallel_size, stages)
+        better = settings.batch.global_batch_size // layout.data_parallel_size // size
+        advice = (
+            f"batch.micro_batch_size {size} makes {better}: bubble {layout.bubble(better):.1%}"
+            if better > micro_batches
+            else f"a batch.global_batch_size of {fewest_micro_batches(stages) * layout.data_parallel_size} or more would make enough"
+        )
+        rows.append(("warning", f"{micro_batches} micro-batches are few for {stages} stages; {advice}"))
+    return rows
 
 
 def _mib(size: float) -> str:

@@ -22,6 +22,7 @@ from typing import BinaryIO
 from data.command_line import UserError, flatten
 from launch.training import checkpoint
 from launch.training.config import REPOSITORY, RunSettings
+from launch.training.layout import Layout
 
 # What may differ when a run goes on: it changes no number but by rounding, and, under dropout, by which ones are dropped.
 _HARMLESS = (
@@ -31,6 +32,9 @@ _HARMLESS = (
     "data.path",
     "data.vocab_size",
     "batch.micro_batch_size",
+    "pipeline_stages",
+    "tensor_parallel_size",
+    "sequence_parallel_size",
     "recompute",
     "compile",
     "log.",
@@ -58,7 +62,7 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def inspect(settings: RunSettings, fingerprint: str, layout: dict, merged_json: dict) -> Start:
+def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start:
     """Decide on a fresh start or going on, changing nothing. Raises UserError where the folder holds another run or something else."""
     folder = Path(settings.output)
     record = folder / "run.json"
@@ -92,7 +96,7 @@ def inspect(settings: RunSettings, fingerprint: str, layout: dict, merged_json: 
             "Give another --output, or --allow_changes to go on with the new settings."
         )
     if newest := _newest_manifest(root):
-        _refuse_other_model(*newest, settings, layout)
+        _refuse_other_model(*newest, settings)
         if newest[1]["step"] > settings.steps:
             raise UserError(f"{newest[0]} is already beyond the {settings.steps} steps that are asked for. Nearest: {newest[1]['step']}.")
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed))
@@ -139,6 +143,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed", "megabatch")}
 
 
+def describe(layout: dict) -> str:
+    """A checkpoint's layout, as its manifest has it, for a person."""
+    ranks = Layout(**{field.name: layout[field.name] for field in dataclasses.fields(Layout)})
+    return f"{ranks} under ZeRO-{layout['zero_stage']} in {layout['precision']}"
+
+
 def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json: dict) -> list[str]:
     old, new = flatten(before["recipe"]), flatten(json.loads(json.dumps(dataclasses.asdict(settings))))
     changed = [
@@ -165,7 +175,7 @@ def _newest_manifest(root: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings, layout: dict) -> None:
+def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings) -> None:
     model = dataclasses.asdict(settings.model)
     differences = [
         f"{name}: {manifest['model'].get(name)} there, {value} now"
@@ -174,15 +184,10 @@ def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings, lay
     ]
     if differences:
         raise UserError(f"{folder} is a checkpoint of another model:\n" + "\n".join(f"  {line}" for line in differences))
-    if manifest["layout"] != layout:
+    if "checksums" not in manifest:
         raise UserError(
-            f"{folder} was written by {_layout(manifest['layout'])}; this start has {_layout(layout)}. "
-            "A checkpoint goes on in the layout that wrote it; give another --output to start anew."
+            f"{folder} was written by an earlier version of Megabatch ({manifest['versions']['megabatch']}), in DeepSpeed's files."
         )
-
-
-def _layout(layout: dict) -> str:
-    return f"{layout['world_size']} rank(s) under ZeRO-{layout['zero_stage']} in {layout['precision']}"
 
 
 def _commit() -> str | None:

@@ -1,8 +1,6 @@
-"""Whole weights out of a checkpoint, whatever ZeRO stage wrote it; and a model from whatever a person points a door at."""
+"""Whole weights out of a checkpoint; and a model from whatever a person points a door at."""
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from data.command_line import UserError
 from launch.training import checkpoint
+from launch.training.state import SavedState
 from model import huggingface
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -48,69 +47,9 @@ def load_model(path: str) -> TrainedModel:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Parameter name -> float32 tensor, joined from the files of all ranks of a checkpoint.
-
-    Only tensors and plain data are unpickled, and of the optimizer's files (mapped) only the master weights are read. DeepSpeed's
-    own zero_to_fp32 unpickles whatever it finds, and does not know what ZeRO-1 writes in bf16.
-    """
-    stage = checkpoint.read_manifest(folder)["layout"]["zero_stage"]
-    states = _read(next(iter(sorted(folder.glob("*_model_states.pt")))))
-    if stage == 0:
-        return states["module"]
-    by_rank = lambda path: int(re.search(r"pp_rank_(\d+)", path.name).group(1))  # noqa: E731
-    parts = [_read(path)["optimizer_state_dict"] for path in sorted(folder.glob("*_optim_states.pt"), key=by_rank)]
-    if stage == 3:
-        return _join_each(states["param_shapes"], [part["fp32_flat_groups"] for part in parts])
-    return _join_groups(states["param_shapes"], [part["single_partition_of_fp32_groups"] for part in parts])
-
-
-def _join_groups(groups: list[dict[str, torch.Size]], parts: list[list[Tensor]]) -> dict[str, Tensor]:
-    """ZeRO-1 and -2: the parameters of a group lie behind one another in one vector, which is cut among the ranks."""
-    weights = {}
-    for number, shapes in enumerate(groups):
-        vector = torch.cat([part[number] for part in parts])
-        start = 0
-        for name, shape in shapes.items():
-            weights[name] = vector[start : start + shape.numel()].view(shape)
-            start += shape.numel()
-    return weights
-
-
-def _join_each(groups: list[dict[str, torch.Size]], parts: list[list[Tensor]]) -> dict[str, Tensor]:
-    """ZeRO-3: each parameter is cut among the ranks, and the pieces of all of them lie behind one another on each rank."""
-    vectors = [torch.cat(part) for part in parts]
-    weights, start = {}, 0
-    for name, shape in ((name, shape) for shapes in groups for name, shape in shapes.items()):
-        piece = math.ceil(shape.numel() / len(parts))
-        weights[name] = torch.cat([vector[start : start + piece] for vector in vectors])[: shape.numel()].view(shape)
-        start += piece
-    return weights
-
-
-class _Ignored:
-    """Stands for DeepSpeed's own classes in its files: loss scaler, stage, address. Nothing of theirs is read or run."""
-
-    def __new__(cls, *args, **kwargs) -> "_Ignored":
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-_DEEPSPEED_CLASSES = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
-
-
-def _read(path: Path) -> dict:
-    with torch.serialization.safe_globals([(_Ignored, name) for name in _DEEPSPEED_CLASSES]):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    """Parameter name -> float32 tensor, whatever layout wrote the checkpoint."""
+    saved = SavedState(folder)
+    return {name: saved.whole(name) for name in saved.names()}
 
 
 def _filled(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:

@@ -1,15 +1,21 @@
-"""One rank of the equality tests: trains a tiny model under each case of a JSON list, prints losses and gradient norms as JSON."""
+"""One rank of the equality tests: trains a tiny model under each job of a JSON list, answers with losses and gradient norms.
+
+A job is {"case": what to train and in which layout, "first": step, "load": a checkpoint or null, "save": a folder or null}.
+"""
 
 import contextlib
 import dataclasses
 import json
 import sys
+import time
+from pathlib import Path
 
 import torch
 
 from data.batches import Batch
 from launch.training import deepspeed_config
 from launch.training.config import RunSettings, read_run_settings
+from launch.training.layout import Layout
 from launch.training.processes import Process, find_process
 from model.config import ModelConfig
 from model.loss import IGNORED, training_loss
@@ -33,6 +39,7 @@ def run_settings(case: dict) -> RunSettings:
     words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5)), "--optimizer.learning_rate", "1e-3"]
     words += ["--precision", case.get("precision", "float32"), "--recompute", str(case.get("recompute", False)).lower()]
     words += ["--compile", str(case.get("compile", False)).lower()]
+    words += [f"--{name}={size}" for name, size in case.get("layout", {}).items()]
     return dataclasses.replace(read_run_settings(words), model=model_config(case))
 
 
@@ -45,19 +52,22 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return drawn[:, :-1], drawn[:, 1:].masked_fill(left_out, IGNORED)
 
 
-def micro_batches(step: int, process: Process) -> list[Batch]:
+def micro_batches(step: int, layout: Layout, rank: int) -> list[Batch]:
     tokens, targets = global_batch(step)
-    starts = range(process.rank * MICRO_BATCH, GLOBAL_BATCH, process.world_size * MICRO_BATCH)
+    starts = range(layout.data_rank(rank) * MICRO_BATCH, GLOBAL_BATCH, layout.data_parallel_size * MICRO_BATCH)
     rows = [slice(start, start + MICRO_BATCH) for start in starts]
     return [Batch(tokens[row], torch.ones_like(tokens[row]), targets[row]) for row in rows]
 
 
 def rate(step: int, settings: RunSettings) -> float:
-    return settings.optimizer.learning_rate * (step + 1) / STEPS
+    return settings.optimizer.learning_rate * (step + 1) / (2 * STEPS)
 
 
-def train_plain(case: dict) -> list[tuple[float, float]]:
-    """The reference: one process, the whole batch at once, torch's own optimizer and clipping."""
+def train_plain(case: dict, steps: int = 2 * STEPS) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """The reference: one process, the whole batch at once, torch's own optimizer and clipping.
+
+    Losses and gradient norms of all steps, and the weights as they were after STEPS.
+    """
     settings = run_settings(case)
     model = Transformer(settings.model, settings.seed).train()
     decayed = [p for p in model.parameters() if p.dim() >= 2]
@@ -67,8 +77,10 @@ def train_plain(case: dict) -> list[tuple[float, float]]:
         betas=(settings.optimizer.beta1, settings.optimizer.beta2),
         eps=settings.optimizer.epsilon,
     )
-    history = []
-    for step in range(STEPS):
+    history, weights = [], {}
+    for step in range(steps):
+        if step == STEPS:
+            weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         if step == case.get("poison"):  # as if the step had never been asked for
             history.append((float("nan"), float("nan")))
             continue
@@ -81,51 +93,69 @@ def train_plain(case: dict) -> list[tuple[float, float]]:
             group["lr"] = rate(step, settings)
         optimizer.step()
         history.append((float(loss.detach()), float(norm)))
-    return history
+    return history, weights
 
 
 def build_engine(case: dict, process: Process):
-    from launch.training.engine import Engine
+    from launch.training.pipeline import engine_for
 
     settings = run_settings(case)
     path = f"ds_configs/{case['json']}.json"
     written = deepspeed_config.read_deepspeed_json(path) if case["json"] != "zero0" else {"zero_optimization": {"stage": 0}}
     written["zero_optimization"] |= case.get("zero", {})
-    merged = deepspeed_config.complete(written, path, settings, process.world_size, "cpu")
-    return Engine(settings.model, merged, settings.optimizer, process, settings.seed, settings.recompute, settings.compile), settings
+    if "pipeline" in case:
+        written["pipeline"] |= case["pipeline"]
+    layout = deepspeed_config.layout_of(written, settings, process.world_size)
+    merged = deepspeed_config.complete(written, path, settings, layout, "cpu")
+    return engine_for(layout)(settings, merged, process, layout), settings
 
 
 @contextlib.contextmanager
 def poisoned(here: bool):
     """Within it, a loss on this rank is not a number."""
-    from launch.training import engine
+    from launch.training import engine, pipeline
 
     whole = engine.training_loss
     if here:
-        engine.training_loss = lambda logits, labels: whole(logits, labels) * float("nan")
+        engine.training_loss = pipeline.training_loss = lambda logits, labels: whole(logits, labels) * float("nan")
     yield
-    engine.training_loss = whole
+    engine.training_loss = pipeline.training_loss = whole
 
 
-def train_under_deepspeed(case: dict, process: Process) -> list[tuple[float, float]]:
+def train_under_deepspeed(job: dict, process: Process) -> list[tuple[float, float]]:
+    case, first = job["case"], job["first"]
     engine, settings = build_engine(case, process)
+    if job["load"]:
+        engine.load(Path(job["load"]))
     reports = []
-    for step in range(STEPS):
-        with poisoned(step == case.get("poison") and process.is_first):
-            reports.append(engine.train_step(micro_batches(step, process), rate(step, settings), step))
+    for step in range(first, first + STEPS):
+        with poisoned(step == case.get("poison") and engine.layout.data_rank(process.rank) == 0):
+            reports.append(engine.train_step(micro_batches(step, engine.layout, process.rank), rate(step, settings), step))
         if case.get("samples") and step == 3:  # must leave nothing behind in the weights that ZeRO-3 gathered
             engine.sample([1, 2, 3], 4, 1.0, step, VOCABULARY)
     assert [step for step, report in enumerate(reports) if report.skipped] == [step for step in [case.get("poison")] if step is not None]
+    if job["save"]:
+        root = Path(job["save"])
+        complaint = engine.save(root, STEPS, {"run_id": "test", "layout": {"world_size": process.world_size}, "model": {}})
+        assert complaint is None, complaint
     return [(report.loss, report.gradient_norm) for report in reports]
 
 
 def main() -> None:
+    from deepspeed.utils import groups
+
     from launch.training.engine import initialize_communication
 
     torch.set_num_threads(1)
     process = find_process()
     initialize_communication(process)
-    answer([train_under_deepspeed(case, process) for case in json.loads(sys.argv[1])])
+    answers = []
+    for job in json.loads(sys.argv[1]):
+        start = time.perf_counter()
+        answers.append(train_under_deepspeed(job, process))
+        print(f"{time.perf_counter() - start:.1f} s: {job['case']}", flush=True)
+        groups._release_process_group_references()  # of this engine's layout; a run has one engine, these ranks have many
+    answer(answers)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
