@@ -52,11 +52,17 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return drawn[:, :-1], drawn[:, 1:].masked_fill(left_out, IGNORED)
 
 
+def segments(step: int) -> torch.Tensor:
+    """Two documents in each sample [8, 16], told apart where the case has a document mask."""
+    cuts = torch.randint(1, SEQUENCE, (GLOBAL_BATCH, 1), generator=torch.Generator().manual_seed(step))
+    return 1 + (torch.arange(SEQUENCE) >= cuts).long()
+
+
 def micro_batches(step: int, layout: Layout, rank: int) -> list[Batch]:
     tokens, targets = global_batch(step)
     starts = range(layout.data_rank(rank) * MICRO_BATCH, GLOBAL_BATCH, layout.data_parallel_size * MICRO_BATCH)
     rows = [slice(start, start + MICRO_BATCH) for start in starts]
-    return [Batch(tokens[row], torch.ones_like(tokens[row]), targets[row]) for row in rows]
+    return [Batch(tokens[row], segments(step)[row], targets[row]) for row in rows]
 
 
 def rate(step: int, settings: RunSettings) -> float:
@@ -85,7 +91,7 @@ def train_plain(case: dict, steps: int = 2 * STEPS) -> tuple[list[tuple[float, f
             history.append((float("nan"), float("nan")))
             continue
         tokens, targets = global_batch(step)
-        loss = training_loss(model(tokens, torch.ones_like(tokens)), (targets, (targets != IGNORED).sum()))
+        loss = training_loss(model(tokens, segments(step)), (targets, (targets != IGNORED).sum()))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping or float("inf"))

@@ -1,0 +1,43 @@
+"""The layouts that are proved: which ranks, which JSON, which sizes. README's table of what combines with what is this list."""
+
+LLAMA = {"tie_embeddings": True, "num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": True}
+GPT2 = {
+    "tie_embeddings": False,
+    "num_attention_heads": 4,
+    "norm": "layernorm",
+    "positions": "learned",
+    "activation": "gelu_tanh",
+    "biases": True,
+}
+FAMILIES = {"llama": LLAMA, "gpt2": GPT2}
+
+TENSOR, SEQUENCE, STAGES = {"tensor_parallel_size": 2}, {"sequence_parallel_size": 2}, {"pipeline_stages": 2}
+
+# (ranks, JSON, sizes of the layout). Each is trained, saved, and goes on from what another of them saved.
+LAYOUTS = [
+    *((1, json, {}) for json in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")),
+    *((2, json, {}) for json in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")),
+    *((2, json, STAGES) for json in ("pipeline_zero1", "pipeline_dualpipev")),
+    *((2, json, TENSOR) for json in ("zero0", "zero1", "zero2", "zero3", "zero2_offload")),
+    *((2, json, SEQUENCE) for json in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")),
+    *((4, json, {}) for json in ("zero1", "zero2", "zero3", "zero3_hierarchical")),
+    *((4, json, TENSOR) for json in ("zero1", "zero3")),
+    *((4, json, SEQUENCE) for json in ("zero1", "zero3")),
+    *((4, json, TENSOR | SEQUENCE) for json in ("zero0", "zero1", "zero2", "zero3")),
+    (4, "zero1", {"sequence_parallel_size": 4}),
+    (4, "pipeline_zero1", STAGES),
+    (4, "pipeline_zero1", {"pipeline_stages": 4}),
+    *((4, json, STAGES | TENSOR) for json in ("pipeline_zero1", "pipeline_dualpipev")),
+    *((4, json, STAGES | SEQUENCE) for json in ("pipeline_zero1", "pipeline_dualpipev")),
+]
+
+
+def case_of(json: str, sizes: dict, family: str, **more) -> dict:
+    case = {"json": json, "layout": sizes, "model": FAMILIES[family]} | more
+    if json == "zero3_hierarchical":  # the part of ZeRO++ that needs no GPU
+        case |= {"json": "zero3", "zero": {"zero_hpz_partition_size": 2}}
+    return case
+
+
+def name_of(ranks: int, json: str, sizes: dict, family: str) -> str:
+    return "-".join([f"{ranks}", json, *(f"{name.split('_')[0]}{size}" for name, size in sizes.items()), family])
