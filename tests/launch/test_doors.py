@@ -165,7 +165,7 @@ def test_another_runs_folder_is_refused_and_left_as_it_was(runs, tiny):
 
 def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path):
     output = finish(start_ranks(1, PRETRAIN, *tiny, "--dry_run"))[0]
-    for line in ("parameters", "micro-batch 2 x accumulation 4 x ranks 1", "12 steps", "model states per rank", "checkpoints/"):
+    for line in ("parameters", "micro-batch 2 x accumulation 4 x data parallel 1", "12 steps", "model states per rank", "checkpoints/"):
         assert line in output
     assert not (tmp_path / "run").exists()
 
