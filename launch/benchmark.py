@@ -52,16 +52,17 @@ def main(arguments: Sequence[str]) -> int:
         if getattr(settings, name) < (2 if name == "accumulation" else 1):
             raise UserError(f"{name} is {getattr(settings, name)}; it must be at least {2 if name == 'accumulation' else 1}.")
     if settings.contender:
-        seconds = _measure(CONTENDERS[settings.contender](settings), settings.steps)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(json.dumps(seconds))
+        print(json.dumps(_measure(CONTENDERS[settings.contender](settings), settings.steps)))
         return 0
     names = [name for name in CONTENDERS if name in (settings.only or CONTENDERS)]
-    seconds = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    parts: dict[str, list[dict[str, float]]] = {}
     for number in range(settings.rounds):
         for name in names:
             print(f"round {number + 1}/{settings.rounds}: {name} ...", file=sys.stderr, flush=True)
-            seconds[name] += _start(name, arguments)
+            ranks = _start(name, arguments)
+            seconds[name] += ranks[0]["seconds"]
+            parts[name] = [rank["parts"] for rank in ranks]
     tokens = settings.micro_batch_size * settings.accumulation * settings.sequence_length
     bare = statistics.median(seconds["bare products"]) if "bare products" in seconds else None
     print(f"\n{'':40}{'s/step':>8}{'tokens/s':>11}{'of bare products':>18}")
@@ -69,10 +70,33 @@ def main(arguments: Sequence[str]) -> int:
         middle = statistics.median(seconds[name])
         share = f"{bare / middle:18.2f}" if bare else ""
         print(f"{name:40}{middle:8.3f}{tokens / middle:11,.0f}{share}")
+    for name in names:
+        if parts[name][0]:
+            _show_parts(name, parts[name], settings)
     return 0
 
 
-def _start(name: str, arguments: Sequence[str]) -> list[float]:
+def _show_parts(name: str, ranks: list[dict[str, float]], settings: BenchmarkSettings) -> None:
+    """Where each rank's time went in the last round; for a pipeline also why it waited."""
+    print(f"\n{name + ', last round':40}" + "".join(f"{part:>11}" for part in ranks[0]) + "   (seconds a step)")
+    for number, parts in enumerate(ranks):
+        print(f"{f'    rank {number}':40}" + "".join(f"{parts[part]:11.3f}" for part in ranks[0]))
+    if "passing" not in ranks[0]:
+        return
+    from launch.training.layout import Layout
+
+    step = sum(ranks[0].values())
+    busy = [sum(parts.values()) - parts["passing"] for parts in ranks]
+    bubble = Layout(len(ranks), pipeline_stages=len(ranks)).bubble(settings.accumulation)
+    imbalance = (max(busy) - sum(busy) / len(busy)) / step
+    waited = 1 - sum(busy) / len(busy) / step
+    print(
+        f"    stages wait {waited:.0%} of a step: {bubble:.0%} bubble (by its formula), {imbalance:.0%} because they are not equally busy, "
+        f"{waited - bubble - imbalance:.0%} else (sending; two ranks in each other's way)"
+    )
+
+
+def _start(name: str, arguments: Sequence[str]) -> list[dict]:
     world_size = 2 if name.endswith("two ranks") else 1
     ours = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {key: value for key, value in os.environ.items() if key not in ours} | {"DS_ACCELERATOR": "cpu"}
@@ -94,16 +118,17 @@ def _start(name: str, arguments: Sequence[str]) -> list[float]:
     outputs = [rank.communicate() for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"{name} failed:\n" + "\n".join(error for _, error in outputs))
-    return json.loads(outputs[0][0].splitlines()[-1])
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
-def _measure(step: Callable[[], object], steps: int) -> list[float]:
-    seconds = []
+def _measure(step: Callable[[], object], steps: int) -> dict:
+    """Seconds of each step after the first two, and, where a step reports them, the mean seconds of its parts."""
+    seconds, reported = [], []
     for _ in range(steps + 2):
         start = time.perf_counter()
-        step()
+        reported.append(getattr(step(), "seconds", {}))
         seconds.append(time.perf_counter() - start)
-    return seconds[2:]
+    return {"seconds": seconds[2:], "parts": {part: statistics.mean(one[part] for one in reported[2:]) for part in reported[-1]}}
 
 
 def _config(settings: BenchmarkSettings):
@@ -232,7 +257,11 @@ def _ours_in_a_plain_loop(settings: BenchmarkSettings, compiled: bool) -> Callab
     return step
 
 
-def _ours_under_deepspeed(settings: BenchmarkSettings, compiled: bool) -> Callable[[], object]:
+def _ours_under_deepspeed(
+    settings: BenchmarkSettings, compiled: bool = False, json_name: str = "zero1", **sizes: int
+) -> Callable[[], object]:
+    import torch
+
     from data.batches import Batch
     from launch.training import deepspeed_config, processes
     from launch.training.config import REPOSITORY, BatchSettings, RunSettings
@@ -243,20 +272,21 @@ def _ours_under_deepspeed(settings: BenchmarkSettings, compiled: bool) -> Callab
     processes.share_the_cores(process)
     processes.keep_freed_memory()
     initialize_communication(process)
-    path = str(REPOSITORY / "ds_configs" / "zero1.json")
-    micro_batches = settings.accumulation // process.world_size
+    path = str(REPOSITORY / "ds_configs" / f"{json_name}.json")
     batch = BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size)
-    run = RunSettings(model=_config(settings), batch=batch, train_steps=1, compile=compiled)
+    run = RunSettings(model=_config(settings), batch=batch, train_steps=1, compile=compiled, **sizes)
     written = deepspeed_config.read_deepspeed_json(path)
     layout = deepspeed_config.layout_of(written, run, process.world_size)
     engine = engine_for(layout)(run, deepspeed_config.complete(written, path, run, layout, "cpu"), process, layout)
     number = 0
 
-    def step() -> None:
+    def step() -> object:
         nonlocal number
-        drawn = [_draw(settings) for _ in range(micro_batches)]
-        engine.train_step([Batch(one[:, :-1], one[:, :-1].new_ones(one[:, :-1].shape), one[:, 1:]) for one in drawn], 1e-4, number)
+        torch.manual_seed(number * process.world_size + layout.data_rank(process.rank))  # ranks that share a batch draw the same
+        drawn = [_draw(settings) for _ in range(settings.accumulation // layout.data_parallel_size)]
         number += 1
+        batches = [Batch(one[:, :-1], one[:, :-1].new_ones(one[:, :-1].shape), one[:, 1:]) for one in drawn]
+        return engine.train_step(batches, 1e-4, number - 1)
 
     return step
 
@@ -267,9 +297,15 @@ CONTENDERS: dict[str, Callable[[BenchmarkSettings], Callable[[], object]]] = {
     "transformers compiled": lambda settings: _transformers(settings, True),
     "ours plain eager": lambda settings: _ours_in_a_plain_loop(settings, False),
     "ours plain compiled": lambda settings: _ours_in_a_plain_loop(settings, True),
-    "ours ZeRO-1 eager": lambda settings: _ours_under_deepspeed(settings, False),
-    "ours ZeRO-1 compiled": lambda settings: _ours_under_deepspeed(settings, True),
-    "ours ZeRO-1 eager, two ranks": lambda settings: _ours_under_deepspeed(settings, False),
+    "ours ZeRO-1 eager": lambda settings: _ours_under_deepspeed(settings),
+    "ours ZeRO-1 compiled": lambda settings: _ours_under_deepspeed(settings, compiled=True),
+    "ours ZeRO-1 eager, two ranks": lambda settings: _ours_under_deepspeed(settings),
+    "ours ZeRO-2 eager, two ranks": lambda settings: _ours_under_deepspeed(settings, json_name="zero2"),
+    "ours ZeRO-3 eager, two ranks": lambda settings: _ours_under_deepspeed(settings, json_name="zero3"),
+    "pipeline, two ranks": lambda settings: _ours_under_deepspeed(settings, json_name="pipeline_zero1"),
+    "pipeline DualPipeV, two ranks": lambda settings: _ours_under_deepspeed(settings, json_name="pipeline_dualpipev"),
+    "tensor parallel, two ranks": lambda settings: _ours_under_deepspeed(settings, tensor_parallel_size=2),
+    "sequence parallel, two ranks": lambda settings: _ours_under_deepspeed(settings, sequence_parallel_size=2),
 }
 
 
