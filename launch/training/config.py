@@ -264,22 +264,24 @@ def _refuse_impossible(settings: RunSettings) -> None:
 
 def share_the_batch(settings: RunSettings, layout: Layout) -> RunSettings:
     """The same settings with a micro-batch size, where none was given. Raises UserError where the batch does not divide."""
-    share = max(1, settings.batch.global_batch_size // layout.data_parallel_size)
+    share = accumulation_steps(settings.batch, layout.data_parallel_size)
     size = settings.batch.micro_batch_size or micro_batch_size(share, layout.pipeline_stages)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
-    accumulation_steps(batch, layout.data_parallel_size)
     return dataclasses.replace(settings, batch=batch, pipeline_stages=layout.pipeline_stages)
 
 
 def accumulation_steps(batch: BatchSettings, data_parallel_size: int) -> int:
-    """Micro-batches that each rank adds up for one optimizer step. Raises UserError where the batch does not divide."""
-    assert batch.micro_batch_size is not None
-    unit = batch.micro_batch_size * data_parallel_size
+    """Micro-batches (without a size: sequences) that each rank adds up for one optimizer step.
+
+    Raises UserError where the batch does not divide.
+    """
+    unit = (batch.micro_batch_size or 1) * data_parallel_size
     steps, remainder = divmod(batch.global_batch_size, unit)
     if remainder or not steps:
         nearest = [str(unit * n) for n in (steps, steps + 1) if n]
+        size = f"batch.micro_batch_size {batch.micro_batch_size} x " if batch.micro_batch_size else ""
         raise UserError(
-            f"batch.global_batch_size {batch.global_batch_size} is not a multiple of batch.micro_batch_size {batch.micro_batch_size} "
-            f"x data_parallel_size {data_parallel_size} = {unit}.\nNearest: {' or '.join(nearest)}."
+            f"batch.global_batch_size {batch.global_batch_size} is not a multiple of {size}"
+            f"data_parallel_size {data_parallel_size}{f' = {unit}' if size else ''}.\nNearest: {' or '.join(nearest)}."
         )
     return steps

@@ -1,7 +1,6 @@
 """How the ranks of a run share its work: pipeline stages, tensor and sequence parallelism, and data parallelism with the rest."""
 
 import dataclasses
-import math
 
 from data.command_line import UserError
 
@@ -97,4 +96,4 @@ def fewest_micro_batches(stages: int) -> int:
 def micro_batch_size(share: int, stages: int) -> int:
     """The largest size that cuts a rank's `share` of sequences into enough micro-batches for the stages (without them: the share)."""
     wanted = min(share, fewest_micro_batches(stages))
-    return next(size for size in range(math.ceil(share / wanted), 0, -1) if share % size == 0 and share // size >= wanted)
+    return next(size for size in range(share // wanted, 0, -1) if share % size == 0)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from data.command_line import UserError
 from launch.training.config import BatchSettings, accumulation_steps, read_run_settings, share_the_batch
+from launch.training.layout import Layout
 from model.config import SIZES, ModelConfig
 
 
@@ -48,8 +49,50 @@ def test_without_a_recipe_it_is_the_demo():
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 4), (8, 1)])
 def test_without_a_micro_batch_size_each_rank_takes_its_whole_share(ranks, micro_batch):
-    batch = share_the_batch(read_run_settings([]), ranks).batch
+    batch = share_the_batch(read_run_settings([]), Layout(ranks)).batch
     assert (batch.micro_batch_size, accumulation_steps(batch, ranks)) == (micro_batch, 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batch"),
+    [
+        (Layout(2, 2), 6),
+        (Layout(4, 2), 3),
+        (Layout(4, 4), 3),
+        (Layout(4, 1, 2), 24),
+        (Layout(4, 1, 1, 2), 24),
+        (Layout(16, 2, 2, 2), 3),
+    ],
+    ids=str,
+)
+def test_in_a_pipeline_the_share_is_cut_into_four_micro_batches_a_stage(layout, micro_batch):
+    settings = share_the_batch(read_run_settings(["--batch.global_batch_size", "48"]), layout)
+    assert settings.batch.micro_batch_size == micro_batch
+    assert accumulation_steps(settings.batch, layout.data_parallel_size) * micro_batch * layout.data_parallel_size == 48
+    assert settings.pipeline_stages == layout.pipeline_stages
+
+
+def test_a_micro_batch_size_that_was_given_stays():
+    words = ["--batch.global_batch_size", "48", "--batch.micro_batch_size", "12"]
+    assert share_the_batch(read_run_settings(words), Layout(4, 2)).batch.micro_batch_size == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "sentence"),
+    [
+        ([], 4, "batch.global_batch_size 10 is not a multiple of data_parallel_size 4.\nNearest: 8 or 12."),
+        ([], 16, "batch.global_batch_size 10 is not a multiple of data_parallel_size 16.\nNearest: 16."),
+        (
+            ["--batch.micro_batch_size", "2"],
+            4,
+            "batch.global_batch_size 10 is not a multiple of batch.micro_batch_size 2 x data_parallel_size 4 = 8.\nNearest: 8 or 16.",
+        ),
+    ],
+)
+def test_a_batch_that_the_ranks_cannot_share_is_refused_by_what_was_given(words, ranks, sentence):
+    with pytest.raises(UserError) as refused:
+        share_the_batch(read_run_settings(["--batch.global_batch_size", "10", *words]), Layout(ranks))
+    assert str(refused.value) == sentence
 
 
 def test_tokens_become_whole_steps(recipe):
