@@ -81,19 +81,44 @@ def _show_parts(name: str, ranks: list[dict[str, float]], settings: BenchmarkSet
     print(f"\n{name + ', last round':40}" + "".join(f"{part:>11}" for part in ranks[0]) + "   (seconds a step)")
     for number, parts in enumerate(ranks):
         print(f"{f'    rank {number}':40}" + "".join(f"{parts[part]:11.3f}" for part in ranks[0]))
-    if "passing" not in ranks[0]:
-        return
-    from launch.training.layout import Layout
+    if name == "pipeline, two ranks":
+        step, micro_batches = sum(ranks[0].values()), settings.accumulation
+        busy = [sum(parts.values()) - parts["passing"] for parts in ranks]
+        mean = sum(busy) / len(busy)
+        even = mean * (1 + (len(ranks) - 1) / micro_batches)
+        uneven = _one_forward_one_backward([(parts["forward"], parts["backward"]) for parts in ranks], micro_batches)
+        uneven += max(parts["optimizer"] for parts in ranks)
+        rows = {
+            "work": mean,
+            "bubble of equal stages": even - mean,
+            "stages not equal": uneven - even,
+            "sending and the rest": step - uneven,
+        }
+        print("    of a step: " + ", ".join(f"{what} {seconds / step:.0%}" for what, seconds in rows.items()))
 
-    step = sum(ranks[0].values())
-    busy = [sum(parts.values()) - parts["passing"] for parts in ranks]
-    bubble = Layout(len(ranks), pipeline_stages=len(ranks)).bubble(settings.accumulation)
-    imbalance = (max(busy) - sum(busy) / len(busy)) / step
-    waited = 1 - sum(busy) / len(busy) / step
-    print(
-        f"    stages wait {waited:.0%} of a step: {bubble:.0%} bubble (by its formula), {imbalance:.0%} because they are not equally busy, "
-        f"{waited - bubble - imbalance:.0%} else (sending; two ranks in each other's way)"
-    )
+
+def _one_forward_one_backward(stages: list[tuple[float, float]], micro_batches: int) -> float:
+    """How long a pipeline takes whose stages need so long for all forwards and all backwards, if sending takes no time."""
+    done: dict[tuple[str, int, int], float] = {}
+    orders = []
+    for stage in range(len(stages)):
+        ahead = min(len(stages) - stage - 1, micro_batches)
+        order = [("forward", number) for number in range(ahead)]
+        for number in range(micro_batches):
+            order += [("forward", ahead + number)] if ahead + number < micro_batches else []
+            order.append(("backward", number))
+        orders.append(order)
+    clocks = [0.0] * len(stages)
+    while any(orders):
+        for stage, order in enumerate(orders):
+            kind, number = order[0] if order else ("", -1)
+            from_whom = stage - 1 if kind == "forward" else stage + 1
+            if not order or (0 <= from_whom < len(stages) and (kind, from_whom, number) not in done):
+                continue
+            seconds = stages[stage][kind == "backward"] / micro_batches
+            clocks[stage] = done[kind, stage, number] = max(clocks[stage], done.get((kind, from_whom, number), 0.0)) + seconds
+            order.pop(0)
+    return max(clocks)
 
 
 def _start(name: str, arguments: Sequence[str]) -> list[dict]:

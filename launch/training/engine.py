@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from data.batches import Batch, target_tokens
-from data.command_line import UserError
 from launch.training import checkpoint, parallel, state
 from launch.training.config import OptimizerSettings, RunSettings
 from launch.training.deepspeed_state import LiveState
@@ -213,13 +212,13 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Take weights, moments and loss scale from a checkpoint of any layout.
 
-        Raises UserError where what is then in memory has other checksums than what was saved.
+        Raises RuntimeError where what is then in memory has other checksums than what was saved.
         """
         manifest = checkpoint.read_manifest(folder)
         self._state.restore(state.SavedState(folder), **manifest["optimizer"])
         wrong = [name for name, sums in self._checksums().items() if sums != manifest["checksums"].get(name)]
         if wrong:
-            raise UserError(f"{folder} was read, but {len(wrong)} parameters have other checksums than were saved, {wrong[0]} first.")
+            raise RuntimeError(f"{folder} was read, but {len(wrong)} parameters have other checksums than were saved, {wrong[0]} first.")
 
     def _checksums(self) -> dict[str, list[int]]:
         """Of each parameter of the model, in the order of state.KINDS; the same on every rank."""

@@ -2,7 +2,8 @@
 
 where "step": before optimizer step `number`; "write": at the `number`-th write of checkpoint bytes; "publish": before the
 `number`-th checkpoint gets its name. FAULT_TERMINATE="rank:number" sends SIGTERM to that rank in step `number`.
-FULL_DISK="rank:number" lets the `number`-th write of checkpoint bytes fail, and none after it.
+FULL_DISK="rank:number" lets the `number`-th write of checkpoint bytes fail, and none after it. MISREAD="rank" reads one moment a
+little wrong on that rank when a checkpoint is loaded.
 """
 
 import errno
@@ -15,6 +16,7 @@ from data.command_line import run_door
 from launch import pretrain
 from launch.training import checkpoint
 from launch.training.engine import Engine
+from launch.training.state import SavedState
 
 
 def plant(fault: str) -> None:
@@ -56,7 +58,20 @@ def plant_termination(order: str) -> None:
     Engine.train_step = interrupted
 
 
+def plant_misreading(rank: str) -> None:
+    whole = SavedState.read
+
+    def wrong(self, wanted, kind, into):
+        whole(self, wanted, kind, into)
+        if os.environ["RANK"] == rank and kind == "exp_avg" and wanted.name.endswith("query.weight"):
+            into[-1] *= 1.0000002
+
+    SavedState.read = wrong
+
+
 if __name__ == "__main__":
+    if "MISREAD" in os.environ:
+        plant_misreading(os.environ["MISREAD"])
     if "FAULT" in os.environ:
         plant(os.environ["FAULT"])
     if "FULL_DISK" in os.environ:

@@ -1,13 +1,16 @@
 """DeepSpeed's JSON: "auto" is filled from the recipe, and whatever DeepSpeed would silently ignore or decide is told before a run."""
 
 import dataclasses
+import importlib.metadata
 import json
+import re
 
 import pytest
 
 from data.command_line import UserError
-from launch.training.config import BatchSettings, OptimizerSettings, RunSettings
-from launch.training.deepspeed_config import complete, read_deepspeed_json
+from launch.training.config import BatchSettings, OptimizerSettings, RunSettings, share_the_batch
+from launch.training.deepspeed_config import complete, known_wrong_gradients, layout_of, read_deepspeed_json
+from launch.training.layout import Layout
 from model.config import ModelConfig
 from tests.ranks import REPOSITORY
 
@@ -61,10 +64,14 @@ HUGGING_FACE = EVERY_AUTO | {
 def merge(tmp_path):
     """Reads `written` as a JSON file and completes it: what DeepSpeed would receive."""
 
-    def merged(written: dict | str, settings: RunSettings = SETTINGS, ranks: int = 2, device: str = "cpu") -> dict:
+    def merged(
+        written: dict | str, settings: RunSettings = SETTINGS, ranks: int = 2, device: str = "cpu", of_a_node: int | None = None, **changes
+    ) -> dict:
         path = tmp_path / "engine.json"
         path.write_text(written if isinstance(written, str) else json.dumps(written))
-        return complete(read_deepspeed_json(str(path)), str(path), settings, ranks, device)
+        read, settings = read_deepspeed_json(str(path)), dataclasses.replace(settings, **changes)
+        layout = layout_of(read, settings, ranks)
+        return complete(read, str(path), share_the_batch(settings, layout), layout, device, of_a_node)
 
     return merged
 
@@ -149,12 +156,12 @@ def test_every_contradiction_is_named_with_both_places_and_all_at_once(refusal):
     expected = {
         ("train_batch_size is 32", "batch.global_batch_size makes it 24"),
         ("train_micro_batch_size_per_gpu is 4", "batch.micro_batch_size makes it 3"),
-        ("gradient_accumulation_steps is 1", "batch.global_batch_size / (batch.micro_batch_size x ranks) makes it 4"),
+        ("gradient_accumulation_steps is 1", "batch.global_batch_size / (batch.micro_batch_size x data_parallel_size) makes it 4"),
         ("gradient_clipping is 1.0", "optimizer.gradient_clipping makes it 0.7"),
-        ("bf16.enabled is False", "precision makes it True"),
-        ("fp16.enabled is True", "precision makes it False"),
-        ("data_types.grad_accum_dtype is bf16", "precision makes it fp32"),
-        ("optimizer.type is Adam", "optimizer makes it AdamW"),
+        ("bf16.enabled is false", "precision makes it true"),
+        ("fp16.enabled is true", "precision makes it false"),
+        ('data_types.grad_accum_dtype is "bf16"', 'precision makes it "fp32"'),
+        ('optimizer.type is "Adam"', 'optimizer makes it "AdamW"'),
         ("optimizer.params.lr is 0.001", "optimizer.learning_rate makes it 0.002"),
         ("optimizer.params.betas is [0.9, 0.95]", "optimizer.beta1, beta2 makes it [0.8, 0.9]"),
         ("optimizer.params.eps is 1e-08", "optimizer.epsilon makes it 1e-06"),
@@ -311,17 +318,351 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(refusal):
     assert refusal({"zero_optimization": {"stage": 1}}, ranks=5)[1] == "Nearest: 15 or 30."
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
 def test_every_file_of_ours_is_accepted_by_us_and_by_deepspeed_itself(path, precision, merge, tmp_path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     written = path.read_text().replace("/local_nvme", str(tmp_path))
     settings = dataclasses.replace(SETTINGS, precision=precision)
-    for ranks in (1, 2, 4):
-        merged = merge(written, settings=settings, ranks=ranks)
-        assert merged["train_batch_size"] == merged["gradient_accumulation_steps"] * 3 * ranks
+    stages = 2 if path.stem.startswith("pipeline") else 1
+    device = "cuda" if path.stem == "zero3_plusplus" else "cpu"
+    for ranks in (stages, 2, 4):
+        merged = merge(written, settings=settings, ranks=ranks, device=device)
+        assert merged["train_batch_size"] == merged["gradient_accumulation_steps"] * 3 * ranks // stages
+        assert merged.get("pipeline", {"stages": 1})["stages"] == stages
         assert "auto" not in json.dumps(merged)
-    alone = DeepSpeedConfig(merge(written, settings=settings, ranks=1))
-    assert (alone.gradient_clipping, alone.grad_accum_dtype, alone.zero_optimization_stage) == (0.7, "fp32", int(path.stem[4]))
+    alone = DeepSpeedConfig(merge(written, settings=settings, ranks=stages, device=device))
+    stage = int(re.search(r"zero(\d)", path.stem)[1]) if "zero" in path.stem else 1
+    assert (alone.gradient_clipping, alone.grad_accum_dtype, alone.zero_optimization_stage) == (0.7, "fp32", stage)
     assert alone.bfloat16_config.enabled == (precision == "bf16")
+
+
+ZERO_1 = {"zero_optimization": {"stage": 1}}
+PIPELINE = ZERO_1 | {"pipeline": {"stages": "auto"}}
+# Four blocks: seven layers with embedding, norm and head.
+DUALPIPEV = ZERO_1 | {"pipeline": {"schedule": "dualpipev"}}
+
+
+@pytest.mark.parametrize(
+    ("written", "settings", "stages"),
+    [
+        (ZERO_1, {}, 1),
+        (ZERO_1, {"pipeline_stages": 2}, 2),
+        (ZERO_1 | {"pipeline": {}}, {}, 2),
+        (PIPELINE, {}, 2),
+        (PIPELINE, {"pipeline_stages": 4}, 4),
+        (PIPELINE, {"pipeline_stages": 1}, 1),
+        (ZERO_1 | {"pipeline": {"stages": 4}}, {}, 4),
+        (ZERO_1 | {"pipeline": {"stages": 4}}, {"pipeline_stages": 4}, 4),
+        (ZERO_1 | {"pipeline": {"stages": 1}}, {}, 1),
+    ],
+)
+def test_the_stages_come_from_recipe_or_json_and_are_two_where_neither_says(merge, written, settings, stages):
+    merged = merge(written, ranks=4, **settings)
+    if stages == 1:
+        assert "pipeline" not in merged
+    else:
+        never = {"activation_checkpoint_interval": 0, "pipe_partitioned": False, "grad_partitioned": False}
+        assert merged["pipeline"] == {"stages": stages, "partition": "parameters", "schedule": "1f1b"} | never
+    assert merged["gradient_accumulation_steps"] == 24 // 3 // (4 // stages)
+
+
+@pytest.mark.parametrize(("in_json", "in_recipe"), [(4, 2), (2, 4), (4, 1), (1, 2), ("4", 2), (True, 2)])
+def test_stages_that_json_and_recipe_give_differently_are_refused(refusal, in_json, in_recipe):
+    assert refusal(ZERO_1 | {"pipeline": {"stages": in_json}}, ranks=4, pipeline_stages=in_recipe) == [
+        f'FILE: pipeline.stages is {json.dumps(in_json)}; the recipe\'s pipeline_stages makes it {in_recipe}. Write "auto".'
+    ]
+
+
+def test_ranks_that_do_not_divide_into_the_stages_are_refused(refusal):
+    assert refusal(PIPELINE, ranks=3) == ["3 rank(s) do not divide into pipeline_stages 2. Nearest: 2 or 4 ranks."]
+
+
+@pytest.mark.parametrize(
+    ("stage", "why"),
+    [
+        (0, "clips by the gradient norm of one stage alone"),
+        (2, "is not carried by DeepSpeed's pipeline"),
+        (3, "is not carried by DeepSpeed's pipeline"),
+    ],
+)
+def test_a_pipeline_is_refused_beside_a_zero_stage_that_it_cannot_carry(refusal, stage, why):
+    written = PIPELINE | {"zero_optimization": {"stage": stage}}
+    assert refusal(written, precision="float32") == [
+        f"FILE: zero_optimization.stage {stage} with pipeline_stages 2: ZeRO-{stage} {why}. "
+        "Take ds_configs/pipeline_zero1.json, or pipeline_stages 1."
+    ]
+
+
+def test_a_pipeline_is_refused_beside_offloading(refusal):
+    written = PIPELINE | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    assert refusal(written) == ["FILE: zero_optimization.offload_optimizer with pipeline_stages 2: not proved here. Delete one of them."]
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ({"schedule": "gpipe"}, 'FILE: pipeline.schedule is "gpipe"; it must be "1f1b" or "dualpipev".'),
+        ({"partition": "profile"}, 'FILE: pipeline.partition is "profile"; it must be "parameters", "uniform" or "type:Block".'),
+        ({"partition": "uniform:2"}, 'FILE: pipeline.partition is "uniform:2"; it must be "parameters", "uniform" or "type:Block".'),
+        ({"partition": "type:"}, 'FILE: pipeline.partition is "type:"; it must be "parameters", "uniform" or "type:Block".'),
+        ({"partition": None}, 'FILE: pipeline.partition is null; it must be "parameters", "uniform" or "type:Block".'),
+        ({"partition": "type:Blocks"}, 'FILE: pipeline.partition type:Blocks: no layer is a Blocks. Did you mean "Block"?'),
+        ({"partition": "type:nothing"}, "FILE: pipeline.partition type:nothing: no layer is a nothing."),
+        ({"shedule": "1f1b"}, 'FILE: unknown key "pipeline.shedule". Did you mean "schedule"?'),
+    ],
+)
+def test_a_pipeline_that_is_not_known_is_refused(refusal, section, sentence):
+    assert refusal(PIPELINE | {"pipeline": section}) == [sentence]
+
+
+@pytest.mark.parametrize("partition", ["parameters", "uniform", "type:Block", "type:block"])
+def test_every_stage_gets_a_layer_or_there_are_too_many(merge, refusal, partition):
+    written = ZERO_1 | {"pipeline": {"partition": partition}}
+    most, kind = (4, f" of type {partition[5:]}") if partition.startswith("type") else (7, "")
+    assert merge(written, ranks=most, pipeline_stages=most)["pipeline"]["partition"] == partition
+    for ranks, nearest in ((11, 1), (8, 4)):  # a number of stages that divides the ranks
+        assert refusal(written, ranks=ranks, pipeline_stages=ranks) == [
+            f"pipeline_stages {ranks}: the network has {most} layer(s){kind} to share out. Nearest: {nearest}."
+        ]
+
+
+def test_dualpipev_has_two_parts_of_the_network_on_each_rank(merge, refusal):
+    fine = dataclasses.replace(SETTINGS, batch=BatchSettings(24, 1))
+    assert merge(DUALPIPEV, settings=fine, ranks=3, pipeline_stages=3)["pipeline"]["schedule"] == "dualpipev"
+    sentence = "pipeline_stages 4: DualPipeV cuts the network into 8 parts, but it has 7 layer(s) to share out. Nearest: 2."
+    assert refusal(DUALPIPEV, settings=fine, ranks=4, pipeline_stages=4) == [sentence]
+    one_block = dataclasses.replace(fine, model=ModelConfig(hidden_size=64, num_layers=1))
+    written = ZERO_1 | {"pipeline": {"schedule": "dualpipev", "partition": "type:Block"}}
+    assert refusal(written, settings=one_block) == [
+        "pipeline_stages 2: DualPipeV cuts the network into 4 parts, but it has 1 layer(s) of type Block to share out. Nearest: 1."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "makes", "nearest"),
+    [
+        ((24, 12), 2, 2, "batch.micro_batch_size 6"),
+        ((20, 10), 2, 2, "batch.micro_batch_size 5"),
+        ((14, 7), 2, 2, "batch.micro_batch_size 2"),
+        ((24, 6), 4, 2, "batch.micro_batch_size 3"),
+        ((3, 1), 2, 3, "batch.global_batch_size 4"),
+        ((12, 3), 4, 2, "batch.micro_batch_size 1"),
+        ((6, 3), 2, 2, "batch.micro_batch_size 1"),
+        ((3, 3), 2, 1, "batch.global_batch_size 12"),
+        ((3, None), 2, 3, "batch.global_batch_size 4"),
+    ],
+)
+def test_dualpipev_needs_two_micro_batches_a_stage_and_the_nearest_batch_gives_them(merge, refusal, batch, ranks, makes, nearest):
+    settings = dataclasses.replace(SETTINGS, batch=BatchSettings(*batch))
+    assert refusal(DUALPIPEV, settings=settings, ranks=ranks) == [
+        "FILE: pipeline.schedule dualpipev needs at least 4 micro-batches a step, two for each stage; batch.micro_batch_size "
+        f"{batch[1] or 1} makes {makes} of batch.global_batch_size {batch[0]}. Nearest: {nearest}."
+    ]
+    name, size = nearest.removeprefix("batch.").split()
+    better = dataclasses.replace(settings, batch=dataclasses.replace(settings.batch, **{name: int(size)}))
+    assert merge(DUALPIPEV, settings=better, ranks=ranks)["gradient_accumulation_steps"] >= 4
+
+
+def with_heads(heads: int, keys: int, tokens: int = 256) -> RunSettings:
+    model = ModelConfig(hidden_size=24, head_size=2, num_attention_heads=heads, num_key_value_heads=keys, sequence_length=tokens)
+    return dataclasses.replace(SETTINGS, model=model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensor", "sequence", "sentences"),
+    [
+        (with_heads(12, 12), 12, 1, []),
+        (with_heads(12, 4), 4, 1, []),
+        (with_heads(12, 4), 6, 1, ["tensor_parallel_size 6 does not divide model.num_key_value_heads 4. Nearest: 2."]),
+        (
+            with_heads(12, 4),
+            8,
+            1,
+            [
+                "tensor_parallel_size 8 does not divide model.num_attention_heads 12. Nearest: 4.",
+                "tensor_parallel_size 8 does not divide model.num_key_value_heads 4. Nearest: 4.",
+            ],
+        ),
+        (with_heads(12, 4), 1, 2, []),
+        (with_heads(12, 4), 1, 4, []),
+        (with_heads(12, 3, 240), 1, 12, []),
+        (with_heads(12, 1, 240), 1, 12, []),
+        (
+            with_heads(12, 12),
+            1,
+            8,
+            ["sequence_parallel_size 8 does not divide the 12 attention heads (model.num_attention_heads). Nearest: 4."],
+        ),
+        (
+            with_heads(12, 4, 240),
+            1,
+            6,
+            [
+                "sequence_parallel_size 6 is neither a divisor nor a multiple of the 4 key/value heads (model.num_key_value_heads). "
+                "Nearest: 2."
+            ],
+        ),
+        (with_heads(12, 12, 250), 1, 4, ["sequence_parallel_size 4 does not divide model.sequence_length 250. Nearest: 2."]),
+        (
+            with_heads(12, 4, 250),
+            1,
+            6,
+            [
+                "sequence_parallel_size 6 is neither a divisor nor a multiple of the 4 key/value heads (model.num_key_value_heads). "
+                "Nearest: 2.",
+                "sequence_parallel_size 6 does not divide model.sequence_length 250. Nearest: 2.",
+            ],
+        ),
+        (with_heads(12, 4), 2, 4, ["sequence_parallel_size 4 does not divide the 6 attention heads of a rank. Nearest: 2."]),
+        (
+            with_heads(24, 8, 240),
+            2,
+            6,
+            ["sequence_parallel_size 6 is neither a divisor nor a multiple of the 4 key/value heads of a rank. Nearest: 2."],
+        ),
+    ],
+)
+def test_heads_and_tokens_divide_among_the_ranks_that_share_them_or_the_nearest_is_named(
+    merge, refusal, settings, tensor, sequence, sentences
+):
+    def start(answer, tensor: int, sequence: int):
+        sizes = {"tensor_parallel_size": tensor, "sequence_parallel_size": sequence}
+        return answer(ZERO_1, settings=settings, ranks=tensor * sequence, **sizes)
+
+    if sentences:
+        assert start(refusal, tensor, sequence) == sentences
+        (nearest,) = {int(re.search(r"Nearest: (\d+)\.", sentence)[1]) for sentence in sentences}
+        tensor, sequence = (nearest, sequence) if "tensor" in sentences[0] else (tensor, nearest)
+    assert start(merge, tensor, sequence)["train_batch_size"] == 24
+
+
+OVERLAP = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+WITHOUT_FAULT = {"zero_optimization": {"stage": 3, "overlap_comm": True}}
+
+
+@pytest.mark.parametrize(
+    ("written", "stages", "wrong", "right", "what"),
+    [
+        (
+            PIPELINE,
+            2,
+            ("0.16.0", "0.18.2", "0.19.2+cu126"),
+            ("0.15.4", "0.19.3", "0.19.8", "1.0.0"),
+            "a pipeline with several micro-batches",
+        ),
+        (ZERO_1, 1, ("0.15.1", "0.18.9"), ("0.19.0", "0.19.8"), "ZeRO-1 in bf16"),
+        (OFFLOAD, 1, ("0.15.2", "0.18.9"), ("0.15.1", "0.19.0"), "offload under ZeRO-1 or -2"),
+        (OVERLAP, 1, ("0.9.0", "0.19.2"), ("0.19.3", "0.20.0"), "overlap_comm under ZeRO-1 or -2"),
+        (WITHOUT_FAULT, 1, (), ("0.15.2", "0.18.9", "0.19.2"), ""),
+    ],
+)
+def test_versions_that_compute_wrong_gradients_are_known(merge, written, stages, wrong, right, what):
+    merged = merge(written)
+    for version in (*wrong, *right):
+        complaints = [line for line in known_wrong_gradients(version, merged, Layout(2, stages)) if what in line]
+        assert bool(complaints) == (version in wrong), version
+        assert all(line.startswith(f"DeepSpeed {version} computes wrong gradients with {what} (mended in 0.19.") for line in complaints)
+
+
+def test_a_version_that_computes_wrong_gradients_is_refused_by_name(refusal, merge, monkeypatch):
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.9" if name == "deepspeed" else installed(name))
+    assert refusal(PIPELINE) == [
+        "DeepSpeed 0.18.9 computes wrong gradients with a pipeline with several micro-batches (mended in 0.19.3, "
+        "github.com/deepspeedai/DeepSpeed #7665, #8154). Install 0.19.3 or newer.",
+        "DeepSpeed 0.18.9 computes wrong gradients with ZeRO-1 in bf16 (mended in 0.19.0, "
+        "github.com/deepspeedai/DeepSpeed #7985). Install 0.19.0 or newer.",
+    ]
+    merge(PIPELINE, precision="float32", batch=BatchSettings(24, 24))  # one micro-batch, no bf16
+    merge(WITHOUT_FAULT)
+
+
+def plus_plus(**zero) -> dict:
+    """ZeRO++ with all that it has, changed by `zero`."""
+    chosen = {"zero_hpz_partition_size": 2, "zero_quantized_weights": True, "zero_quantized_gradients": True}
+    return {"communication_data_type": "fp16", "zero_optimization": {"stage": 3} | chosen | zero}
+
+
+HPZ_ALONE = {"zero_quantized_weights": False, "zero_quantized_gradients": False}
+
+
+def test_hpz_is_filled_with_the_ranks_of_a_node(merge):
+    written = plus_plus(zero_hpz_partition_size="auto")
+    for ranks, of_a_node, size in ((8, 4, 4), (8, 8, 8), (8, None, 8), (1, 1, 1)):
+        zero = merge(written, ranks=ranks, of_a_node=of_a_node, device="cuda")["zero_optimization"]
+        assert zero["zero_hpz_partition_size"] == size
+
+
+@pytest.mark.parametrize(("size", "ranks", "nearest"), [(3, 8, 2), (16, 8, 8), (5, 4, 4), (2, 1, 1), ("auto", 8, 2)])
+def test_hpz_divides_the_ranks_or_the_nearest_is_named(merge, refusal, size, ranks, nearest):
+    written = plus_plus(zero_hpz_partition_size=size)
+    assert refusal(written, ranks=ranks, of_a_node=3, device="cuda") == [
+        f"FILE: zero_optimization.zero_hpz_partition_size {3 if size == 'auto' else size} does not divide {ranks} rank(s). "
+        f"Nearest: {nearest}."
+    ]
+    merge(plus_plus(zero_hpz_partition_size=nearest), ranks=ranks, device="cuda")
+
+
+def test_on_a_cpu_hpz_is_taken_and_what_quantizes_is_refused_by_name(merge, refusal):
+    assert merge(plus_plus(**HPZ_ALONE))["zero_optimization"]["zero_hpz_partition_size"] == 2
+    nearest = 'Nearest: zero_hpz_partition_size alone, with communication_data_type "fp32".'
+    for chosen, names in (
+        ({}, "zero_quantized_weights and zero_quantized_gradients"),
+        ({"zero_quantized_gradients": False}, "zero_quantized_weights"),
+        ({"zero_quantized_weights": False}, "zero_quantized_gradients"),
+        (HPZ_ALONE | {"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights"),
+    ):
+        assert refusal(plus_plus(**chosen)) == [
+            f"FILE: zero_optimization: {names}: DeepSpeed's quantizing kernels exist on CUDA alone. {nearest}"
+        ]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_plus_plus_is_of_stage_3(refusal, merge, stage):
+    names = "zero_hpz_partition_size and zero_quantized_weights and zero_quantized_gradients"
+    assert refusal(plus_plus(stage=stage), device="cuda") == [f"FILE: zero_optimization: {names} only under stage 3; the stage is {stage}."]
+    merge(plus_plus(stage=stage, zero_hpz_partition_size=1, **HPZ_ALONE))
+
+
+@pytest.mark.parametrize("given", ["fp32", "bf16", None])
+def test_quantized_gradients_travel_as_half_precision_alone(refusal, merge, given):
+    written = plus_plus() | {"communication_data_type": given}
+    if given is None:
+        del written["communication_data_type"]
+    assert refusal(written, device="cuda") == [
+        f'FILE: communication_data_type is "{given or "fp32"}" with zero_quantized_gradients, whose kernels take every number for half '
+        'precision, unchecked; it must be "fp16".'
+    ]
+    written["zero_optimization"]["zero_quantized_gradients"] = False
+    merge(written, device="cuda")
+
+
+def test_quantized_gradients_are_reduced_by_scattering(refusal):
+    assert refusal(plus_plus(reduce_scatter=False), device="cuda") == [
+        "FILE: zero_optimization.reduce_scatter is false; zero_quantized_gradients needs it true."
+    ]
+
+
+def test_zero_plus_plus_is_refused_where_it_was_not_proved(refusal):
+    names = "zero_hpz_partition_size and zero_quantized_weights and zero_quantized_gradients"
+    assert refusal(plus_plus(), device="cuda", tensor_parallel_size=2) == [
+        f"FILE: zero_optimization: {names} with tensor_parallel_size 2: not proved here. Nearest: ds_configs/zero3.json."
+    ]
+    assert refusal(plus_plus(**HPZ_ALONE, offload_param={"device": "cpu"})) == [
+        "FILE: zero_optimization.zero_hpz_partition_size with offload_param: not proved here. Delete one of them."
+    ]
+
+
+def test_partitions_stay_in_the_order_in_which_checkpoints_find_them(refusal, merge):
+    for stage in (1, 2):
+        assert refusal({"zero_optimization": {"stage": stage, "round_robin_gradients": True}}) == [
+            "FILE: zero_optimization.round_robin_gradients changes the order in which checkpoints find the parameters; it must be false."
+        ]
+    merge({"zero_optimization": {"stage": 3, "round_robin_gradients": True}})  # where it means nothing
+    merge({"zero_optimization": {"stage": 2, "round_robin_gradients": False}})

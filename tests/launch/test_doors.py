@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.command_line import UserError
-from launch import evaluate, export, generate, pretrain
+from launch import convert, evaluate, export, generate, pretrain
 from launch.training import checkpoint
 from launch.training.loop import SAVED_AND_UNFINISHED
 from launch.training.processes import free_port
@@ -98,6 +98,21 @@ def test_an_export_is_loaded_by_transformers_and_speaks_as_the_run_does(layout, 
     with pytest.raises(UserError, match="nothing is overwritten"):
         export.main([str(runs[layout]), "--output", str(folder)])
     assert tree(folder) == before
+
+
+def test_a_converted_run_is_evaluated_and_exported_and_speaks_as_the_run_does(runs, tmp_path, capsys):
+    folder = tmp_path / "whole"
+    assert convert.main([str(runs["zero3"]), "--output", str(folder)]) == 0
+    assert "2 files -> 1" in capsys.readouterr().out
+    losses = [evaluate.evaluate(evaluate.EvaluateSettings(str(run)), show_progress=False).loss for run in (runs["zero3"], folder)]
+    assert losses[0] == losses[1]
+    assert export.main([str(folder), "--output", str(tmp_path / "exported")]) == 0
+    spoken = []
+    for run in (runs["zero3"], folder):
+        capsys.readouterr()
+        assert generate.main([str(run), "--prompt", "abc", "--max_new_tokens", "12", "--temperature", "0"]) == 0
+        spoken.append(capsys.readouterr().out)
+    assert spoken[0] == spoken[1]
 
 
 MISTAKES = [

@@ -1,16 +1,18 @@
 """What a run will need, worked out before it starts."""
 
 import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch.training.config import BatchSettings, RunSettings, ScheduleSettings
-from launch.training.plan import model_state_bytes, peak_flops, plan
-from launch.training.processes import Process
+from launch.training.config import BatchSettings, RunSettings, ScheduleSettings, share_the_batch
+from launch.training.layout import Layout
+from launch.training.plan import model_state_bytes, parameters_per_rank, peak_flops, plan
 from model.config import ModelConfig, count_parameters
+from model.transformer import Transformer, layers
 
 # Bytes a parameter of weights, gradients and optimizer (with its master copy), before anything is divided over the ranks.
 BYTES = {"float32": (4, 4, 8), "bf16": (2, 4, 12), "fp16": (2, 2, 12)}
@@ -34,16 +36,18 @@ SETTINGS = RunSettings(
     batch=BatchSettings(global_batch_size=64, micro_batch_size=4),
     train_steps=100,
 )
+FOUR = Layout(4)
 TRAIN = type("Stream", (), {"__len__": lambda self: 409_600, "num_documents": 1234})()
 HELD_OUT = type("Stream", (), {"__len__": lambda self: 5_000})()
 
 
-def lines(settings: RunSettings, zero: dict) -> dict[str, str]:
+def lines(settings: RunSettings, zero: dict, layout: Layout = FOUR, device: str = "cpu", **more) -> dict[str, str]:
+    """The rows of a plan by name; of notes the last one."""
     printed = plan(
         settings,
-        {"zero_optimization": zero},
-        Process(0, 4, 0, 4),
-        "cpu",
+        {"zero_optimization": zero} | more,
+        layout,
+        device,
         SimpleNamespace(train=TRAIN, validation=HELD_OUT, tokenizer_path=Path("tokenizer.model")),
     )
     return dict(line.strip().split(": ", 1) for line in printed.splitlines())
@@ -56,7 +60,7 @@ def test_the_plan_says_everything_that_will_happen():
     assert shown["model"].startswith(f"{parameters:,} parameters: 2 blocks, hidden 64, 4 heads (4 key/value), swiglu 172, rmsnorm pre, ")
     assert shown["model"].endswith("rotary positions, vocabulary 1,000, context 128")
     assert shown["data"] == "prepared: 409,600 training tokens in 1,234 documents, 5,000 held out; tokenizer.model"
-    assert shown["batch"] == "64 sequences = micro-batch 4 x accumulation 4 x ranks 4; 8,192 tokens a step"
+    assert shown["batch"] == "64 sequences = micro-batch 4 x accumulation 4 x data parallel 4; 8,192 tokens a step"
     assert shown["length"] == "100 steps, 819,200 tokens, 2.00 epochs"
     assert shown["rate"] == "0.0003, cosine, warm-up 100 steps, down to 0; clipping 1, decay 0.1"
     assert shown["engine"] == f"ZeRO-2, bf16, 4 rank(s) on cpu, optimizer on cpu; {SETTINGS.deepspeed}"
@@ -71,6 +75,94 @@ def test_the_plan_says_everything_that_will_happen():
 def test_a_constant_rate_goes_down_to_nothing_else():
     constant = dataclasses.replace(SETTINGS, schedule=ScheduleSettings(kind="constant"))
     assert lines(constant, {"stage": 1})["rate"] == "0.0003, constant, warm-up 100 steps; clipping 1, decay 0.1"
+
+
+PIPELINE = {"stages": 2, "partition": "parameters", "schedule": "1f1b"}
+
+
+def test_the_plan_of_a_pipeline_says_its_layout_and_its_bubble():
+    settings = share_the_batch(dataclasses.replace(SETTINGS, batch=BatchSettings(64)), Layout(8, 2, 2))
+    shown = lines(settings, {"stage": 1}, Layout(8, 2, 2), pipeline=PIPELINE)
+    assert shown["batch"] == "64 sequences = micro-batch 4 x accumulation 8 x data parallel 2; 8,192 tokens a step"
+    assert shown["engine"].startswith("ZeRO-1, bf16, 8 rank(s): 2 pipeline stages x tensor parallel 2 x data parallel 2 on cpu; ")
+    assert shown["pipeline"] == ("2 stages by parameters, 1f1b, 8 micro-batches; bubble 11.1% of a step under one forward, one backward")
+    assert shown["memory"].startswith("model states per rank (mean) ")
+    assert "warning" not in shown
+    shown = lines(settings, {"stage": 1}, Layout(8, 2, 2), pipeline=PIPELINE | {"schedule": "dualpipev"})
+    assert shown["pipeline"].endswith("one backward; DualPipeV, which fills it from both ends, waits less")
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "micro_batch_size", "layout", "warning"),
+    [
+        (24, 4, Layout(2, 2), "6 micro-batches are few for 2 stages; batch.micro_batch_size 3 makes 8: bubble 11.1%"),
+        (48, 4, Layout(4, 2), "6 micro-batches are few for 2 stages; batch.micro_batch_size 3 makes 8: bubble 11.1%"),
+        (44, 11, Layout(2, 2), "4 micro-batches are few for 2 stages; batch.micro_batch_size 4 makes 11: bubble 8.3%"),
+        (8, 2, Layout(4, 4), "4 micro-batches are few for 4 stages; batch.micro_batch_size 1 makes 8: bubble 27.3%"),
+        (8, 1, Layout(8, 4), "4 micro-batches are few for 4 stages; a batch.global_batch_size of 32 or more would make enough"),
+        (7, None, Layout(2, 2), "7 micro-batches are few for 2 stages; a batch.global_batch_size of 8 or more would make enough"),
+    ],
+    ids=str,
+)
+def test_too_few_micro_batches_get_a_warning_whose_advice_makes_more(global_batch_size, micro_batch_size, layout, warning):
+    def shown(**changes) -> dict[str, str]:
+        batch = BatchSettings(**{"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size} | changes)
+        settings = share_the_batch(dataclasses.replace(SETTINGS, batch=batch), layout)
+        return lines(settings, {"stage": 1}, layout, pipeline=PIPELINE | {"stages": layout.pipeline_stages})
+
+    assert shown()["warning"] == warning
+    if better := re.search(r"batch\.micro_batch_size (\d+) makes (\d+): (bubble [\d.]+%)", warning):
+        size, micro_batches, bubble = better.groups()
+        followed = shown(micro_batch_size=int(size))
+        assert f", {micro_batches} micro-batches; {bubble} of a step" in followed["pipeline"]
+        assert "warning" not in followed or "global_batch_size" in followed["warning"], "no smaller micro-batch is advised again"
+    else:
+        enough = re.search(r"batch\.global_batch_size of (\d+)", warning)
+        assert "warning" not in shown(global_batch_size=int(enough[1])), "as many as are enough"
+        assert "warning" in shown(global_batch_size=int(enough[1]) - layout.data_parallel_size), "and no fewer are"
+
+
+@pytest.mark.parametrize("model", [{"tie_embeddings": True}, {"tie_embeddings": False, "positions": "learned", "biases": True}], ids=str)
+def test_the_parameters_of_a_rank_are_those_of_the_layers(model):
+    model = dataclasses.replace(SETTINGS.model, num_layers=4, **model)
+    built = dict(Transformer(model).named_parameters())
+    norms_and_biases = sum(parameter.numel() for parameter in built.values() if parameter.dim() == 1)
+    in_blocks = sum(parameter.numel() for name, parameter in built.items() if ".attention." in name or ".feed_forward." in name)
+    assert parameters_per_rank(model, Layout(4)) == count_parameters(model) == sum(parameter.numel() for parameter in built.values())
+    cut = parameters_per_rank(model, Layout(4, 1, 2))
+    assert cut == pytest.approx(count_parameters(model) - in_blocks / 2, abs=norms_and_biases)
+    twice = sum(layer.tied_key is not None for layer in layers(model)) // 2 * model.vocab_size * model.hidden_size
+    assert parameters_per_rank(model, Layout(4, 2)) == (count_parameters(model) + twice) / 2, "the tied embedding is in two stages"
+    assert parameters_per_rank(model, Layout(4, 2), "dualpipev") == count_parameters(model) / 2, "which DualPipeV has on one rank"
+
+
+PLUS_PLUS = {"stage": 3, "zero_hpz_partition_size": 8, "zero_quantized_weights": True, "zero_quantized_gradients": True}
+
+
+def test_the_plan_says_what_zero_plus_plus_loses_and_what_it_costs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    shown = lines(SETTINGS, PLUS_PLUS, Layout(16), "cuda")
+    assert shown["engine"] == (
+        "ZeRO-3, bf16, 16 rank(s) on cuda, weights whole within every 8 ranks (hpZ), weights gathered as INT8 (qwZ, lossy), "
+        f"gradients summed as INT4 (qgZ, lossy); {SETTINGS.deepspeed}"
+    )
+    mib = count_parameters(SETTINGS.model) / 2**20
+    assert shown["memory"].startswith(f"model states per rank {(2 + 4 + 12) / 16 * mib + 2 / 8 * mib:.1f} MiB: weights {mib / 8:.1f} MiB, ")
+    assert f"weights again (hpZ) {mib / 4:.1f} MiB; " in shown["memory"]
+    assert "note" not in shown
+
+
+def test_on_one_node_the_plan_says_what_of_zero_plus_plus_is_for_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    both = lines(SETTINGS, PLUS_PLUS | {"zero_quantized_gradients": False}, Layout(8), "cuda")
+    assert both["note"] == "hpZ spares traffic between groups of ranks; with one group alone it costs memory for nothing"
+    gradients = {"stage": 3, "zero_quantized_gradients": True}
+    for ranks in (4, 8):
+        assert lines(SETTINGS, gradients, Layout(ranks), "cuda")["note"] == (
+            "qgZ is for gradients between nodes; on one node it does nothing"
+        )
+    assert "note" not in lines(SETTINGS, gradients, Layout(16), "cuda")
+    assert "note" not in lines(SETTINGS, {"stage": 3, "zero_hpz_partition_size": 1}, Layout(1))
 
 
 def test_a_given_peak_is_taken():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch import evaluate
 from launch.training import checkpoint
 from launch.training.loop import SAVED_AND_UNFINISHED
 from launch.training.weights import read_weights
@@ -105,3 +106,32 @@ def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(tiny, tmp_pa
     assert "The checkpoint of step 8 could not be written: OSError: [Errno 28] No space left on device" in output
     assert [checkpoint.step_of(folder) for folder in checkpoint.published(root)] == [12, 4]
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000004", "step_00000012"]
+
+
+def test_a_run_goes_on_in_other_layouts_with_its_own_curves_and_says_what_it_converts(tiny, tmp_path):
+    """From ZeRO-3 on two ranks to a pipeline to one rank: losses, norms and validation of a run that stayed where it was."""
+    words = [*tiny, "--precision", "float32", "--model.dropout", "0.1", "--log.validation_samples", "0"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run(1, [*words, "--deepspeed", "ds_configs/zero1.json", "--output", str(whole)])
+    kill_at = {"FAULT": "0:step:5"}
+    statuses(2, [*words, "--deepspeed", "ds_configs/zero3.json", "--output", str(moved)], **kill_at)
+    statuses(2, [*words, "--deepspeed", "ds_configs/pipeline_zero1.json", "--output", str(moved), "--resume"], **kill_at)
+    said = run(1, [*words, "--deepspeed", "ds_configs/zero2.json", "--output", str(moved), "--resume"])
+    assert "Going on from step 8 of 12, read in " in said
+    assert "converted from 2 rank(s): 2 pipeline stages under ZeRO-1 in float32 to 1 rank(s) under ZeRO-2 in float32" in said
+    there, here = curves(whole), curves(moved)
+    for name in CURVES:
+        assert there[name].keys() == here[name].keys()
+        for step, value in there[name].items():
+            assert here[name][step] == pytest.approx(value, rel=1e-5), (name, step)
+    evaluation = evaluate.evaluate(evaluate.EvaluateSettings(str(moved)), show_progress=False)
+    assert evaluation.loss == pytest.approx(here["loss/validation"][12], rel=1e-5)
+
+
+def test_a_checkpoint_that_is_read_wrong_is_not_trained_on(tiny):
+    words = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
+    statuses(2, words, FAULT="0:step:5")
+    processes = start_ranks(2, DOOR, *words, OMP_NUM_THREADS="1", MISREAD="1")
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode == 1 for process in processes)
+    assert all("1.attention.query.weight" in output and "have other checksums than were saved" in output for output in outputs)

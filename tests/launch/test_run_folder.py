@@ -13,7 +13,8 @@ from launch.training.config import DataSettings, LogSettings, OptimizerSettings,
 from model.config import ModelConfig
 
 MERGED = {"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}
-LAYOUT = {"world_size": 2, "zero_stage": 1, "precision": "bf16"}
+LAYOUT = {"world_size": 2, "pipeline_stages": 1, "tensor_parallel_size": 1, "sequence_parallel_size": 1}
+LAYOUT |= {"zero_stage": 1, "precision": "bf16"}
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -34,16 +35,17 @@ class Run:
         self.tokenizer = folder / "tokenizer.model"
         self.tokenizer.write_bytes(b"pieces")
 
-    def start(self, fingerprint: str = "f" * 64, layout: dict = LAYOUT, merged: dict | None = None, **changes) -> run_folder.Start:
-        return run_folder.inspect(dataclasses.replace(self.settings, **changes), fingerprint, layout, merged or MERGED)
+    def start(self, fingerprint: str = "f" * 64, merged: dict | None = None, **changes) -> run_folder.Start:
+        return run_folder.inspect(dataclasses.replace(self.settings, **changes), fingerprint, merged or MERGED)
 
     def record(self, start: run_folder.Start | None = None) -> str:
         start = start or self.start()
         run_folder.record(self.settings, MERGED, start, "f" * 64, self.tokenizer)
         return start.run_id
 
-    def save(self, step: int, model: ModelConfig | None = None) -> Path:
-        about = {"model": dataclasses.asdict(model or self.settings.model), "layout": LAYOUT}
+    def save(self, step: int, by_this_version: bool = True) -> Path:
+        about = {"model": dataclasses.asdict(self.settings.model), "layout": LAYOUT}
+        about |= {"checksums": {}} if by_this_version else {"versions": {"megabatch": "0.0.9"}}
         folder = checkpoint.begin(self.root, step, "run")
         for rank in range(LAYOUT["world_size"]):
             checkpoint.write_part(folder, rank, {})
@@ -169,17 +171,31 @@ def test_another_model_is_refused_even_where_changes_are_allowed(saved):
 
 
 @pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"world_size": 4}, "4 rank(s) under ZeRO-1 in bf16"),
-        ({"zero_stage": 3}, "2 rank(s) under ZeRO-3 in bf16"),
-        ({"precision": "float32"}, "2 rank(s) under ZeRO-1 in float32"),
-    ],
+    "sizes", [{"pipeline_stages": 2}, {"tensor_parallel_size": 2}, {"sequence_parallel_size": 2}, {"pipeline_stages": 2, "recompute": True}]
 )
-def test_another_layout_is_refused_by_name(saved, change, words):
-    assert saved.refusal(layout=LAYOUT | change) == (
-        f"RUN/checkpoints/step_00000010 was written by 2 rank(s) under ZeRO-1 in bf16; this start has {words}. "
-        "A checkpoint goes on in the layout that wrote it; give another --output to start anew."
+def test_another_layout_or_zero_stage_goes_on_without_a_question(saved, sizes):
+    other_json = MERGED | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    assert saved.start(**sizes, merged=other_json, deepspeed="other.json").notes == ()
+    assert saved.start(**sizes).goes_on
+
+
+def test_another_precision_is_another_run(saved):
+    sentence = saved.refusal(precision="float32")
+    assert sentence.startswith("RUN holds another run:\n  precision: bf16 -> float32\n")
+    assert saved.start(precision="float32", allow_changes=True).notes == ("Going on with a change: precision: bf16 -> float32",)
+
+
+def test_a_layout_is_described_for_a_person():
+    assert run_folder.describe(LAYOUT) == "2 rank(s) under ZeRO-1 in bf16"
+    many = LAYOUT | {"world_size": 8, "pipeline_stages": 2, "tensor_parallel_size": 2}
+    assert run_folder.describe(many) == "8 rank(s): 2 pipeline stages x tensor parallel 2 x data parallel 2 under ZeRO-1 in bf16"
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(run):
+    run.record()
+    run.save(10, by_this_version=False)
+    assert run.refusal(allow_changes=True) == (
+        "RUN/checkpoints/step_00000010 was written by an earlier version of Megabatch (0.0.9), in DeepSpeed's files."
     )
 
 
@@ -207,9 +223,33 @@ def test_the_tokenizer_beside_the_run_is_the_one_of_its_data(run):
     assert {path.name for path in run.output.glob("tokenizer*")} == {"tokenizer.json"}
 
 
-def test_an_engine_choice_that_changes_numbers_is_another_run(saved):
-    with pytest.raises(UserError, match='communication_data_type "fp32" -> "bf16"'):
-        saved.start(merged=MERGED | {"communication_data_type": "bf16"})
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"communication_data_type": "bf16"}, 'communication_data_type "fp32" -> "bf16"'),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, 'data_types.grad_accum_dtype false -> "bf16"'),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "zero_optimization.zero_quantized_weights false -> true",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": False, "zero_quantized_gradients": True}},
+            "zero_optimization.zero_quantized_gradients false -> true",
+        ),
+    ],
+)
+def test_an_engine_choice_that_changes_numbers_is_another_run(saved, change, words):
+    sentence = saved.refusal(merged=MERGED | change, deepspeed="other.json")
+    assert sentence.splitlines()[1:-1] == [f"  other.json: {words}"]
+    assert saved.start(merged=MERGED | change, deepspeed="other.json", allow_changes=True).goes_on
+
+
+def test_switching_quantization_off_again_is_a_change_too(run):
+    quantized = MERGED | {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}
+    run_folder.record(run.settings, quantized, run.start(), "f" * 64, run.tokenizer)
+    run.save(10)
+    assert run.start(merged=quantized).notes == ()
+    assert "zero_optimization.zero_quantized_weights true -> false" in run.refusal(merged=MERGED)
 
 
 def test_a_run_that_is_already_longer_is_not_shortened(saved):
