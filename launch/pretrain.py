@@ -20,16 +20,17 @@ def main(arguments: Sequence[str]) -> int:
     from launch.training.plan import plan
 
     process = processes.find_process()
-    written = deepspeed_config.read_deepspeed_json(settings.deepspeed)
-    layout = deepspeed_config.layout_of(written, settings, process.world_size)
-    settings = share_the_batch(settings, layout)
     processes.share_the_cores(process)
     device = processes.device_name()
     if device == "cpu":
         processes.keep_freed_memory()
-    merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device)
+    written = deepspeed_config.read_deepspeed_json(settings.deepspeed)
+    layout = deepspeed_config.layout_of(written, settings, process.world_size)
+    settings = share_the_batch(settings, layout)
+    merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size)
     if settings.dry_run and will_be_prepared(settings):
-        print(plan(settings, merged, layout, device, None))
+        if process.is_first:
+            print(plan(settings, merged, layout, device, None))
         return 0
     data = open_data(settings, process)
     samples = CausalBatches(

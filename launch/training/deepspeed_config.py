@@ -45,10 +45,11 @@ _OURS = {
     "zero_allow_untested_optimizer": True,  # torch's own AdamW, which DeepSpeed calls untested
     "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam would have to be compiled on the first start
 }
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 _PIPELINE_DEFAULTS = {"partition": "parameters", "schedule": "1f1b"}
 _DEEPSPEED_PIPELINE = {"activation_checkpoint_interval": 0, "pipe_partitioned": False, "grad_partitioned": False}
-_WRONG_GRADIENTS = (  # from the first version that is wrong to the first that is right; the pull request that mended it
-    ((0, 18, 3), (0, 19, 3), "a pipeline with several micro-batches", "#8154"),
+_WRONG_GRADIENTS = (  # from the first version that is wrong to the first that is right; the pull requests that mended it
+    ((0, 16, 0), (0, 19, 3), "a pipeline with several micro-batches", "#7665, #8154"),  # first summed, from 0.18.3 on divided too often
     ((0, 0, 0), (0, 19, 0), "ZeRO-1 in bf16", "#7985"),
     ((0, 15, 2), (0, 19, 0), "offload under ZeRO-1 or -2", "#7967, #7981"),
     ((0, 0, 0), (0, 19, 3), "overlap_comm under ZeRO-1 or -2", "#7965, #8080"),
@@ -97,19 +98,20 @@ def read_deepspeed_json(path: str) -> dict:
 
 def layout_of(written: dict, settings: RunSettings, world_size: int) -> Layout:
     """The ranks as a grid. Raises UserError where they do not divide."""
-    section = written.get("pipeline")
-    given = (section or {}).get("stages", "auto")
-    in_json = given if isinstance(given, int) else 2
-    stages = settings.pipeline_stages if settings.pipeline_stages is not None else 1 if section is None else in_json
+    given = written.get("pipeline", {"stages": 1}).get("stages", "auto")
+    in_json = given if type(given) is int else 2
+    stages = in_json if settings.pipeline_stages is None else settings.pipeline_stages
     return Layout(world_size, stages, settings.tensor_parallel_size, settings.sequence_parallel_size)
 
 
-def complete(written: dict, path: str, settings: RunSettings, layout: Layout, device: str) -> dict:
+def complete(written: dict, path: str, settings: RunSettings, layout: Layout, device: str, ranks_of_a_node: int | None = None) -> dict:
     """What DeepSpeed receives: every "auto" filled from the recipe, every number that matters written out.
 
+    `ranks_of_a_node` (default: all) is what hpZ's "auto" stands for.
     Raises UserError that lists each number that JSON and recipe give differently, and what this device or DeepSpeed cannot do.
     """
     batch, optimizer = settings.batch, settings.optimizer
+    assert batch.micro_batch_size is not None
     owned = {
         "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
@@ -128,7 +130,7 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
     origin = {
         "train_batch_size": "batch.global_batch_size",
         "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
-        "gradient_accumulation_steps": "batch.global_batch_size / (batch.micro_batch_size x ranks)",
+        "gradient_accumulation_steps": "batch.global_batch_size / (batch.micro_batch_size x data_parallel_size)",
         "gradient_clipping": "optimizer.gradient_clipping",
         "bf16.enabled": "precision",
         "fp16.enabled": "precision",
@@ -143,8 +145,6 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
     merged = json.loads(json.dumps(written))
     for name, value in owned.items():
         *sections, key = name.split(".")
-        if sections == ["pipeline"] and layout.pipeline_stages == 1:
-            continue
         if sections and sections[0] == "optimizer" and "optimizer" not in written:
             continue
         place = merged
@@ -152,7 +152,10 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
             place = place.setdefault(section, {})
         given = place.get(key, "auto")
         if given != "auto" and given != value:
-            complaints.append(f'{path}: {name} is {given}; the recipe\'s {origin.get(name, "optimizer")} makes it {value}. Write "auto".')
+            complaints.append(
+                f"{path}: {name} is {json.dumps(given)}; the recipe's {origin.get(name, 'optimizer')} makes it {json.dumps(value)}. "
+                'Write "auto".'
+            )
         place[key] = value
     merged.pop("optimizer", None)  # ours is handed over, built from the same numbers
     if layout.pipeline_stages > 1:
@@ -164,6 +167,8 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
     zero = merged.setdefault("zero_optimization", {"stage": 0})
     _fill_pinning(zero, device)
     _fill_buckets(zero, settings.model.hidden_size)
+    if zero.get("zero_hpz_partition_size") == "auto":
+        zero["zero_hpz_partition_size"] = ranks_of_a_node or layout.world_size
     complaints += [
         f"{path}: {name} is {merged[name]}; it must be {value}." for name, value in _OURS.items() if merged.get(name, value) != value
     ]
@@ -171,6 +176,7 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
         complaints.append(f'{path}: nothing fills the "auto" of {", ".join(left)}. Write a value.')
     complaints += _invalid(merged, path) or [
         *_impossible(merged, path, settings, device),
+        *_impossible_in_zero_plus_plus(merged, path, layout, device),
         *_impossible_to_share(settings, layout),
         *(_impossible_in_a_pipeline(merged, path, settings, layout) if layout.pipeline_stages > 1 else []),
         *known_wrong_gradients(importlib.metadata.version("deepspeed"), merged, layout),
@@ -208,6 +214,47 @@ def _impossible(merged: dict, path: str, settings: RunSettings, device: str) -> 
             complaints.append(f"{path}: zero_optimization.offload_param needs stage 3; the stage is {stage}.")
         if section == "offload_optimizer" and offload.get("device", "none") != "none" and stage == 0:
             complaints.append(f"{path}: zero_optimization.offload_optimizer needs stage 1, 2 or 3; the stage is 0.")
+    if zero.get("round_robin_gradients") and stage in (1, 2):
+        complaints.append(
+            f"{path}: zero_optimization.round_robin_gradients changes the order in which checkpoints find the parameters; it must be false."
+        )
+    return complaints
+
+
+def _impossible_in_zero_plus_plus(merged: dict, path: str, layout: Layout, device: str) -> list[str]:
+    """Of hpZ, qwZ and qgZ.  Wang et al. 2023 (ZeRO++), arXiv 2306.10209."""
+    zero = merged["zero_optimization"]
+    stage, hpz = int(zero.get("stage", 0)), int(zero.get("zero_hpz_partition_size", 1))
+    quantized = [name for name in _QUANTIZED if zero.get(name)]
+    chosen = " and ".join((["zero_hpz_partition_size"] if hpz > 1 else []) + quantized)
+    complaints = []
+    if chosen and stage != 3:
+        complaints.append(f"{path}: zero_optimization: {chosen} only under stage 3; the stage is {stage}.")
+    if chosen and layout.tensor_parallel_size > 1:
+        complaints.append(
+            f"{path}: zero_optimization: {chosen} with tensor_parallel_size {layout.tensor_parallel_size}: not proved here. "
+            "Nearest: ds_configs/zero3.json."
+        )
+    if hpz > 1 and (zero.get("offload_param") or {}).get("device", "none") != "none":
+        complaints.append(f"{path}: zero_optimization.zero_hpz_partition_size with offload_param: not proved here. Delete one of them.")
+    if hpz > 1 and layout.world_size % hpz:
+        fitting = max(size for size in range(1, hpz) if layout.world_size % size == 0)
+        complaints.append(
+            f"{path}: zero_optimization.zero_hpz_partition_size {hpz} does not divide {layout.world_size} rank(s). Nearest: {fitting}."
+        )
+    if quantized and device == "cpu":
+        complaints.append(
+            f"{path}: zero_optimization: {' and '.join(quantized)}: DeepSpeed's quantizing kernels exist on CUDA alone. "
+            'Nearest: zero_hpz_partition_size alone, with communication_data_type "fp32".'
+        )
+    if zero.get("zero_quantized_gradients"):
+        if (given := merged.get("communication_data_type", "fp32")) != "fp16":
+            complaints.append(
+                f"{path}: communication_data_type is {json.dumps(given)} with zero_quantized_gradients, whose kernels take every number "
+                'for half precision, unchecked; it must be "fp16".'
+            )
+        if not zero.get("reduce_scatter", True):
+            complaints.append(f"{path}: zero_optimization.reduce_scatter is false; zero_quantized_gradients needs it true.")
     return complaints
 
 
@@ -215,29 +262,32 @@ def _impossible_to_share(settings: RunSettings, layout: Layout) -> list[str]:
     """Why the model's heads or tokens do not divide among the ranks of a group."""
     model, tensor, sequence = settings.model, layout.tensor_parallel_size, layout.sequence_parallel_size
     complaints = [
-        f"tensor_parallel_size {tensor} does not divide model.{name} {count}. Nearest: {math.gcd(tensor, count)}."
+        f"tensor_parallel_size {tensor} does not divide model.{name} {count}. Nearest: {math.gcd(tensor, model.num_key_value_heads)}."
         for name, count in (("num_attention_heads", model.num_attention_heads), ("num_key_value_heads", model.num_key_value_heads))
         if count % tensor
     ]
     if complaints:
         return complaints
-    heads, key_heads = model.num_attention_heads // tensor, model.num_key_value_heads // tensor
+    heads, key_heads, tokens = model.num_attention_heads // tensor, model.num_key_value_heads // tensor, model.sequence_length
+
+    def shares_keys(size: int) -> bool:
+        return key_heads % size == 0 or size % key_heads == 0
+
     if heads % sequence:
         complaints.append(
             f"sequence_parallel_size {sequence} does not divide the {heads} attention heads "
-            f"{'of a rank' if tensor > 1 else '(model.num_attention_heads)'}. Nearest: {math.gcd(sequence, heads)}."
+            f"{'of a rank' if tensor > 1 else '(model.num_attention_heads)'}."
         )
-    elif key_heads % sequence and sequence % key_heads:
+    elif not shares_keys(sequence):
         complaints.append(
             f"sequence_parallel_size {sequence} is neither a divisor nor a multiple of the {key_heads} key/value heads "
-            f"{'of a rank' if tensor > 1 else '(model.num_key_value_heads)'}. Nearest: {math.gcd(sequence, key_heads)}."
+            f"{'of a rank' if tensor > 1 else '(model.num_key_value_heads)'}."
         )
-    if model.sequence_length % sequence:
-        complaints.append(
-            f"sequence_parallel_size {sequence} does not divide model.sequence_length {model.sequence_length}. "
-            f"Nearest: {math.gcd(sequence, model.sequence_length)}."
-        )
-    return complaints
+    if tokens % sequence:
+        complaints.append(f"sequence_parallel_size {sequence} does not divide model.sequence_length {tokens}.")
+    common = math.gcd(sequence, heads, tokens)
+    fitting = next(size for size in range(common, 0, -1) if common % size == 0 and shares_keys(size))
+    return [f"{complaint} Nearest: {fitting}." for complaint in complaints]
 
 
 def _impossible_in_a_pipeline(merged: dict, path: str, settings: RunSettings, layout: Layout) -> list[str]:
@@ -248,36 +298,41 @@ def _impossible_in_a_pipeline(merged: dict, path: str, settings: RunSettings, la
         why = "clips by the gradient norm of one stage alone" if stage == 0 else "is not carried by DeepSpeed's pipeline"
         complaints.append(
             f"{path}: zero_optimization.stage {stage} with pipeline_stages {stages}: ZeRO-{stage} {why}. "
-            f"Take ds_configs/pipeline_zero1.json{', or pipeline_stages 1' if stage > 1 else ''}."
+            "Take ds_configs/pipeline_zero1.json, or pipeline_stages 1."
         )
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         complaints.append(
             f"{path}: zero_optimization.offload_optimizer with pipeline_stages {stages}: not proved here. Delete one of them."
         )
-    names = [layer.module.__name__ for layer in layers(settings.model)]
-    kind, _, pattern = str(section["partition"]).partition(":")
     if section["schedule"] not in ("1f1b", "dualpipev"):
         complaints.append(f'{path}: pipeline.schedule is {json.dumps(section["schedule"])}; it must be "1f1b" or "dualpipev".')
-    elif kind not in ("parameters", "uniform", "type") or (kind == "type") != bool(pattern):
+    parts = stages * (2 if section["schedule"] == "dualpipev" else 1)
+    names = [layer.module.__name__ for layer in layers(settings.model)]
+    kind, _, pattern = str(section["partition"]).partition(":")
+    counted = [name for name in names if kind != "type" or name.lower() == pattern.lower()]
+    if kind not in ("parameters", "uniform", "type") or (kind == "type") != bool(pattern):
         complaints.append(
             f'{path}: pipeline.partition is {json.dumps(section["partition"])}; it must be "parameters", "uniform" or "type:Block".'
         )
-    elif kind == "type" and pattern.lower() not in (name.lower() for name in names):
+    elif not counted:
         complaints.append(
             f"{path}: pipeline.partition {section['partition']}: no layer is a {pattern}.{nearest(pattern, sorted(set(names)))}"
         )
-    parts = stages * (2 if section["schedule"] == "dualpipev" else 1)
-    most = names.count(next((name for name in names if name.lower() == pattern.lower()), "")) if kind == "type" else len(names)
-    if parts > most:
+    elif parts > len(counted):
+        most = max(1, len(counted) * stages // parts)
+        fitting = next(size for size in range(most, 0, -1) if stages * layout.data_parallel_size % size == 0)
         complaints.append(
             f"pipeline_stages {stages}: {f'DualPipeV cuts the network into {parts} parts, but it' if parts > stages else 'the network'} "
-            f"has {most} layers to share out. Nearest: {most // (parts // stages)}."
+            f"has {len(counted)} layer(s){f' of type {pattern}' if pattern else ''} to share out. Nearest: {fitting}."
         )
-    micro_batches = accumulation_steps(settings.batch, layout.data_parallel_size)
+    micro_batches, size = merged["gradient_accumulation_steps"], merged["train_micro_batch_size_per_gpu"]
     if section["schedule"] == "dualpipev" and micro_batches < parts:
+        share = micro_batches * size
+        smaller = next((smaller for smaller in range(share // parts, 0, -1) if share % smaller == 0), None)
+        advice = f"micro_batch_size {smaller}" if smaller else f"global_batch_size {parts * size * layout.data_parallel_size}"
         complaints.append(
             f"{path}: pipeline.schedule dualpipev needs at least {parts} micro-batches a step, two for each stage; batch.micro_batch_size "
-            f"{settings.batch.micro_batch_size} makes {micro_batches} of batch.global_batch_size {settings.batch.global_batch_size}."
+            f"{size} makes {micro_batches} of batch.global_batch_size {settings.batch.global_batch_size}. Nearest: batch.{advice}."
         )
     return complaints
 

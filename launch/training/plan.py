@@ -1,5 +1,6 @@
 """What a run will do and need, worked out before anything starts."""
 
+import dataclasses
 import re
 import time
 
@@ -7,7 +8,7 @@ import torch
 
 from launch.training.config import RunSettings, accumulation_steps
 from launch.training.layout import Layout, fewest_micro_batches, micro_batch_size
-from model.config import count_parameters, flops_per_token
+from model.config import ModelConfig, count_parameters, flops_per_token
 
 # Dense bf16/fp16 tensor-core peaks of the data sheets, TFLOP/s (NVIDIA), by a part of the device's name.
 _DATA_SHEET_TFLOPS = {
@@ -67,14 +68,29 @@ def model_state_bytes(parameters: float, stage: int, data_parallel_size: int, pr
     }
 
 
+def parameters_per_rank(model: ModelConfig, layout: Layout, schedule: str = "1f1b") -> float:
+    """Mean over the stages. Tensor parallelism cuts the blocks alone; a tied embedding is in the first stage and in the last, which
+    DualPipeV has on one rank.
+    """
+    one, two = (count_parameters(dataclasses.replace(model, num_layers=blocks)) for blocks in (1, 2))
+    in_blocks = model.num_layers * (two - one)
+    outside = count_parameters(model) - in_blocks
+    if layout.pipeline_stages > 1 and model.tie_embeddings and schedule == "1f1b":
+        outside += model.vocab_size * model.hidden_size
+    return (in_blocks / layout.tensor_parallel_size + outside) / layout.pipeline_stages
+
+
 def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, data) -> str:
     """The whole plan, as lines to print. `data` is the RunData, or None where it would be prepared first."""
     model, batch = settings.model, settings.batch
     parameters = count_parameters(model)
     zero = merged_json["zero_optimization"]
     stage = zero.get("stage", 0)
-    on_a_rank = parameters / layout.pipeline_stages / layout.tensor_parallel_size
-    states = model_state_bytes(on_a_rank, stage, layout.data_parallel_size * layout.sequence_parallel_size, settings.precision)
+    on_a_rank = parameters_per_rank(model, layout, merged_json.get("pipeline", {}).get("schedule", "1f1b"))
+    states = model_state_bytes(on_a_rank, stage, layout.zero_size, settings.precision)
+    hpz = int(zero.get("zero_hpz_partition_size", 1))
+    if hpz > 1:
+        states["weights again (hpZ)"] = states["weights"] * layout.zero_size / hpz
     accumulation = accumulation_steps(batch, layout.data_parallel_size)
     tokens = settings.steps * settings.tokens_per_step
     flops = flops_per_token(model)
@@ -83,6 +99,9 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
         for part in ("offload_optimizer", "offload_param")
         if (zero.get(part) or {}).get("device", "none") != "none"
     ]
+    plus_plus = [f"weights whole within every {hpz} ranks (hpZ)"] if hpz > 1 else []
+    plus_plus += ["weights gathered as INT8 (qwZ, lossy)"] if zero.get("zero_quantized_weights") else []
+    plus_plus += ["gradients summed as INT4 (qgZ, lossy)"] if zero.get("zero_quantized_gradients") else []
     feed = f"{model.activation} {model.intermediate_size}"
     rows = [
         (
@@ -115,10 +134,9 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
         ),
         (
             "engine",
-            f"ZeRO-{stage}, {settings.precision}, {layout} on {device}"
-            + (", " + ", ".join(offload) if offload else "")
-            + f"; {settings.deepspeed}",
+            ", ".join([f"ZeRO-{stage}, {settings.precision}, {layout} on {device}", *offload, *plus_plus]) + f"; {settings.deepspeed}",
         ),
+        *_rows_of_one_node(zero, layout, device),
         *_pipeline_rows(settings, merged_json, layout, accumulation),
         (
             "memory",
@@ -129,6 +147,16 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
         ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),
     ]
     return "\n".join(f"{name:>8}: {text}" for name, text in rows)
+
+
+def _rows_of_one_node(zero: dict, layout: Layout, device: str) -> list[tuple[str, str]]:
+    """What of ZeRO++ is for nothing where all ranks are on one node: of as many devices as are seen here, as DeepSpeed counts."""
+    rows = []
+    if int(zero.get("zero_hpz_partition_size", 1)) == layout.world_size > 1:
+        rows.append(("note", "hpZ spares traffic between groups of ranks; with one group alone it costs memory for nothing"))
+    if zero.get("zero_quantized_gradients") and device == "cuda" and layout.world_size // torch.cuda.device_count() < 2:
+        rows.append(("note", "qgZ is for gradients between nodes; on one node it does nothing"))
+    return rows
 
 
 def _pipeline_rows(settings: RunSettings, merged_json: dict, layout: Layout, micro_batches: int) -> list[tuple[str, str]]:

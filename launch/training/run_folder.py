@@ -47,7 +47,15 @@ _HARMLESS = (
 
 
 LOCK = ".lock"
-_MATHEMATICAL_KEYS = ("communication_data_type", "data_types", "prescale_gradients", "gradient_predivide_factor", "bf16", "fp16")
+_MATHEMATICAL_KEYS = (
+    "communication_data_type",
+    "data_types.",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "bf16.",
+    "fp16.",
+    "zero_optimization.zero_quantized_",
+)
 
 # Settings of the model that --allow_changes may change: the same weights go on.
 _NOT_IN_THE_WEIGHTS = ("dropout", "document_mask", "initializer_range")
@@ -154,10 +162,11 @@ def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json:
     changed = [
         f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if not name.startswith(_HARMLESS) and old.get(name) != value
     ]
+    there, here = flatten(before["deepspeed"]), flatten(merged_json)
     changed += [
-        f"{settings.deepspeed}: {name} {json.dumps(before['deepspeed'].get(name))} -> {json.dumps(merged_json.get(name))}"
-        for name in _MATHEMATICAL_KEYS
-        if before["deepspeed"].get(name) != merged_json.get(name)
+        f"{settings.deepspeed}: {name} {json.dumps(there.get(name, False))} -> {json.dumps(here.get(name, False))}"
+        for name in there | here
+        if name.startswith(_MATHEMATICAL_KEYS) and there.get(name, False) != here.get(name, False)
     ]
     if before["data_fingerprint"] != fingerprint:
         changed.append(
