@@ -211,11 +211,24 @@ def test_every_layout_is_gone_on_from_and_most_by_another_kind():
     assert len(kinds) >= 30 and all(one != other for one, other in pairs)
 
 
-def test_compiled_blocks_give_the_same_numbers():
-    if not shutil.which("g++"):
-        pytest.skip("torch.compile needs g++ on a CPU, and there is none")
-    case = {"json": "zero1", "model": LLAMA, "compile": True}
-    (measured,) = answers_of_ranks(1, RANK_SCRIPT, json.dumps([job(case)]))[0]
-    for (loss, norm), (plain_loss, plain_norm) in zip(measured, plain(case)[0], strict=False):
-        assert loss == pytest.approx(plain_loss, abs=1e-5)
-        assert norm == pytest.approx(plain_norm, rel=1e-4)
+COMPILED = {
+    ranks: [case_of(json_name, sizes, "llama", compile=True) for json_name, sizes in some]
+    for ranks, some in {1: [("zero1", {})], 2: [("zero3", {}), ("pipeline_zero1", STAGES), ("zero1", TENSOR), ("zero1", SEQUENCE)]}.items()
+}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU, and there is none")
+@pytest.mark.parametrize("ranks", COMPILED)
+def test_compiled_blocks_give_the_same_numbers(ranks):
+    answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps([job(case) for case in COMPILED[ranks]]))
+    for case, measured in zip(COMPILED[ranks], answers[0], strict=True):
+        assert_equal(measured, plain(case)[0][:STEPS], 1e-5, 1e-4)
+
+
+@pytest.mark.slow
+def test_stages_tensors_and_sequences_are_shared_at_once_on_eight_ranks(tmp_path):
+    case = case_of("pipeline_zero1", STAGES | TENSOR | SEQUENCE, "llama")
+    jobs = [job(case, save=str(tmp_path)), job(case, first=STEPS, load=str(tmp_path / folder_of(STEPS)))]
+    answers = answers_of_ranks(8, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=500)
+    for measured, expected in zip(answers[0], (plain(case)[0][:STEPS], plain(case)[0][STEPS:]), strict=True):
+        assert_equal(measured, expected, 1e-5, 1e-5)
