@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,13 +32,17 @@ class HashingFile:
         self._beside = path.with_name(path.name + ".tmp")
         self._file: BinaryIO = open(self._beside, "wb")  # noqa: SIM115
         self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)  # hashing takes as long as writing, and needs no interpreter
         self.bytes = 0
 
     def write(self, data: bytes) -> int:
         view = memoryview(data)
-        self._hash.update(view)
-        self.bytes += view.nbytes
-        return self._file.write(view)
+        hashed = self._hasher.submit(self._hash.update, view)
+        try:
+            return self._file.write(view)
+        finally:
+            hashed.result()
+            self.bytes += view.nbytes
 
     def flush(self) -> None:
         self._file.flush()
@@ -47,6 +52,7 @@ class HashingFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        self._hasher.shutdown()
         os.replace(self._beside, self.path)
         return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
 

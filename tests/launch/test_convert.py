@@ -4,10 +4,12 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +19,9 @@ import safetensors
 import torch
 
 from data.command_line import UserError
-from launch import convert
-from launch.convert import ConvertSettings
+from launch.convert import ConvertSettings, main
 from launch.training import checkpoint, run_folder, state
+from launch.training.conversion import convert
 from launch.training.state import KINDS, SavedState, Stretch, whole_box
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 
@@ -127,7 +129,8 @@ def tree(folder: Path) -> dict[str, str]:
 
 def converted(source: Path, output: Path, **more) -> Path:
     """The new checkpoint."""
-    return convert.convert(ConvertSettings(str(source), str(output), **more), lambda line: None).checkpoint
+    settings = ConvertSettings(str(source), str(output), **more)
+    return convert(Path(settings.checkpoint), Path(settings.output), settings.file_gib * 2**30, lambda line: None).checkpoint
 
 
 def assert_same_state(one: Path, other: Path) -> None:
@@ -200,7 +203,7 @@ def test_the_newest_whole_checkpoint_of_a_run_is_taken_or_the_one_that_is_given(
         shutil.copytree(save(root, step, one_behind_the_other(SHAPES, 2), numbers_of(SHAPES)), tmp_path / f"step {step}")
     (root / "step_00000009" / "rank_00001.safetensors").write_bytes(b"zero")
     before, said = tree(run), []
-    done = convert.convert(ConvertSettings(str(run), str(tmp_path / "newest")), said.append)
+    done = convert(run, tmp_path / "newest", 2**32, said.append)
     assert (done.checkpoint.name, done.source.name, done.files_before, done.files) == ("step_00000008", "step_00000008", 2, 1)
     assert "rank_00001.safetensors has 4 bytes" in said[0] and "Trying the one before" in said[0]
     assert converted(root / "step_00000007", tmp_path / "given").name == "step_00000007"
@@ -239,7 +242,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str, dict, str]] = {
     "files there": (_files_there, "whole", {}, "^--output whole is there already; nothing is overwritten"),
     "a file above": (lambda disk: (disk / "above").touch(), "above/whole", {}, "^--output above/whole: above is no folder that can be"),
     "inside the run": (lambda disk: None, "run/checkpoints/whole", {}, "lies in run, which stays as it is"),
-    "no size": (lambda disk: None, "whole", {"file_gib": 0.0}, r"^--file_gib 0\.0 must be above 0"),
 }
 
 
@@ -248,6 +250,12 @@ def test_a_mistake_is_refused_before_any_file_is_read(change, output, more, sent
     change(tmp_path)
     monkeypatch.setattr(checkpoint, "damage", lambda *_: pytest.fail("files were read"))
     assert re.search(sentence, refusal(run, tmp_path / output, **more))
+
+
+def test_files_have_a_size(run, tmp_path):
+    with pytest.raises(UserError, match=r"^--file_gib 0\.0 must be above 0"):
+        main([str(run), "--output", str(tmp_path / "whole"), "--file_gib", "0"])
+    assert not (tmp_path / "whole").exists()
 
 
 def test_a_mounted_disk_is_refused_for_the_folder_could_not_take_its_name(run, tmp_path, monkeypatch):
@@ -338,3 +346,26 @@ def test_a_run_goes_on_from_its_converted_checkpoint_with_the_numbers_of_the_ori
     (output,) = finish(start_ranks(1, pretrain, *words, "--output", str(whole), "--resume", OMP_NUM_THREADS="1"))
     assert "Going on from step 8 of 12" in output
     assert_same_state(*(folder / "checkpoints" / "step_00000012" for folder in (whole, tmp_path / "run")))
+
+
+@pytest.mark.slow
+def test_a_conversion_takes_no_longer_than_three_copies_of_its_bytes(tmp_path):
+    """A gigabyte of eight ranks, three rounds side by side; `pytest -m slow -s` shows the seconds."""
+    shapes = {f"{layer}.{name}.weight": shape for layer in range(8) for name, shape in {"up": (1024, 4096), "down": (4096, 1536)}.items()}
+    source = make_run(tmp_path / "run", one_behind_the_other, 8, shapes)
+    ratios = []
+    for number in range(3):
+        begun = time.perf_counter()
+        for path in source.glob("checkpoints/*/*.safetensors"):
+            copy = tmp_path / f"copy_{path.name}"
+            with open(path, "rb") as whole, open(copy, "wb") as file:
+                while piece := whole.read(2**20):
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        copied = time.perf_counter() - begun
+        done = convert(source, tmp_path / f"whole_{number}", 2**32, print)
+        ratios.append(done.seconds / copied)
+        print(f"{done.bytes / 1e9:.2f} GB: converted in {done.seconds:.2f} s, copied in {copied:.2f} s, ratio {ratios[-1]:.2f}")
+        shutil.rmtree(tmp_path / f"whole_{number}")
+    assert min(ratios) < 3
