@@ -57,14 +57,10 @@ def checksum(values: Tensor, stretch: Stretch) -> int:
         bits = values[first : first + chunk].view(torch.int32).long()
         here = places[: len(bits)]
         if in_whole:
-            total += _product(bits, 2 * here + 1) + 2 * (stretch.start + first) * bits.sum()
+            total += (bits * (2 * here + 1)).sum() + 2 * (stretch.start + first) * bits.sum()
         else:
-            total += _product(bits, 2 * _places_in_whole(here + stretch.start + first, stretch) + 1)
+            total += (bits * (2 * _places_in_whole(here + stretch.start + first, stretch) + 1)).sum()
     return int(total)
-
-
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    return one.dot(other) if one.device.type == "cpu" else (one * other).sum()  # CUDA has no dot of integers
 
 
 def _places_in_whole(places: Tensor, stretch: Stretch) -> Tensor:
