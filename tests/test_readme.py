@@ -8,6 +8,7 @@ import pytest
 from data.command_line import read_settings
 from data.prepare import PrepareSettings
 from launch.benchmark import BenchmarkSettings
+from launch.convert import ConvertSettings
 from launch.evaluate import EvaluateSettings
 from launch.export import ExportSettings
 from launch.generate import GenerateSettings
@@ -19,6 +20,7 @@ DOORS = {
     "launch/evaluate.py": (EvaluateSettings, "model"),
     "launch/generate.py": (GenerateSettings, "model"),
     "launch/export.py": (ExportSettings, "model"),
+    "launch/convert.py": (ConvertSettings, "checkpoint"),
     "launch/benchmark.py": (BenchmarkSettings, None),
     "data/prepare.py": (PrepareSettings, None),
 }
@@ -48,6 +50,4 @@ def test_there_are_commands_and_the_files_that_the_readme_names_are_there():
     assert len(commands()) > 8
     for name in re.findall(r"(?:launch|data|model|ds_configs|tests|\.readme)/[\w/.-]+\.\w+", README):
         assert (REPOSITORY / name).exists(), name
-    for name in re.findall(r"`(zero\w+\.json)`", README):
-        assert (REPOSITORY / "ds_configs" / name).exists(), name
-    assert {path.name for path in (REPOSITORY / "ds_configs").glob("*.json")} == set(re.findall(r"`(zero\w+\.json)`", README))
+    assert {path.name for path in (REPOSITORY / "ds_configs").glob("*.json")} == set(re.findall(r"`((?:zero|pipeline_)\w+\.json)`", README))

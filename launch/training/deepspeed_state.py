@@ -68,11 +68,15 @@ class LiveState:
         return {name: getattr(scaler, name) for name in _LOSS_SCALER} if getattr(scaler, "dynamic", False) else None
 
     @torch.no_grad()
-    def restore(self, saved: SavedState, steps: int, loss_scaler: dict | None) -> None:
-        """Take everything from a checkpoint, a stretch at a time, then make the training weights from the float32 ones."""
+    def read(self, saved: SavedState) -> None:
+        """Take this rank's stretches from a checkpoint, one at a time. Raises UserError where it lacks one."""
         for stretch, values in self.visit(self.stretches, keep_changes=True):
             for kind, into in values.items():
                 saved.read(stretch, kind, into)
+
+    @torch.no_grad()
+    def begin_from(self, steps: int, loss_scaler: dict | None) -> None:
+        """Go on after so many steps with what was read: all ranks make the training weights from the float32 ones."""
         for state in self._adamw.state.values():
             state["step"].fill_(steps)
         if loss_scaler is not None and self.loss_scaler is not None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from data.batches import Batch, target_tokens
+from data.command_line import UserError
 from launch.training import checkpoint, parallel, state
 from launch.training.config import OptimizerSettings, RunSettings
 from launch.training.deepspeed_state import LiveState
@@ -212,10 +213,15 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Take weights, moments and loss scale from a checkpoint of any layout.
 
-        Raises RuntimeError where what is then in memory has other checksums than what was saved.
+        Raises UserError where it does not hold this model, and RuntimeError where what is then in memory has other checksums than
+        what was saved; on every rank.
         """
         manifest = checkpoint.read_manifest(folder)
-        self._state.restore(state.SavedState(folder), **manifest["optimizer"])
+        attempt = Attempt()
+        attempt.to(lambda: self._state.read(state.SavedState(folder)))
+        if not self.agree(attempt.failure is None):
+            raise UserError(self.first_sentence(attempt.failure) or "")
+        self._state.begin_from(**manifest["optimizer"])
         wrong = [name for name, sums in self._checksums().items() if sums != manifest["checksums"].get(name)]
         if wrong:
             raise RuntimeError(f"{folder} was read, but {len(wrong)} parameters have other checksums than were saved, {wrong[0]} first.")
@@ -223,13 +229,13 @@ class Engine:
     def _checksums(self) -> dict[str, list[int]]:
         """Of each parameter of the model, in the order of state.KINDS; the same on every rank."""
         with torch.device("meta"):
-            names = [name for name, _ in Transformer(self.config).named_parameters()]
-        sums = torch.zeros(len(names), len(state.KINDS), dtype=torch.int64)
+            places = {name: place for place, (name, _) in enumerate(Transformer(self.config).named_parameters())}
+        sums = torch.zeros(len(places), len(state.KINDS), dtype=torch.int64)
         for stretch, numbers in self._state.visit(self._state.written):
-            sums[names.index(stretch.name)] += torch.tensor([state.checksum(numbers[kind], stretch) for kind in state.KINDS])
+            sums[places[stretch.name]] += torch.tensor([state.checksum(numbers[kind], stretch) for kind in state.KINDS])
         sums = sums.to(self.device)
         dist.all_reduce(sums)
-        return dict(zip(names, sums.tolist(), strict=True))
+        return dict(zip(places, sums.tolist(), strict=True))
 
     def _box_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], state.Box] | None:
         """The whole shape of a parameter, and the part of it that this rank has, not counting what ZeRO cuts; None: not the model's."""
@@ -322,7 +328,7 @@ def _stream(*place: int) -> int:
 
 
 class Attempt:
-    """Things that a disk may refuse. The error is kept, not raised: the other ranks are on their way to a collective."""
+    """Things that a disk or a file may refuse. The error is kept, not raised: the other ranks are on their way to a collective."""
 
     def __init__(self) -> None:
         self.failure: str | None = None
@@ -330,6 +336,8 @@ class Attempt:
     def to(self, write: Callable[[], object]) -> None:
         try:
             write()
+        except UserError as error:
+            self.failure = self.failure or str(error)
         except OSError as error:
             self.failure = self.failure or f"{type(error).__name__}: {error}."
 
