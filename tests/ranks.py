@@ -21,7 +21,13 @@ def clean_environment(**more: str) -> dict[str, str]:
     binaries = os.path.dirname(sys.executable)
     return (
         kept
-        | {"PATH": f"{binaries}:{kept.get('PATH', '')}", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+        | {
+            "PATH": f"{binaries}:{kept.get('PATH', '')}",
+            "PYTHONPATH": str(REPOSITORY),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONFAULTHANDLER": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         | more
     )
 

@@ -225,10 +225,22 @@ def test_compiled_blocks_give_the_same_numbers(ranks):
         assert_equal(measured, plain(case)[0][:STEPS], 1e-5, 1e-4)
 
 
+WITHOUT_WEIGHTS = GPT2 | {"tie_embeddings": True, "positions": "sinusoidal", "norm_position": "post"}  # a stage of its five
+MANY_RANKS = {
+    "stages, tensors and sequences shared at once": (8, case_of("pipeline_zero1", STAGES | TENSOR | SEQUENCE, "llama")),
+    "as many stages as layers": (5, case_of("pipeline_zero1", {"pipeline_stages": 5}, "llama", pipeline={"partition": "uniform"})),
+    "a stage without weights": (
+        5,
+        case_of("pipeline_zero1", {"pipeline_stages": 5}, "llama", pipeline={"partition": "uniform"}) | {"model": WITHOUT_WEIGHTS},
+    ),
+}
+
+
 @pytest.mark.slow
-def test_stages_tensors_and_sequences_are_shared_at_once_on_eight_ranks(tmp_path):
-    case = case_of("pipeline_zero1", STAGES | TENSOR | SEQUENCE, "llama")
+@pytest.mark.parametrize("name", MANY_RANKS)
+def test_so_it_is_on_many_ranks_and_when_they_go_on(name, tmp_path):
+    ranks, case = MANY_RANKS[name]
     jobs = [job(case, save=str(tmp_path)), job(case, first=STEPS, load=str(tmp_path / folder_of(STEPS)))]
-    answers = answers_of_ranks(8, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=500)
+    answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=500)
     for measured, expected in zip(answers[0], (plain(case)[0][:STEPS], plain(case)[0][STEPS:]), strict=True):
         assert_equal(measured, expected, 1e-5, 1e-5)
