@@ -133,8 +133,12 @@ class LiveState:
             yield
             return
         optimizer._optimizer_states_and_gradient_swap_in(group)
-        yield
-        if keep_changes:
-            optimizer._optimizer_states_and_gradient_swap_out(group)
-        else:
-            optimizer._release_swap_buffers(group)
+        # Moments made within have no file yet: let go unwritten, the next swap-in would read one that is not there, or a former run's.
+        unwritten = not self._adamw.state.get(optimizer.fp32_partitioned_groups_flat[group])
+        try:
+            yield
+        finally:  # a disk that refused a checkpoint must not keep the swap buffers
+            if keep_changes or unwritten:
+                optimizer._optimizer_states_and_gradient_swap_out(group)
+            else:
+                optimizer._release_swap_buffers(group)

@@ -109,6 +109,10 @@ def build_engine(case: dict, process: Process):
     path = f"ds_configs/{case['json']}.json"
     written = deepspeed_config.read_deepspeed_json(path) if case["json"] != "zero0" else {"zero_optimization": {"stage": 0}}
     written["zero_optimization"] |= case.get("zero", {})
+    if "aio_bytes" in case:  # what is smaller stays in memory
+        from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
+
+        optimizer_utils.MIN_AIO_BYTES = partitioned_param_swapper.MIN_AIO_BYTES = written["aio"]["block_size"] = case["aio_bytes"]
     if "pipeline" in case:
         written["pipeline"] |= case["pipeline"]
     layout = deepspeed_config.layout_of(written, settings, process.world_size)
