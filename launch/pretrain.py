@@ -84,7 +84,8 @@ def _run(settings: RunSettings, merged: dict, process, layout, data, samples, st
         begun = time.perf_counter()
         engine.load(folder)
         first_step = checkpoint.step_of(folder)
-        there = checkpoint.read_manifest(folder)["layout"]
+        manifest = checkpoint.read_manifest(folder)
+        there = manifest.get("converted_from", manifest)["layout"]
         read = f"read in {time.perf_counter() - begun:.1f} s"
         read += "" if there == layout_now else f", converted from {run_folder.describe(there)} to {run_folder.describe(layout_now)}"
     monitor, peak = None, 1.0
@@ -97,7 +98,10 @@ def _run(settings: RunSettings, merged: dict, process, layout, data, samples, st
         "model": dataclasses.asdict(settings.model),
         "layout": layout_now,
         "data": {"fingerprint": data.fingerprint, "samples_per_step": settings.batch.global_batch_size},
-        "random": {"seed": settings.seed, "streams": "order: (seed, epoch, sample); dropout: (seed, step, micro-batch, layer)"},
+        "random": {
+            "seed": settings.seed,
+            "streams": "order: (seed, epoch, sample); dropout: (seed, step, micro-batch, layer, part of the sequence)",
+        },
         "recipe": dataclasses.asdict(settings),
         "versions": run_folder.versions(),
     }

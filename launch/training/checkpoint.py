@@ -151,6 +151,12 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def refuse_earlier_format(folder: Path, manifest: dict) -> None:
+    """Raise UserError for a checkpoint that Megabatch before 0.2 wrote, in files of DeepSpeed's own."""
+    if "checksums" not in manifest:
+        raise UserError(f"{folder} was written by Megabatch before 0.2, in DeepSpeed's own files; go on with that version, or train anew.")
+
+
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, in a sentence; None where every file is whole. Files are shared out over `parts` readers."""
     try:

@@ -59,7 +59,7 @@ def convert(folder: Path, output: Path, file_bytes: float, say: Callable[[str], 
         checkpoint.write_durably(partial / "run.json", (run / "run.json").read_text(encoding="utf-8"))
         partial.rename(output)
     except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
+        raise UserError(f"{error.filename or output}: {error.strerror or error}. Nothing was converted.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Conversion(
@@ -115,9 +115,7 @@ def _source(folder: Path, output: Path, say: Callable[[str], object]) -> Path:
 
 
 def _refuse_contents(folder: Path, manifest: dict, output: Path) -> None:
-    if "checksums" not in manifest:
-        version = manifest["versions"]["megabatch"]
-        raise UserError(f"{folder} was written by an earlier version of Megabatch ({version}), in DeepSpeed's files.")
+    checkpoint.refuse_earlier_format(folder, manifest)
     needed, free = _bytes_of(manifest["files"].values()), shutil.disk_usage(_ground(output)).free
     if free < needed:
         raise UserError(f"{_ground(output)} has {free / 2**30:.2f} GiB free; --output {output} needs {needed / 2**30:.2f}.")

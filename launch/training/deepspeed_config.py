@@ -48,6 +48,17 @@ _OURS = {
 _QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 _PIPELINE_DEFAULTS = {"partition": "parameters", "schedule": "1f1b"}
 _DEEPSPEED_PIPELINE = {"activation_checkpoint_interval": 0, "pipe_partitioned": False, "grad_partitioned": False}
+PARTITION = {
+    "use_default_specs": False,
+    "layer_specs": [
+        {"partition_type": "column", "patterns": [r".*\.attention\.(query|key|value)\.weight$", r".*\.feed_forward\.(gate|up)\.weight$"]},
+        {"partition_type": "row", "patterns": [r".*\.attention\.output\.weight$", r".*\.feed_forward\.down\.weight$"]},
+        # Whole on every rank, but each sees its own heads alone: without the sum the copies drift apart, and the loss hardly shows it.
+        {"partition_type": "skip", "patterns": [r".*\.attention\.(query_norm|key_norm)\.weight$"], "grad_allreduce": True},
+    ],
+}
+"""Which matrices tensor parallelism cuts, in DeepSpeed's AutoTP terms (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Embedding and
+head stay whole."""
 _WRONG_GRADIENTS = (  # from the first version that is wrong to the first that is right; the pull requests that mended it
     ((0, 16, 0), (0, 19, 3), "a pipeline with several micro-batches", "#7665, #8154"),  # first summed, from 0.18.3 on divided too often
     ((0, 0, 0), (0, 19, 0), "ZeRO-1 in bf16", "#7985"),
@@ -184,8 +195,11 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
     if complaints:
         raise UserError("\n".join(complaints))
     zero["stage"] = int(zero.get("stage", 0))
+    if layout.tensor_parallel_size > 1 and layout.pipeline_stages == 1:  # told of both, DeepSpeed takes the stages for data ranks
+        merged["tensor_parallel"] = {"autotp_size": layout.tensor_parallel_size, "partition_config": PARTITION}
     return merged | {
         **_OURS,
+        "train_batch_size": batch.global_batch_size * layout.sequence_parallel_size,  # to DeepSpeed a part of a sequence is a sample
         "prescale_gradients": merged.get("prescale_gradients", False),
         "gradient_predivide_factor": merged.get("gradient_predivide_factor", 1.0),
         "communication_data_type": merged.get("communication_data_type", "fp32"),
@@ -214,6 +228,13 @@ def _impossible(merged: dict, path: str, settings: RunSettings, device: str) -> 
             complaints.append(f"{path}: zero_optimization.offload_param needs stage 3; the stage is {stage}.")
         if section == "offload_optimizer" and offload.get("device", "none") != "none" and stage == 0:
             complaints.append(f"{path}: zero_optimization.offload_optimizer needs stage 1, 2 or 3; the stage is 0.")
+    if not zero.get("compute_grad_norm", True):
+        complaints.append(f"{path}: zero_optimization.compute_grad_norm is false; the norm is shown, and shows what is not finite: true.")
+    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:
+        complaints.append(f"{path}: zero_optimization.offload_optimizer.ratio needs DeepSpeed's own CPU optimizer; it must be 1.0.")
+    for section in ("zenflow", "super_offload"):
+        if zero.get(section) or (zero.get("offload_optimizer") or {}).get(section):
+            complaints.append(f"{path}: zero_optimization.{section} needs DeepSpeed's own CPU optimizer: delete it.")
     if zero.get("round_robin_gradients") and stage in (1, 2):
         complaints.append(
             f"{path}: zero_optimization.round_robin_gradients changes the order in which checkpoints find the parameters; it must be false."

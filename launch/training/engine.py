@@ -80,10 +80,9 @@ class Engine:
         self._micro_batches_seen: dict[int, int] = {}  # by each layer, in this step
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the pipeline's parts, and its memory use at every turn
             mpu = None
-            if layout.sequence_parallel_size > 1:  # DeepSpeed takes a part of a sequence for a sample
-                merged_json = merged_json | {"train_batch_size": merged_json["train_batch_size"] * layout.sequence_parallel_size}
-            if layout.tensor_parallel_size > 1 and layout.pipeline_stages == 1:
-                merged_json, mpu = merged_json | parallel.begin_tensor_parallel(layout.tensor_parallel_size), groups
+            if "tensor_parallel" in merged_json:
+                groups._init_tp_mesh_device(tensor_model_parallel_size=layout.tensor_parallel_size)
+                mpu = groups
             model = self._build(merged_json, settings.recompute, mpu)
             if layout.sequence_parallel_size > 1:
                 parallel.spread_sequences(model, self.config.sequence_length, layout, process.rank)
@@ -295,9 +294,9 @@ class Engine:
     def _plain_step(self) -> tuple[float, bool]:
         """ZeRO-0 knows no gradient norm and would apply a NaN: measure it, and take the step without the update where it is one."""
         parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in parameters]
         cut = [parameter.grad for parameter in parameters if is_model_parallel_parameter(parameter)]
         whole = [parameter.grad for parameter in parameters if not is_model_parallel_parameter(parameter)]
+        gradients = whole + cut
         squares = get_total_norm(whole) ** 2 / self.layout.tensor_parallel_size + get_total_norm(cut) ** 2
         if self.layout.tensor_parallel_size > 1:
             dist.all_reduce(squares, group=groups.get_tensor_model_parallel_group())

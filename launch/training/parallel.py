@@ -6,29 +6,12 @@ from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 from deepspeed.module_inject.auto_tp import AutoTP
 from deepspeed.module_inject.autotp_config import AutoTPConfig
 from deepspeed.sequence.layer import DistributedAttention
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from launch.training.deepspeed_config import PARTITION
 from launch.training.layout import Layout
 from launch.training.state import Box, whole_box
 from model.layers import Attention, Positions
-
-_PARTITION = {
-    "use_default_specs": False,
-    "layer_specs": [
-        {"partition_type": "column", "patterns": [r".*\.attention\.(query|key|value)\.weight$", r".*\.feed_forward\.(gate|up)\.weight$"]},
-        {"partition_type": "row", "patterns": [r".*\.attention\.output\.weight$", r".*\.feed_forward\.down\.weight$"]},
-        # Whole on every rank, but each sees its own heads alone: without the sum the copies drift apart, and the loss hardly shows it.
-        {"partition_type": "skip", "patterns": [r".*\.attention\.(query_norm|key_norm)\.weight$"], "grad_allreduce": True},
-    ],
-}
-"""Which matrices are cut, in DeepSpeed's AutoTP terms (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Embedding and head stay whole."""
-
-
-def begin_tensor_parallel(size: int) -> dict:
-    """Make DeepSpeed's groups for tensor parallelism without a pipeline; the section of its JSON that asks for it."""
-    groups._init_tp_mesh_device(tensor_model_parallel_size=size)
-    return {"tensor_parallel": {"autotp_size": size, "partition_config": _PARTITION}}
 
 
 def split_matrices(model: nn.Module, size: int, group: dist.ProcessGroup) -> None:
@@ -41,7 +24,7 @@ def split_matrices(model: nn.Module, size: int, group: dist.ProcessGroup) -> Non
         state_dict=None,
         linear_layer_setting=(nn.Linear, nn.Embedding),
         orig_layer_impl=None,
-        partition_config=AutoTPConfig.from_dict(_PARTITION),
+        partition_config=AutoTPConfig.from_dict(PARTITION),
         training_mode=True,
     )
     cutter.mp_group, cutter.mp_size = group, size

@@ -55,9 +55,8 @@ class PipelinedEngine(Engine):
     def _step_on(self, micro_batches: list[Batch], divisor: Tensor, watch: Stopwatch) -> tuple[float, float, bool]:
         engine = self._deepspeed
         part_of = {instruction: part for part, instructions in PARTS.items() for instruction in instructions}
-        engine._INSTRUCTION_MAP = {
-            instruction: _timed(method, watch, part_of[instruction]) for instruction, method in type(engine)._INSTRUCTION_MAP.items()
-        }
+        methods = type(engine)._INSTRUCTION_MAP
+        engine._INSTRUCTION_MAP = {instruction: _timed(method, watch, part_of[instruction]) for instruction, method in methods.items()}
         for name, parameter in self._model.named_parameters():
             if name.startswith(_STAND_IN):  # without a gradient, a stage whose weights all count elsewhere has no norm at all
                 parameter.grad = torch.zeros_like(parameter)
@@ -66,11 +65,15 @@ class PipelinedEngine(Engine):
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         batches = [self._part_of(batch) for batch in batches]
-        whole = batches + [_nothing(batches[0])] * max(0, self._fewest_at_once - len(batches))
-        losses = self._deepspeed.eval_batch(
-            _fed(whole, torch.ones((), device=self.device)), reduce_output=None, bcast_loss=False, num_micro_batches=len(whole)
-        )
-        mine = [float(torch.stack(losses).double().sum()), target_tokens(batches)] if losses else [0.0, 0]
+        size = self._at_once or len(batches)
+        mine = [0.0, 0]
+        for some in (batches[first : first + size] for first in range(0, len(batches), size)):
+            filled = some + [_nothing(some[0])] * (size - len(some))
+            losses = self._deepspeed.eval_batch(
+                _fed(filled, torch.ones((), device=self.device)), reduce_output=None, bcast_loss=False, num_micro_batches=size
+            )
+            if losses:  # the last stage's
+                mine = [mine[0] + float(torch.stack(losses).double().sum()), mine[1] + target_tokens(some)]
         total, count = self._sum_over_ranks(mine)
         return total / self.layout.tensor_parallel_size, int(count) // self.layout.tensor_parallel_size
 
@@ -87,11 +90,11 @@ class PipelinedEngine(Engine):
         padded[0, :length] = self._so_far[0]
         batch = self._part_of(Batch(padded, torch.ones_like(padded), torch.full_like(padded, IGNORED)))
         _, outputs = self._deepspeed.eval_batch(
-            _fed([batch] * self._fewest_at_once, torch.ones((), device=self.device)),
+            _fed([batch] * (self._at_once or 1), torch.ones((), device=self.device)),
             return_logits=True,
             reduce_output=None,
             bcast_loss=False,
-            num_micro_batches=self._fewest_at_once,
+            num_micro_batches=self._at_once or 1,
         )
         row, rank = torch.zeros(self.config.vocab_size, device=self.device), self.process.rank
         part, place = divmod(length - 1, batch.tokens.shape[1])
@@ -102,9 +105,9 @@ class PipelinedEngine(Engine):
         return row[None, None]
 
     @property
-    def _fewest_at_once(self) -> int:
-        """DualPipeV keeps twice as many micro-batches under way as there are ranks."""
-        return 2 * self.layout.pipeline_stages if isinstance(self._model, DualPipeVModule) else 1
+    def _at_once(self) -> int | None:
+        """Micro-batches that an evaluation must have: DualPipeV finds its buffers with as many as in training alone (DeepSpeed 0.19.8)."""
+        return self._deepspeed.gradient_accumulation_steps() if isinstance(self._model, DualPipeVModule) else None
 
     def _box_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], Box] | None:
         return None if name.startswith(_STAND_IN) else super()._box_of(name, parameter)

@@ -193,10 +193,7 @@ def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings) -> 
     ]
     if differences:
         raise UserError(f"{folder} is a checkpoint of another model:\n" + "\n".join(f"  {line}" for line in differences))
-    if "checksums" not in manifest:
-        raise UserError(
-            f"{folder} was written by an earlier version of Megabatch ({manifest['versions']['megabatch']}), in DeepSpeed's files."
-        )
+    checkpoint.refuse_earlier_format(folder, manifest)
 
 
 def _commit() -> str | None:

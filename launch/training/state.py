@@ -2,7 +2,8 @@
 
 Each rank writes one safetensors file (https://github.com/huggingface/safetensors, "Format"): for every stretch of a parameter that
 its optimizer holds, the float32 weight and AdamW's two moments. The file's metadata says where the stretch lies in the whole
-parameter. A reader takes from all files what its own layout needs, a stretch at a time: nothing is ever whole in memory.
+parameter. A reader takes from all files what its own layout needs, a stretch at a time; where
+tensor parallelism cut a matrix otherwise, one kind of that matrix is put together whole.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 Box = tuple[tuple[int, int], ...]
 """A part of a tensor: (first, end) of each dimension."""
 
-_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}  # numbers whose checksum is computed at a time: on a CPU in cache, and by one thread
+_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 20}  # numbers whose checksum is computed at a time: on a CPU in cache, and by one thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +99,12 @@ class SavedState:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._found: dict[str, list[tuple[Stretch, safetensors.safe_open]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safetensors.safe_open(path, framework="pt")
-            for name, (shape, box, start) in json.loads(file.metadata()["stretches"]).items():
+            try:
+                file = safetensors.safe_open(path, framework="pt")
+                stretches = json.loads(file.metadata()["stretches"])
+            except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
+                raise UserError(f"{path} is not one of a checkpoint's files: {error}.") from error
+            for name, (shape, box, start) in stretches.items():
                 (count,) = file.get_slice(f"{name}.{KINDS[0]}").get_shape()
                 stretch = Stretch(name, tuple(shape), tuple((first, end) for first, end in box), start, count)
                 self.shapes[name] = stretch.shape

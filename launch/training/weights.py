@@ -42,6 +42,7 @@ def load_model(path: str) -> TrainedModel:
     elif complaint := checkpoint.damage(folder):
         raise UserError(complaint)
     manifest = checkpoint.read_manifest(folder)
+    checkpoint.refuse_earlier_format(folder, manifest)
     config = ModelConfig(**manifest["model"])
     return TrainedModel(_filled(config, read_weights(folder)), config, folder, _tokenizer_in(folder.parent.parent), manifest["step"])
 

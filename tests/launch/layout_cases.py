@@ -1,6 +1,6 @@
 """The layouts that are proved: which ranks, which JSON, which sizes. README's table of what combines with what is this list."""
 
-LLAMA = {"tie_embeddings": True, "num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": True}
+LLAMA = {"tie_embeddings": True, "num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": True, "document_mask": True}
 GPT2 = {
     "tie_embeddings": False,
     "num_attention_heads": 4,
@@ -22,9 +22,9 @@ LAYOUTS = [
     *((4, json, {}) for json in ("zero1", "zero2", "zero3", "zero3_hierarchical")),
     *((4, json, TENSOR) for json in ("zero1", "zero3")),
     *((4, json, SEQUENCE) for json in ("zero1", "zero3", "zero3_hierarchical")),
-    *((4, json, TENSOR | SEQUENCE) for json in ("zero0", "zero1", "zero2", "zero3")),
+    *((4, json, TENSOR | SEQUENCE) for json in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")),
     (4, "zero1", {"sequence_parallel_size": 4}),
-    (4, "pipeline_zero1", STAGES),
+    *((4, json, STAGES) for json in ("pipeline_zero1", "pipeline_dualpipev")),
     (4, "pipeline_zero1", {"pipeline_stages": 4}),
     *((4, json, STAGES | TENSOR) for json in ("pipeline_zero1", "pipeline_dualpipev")),
     *((4, json, STAGES | SEQUENCE) for json in ("pipeline_zero1", "pipeline_dualpipev")),

@@ -24,7 +24,7 @@ from tests.ranks import answer
 
 STEPS = 20
 GLOBAL_BATCH = 8
-MICRO_BATCH = 2
+MICRO_BATCH = 1
 SEQUENCE = 16
 VOCABULARY = 64
 
@@ -132,23 +132,27 @@ def poisoned(here: bool):
     engine.training_loss = pipeline.training_loss = whole
 
 
-def train_under_deepspeed(job: dict, process: Process) -> list[tuple[float, float]]:
+def train_under_deepspeed(job: dict, process: Process) -> dict:
     case, first = job["case"], job["first"]
     engine, settings = build_engine(case, process)
     if job["load"]:
         engine.load(Path(job["load"]))
-    reports = []
+    reports, answers = [], {}
     for step in range(first, first + STEPS):
         with poisoned(step == case.get("poison") and engine.layout.data_rank(process.rank) == 0):
             reports.append(engine.train_step(micro_batches(step, engine.layout, process.rank), rate(step, settings), step))
         if case.get("samples") and step == 3:  # must leave nothing behind in the weights that ZeRO-3 gathered
-            engine.sample([1, 2, 3], 4, 1.0, step, VOCABULARY)
+            drawn = engine.sample([1, 2, 3], 4, 1.0, step, VOCABULARY)
+            loss_sum, num_targets = engine.validate(micro_batches(step, engine.layout, process.rank)[:1])
+            first_rows = global_batch(step)[1][: engine.layout.data_parallel_size * MICRO_BATCH]
+            assert num_targets == int((first_rows != IGNORED).sum())
+            answers |= {"drawn": drawn, "validated": loss_sum / num_targets}
     assert [step for step, report in enumerate(reports) if report.skipped] == [step for step in [case.get("poison")] if step is not None]
     if job["save"]:
         root = Path(job["save"])
         complaint = engine.save(root, STEPS, {"run_id": "test", "layout": {"world_size": process.world_size}, "model": {}})
         assert complaint is None, complaint
-    return [(report.loss, report.gradient_norm) for report in reports]
+    return answers | {"history": [(report.loss, report.gradient_norm) for report in reports]}
 
 
 def main() -> None:

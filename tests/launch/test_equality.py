@@ -25,21 +25,12 @@ TRAINED = {
 OTHERS = {
     "clipping off": (2, {"json": "zero2", "model": GPT2, "clipping": 0.0}),
     "clipping off, pipeline": (2, {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "clipping": 0.0}),
-    "no persistent parameters, recomputed, sampled": (
-        2,
-        {"json": "zero3", "model": LLAMA, "zero": {"stage3_param_persistence_threshold": 0}, "recompute": True, "samples": True},
-    ),
-    "pipeline recomputed, sampled": (2, {"json": "pipeline_zero1", "layout": STAGES, "model": GPT2, "recompute": True, "samples": True}),
-    "DualPipeV recomputed, sampled": (
-        2,
-        {"json": "pipeline_dualpipev", "layout": STAGES, "model": LLAMA, "recompute": True, "samples": True},
-    ),
-    "tensor parallel recomputed, sampled": (2, {"json": "zero1", "layout": TENSOR, "model": LLAMA, "recompute": True, "samples": True}),
-    "sequence parallel, documents apart, recomputed, sampled": (
-        2,
-        {"json": "zero3", "layout": SEQUENCE, "model": GPT2 | {"document_mask": True}, "recompute": True, "samples": True},
-    ),
     "sequence parallel, more ranks than keys": (2, {"json": "zero2", "layout": SEQUENCE, "model": LLAMA | {"num_key_value_heads": 1}}),
+    "tensor parallel, uneven feed-forward": (2, {"json": "zero1", "layout": TENSOR, "model": LLAMA | {"intermediate_size": 33}}),
+    "pipeline, overlapped communication": (
+        2,
+        {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "zero": {"overlap_comm": True}},
+    ),
     "four stages in a row of five layers": (
         4,
         {"json": "pipeline_zero1", "layout": {"pipeline_stages": 4}, "model": LLAMA, "pipeline": {"partition": "uniform"}},
@@ -47,10 +38,6 @@ OTHERS = {
     "as many stages as blocks, by type": (
         2,
         {"json": "pipeline_zero1", "layout": STAGES, "model": GPT2, "pipeline": {"partition": "type:block"}},
-    ),
-    "pipeline across ranks of a sequence, sampled": (
-        4,
-        {"json": "pipeline_dualpipev", "layout": STAGES | SEQUENCE, "model": LLAMA, "samples": True},
     ),
     **{
         f"not a number, {json_name} {sizes}": (2, {"json": json_name, "layout": sizes, "model": LLAMA, "poison": 5})
@@ -63,9 +50,23 @@ OTHERS = {
         )
     },
 }
+# Between two steps these draw a text and validate; the first is what the others are held to.
+SAMPLED = {
+    f"{ranks} {json_name} {sizes}": (ranks, case_of(json_name, sizes, "llama", samples=True, recompute=True, **more))
+    for ranks, json_name, sizes, more in (
+        (1, "zero1", {}, {}),
+        (1, "zero3", {}, {"zero": {"stage3_param_persistence_threshold": 0}}),
+        (2, "zero1", TENSOR, {}),
+        (2, "zero3", SEQUENCE, {"zero": {"stage3_param_persistence_threshold": 0}}),
+        (2, "pipeline_zero1", STAGES, {}),
+        (2, "pipeline_dualpipev", STAGES, {}),
+        (4, "pipeline_zero1", STAGES | TENSOR, {}),
+        (4, "pipeline_dualpipev", STAGES | SEQUENCE, {}),
+    )
+}
 # bf16 keeps 8 bits of a number: these losses of about 4.2 were seen to differ by 0.00025, the norms by 0.25 %.
 IN_BF16 = {
-    f"{ranks} {json_name} {sizes}": (ranks, {"json": json_name, "layout": sizes, "model": GPT2, "precision": "bf16"})
+    f"bf16 {ranks} {json_name} {sizes}": (ranks, {"json": json_name, "layout": sizes, "model": GPT2, "precision": "bf16"})
     for ranks, json_name, sizes in (
         *((ranks, f"zero{stage}", {}) for stage in (1, 2, 3) for ranks in (1, 2)),
         *((2, f"zero{stage}", TENSOR) for stage in (1, 2)),
@@ -75,10 +76,10 @@ IN_BF16 = {
         (4, "pipeline_zero1", {"pipeline_stages": 4}),
         (4, "pipeline_zero1", STAGES | TENSOR),
     )
-} | {"not a number": (4, {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "precision": "bf16", "poison": 5})}
-# Dropout's numbers are a function of seed, step, micro-batch and layer: the layout does not matter to them.
+} | {"bf16, not a number": (4, {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "precision": "bf16", "poison": 5})}
+# Dropout's numbers are a function of seed, step, micro-batch and layer: data parallelism and stages do not matter to them.
 WITH_DROPOUT = {
-    f"{ranks} {json_name}": (ranks, {"json": json_name, "layout": sizes, "model": LLAMA | {"dropout": 0.1}, "recompute": recompute})
+    f"dropout {ranks} {json_name}": (ranks, {"json": json_name, "layout": sizes, "model": LLAMA | {"dropout": 0.1}, "recompute": recompute})
     for ranks, json_name, sizes, recompute in (
         (1, "zero1", {}, False),
         (1, "zero3", {}, True),
@@ -95,9 +96,9 @@ class Ranks:
 
     def __init__(self, jobs: dict[str, tuple[int, dict]]):
         self._jobs = jobs
-        self._answers: dict[int, dict[str, list] | AssertionError] = {}
+        self._answers: dict[int, dict[str, dict] | AssertionError] = {}
 
-    def answer(self, name: str) -> list[tuple[float, float]]:
+    def answer(self, name: str) -> dict:
         ranks = self._jobs[name][0]
         if ranks not in self._answers:
             mine = {other: job for other, (world_size, job) in self._jobs.items() if world_size == ranks}
@@ -121,7 +122,7 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def first_half(saved) -> Ranks:
     jobs = {name: (ranks, job(case, save=str(saved / name))) for name, (ranks, case) in TRAINED.items()}
-    more = {name: (ranks, job(case)) for some in (OTHERS, IN_BF16, WITH_DROPOUT) for name, (ranks, case) in some.items()}
+    more = {name: (ranks, job(case)) for some in (OTHERS, SAMPLED, IN_BF16, WITH_DROPOUT) for name, (ranks, case) in some.items()}
     assert not jobs.keys() & more.keys()
     return Ranks(jobs | more)
 
@@ -140,9 +141,9 @@ def plain(case: dict) -> tuple:
     return _plain(json.dumps({key: case[key] for key in ("model", "clipping", "poison") if key in case} | {"json": ""}))
 
 
-def assert_equal(measured: list, expected: list, loss_bound: float, norm_bound: float) -> None:
-    assert len(measured) == len(expected) == STEPS
-    for (loss, norm), (plain_loss, plain_norm) in zip(measured, expected, strict=True):
+def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: float) -> None:
+    assert len(measured["history"]) == len(expected) == STEPS
+    for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], expected, strict=True):
         if plain_loss != plain_loss:  # a poisoned step: the steps behind it show that it changed nothing
             continue
         assert loss == pytest.approx(plain_loss, abs=loss_bound)
@@ -164,14 +165,22 @@ def test_so_it_is_with(name, first_half):
     assert_equal(first_half.answer(name), plain(OTHERS[name][1])[0][:STEPS], 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_text_and_a_validation_between_steps_are_the_same_and_leave_nothing_behind(name, first_half):
+    answer, reference = first_half.answer(name), first_half.answer(next(iter(SAMPLED)))
+    assert_equal(answer, plain(SAMPLED[name][1])[0][:STEPS], 1e-5, 1e-5)
+    assert answer["drawn"] == reference["drawn"]
+    assert answer["validated"] == pytest.approx(reference["validated"], abs=1e-5)
+
+
 @pytest.mark.parametrize("name", IN_BF16)
 def test_bf16_stays_near_float32(name, first_half):
     assert_equal(first_half.answer(name), plain(IN_BF16[name][1])[0][:STEPS], 1e-3, 1e-2)
 
 
-@pytest.mark.parametrize("name", WITH_DROPOUT)
-def test_dropout_is_the_same_in_every_layout(name, first_half):
-    reference = first_half.answer(next(iter(WITH_DROPOUT)))
+@pytest.mark.parametrize("name", list(WITH_DROPOUT)[1:])
+def test_dropout_is_the_same_under_data_parallelism_and_in_pipelines(name, first_half):
+    reference = first_half.answer(next(iter(WITH_DROPOUT)))["history"]
     assert_equal(first_half.answer(name), reference, 1e-5, 1e-5)
     assert max(abs(loss - without) for (loss, _), (without, _) in zip(reference, plain(case_of("", {}, "llama"))[0], strict=False)) > 1e-3
 
@@ -202,13 +211,9 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other_with_the_numbers_of_a_r
     assert_equal(second_half.answer(name), plain(TRAINED[name][1])[0][STEPS:], 1e-5, 1e-5)
 
 
-def test_every_layout_is_gone_on_from_and_most_by_another_kind():
-    assert sorted(GOES_ON_FROM.values()) == sorted(TRAINED)
-    kinds = {(TRAINED[name][1]["json"], str(TRAINED[name][1]["layout"]), TRAINED[name][0]) for name in TRAINED}
-    pairs = [
-        tuple((TRAINED[one][1]["json"], str(TRAINED[one][1]["layout"]), TRAINED[one][0]) for one in pair) for pair in GOES_ON_FROM.items()
-    ]
-    assert len(kinds) >= 30 and all(one != other for one, other in pairs)
+def test_nobody_goes_on_from_its_own_layout():
+    layout = lambda name: (TRAINED[name][0], TRAINED[name][1]["json"], TRAINED[name][1]["layout"])  # noqa: E731
+    assert all(layout(name) != layout(other) for name, other in GOES_ON_FROM.items())
 
 
 COMPILED = {
@@ -222,7 +227,7 @@ COMPILED = {
 def test_compiled_blocks_give_the_same_numbers(ranks):
     answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps([job(case) for case in COMPILED[ranks]]))
     for case, measured in zip(COMPILED[ranks], answers[0], strict=True):
-        assert_equal(measured, plain(case)[0][:STEPS], 1e-5, 1e-4)
+        assert_equal(measured, plain(case)[0][:STEPS], 1e-5, 1e-5)
 
 
 WITHOUT_WEIGHTS = GPT2 | {"tie_embeddings": True, "positions": "sinusoidal", "norm_position": "post"}  # a stage of its five

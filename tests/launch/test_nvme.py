@@ -43,7 +43,7 @@ def test_state_on_nvme_gives_the_numbers_of_plain_pytorch_and_goes_on_in_memory_
     history, weights = train_plain(in_memory)
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}  # a start killed while it compiles would leave a lock
     for each, measured in zip(jobs, answers_of_ranks(2, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=900, **environment)[0], strict=True):
-        for (loss, norm), (plain_loss, plain_norm) in zip(measured, history[each["first"] : each["first"] + STEPS], strict=True):
+        for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], history[each["first"] : each["first"] + STEPS], strict=True):
             assert loss == pytest.approx(plain_loss, abs=1e-5)
             assert norm == pytest.approx(plain_norm, rel=1e-5)
     ours = read_weights(tmp_path / "saved" / "nvme" / folder_of(STEPS))
