@@ -33,6 +33,8 @@ LAYOUTS = [
 
 def case_of(json: str, sizes: dict, family: str, **more) -> dict:
     case = {"json": json, "layout": sizes, "model": FAMILIES[family]} | more
+    if json == "pipeline_dualpipev":  # wants many micro-batches
+        case |= {"micro_batch": 1}
     if json == "zero3_hierarchical":  # the part of ZeRO++ that needs no GPU
         case |= {"json": "zero3", "zero": {"zero_hpz_partition_size": 2}}
     return case

@@ -24,7 +24,7 @@ from tests.ranks import answer
 
 STEPS = 20
 GLOBAL_BATCH = 8
-MICRO_BATCH = 1
+MICRO_BATCH = 2
 SEQUENCE = 16
 VOCABULARY = 64
 
@@ -34,8 +34,12 @@ def model_config(case: dict) -> ModelConfig:
     return ModelConfig(**shape | case.get("model", {}))
 
 
+def micro_batch_of(case: dict) -> int:
+    return case.get("micro_batch", MICRO_BATCH)
+
+
 def run_settings(case: dict) -> RunSettings:
-    words = ["--batch.global_batch_size", str(GLOBAL_BATCH), "--batch.micro_batch_size", str(MICRO_BATCH)]
+    words = ["--batch.global_batch_size", str(GLOBAL_BATCH), "--batch.micro_batch_size", str(micro_batch_of(case))]
     words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5)), "--optimizer.learning_rate", "1e-3"]
     words += ["--precision", case.get("precision", "float32"), "--recompute", str(case.get("recompute", False)).lower()]
     words += ["--compile", str(case.get("compile", False)).lower()]
@@ -58,10 +62,10 @@ def segments(step: int) -> torch.Tensor:
     return 1 + (torch.arange(SEQUENCE) >= cuts).long()
 
 
-def micro_batches(step: int, layout: Layout, rank: int) -> list[Batch]:
+def micro_batches(step: int, layout: Layout, rank: int, size: int) -> list[Batch]:
     tokens, targets = global_batch(step)
-    starts = range(layout.data_rank(rank) * MICRO_BATCH, GLOBAL_BATCH, layout.data_parallel_size * MICRO_BATCH)
-    rows = [slice(start, start + MICRO_BATCH) for start in starts]
+    starts = range(layout.data_rank(rank) * size, GLOBAL_BATCH, layout.data_parallel_size * size)
+    rows = [slice(start, start + size) for start in starts]
     return [Batch(tokens[row], segments(step)[row], targets[row]) for row in rows]
 
 
@@ -139,14 +143,15 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
         engine.load(Path(job["load"]))
     reports, answers = [], {}
     for step in range(first, first + STEPS):
+        batches = micro_batches(step, engine.layout, process.rank, micro_batch_of(case))
         with poisoned(step == case.get("poison") and engine.layout.data_rank(process.rank) == 0):
-            reports.append(engine.train_step(micro_batches(step, engine.layout, process.rank), rate(step, settings), step))
+            reports.append(engine.train_step(batches, rate(step, settings), step))
         if case.get("samples") and step == 3:  # must leave nothing behind in the weights that ZeRO-3 gathered
             drawn = engine.sample([1, 2, 3], 4, 1.0, step, VOCABULARY)
-            loss_sum, num_targets = engine.validate(micro_batches(step, engine.layout, process.rank)[:1])
-            first_rows = global_batch(step)[1][: engine.layout.data_parallel_size * MICRO_BATCH]
-            assert num_targets == int((first_rows != IGNORED).sum())
+            loss_sum, num_targets = engine.validate(batches)
             answers |= {"drawn": drawn, "validated": loss_sum / num_targets}
+            first_sum, first_targets = engine.validate(batches[:1])
+            assert 0 < first_sum < loss_sum and 0 < first_targets < num_targets
     assert [step for step, report in enumerate(reports) if report.skipped] == [step for step in [case.get("poison")] if step is not None]
     if job["save"]:
         root = Path(job["save"])

@@ -17,7 +17,10 @@ RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
 
 # On 4 ranks, which share two cores here, every second layout has the other family.
 TRAINED = {
-    name_of(ranks, json_name, sizes, family): (ranks, case_of(json_name, sizes, family))
+    name_of(ranks, json_name, sizes, family): (
+        ranks,
+        case_of(json_name, sizes, family, **({} if sizes or ranks < 4 else {"micro_batch": 1})),  # so that there is accumulation
+    )
     for number, (ranks, json_name, sizes) in enumerate(LAYOUTS)
     for which, family in enumerate(FAMILIES)
     if ranks == 2 or number % 2 == which
