@@ -273,7 +273,7 @@ def test_a_disk_without_room_is_refused_before_any_file_is_read(run, tmp_path, m
 
 def test_a_checkpoint_in_the_files_of_an_earlier_version_is_refused(tmp_path):
     run = make_run(tmp_path / "run", checksums=None)
-    assert "was written by an earlier version of Megabatch (0.1.0)" in refusal(run, tmp_path / "whole")
+    assert "was written by Megabatch before 0.2, in DeepSpeed's own files" in refusal(run, tmp_path / "whole")
 
 
 def test_a_flipped_bit_is_refused_by_the_name_of_its_file(run, tmp_path):

@@ -538,7 +538,7 @@ def test_heads_and_tokens_divide_among_the_ranks_that_share_them_or_the_nearest_
         assert start(refusal, tensor, sequence) == sentences
         (nearest,) = {int(re.search(r"Nearest: (\d+)\.", sentence)[1]) for sentence in sentences}
         tensor, sequence = (nearest, sequence) if "tensor" in sentences[0] else (tensor, nearest)
-    assert start(merge, tensor, sequence)["train_batch_size"] == 24
+    assert start(merge, tensor, sequence)["train_batch_size"] == 24 * sequence  # to DeepSpeed a part of a sequence is a sample
 
 
 OVERLAP = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
@@ -666,3 +666,23 @@ def test_partitions_stay_in_the_order_in_which_checkpoints_find_them(refusal, me
         ]
     merge({"zero_optimization": {"stage": 3, "round_robin_gradients": True}})  # where it means nothing
     merge({"zero_optimization": {"stage": 2, "round_robin_gradients": False}})
+
+
+def test_matrices_are_cut_as_deepspeed_is_told_and_not_told_within_a_pipeline(merge):
+    told = merge(ZERO_1, ranks=2, tensor_parallel_size=2)["tensor_parallel"]
+    assert told["autotp_size"] == 2
+    kinds = {spec["partition_type"]: " ".join(spec["patterns"]) for spec in told["partition_config"]["layer_specs"]}
+    assert "query" in kinds["column"] and "output" in kinds["row"] and "query_norm" in kinds["skip"]
+    assert "tensor_parallel" not in merge(ZERO_1, ranks=4, tensor_parallel_size=2, pipeline_stages=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"stage": 1, "compute_grad_norm": False}, "compute_grad_norm"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio"),
+    ],
+)
+def test_what_the_engine_cannot_carry_is_refused_by_name(change, name, refusal):
+    (sentence,) = refusal({"zero_optimization": change})
+    assert f"zero_optimization.{name}" in sentence

@@ -195,7 +195,8 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(run):
     run.record()
     run.save(10, by_this_version=False)
     assert run.refusal(allow_changes=True) == (
-        "RUN/checkpoints/step_00000010 was written by an earlier version of Megabatch (0.0.9), in DeepSpeed's files."
+        "RUN/checkpoints/step_00000010 was written by Megabatch before 0.2, in DeepSpeed's own files; "
+        "go on with that version, or train anew."
     )
 
 
