@@ -52,7 +52,9 @@ def main(arguments: Sequence[str]) -> int:
         if getattr(settings, name) < (2 if name == "accumulation" else 1):
             raise UserError(f"{name} is {getattr(settings, name)}; it must be at least {2 if name == 'accumulation' else 1}.")
     if settings.contender:
-        print(json.dumps(_measure(CONTENDERS[settings.contender](settings), settings.steps)))
+        measured = _measure(CONTENDERS[settings.contender](settings), settings.steps)
+        _leave_process_group()
+        print(json.dumps(measured))
         return 0
     names = [name for name in CONTENDERS if name in (settings.only or CONTENDERS)]
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -144,6 +146,15 @@ def _start(name: str, arguments: Sequence[str]) -> list[dict]:
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"{name} failed:\n" + "\n".join(error for _, error in outputs))
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+def _leave_process_group() -> None:
+    """Threads of a group that is still there when Python ends may end it with "terminate called"."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _measure(step: Callable[[], object], steps: int) -> dict:

@@ -46,6 +46,10 @@ def test_a_command_of_the_readme_is_taken_by_its_door(words):
         read_settings(settings, arguments, "", positional)
 
 
+def test_nothing_waits_to_be_filled_in():
+    assert not re.findall(r"\b[A-Z]{6,}$", README, re.M)
+
+
 def test_there_are_commands_and_the_files_that_the_readme_names_are_there():
     assert len(commands()) > 8
     for name in re.findall(r"(?:launch|data|model|ds_configs|tests|\.readme)/[\w/.-]+\.\w+", README):
