@@ -133,5 +133,5 @@ def test_a_checkpoint_that_is_read_wrong_is_not_trained_on(tiny):
     statuses(2, words, FAULT="0:step:5")
     processes = start_ranks(2, DOOR, *words, OMP_NUM_THREADS="1", MISREAD="1")
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert all(process.returncode == 1 for process in processes)
+    assert all(process.returncode not in (0, 2, SAVED_AND_UNFINISHED) for process in processes)
     assert all("1.attention.query.weight" in output and "have other checksums than were saved" in output for output in outputs)
