@@ -1,6 +1,5 @@
 """State on a disk: the same numbers, and checkpoints in both directions. DeepSpeed compiles its asynchronous reader for it."""
 
-import ctypes.util
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from tests.launch.layouts_on_ranks import STEPS, train_plain
 from tests.ranks import answers_of_ranks
 
 RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
-MISSING = [name for name in ("g++", "ninja") if not shutil.which(name)] + ([] if ctypes.util.find_library("aio") else ["libaio"])
+MISSING = [name for name in ("g++", "ninja") if not shutil.which(name)] + ([] if Path("/usr/include/libaio.h").exists() else ["libaio-dev"])
 
 
 @pytest.mark.slow
