@@ -56,6 +56,7 @@ def _run(settings: RunSettings, merged: dict, process, layout, data, samples, st
     from data.batches import evaluation_batches
     from launch.training import checkpoint, run_folder
     from launch.training.engine import initialize_communication
+    from launch.training.layout import describe
     from launch.training.loop import Figures, train
     from launch.training.monitor import Monitor
     from launch.training.pipeline import engine_for
@@ -70,7 +71,7 @@ def _run(settings: RunSettings, merged: dict, process, layout, data, samples, st
     seen = [path.name for path in checkpoint.published(root)]
     # Rank 0 says for all what there is to go on with: a network disk may show each rank something else.
     word, *names = engine.first_sentence(" ".join(["resume" if start.goes_on else "begin", *seen]), 32 * 1024).split()
-    layout_now = dataclasses.asdict(layout) | {"zero_stage": merged["zero_optimization"]["stage"], "precision": settings.precision}
+    layout_now = layout.recorded(merged["zero_optimization"]["stage"], settings.precision)
     first_step, read = 0, ""
     if word == "resume":
         folder = checkpoint.newest_good(
@@ -87,7 +88,7 @@ def _run(settings: RunSettings, merged: dict, process, layout, data, samples, st
         manifest = checkpoint.read_manifest(folder)
         there = manifest.get("converted_from", manifest)["layout"]
         read = f"read in {time.perf_counter() - begun:.1f} s"
-        read += "" if there == layout_now else f", converted from {run_folder.describe(there)} to {run_folder.describe(layout_now)}"
+        read += "" if there == layout_now else f", converted from {describe(there)} to {describe(layout_now)}"
     monitor, peak = None, 1.0
     if process.is_first:
         monitor = Monitor(Path(settings.output), first_step, settings.steps, settings.batch.global_batch_size)

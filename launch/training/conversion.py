@@ -233,7 +233,7 @@ class _Progress:
 
 def _about(source: Path, manifest: dict) -> dict:
     """The manifest's account of the run, and where the numbers come from."""
-    layout = dataclasses.asdict(Layout(world_size=1)) | {"zero_stage": 0, "precision": manifest["layout"]["precision"]}
+    layout = Layout(world_size=1).recorded(zero_stage=0, precision=manifest["layout"]["precision"])
     origin = {"checkpoint": str(source), "layout": manifest["layout"], "files": len(manifest["files"])}
     return manifest | {"layout": layout, "converted_from": origin}
 

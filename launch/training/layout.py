@@ -73,6 +73,10 @@ class Layout:
     def _group(self) -> int:
         return self.tensor_parallel_size * self.sequence_parallel_size
 
+    def recorded(self, zero_stage: int, precision: str) -> dict:
+        """What a checkpoint's manifest says of how it was trained; `describe` reads it."""
+        return dataclasses.asdict(self) | {"zero_stage": zero_stage, "precision": precision}
+
     def bubble(self, num_micro_batches: int) -> float:
         """The share of a step in which a stage waits, if all take equally long: (p - 1) / (m + p - 1).
 
@@ -86,6 +90,12 @@ class Layout:
         parts += [f"sequence parallel {self.sequence_parallel_size}"] if self.sequence_parallel_size > 1 else []
         parts += [f"data parallel {self.data_parallel_size}"] if parts and self.data_parallel_size > 1 else []
         return " x ".join([f"{self.world_size} rank(s)", *parts]).replace(" x ", ": ", 1)
+
+
+def describe(recorded: dict) -> str:
+    """A checkpoint's layout, as its manifest has it, for a person."""
+    ranks = Layout(**{field.name: recorded[field.name] for field in dataclasses.fields(Layout)})
+    return f"{ranks} under ZeRO-{recorded['zero_stage']} in {recorded['precision']}"
 
 
 def fewest_micro_batches(stages: int) -> int:

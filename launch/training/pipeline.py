@@ -21,11 +21,18 @@ from model.loss import IGNORED, training_loss
 from model.transformer import layers
 
 _STAND_IN = "stand_in_"
-PARTS = {
-    "forward": (schedule.LoadMicroBatch, schedule.ForwardPass),
-    "backward": (schedule.BackwardPass,),
-    "passing": (schedule.SendActivation, schedule.RecvActivation, schedule.SendGrad, schedule.RecvGrad, schedule.CommitP2P),
-    "optimizer": (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep),
+PART_OF = {
+    schedule.LoadMicroBatch: "forward",
+    schedule.ForwardPass: "forward",
+    schedule.BackwardPass: "backward",
+    schedule.SendActivation: "passing",
+    schedule.RecvActivation: "passing",
+    schedule.SendGrad: "passing",
+    schedule.RecvGrad: "passing",
+    schedule.CommitP2P: "passing",
+    schedule.ReduceTiedGrads: "optimizer",
+    schedule.ReduceGrads: "optimizer",
+    schedule.OptimizerStep: "optimizer",
 }
 """What each of DeepSpeed's instructions is timed as."""
 
@@ -54,9 +61,8 @@ class PipelinedEngine(Engine):
 
     def _step_on(self, micro_batches: list[Batch], divisor: Tensor, watch: Stopwatch) -> tuple[float, float, bool]:
         engine = self._deepspeed
-        part_of = {instruction: part for part, instructions in PARTS.items() for instruction in instructions}
         methods = type(engine)._INSTRUCTION_MAP
-        engine._INSTRUCTION_MAP = {instruction: _timed(method, watch, part_of[instruction]) for instruction, method in methods.items()}
+        engine._INSTRUCTION_MAP = {instruction: _timed(method, watch, PART_OF[instruction]) for instruction, method in methods.items()}
         for name, parameter in self._model.named_parameters():
             if name.startswith(_STAND_IN):  # without a gradient, a stage whose weights all count elsewhere has no norm at all
                 parameter.grad = torch.zeros_like(parameter)
@@ -80,10 +86,7 @@ class PipelinedEngine(Engine):
     @torch.no_grad()
     def _read(self, tokens: Tensor, segments: Tensor, cache: KeyValueCache) -> Tensor:
         """The logits behind the last token. A pipeline keeps no keys: everything so far is read again, in the shape of a micro-batch."""
-        if cache.length == 0:
-            self._so_far = tokens
-        else:
-            self._so_far = torch.cat((self._so_far, tokens), dim=1)
+        self._so_far = torch.cat((self._so_far, tokens), dim=1) if cache.length else tokens
         cache.length = length = self._so_far.shape[1]
         shape = self._deepspeed.train_micro_batch_size_per_gpu(), self.config.sequence_length
         padded = torch.zeros(shape, dtype=torch.int64, device=self.device)

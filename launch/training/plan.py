@@ -169,8 +169,9 @@ def _pipeline_rows(settings: RunSettings, merged_json: dict, layout: Layout, mic
         bubble += "; DualPipeV, which fills it from both ends, waits less"
     rows = [("pipeline", f"{stages} stages by {section['partition']}, {section['schedule']}, {micro_batches} micro-batches; {bubble}")]
     if micro_batches < fewest_micro_batches(stages):
-        size = micro_batch_size(settings.batch.global_batch_size // layout.data_parallel_size, stages)
-        better = settings.batch.global_batch_size // layout.data_parallel_size // size
+        share = settings.batch.global_batch_size // layout.data_parallel_size
+        size = micro_batch_size(share, stages)
+        better = share // size
         advice = (
             f"batch.micro_batch_size {size} makes {better}: bubble {layout.bubble(better):.1%}"
             if better > micro_batches

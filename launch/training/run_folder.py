@@ -22,7 +22,6 @@ from typing import BinaryIO
 from data.command_line import UserError, flatten
 from launch.training import checkpoint
 from launch.training.config import REPOSITORY, RunSettings
-from launch.training.layout import Layout
 
 # What may differ when a run goes on: it changes no number but by rounding, and, under dropout, by which ones are dropped.
 _HARMLESS = (
@@ -149,12 +148,6 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed", "megabatch")}
-
-
-def describe(layout: dict) -> str:
-    """A checkpoint's layout, as its manifest has it, for a person."""
-    ranks = Layout(**{field.name: layout[field.name] for field in dataclasses.fields(Layout)})
-    return f"{ranks} under ZeRO-{layout['zero_stage']} in {layout['precision']}"
 
 
 def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json: dict) -> list[str]:

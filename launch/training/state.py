@@ -2,8 +2,8 @@
 
 Each rank writes one safetensors file (https://github.com/huggingface/safetensors, "Format"): for every stretch of a parameter that
 its optimizer holds, the float32 weight and AdamW's two moments. The file's metadata says where the stretch lies in the whole
-parameter. A reader takes from all files what its own layout needs, a stretch at a time; where
-tensor parallelism cut a matrix otherwise, one kind of that matrix is put together whole.
+parameter. A reader takes from all files what its own layout needs, a stretch at a time; where tensor parallelism cut a matrix
+otherwise, one kind of that matrix is put together whole.
 """
 
 import dataclasses
@@ -42,6 +42,10 @@ class Stretch:
 
 def whole_box(shape: Iterable[int]) -> Box:
     return tuple((0, size) for size in shape)
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(first, end) for first, end in box)
 
 
 def checksum(values: Tensor, stretch: Stretch) -> int:
@@ -124,7 +128,7 @@ class SavedState:
         if all(there.box == wanted.box for there, _ in self._found[wanted.name]):
             self._copy(self._found[wanted.name], kind, wanted.start, into)
         else:
-            part = self.whole(wanted.name, kind)[tuple(slice(first, end) for first, end in wanted.box)]
+            part = self.whole(wanted.name, kind)[_slices(wanted.box)]
             into.copy_(part.reshape(-1)[wanted.start : wanted.start + wanted.count])
 
     def whole(self, name: str, kind: str = "weight") -> Tensor:
@@ -135,7 +139,7 @@ class SavedState:
             part = tensor if is_all else torch.empty([end - first for first, end in box])
             self._copy([entry for entry in self._found[name] if entry[0].box == box], kind, 0, part.view(-1))
             if not is_all:
-                tensor[tuple(slice(first, end) for first, end in box)] = part
+                tensor[_slices(box)] = part
         return tensor
 
     def _copy(self, entries: list[tuple[Stretch, safetensors.safe_open]], kind: str, start: int, into: Tensor) -> None:

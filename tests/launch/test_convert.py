@@ -20,8 +20,9 @@ import torch
 
 from data.command_line import UserError
 from launch.convert import ConvertSettings, main
-from launch.training import checkpoint, run_folder, state
+from launch.training import checkpoint, state
 from launch.training.conversion import convert
+from launch.training.layout import describe
 from launch.training.state import KINDS, SavedState, Stretch, whole_box
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 
@@ -176,7 +177,7 @@ def test_the_new_manifest_is_the_old_one_with_other_files_and_says_where_they_co
     origin = {"checkpoint": str(run / "checkpoints" / "step_00000007"), "layout": old["layout"], "files": 4}
     assert new == old | {"layout": new["layout"], "files": new["files"], "converted_from": origin}
     assert list(new["files"]) == ["state_00000.safetensors"]
-    assert run_folder.describe(new["layout"]) == "1 rank(s) under ZeRO-0 in bf16"
+    assert describe(new["layout"]) == "1 rank(s) under ZeRO-0 in bf16"
     for name in ("run.json", "tokenizer.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (run / name).read_bytes()
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"run.json", "tokenizer.json", "checkpoints"}

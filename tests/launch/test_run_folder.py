@@ -10,6 +10,7 @@ import pytest
 from data.command_line import UserError
 from launch.training import checkpoint, run_folder
 from launch.training.config import DataSettings, LogSettings, OptimizerSettings, RunSettings
+from launch.training.layout import describe
 from model.config import ModelConfig
 
 MERGED = {"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}
@@ -186,9 +187,9 @@ def test_another_precision_is_another_run(saved):
 
 
 def test_a_layout_is_described_for_a_person():
-    assert run_folder.describe(LAYOUT) == "2 rank(s) under ZeRO-1 in bf16"
+    assert describe(LAYOUT) == "2 rank(s) under ZeRO-1 in bf16"
     many = LAYOUT | {"world_size": 8, "pipeline_stages": 2, "tensor_parallel_size": 2}
-    assert run_folder.describe(many) == "8 rank(s): 2 pipeline stages x tensor parallel 2 x data parallel 2 under ZeRO-1 in bf16"
+    assert describe(many) == "8 rank(s): 2 pipeline stages x tensor parallel 2 x data parallel 2 under ZeRO-1 in bf16"
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(run):
