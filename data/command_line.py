@@ -9,10 +9,12 @@ import json
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import docstring_parser
 import jsonargparse
@@ -25,6 +27,10 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 class UserError(ValueError):
     """A person's mistake: what was given, what is allowed, where it was set. Doors print it and exit with status 2."""
+
+
+class RankError(UserError):
+    """A person's mistake that one rank sees and others may not, so that it names its rank or machine, and each rank prints its own."""
 
 
 def read_settings(
@@ -69,17 +75,21 @@ def read_settings(
     return settings(**values)
 
 
-def run_door(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Call a door with the command line; its status is the process's. A UserError is printed by rank 0 alone, status 2."""
+def run_door(main: Callable[[Sequence[str]], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> None:
+    """Call a door with the command line; its status is the process's. A UserError is status 2, and what all ranks see is said once."""
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        rank = next((os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID") if name in os.environ), "0")
+        if rank == "0" or isinstance(error, RankError):
             print(error, file=sys.stderr)
         status = 2
     except BrokenPipeError:
         status = 1
-    sys.exit(status or 0)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    leave(status or 0)
 
 
 def nearest(word: str, allowed: Sequence[str]) -> str:

@@ -303,11 +303,12 @@ def _ours_under_deepspeed(
     from launch.training.config import REPOSITORY, BatchSettings, RunSettings
     from launch.training.engine import initialize_communication
     from launch.training.pipeline import engine_for
+    from launch.training.rendezvous import meet
 
     process = processes.find_process()
     processes.share_the_cores(process)
     processes.keep_freed_memory()
-    initialize_communication(process)
+    initialize_communication(process, meet(process, 30, sys.argv), 600)
     path = str(REPOSITORY / "ds_configs" / f"{json_name}.json")
     batch = BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size)
     run = RunSettings(model=_config(settings), batch=batch, train_steps=1, compile=compiled, **sizes)

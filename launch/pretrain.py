@@ -2,37 +2,62 @@
 
 import dataclasses
 import json
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import flatten, run_door
-from launch.training.config import RunSettings, read_run_settings, share_the_batch
+from launch.training.config import RunSettings, read_run_settings
+from launch.training.stopping import StopRequest, leave
 
 
 def main(arguments: Sequence[str]) -> int:
     settings = read_run_settings(arguments)
+    stop = StopRequest()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported; it warns of every host without a reverse name
 
     # Torch and DeepSpeed are imported only now: --help and mistakes in settings answer at once.
-    from data.batches import CausalBatches
-    from launch.training import deepspeed_config, processes, run_folder
-    from launch.training.data import open_data, will_be_prepared
+    from launch.training import checkpoint, rendezvous
     from launch.training.plan import plan
+    from launch.training.start import get_ready
 
-    process = processes.find_process()
-    processes.share_the_cores(process)
-    device = processes.device_name()
-    if device == "cpu":
-        processes.keep_freed_memory()
-    written = deepspeed_config.read_deepspeed_json(settings.deepspeed)
-    layout = deepspeed_config.layout_of(written, settings, process.world_size)
-    settings = share_the_batch(settings, layout)
-    merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size)
-    if settings.dry_run and will_be_prepared(settings):
-        if process.is_first:
-            print(plan(settings, merged, layout, device, None))
-        return 0
-    data = open_data(settings, process)
+    try:
+        ready = get_ready(settings, arguments)
+        if ready.process.is_first:
+            print(plan(ready.settings, ready.merged_json, ready.layout, ready.device, ready.data), flush=True)
+        return 0 if settings.dry_run else _run(ready, stop)
+    except rendezvous.RanksMissing as error:
+        print(error, file=sys.stderr)
+    except RuntimeError as error:
+        if (reason := rendezvous.reason_of_loss(error)) is None:
+            raise
+        where = " ".join(getattr(error, "__notes__", ["at the start"]))
+        saved = [path.name for path in checkpoint.published(Path(settings.output) / "checkpoints")[:1]]
+        newest = f"The newest checkpoint is {saved[0]}; the same command goes on from it." if saved else "There is no checkpoint yet."
+        print(f"{ready.process} lost the other ranks {where}: {reason}. {newest}", file=sys.stderr)
+    return 1
+
+
+def _run(ready, stop: StopRequest) -> int:
+    from data.batches import CausalBatches, evaluation_batches
+    from launch.training import checkpoint, preflight, run_folder
+    from launch.training.engine import initialize_communication
+    from launch.training.layout import describe
+    from launch.training.loop import Figures, train
+    from launch.training.monitor import Monitor
+    from launch.training.pipeline import engine_for
+    from launch.training.plan import peak_flops
+    from model.config import flops_per_token
+
+    settings, process, layout, data, start = ready.settings, ready.process, ready.layout, ready.data, ready.start
+    initialize_communication(process, ready.store, settings.communication_timeout)
+    if settings.preflight and process.spans_nodes:
+        compared = preflight.compare_speeds(ready.store, process, layout, ready.device, ready.reports)
+        print(compared, end="\n" if compared else "", flush=True)
+    if process.is_first:
+        run_folder.record(settings, ready.merged_json, start, data.fingerprint, data.tokenizer_path)
     samples = CausalBatches(
         data.train,
         settings.model.sequence_length,
@@ -43,35 +68,12 @@ def main(arguments: Sequence[str]) -> int:
         layout.data_parallel_size,
         settings.model.document_mask,
     )
-    start = run_folder.inspect(settings, data.fingerprint, merged)
-    if process.is_first:
-        print(plan(settings, merged, layout, device, data), flush=True)
-    if settings.dry_run:
-        return 0
-    held = run_folder.lock(settings) if process.is_first else None  # noqa: F841 (held until the process ends)
-    return _run(settings, merged, process, layout, data, samples, start)
-
-
-def _run(settings: RunSettings, merged: dict, process, layout, data, samples, start) -> int:
-    from data.batches import evaluation_batches
-    from launch.training import checkpoint, run_folder
-    from launch.training.engine import initialize_communication
-    from launch.training.layout import describe
-    from launch.training.loop import Figures, train
-    from launch.training.monitor import Monitor
-    from launch.training.pipeline import engine_for
-    from launch.training.plan import peak_flops
-    from model.config import flops_per_token
-
-    initialize_communication(process)
-    if process.is_first:
-        run_folder.record(settings, merged, start, data.fingerprint, data.tokenizer_path)
-    engine = engine_for(layout)(settings, merged, process, layout)
+    engine = engine_for(layout)(settings, ready.merged_json, process, layout)
     root = Path(settings.output) / "checkpoints"
     seen = [path.name for path in checkpoint.published(root)]
     # Rank 0 says for all what there is to go on with: a network disk may show each rank something else.
     word, *names = engine.first_sentence(" ".join(["resume" if start.goes_on else "begin", *seen]), 32 * 1024).split()
-    layout_now = layout.recorded(merged["zero_optimization"]["stage"], settings.precision)
+    layout_now = layout.recorded(ready.merged_json["zero_optimization"]["stage"], settings.precision)
     first_step, read = 0, ""
     if word == "resume":
         folder = checkpoint.newest_good(
@@ -93,7 +95,7 @@ def _run(settings: RunSettings, merged: dict, process, layout, data, samples, st
     if process.is_first:
         monitor = Monitor(Path(settings.output), first_step, settings.steps, settings.batch.global_batch_size)
         peak, peak_source = peak_flops(settings, engine.device.type)
-        _introduce(monitor, settings, merged, start, first_step, read, f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+        _introduce(monitor, settings, ready.merged_json, start, first_step, read, f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})")
     about = {
         "run_id": engine.first_sentence(start.run_id),
         "model": dataclasses.asdict(settings.model),
@@ -129,7 +131,11 @@ def _run(settings: RunSettings, merged: dict, process, layout, data, samples, st
         bytes_per_token["validation"] = data.validation.num_bytes / len(data.validation)
     figures = Figures(flops_per_token(settings.model), peak, process.world_size, samples.num_samples, bytes_per_token)
     validated = validation_batches if len(data.validation) > 1 else None
-    status = train(settings, engine, samples.step, validated, sample, first_step, about, monitor, figures)
+    try:
+        status = train(settings, stop, engine, samples.step, validated, sample, first_step, about, monitor, figures)
+    except RuntimeError as error:
+        error.add_note(f"in step {engine.step_in_hand + 1}")
+        raise
     if monitor:
         if status == 0:
             monitor.say(f"Done: {settings.steps} steps. {settings.output} holds the model; python launch/evaluate.py {settings.output}")
@@ -149,4 +155,4 @@ def _introduce(monitor, settings: RunSettings, merged: dict, start, first_step: 
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_door(main, leave)

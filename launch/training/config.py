@@ -111,6 +111,12 @@ class RunSettings:
     """Ranks, best of one node, that each weight matrix is cut among."""
     sequence_parallel_size: int = 1
     """Ranks that each sequence is cut among."""
+    rendezvous_seconds: float = 30.0
+    """Longest wait at the start until all ranks have found rank 0."""
+    communication_timeout: float = 600.0
+    """Seconds that a rank waits for the others in training before it ends: one of them is gone, or the network is."""
+    preflight: bool = True
+    """Compare the nodes before training, where there are several: what launch/preflight.py does."""
     recompute: bool = False
     """Keep only the input of each block for the backward pass and compute the rest again: less memory, a third more work."""
     compile: bool = False
@@ -144,7 +150,7 @@ def read_run_settings(arguments: Sequence[str]) -> RunSettings:
 
     Raises UserError, with every complaint about their combination at once.
     """
-    words = _without_local_rank(arguments)
+    words = without_local_rank(arguments)
     if not _says(words, "--config") and not _says(words, "--size"):
         words = ["--config", str(DEMO_RECIPE), *words]
     aliases = {"--deepspeed_config": "--deepspeed", "--data": "--data.path"}
@@ -159,7 +165,7 @@ def read_run_settings(arguments: Sequence[str]) -> RunSettings:
     return settings
 
 
-def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
     """The launcher adds --local_rank=N (torch's older one --local-rank=N); the environment says it too."""
     words, kept = list(arguments), []
     while words:
@@ -225,6 +231,8 @@ def _refuse_impossible(settings: RunSettings) -> None:
         "optimizer.epsilon": settings.optimizer.epsilon,
         "train_steps": 1 if settings.train_steps is None else settings.train_steps,
         "log.interval": settings.log.interval,
+        "rendezvous_seconds": settings.rendezvous_seconds,
+        "communication_timeout": settings.communication_timeout,
         "peak_tflops": 1 if settings.peak_tflops is None else settings.peak_tflops,
     }
     complaints += [f"{name} is {value}; it must be above 0." for name, value in positive.items() if value <= 0]

@@ -9,10 +9,8 @@ from data.prepare import PrepareSettings, prepare
 from data.shards import PreparedData, TokenStream
 from data.tokenizer import Tokenizer, load_tokenizer
 from launch.training.config import DataSettings, RunSettings
-from launch.training.processes import Process
 
 _HASHED_AT_START = 4 << 30  # bytes that are hashed in two or three seconds; above, sizes and indexes are checked, and ids while reading
-_LONGEST_WAIT_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +22,9 @@ class RunData:
     fingerprint: str
 
 
-def open_data(settings: RunSettings, process: Process) -> RunData:
+def open_data(settings: RunSettings) -> RunData:
     """Open the prepared folder. Raises UserError where it is missing or damaged or does not fit the model."""
     path = Path(settings.data.path)
-    if will_be_prepared(settings):
-        _prepare_embedded_corpus(settings, process)
     prepared = PreparedData(path)
     if prepared.stored_bytes < _HASHED_AT_START:
         prepared.verify()
@@ -47,18 +43,17 @@ def will_be_prepared(settings: RunSettings) -> bool:
     return settings.data.path == DataSettings().path and not Path(settings.data.path).exists()
 
 
-def _prepare_embedded_corpus(settings: RunSettings, process: Process) -> None:
-    """Rank 0 prepares; the others wait for the folder, which appears when it is whole. No process group exists yet that could time out."""
-    path = Path(settings.data.path)
+def prepare_embedded_corpus(settings: RunSettings) -> None:
+    """Make the default folder: by one rank."""
     if settings.data.vocab_size > settings.model.vocab_size:
         raise UserError(f"data.vocab_size {settings.data.vocab_size} is above model.vocab_size {settings.model.vocab_size}.")
-    if process.is_first:
-        print(f"{path}/ is not there: preparing the embedded corpus, the source text of Python's standard library.", flush=True)
-        prepare(PrepareSettings(output=str(path), vocab_size=settings.data.vocab_size))
-    deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{path} did not appear within {_LONGEST_WAIT_SECONDS} s; rank 0 prepares it, on a disk that all ranks must share."
-            )
+    path = settings.data.path
+    print(f"{path}/ is not there: preparing the embedded corpus, the source text of Python's standard library.", flush=True)
+    prepare(PrepareSettings(output=path, vocab_size=settings.data.vocab_size))
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    """Until a folder that another machine has just made is seen here too: a network disk may take its time. Not raised if it never is."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -29,7 +29,7 @@ from launch.training import checkpoint, parallel, state
 from launch.training.config import OptimizerSettings, RunSettings
 from launch.training.deepspeed_state import LiveState
 from launch.training.layout import Layout
-from launch.training.processes import Process, device_name
+from launch.training.processes import Process, device_name, device_number
 from model.generation import generate
 from model.layers import Block, KeyValueCache
 from model.loss import token_losses, training_loss
@@ -54,17 +54,20 @@ class StepReport:
     """Of this rank, by part: forward, backward, optimizer; in a pipeline also passing: sending, receiving and waiting for both."""
 
 
-def initialize_communication(process: Process) -> None:
-    """Join the process group, quietly."""
+def initialize_communication(process: Process, store: dist.Store, timeout_seconds: float) -> None:
+    """Join the process group over the store that the ranks met at, quietly; `timeout_seconds` is how long a rank waits for others."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="deepspeed|torch.distributed")
     warnings.filterwarnings("ignore", message="c10d::broadcast_")  # of tied weights, while a pipeline is built
     # Without this a CPU start compiles a C++ helper: two minutes once, and, killed meanwhile, a lock that hangs all later starts.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device_name() == "cuda":
-        torch.cuda.set_device(process.local_rank)
+        torch.cuda.set_device(device_number(process))
     backend = "nccl" if device_name() == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=30), verbose=False)
+    timeout = timedelta(seconds=timeout_seconds)
+    group = dist.PrefixStore("process group", store)
+    dist.init_process_group(backend, store=group, rank=process.rank, world_size=process.world_size, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 class Engine:
@@ -74,9 +77,10 @@ class Engine:
         self.config = settings.model
         self.process = process
         self.layout = layout
-        self.device = torch.device(device_name(), process.local_rank) if device_name() == "cuda" else torch.device("cpu")
+        self.device = torch.device(device_name(), device_number(process)) if device_name() == "cuda" else torch.device("cpu")
         self.zero_stage = merged_json["zero_optimization"].get("stage", 0)
         self._seed = settings.seed
+        self.step_in_hand = 0
         self._micro_batches_seen: dict[int, int] = {}  # by each layer, in this step
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the pipeline's parts, and its memory use at every turn
             mpu = None
@@ -108,7 +112,7 @@ class Engine:
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int, stop_asked: bool = False) -> StepReport:
         """One optimizer step on this data rank's micro-batches of global step `step`."""
-        self._step, self._micro_batches_seen = step, {}
+        self.step_in_hand, self._micro_batches_seen = step, {}
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         micro_batches = [self._part_of(batch) for batch in micro_batches]
@@ -289,7 +293,7 @@ class Engine:
             seen = self._micro_batches_seen.get(layer, 0)
             self._micro_batches_seen[layer] = seen + 1
             micro_batch = seen * self.layout.data_parallel_size + self.layout.data_rank(self.process.rank)
-            torch.manual_seed(_stream(self._seed, self._step, micro_batch, layer, self.layout.sequence_place(self.process.rank)))
+            torch.manual_seed(_stream(self._seed, self.step_in_hand, micro_batch, layer, self.layout.sequence_place(self.process.rank)))
 
     def _plain_step(self) -> tuple[float, bool]:
         """ZeRO-0 knows no gradient norm and would apply a NaN: measure it, and take the step without the update where it is one."""

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from launch.training.config import RunSettings
 from launch.training.engine import Engine, StepReport
 from launch.training.monitor import Monitor, perplexity
 from launch.training.schedule import learning_rate
+from launch.training.stopping import StopRequest
 
 SAVED_AND_UNFINISHED = 85
 """Exit status of a run that was told to stop: saved, start it again to go on."""
@@ -20,22 +20,9 @@ MOST_SKIPPED_IN_A_ROW = 50
 """Steps whose gradient was not finite before the run gives up (an fp16 loss scale needs about 16 to settle)."""
 
 
-class StopRequest:
-    """SIGINT, SIGTERM and SIGUSR1 ask to stop after the step in hand; a second SIGINT leaves at once."""
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame) -> None:
-        self.asked = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # not an exception of ours: a rank inside a collective would not see it
-
-
 def train(
     settings: RunSettings,
+    stop: StopRequest,
     engine: Engine,
     batches_of_step: Callable[[int], list[Batch]],
     validation_batches: Callable[[], Iterable[Batch]] | None,
@@ -50,7 +37,6 @@ def train(
     `sample` writes a text after a step, on all ranks together; `monitor` is rank 0's; `about` goes into every manifest.
     """
     root = Path(settings.output) / "checkpoints"
-    stop = StopRequest()
     saved_step = first_step if first_step else None
     skipped_in_a_row = 0
 
@@ -62,7 +48,9 @@ def train(
             saved_step = step
         if monitor:
             if complaint is None:
-                monitor.scalars(step, {"time/save": time.perf_counter() - start})
+                seconds = time.perf_counter() - start
+                monitor.scalars(step, {"time/save": seconds})
+                monitor.say(f"step: {step} | checkpoint saved in {seconds:.1f} s")  # launch/slurm/pretrain.sbatch reads this as progress
                 try:
                     checkpoint.retain(root, settings.checkpoint.keep)
                 except OSError as error:

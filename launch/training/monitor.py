@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -43,10 +44,13 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """A line for the console and log.txt."""
-        if self._bar.disable:
-            print(line, flush=True)
-        else:
-            tqdm.write(line)
+        try:
+            if self._bar.disable:
+                print(line, flush=True)
+            else:
+                tqdm.write(line)
+        except OSError:  # the terminal, or the launcher behind the pipe, is gone; the run goes on, or saves and stops
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         self._guard(lambda: self._log.write(time.strftime("%Y-%m-%d %H:%M:%S ") + line + "\n"))
 
     def step(self, step: int, scalars: dict[str, float], seconds: float) -> None:

@@ -6,11 +6,12 @@ import dataclasses
 import os
 import platform
 import random
+import re
 import socket
 
 import torch
 
-from data.command_line import UserError
+from data.command_line import RankError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +23,22 @@ class Process:
     local_rank: int
     local_world_size: int
 
+    def __str__(self) -> str:
+        return f"Rank {self.rank} on {host_name()}"
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether the run has ranks on other machines."""
+        return self.local_world_size < self.world_size
+
+
+def host_name() -> str:
+    """This machine's name, as SLURM calls the node where it does."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def free_port() -> int:
@@ -36,26 +50,83 @@ def free_port() -> int:
     raise OSError("No free port between 15000 and 30000.")
 
 
-def find_process() -> Process:
-    """Read rank and world from what the launcher set (deepspeed, torchrun); alone, become rank 0 of 1 and say so to torch.
+# What launchers other than torchrun and deepspeed, which speak torch's names, call: rank, world size, local rank, local world size.
+_NAMES = {
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
+    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}
+_TORCH_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-    Raises UserError where a launcher set only a part, or started several processes without saying which is which.
+
+def find_process() -> Process:
+    """Read rank, world size and rendezvous from what the launcher set, and say them again in torch's names; alone: rank 0 of 1.
+
+    Understands deepspeed, torchrun, mpirun, mpiexec and srun, the innermost first: torchrun may run in a task of srun. Raises
+    RankError where a launcher set only a part of what is needed, or a number that cannot be.
     """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
-        raise UserError(
-            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without saying which is which ({', '.join(missing)} not set). "
-            "Start torchrun or deepspeed in one task a node."
-        )
-    if "RANK" in os.environ and missing:
-        raise UserError(f"RANK is set but {', '.join(missing)} not. Start with deepspeed or torchrun, or unset RANK.")
-    if "RANK" not in os.environ:
+    # SLURM's variables stand in a batch script too, which is no rank; those of a step, and these local ones, only where ranks are.
+    launcher = next((name for name, variables in _NAMES.items() if variables[1] in os.environ and variables[2] in os.environ), None)
+    if "RANK" in os.environ:
+        launcher = "the launcher"
+    elif launcher is None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    world_size = int(os.environ["WORLD_SIZE"])
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    return Process(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")), local_world_size)
+        return Process(0, 1, 0, 1)
+    else:
+        _say_in_torch_names(launcher)
+    if missing := [name for name in _TORCH_NAMES if not os.environ.get(name)]:
+        hint = " Add -x MASTER_ADDR=HOST, the machine of rank 0." if launcher in ("mpirun", "mpiexec") else ""
+        raise RankError(
+            f"{launcher} set RANK but not {', '.join(missing)}.{hint} Start with deepspeed, torchrun, srun or mpirun, or unset RANK."
+        )
+    world_size = _number("WORLD_SIZE", at_least=1)
+    rank = _number("RANK", below=world_size)
+    local_world_size = next((_number(name, at_least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)), world_size)
+    local_rank = _number("LOCAL_RANK", below=local_world_size) if os.environ.get("LOCAL_RANK") else 0
+    _number("MASTER_PORT", at_least=1, below=65536)
+    return Process(rank, world_size, local_rank, local_world_size)
+
+
+def _say_in_torch_names(launcher: str) -> None:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the launcher's own names; MASTER_ADDR and MASTER_PORT where it knows them."""
+    of_rank, of_world, of_local_rank, of_local_world = _NAMES[launcher]
+    found = {"WORLD_SIZE": os.environ[of_world], "LOCAL_RANK": os.environ[of_local_rank], "RANK": os.environ.get(of_rank, "")}
+    if launcher == "srun":
+        counts = _expand_counts(os.environ.get(of_local_world, found["WORLD_SIZE"]))
+        found["LOCAL_WORLD_SIZE"] = str(counts[int(os.environ.get("SLURM_NODEID", "0")) % len(counts)])
+        job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+        meeting = {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(20000 + (job + 1009 * step) % 10000)}  # steps side by side differ
+    else:
+        found["LOCAL_WORLD_SIZE"] = os.environ.get(of_local_world, "")
+        on_one_node = found["LOCAL_WORLD_SIZE"] == found["WORLD_SIZE"]
+        # Ranks of one mpirun on one machine have one parent; on several, nothing that all of them see says where rank 0 is.
+        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getppid() % 10000)}
+        meeting = here if on_one_node else {"MASTER_PORT": "29500"}
+    os.environ |= {name: value for name, value in found.items() if value}
+    for name, value in meeting.items():
+        os.environ.setdefault(name, value)
+
+
+def _number(name: str, at_least: int = 0, below: int | None = None) -> int:
+    text = os.environ[name]
+    if not text.isdecimal() or int(text) < at_least or (below is not None and int(text) >= below):
+        upto = "" if below is None else f" and below {below}"
+        raise RankError(f'{name} is "{text}"; the launcher must set a whole number, at least {at_least}{upto}.')
+    return int(text)
+
+
+def _expand_counts(counts: str) -> list[int]:
+    """SLURM's tasks per node, one number a node: "2(x3),1" is [2, 2, 2, 1]."""
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in counts.split(",")]
+    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: "n[01-04,7],m1" -> "n01"."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])*", nodes)
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0] if first else "")
 
 
 def share_the_cores(process: Process) -> None:
@@ -65,7 +136,10 @@ def share_the_cores(process: Process) -> None:
     """
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if "OMP_NUM_THREADS" not in os.environ or by_torchrun:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.local_world_size))
+        cores = len(os.sched_getaffinity(0)) // process.local_world_size
+        if os.environ.get("SLURM_STEP_NUM_TASKS") == str(process.world_size):  # srun may have bound this task to its own part
+            cores = int(os.environ.get("SLURM_CPUS_PER_TASK", cores))
+        torch.set_num_threads(max(1, cores))
 
 
 def keep_freed_memory() -> None:
@@ -81,5 +155,31 @@ def keep_freed_memory() -> None:
 
 
 def device_name() -> str:
-    """ "cuda" or "cpu": what DS_ACCELERATOR asks for, else a GPU where there is one. DeepSpeed is told the same."""
-    return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    """ "cuda" or "cpu": what DS_ACCELERATOR asks for, else a GPU where there is one. DeepSpeed is told the same.
+
+    Raises RankError where SLURM gave GPUs that torch does not see: a run that goes on on the CPU for a week costs more.
+    """
+    seen, given = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if "DS_ACCELERATOR" not in os.environ and not seen and "SLURM_JOB_ID" in os.environ and given not in ("", "-1", "NoDevFiles"):
+        raise RankError(
+            f"SLURM gave this task on {host_name()} GPU {given} (CUDA_VISIBLE_DEVICES), and torch {torch.__version__} sees none: a driver "
+            "is missing, or this is a CPU build of torch. Set DS_ACCELERATOR=cpu to train on the CPU all the same."
+        )
+    return os.environ.setdefault("DS_ACCELERATOR", "cuda" if seen else "cpu")
+
+
+def device_number(process: Process) -> int:
+    """The number of this rank's GPU among those that it sees. DeepSpeed, which goes by LOCAL_RANK, is told the same.
+
+    Raises RankError where there are fewer GPUs than ranks.
+    """
+    seen = torch.cuda.device_count()
+    bound = seen == 1 and "SLURM_STEP_NUM_TASKS" in os.environ  # srun --gpus-per-task and the like show each task its own alone
+    if not bound and process.local_rank >= seen:
+        raise RankError(
+            f"{process} is the one of {process.local_world_size} ranks with local number {process.local_rank}, "
+            f"and {seen} GPU(s) are seen there: fewer devices than ranks. Start {max(seen, 1)} rank(s) a node, or ask for more GPUs."
+        )
+    number = 0 if bound else process.local_rank
+    os.environ["LOCAL_RANK"] = str(number)
+    return number

@@ -34,6 +34,9 @@ _HARMLESS = (
     "pipeline_stages",
     "tensor_parallel_size",
     "sequence_parallel_size",
+    "rendezvous_seconds",
+    "communication_timeout",
+    "preflight",
     "recompute",
     "compile",
     "log.",
@@ -109,17 +112,21 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed))
 
 
-def lock(settings: RunSettings) -> BinaryIO:
+def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
     """Hold the run's folder for this process, until the returned file is closed. Raises UserError where another start holds it."""
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     held = open(folder / LOCK, "wb")  # noqa: SIM115
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        held.close()
-        raise UserError(f"Another process is training in {folder}. Wait for it, or give another --output.") from error
-    return held
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return held
+        except OSError as error:
+            if time.monotonic() > deadline:
+                held.close()
+                raise UserError(f"Another process is training in {folder}. Wait for it, or give another --output.") from error
+        time.sleep(1)
 
 
 def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path) -> None:

@@ -164,10 +164,11 @@ def main() -> None:
     from deepspeed.utils import groups
 
     from launch.training.engine import initialize_communication
+    from launch.training.rendezvous import meet
 
     torch.set_num_threads(1)
     process = find_process()
-    initialize_communication(process)
+    initialize_communication(process, meet(process, 30, sys.argv), 600)
     answers = []
     for job in json.loads(sys.argv[1]):
         start = time.perf_counter()

@@ -17,6 +17,7 @@ from launch import pretrain
 from launch.training import checkpoint
 from launch.training.engine import Engine
 from launch.training.state import SavedState
+from launch.training.stopping import leave
 
 
 def plant(fault: str) -> None:
@@ -79,4 +80,4 @@ if __name__ == "__main__":
     if "FAULT_TERMINATE" in os.environ:
         plant_termination(os.environ["FAULT_TERMINATE"])
     sys.argv[0] = pretrain.__file__
-    run_door(pretrain.main)
+    run_door(pretrain.main, leave)

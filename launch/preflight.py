@@ -1,0 +1,33 @@
+"""Compare the nodes of a run, and train nothing: deepspeed --hostfile hosts launch/preflight.py [what launch/pretrain.py takes]"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from data.command_line import run_door
+from launch.training.config import read_run_settings
+from launch.training.stopping import leave
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = read_run_settings(arguments)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in launch/pretrain.py
+
+    from launch.training import preflight, rendezvous
+    from launch.training.engine import initialize_communication
+    from launch.training.start import get_ready
+
+    try:
+        ready = get_ready(settings, arguments, preflight_alone=True)
+        initialize_communication(ready.process, ready.store, settings.communication_timeout)
+        compared = preflight.compare_speeds(ready.store, ready.process, ready.layout, ready.device, ready.reports)
+    except rendezvous.RanksMissing as error:
+        print(error, file=sys.stderr)
+        return 1
+    if ready.process.is_first:
+        print(f"{compared}\nThe {ready.process.world_size} rank(s) agree.")
+    return 0
+
+
+if __name__ == "__main__":
+    run_door(main, leave)

@@ -1,0 +1,113 @@
+"""What every rank does before it trains: find the others, look at its machine, and agree with them. Nothing is written yet."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch.distributed as dist
+
+from data.command_line import UserError
+from launch.training import deepspeed_config, preflight, processes, rendezvous, run_folder
+from launch.training.config import RunSettings, share_the_batch, without_local_rank
+from launch.training.data import RunData, open_data, prepare_embedded_corpus, wait_for, will_be_prepared
+from launch.training.layout import Layout
+from launch.training.processes import Process
+
+_PREDECESSOR_SECONDS = 60
+"""That ranks of a node which SLURM believes dead may go on in the folder of a job that it has started again."""
+LONGEST_LOOK_SECONDS = 600
+"""That a rank may take to prepare the embedded corpus, or to read and hash its data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A rank that knows what it is to do, and that all others can do theirs."""
+
+    settings: RunSettings
+    """With the micro-batch size and stages that follow from the number of ranks."""
+    process: Process
+    device: str
+    layout: Layout
+    merged_json: dict
+    data: RunData | None
+    """None in a dry run for which the data would be prepared first."""
+    start: run_folder.Start | None
+    """None likewise."""
+    store: dist.Store | None
+    """Where the ranks met; None in a dry run."""
+    reports: list[dict]
+    """What the ranks said of their machines, on rank 0, where nodes are compared."""
+    held: BinaryIO | None
+    """The lock on the run's folder, on rank 0 of a run that trains; held until the process ends."""
+
+
+def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: bool = False) -> Ready:
+    """Raises UserError, the same on every rank, where any of them cannot take part, or nodes are compared and differ.
+
+    `preflight_alone`: compare also on one node, and leave the run's folder as it is.
+    """
+    process = processes.find_process()
+    processes.share_the_cores(process)
+    device = processes.device_name()
+    if device == "cpu":
+        processes.keep_freed_memory()
+    written = deepspeed_config.read_deepspeed_json(settings.deepspeed)
+    layout = deepspeed_config.layout_of(written, settings, process.world_size)
+    settings = share_the_batch(settings, layout)
+    merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size)
+    if settings.dry_run:
+        data = None if will_be_prepared(settings) else open_data(settings)
+        start = run_folder.inspect(settings, data.fingerprint, merged) if data else None
+        return Ready(settings, process, device, layout, merged, data, start, None, [], None)
+    store = rendezvous.meet(process, settings.rendezvous_seconds, without_local_rank(arguments))
+    compare = preflight_alone or (settings.preflight and process.spans_nodes)
+    _prepare_where_missing(settings, store, process)
+    data, start, probe = None, None, preflight.probe_of(settings.output, process)
+    report = {"rank": process.rank, "host": processes.host_name()}
+    try:
+        if device == "cuda":
+            processes.device_number(process)
+        data = open_data(settings)
+        start = run_folder.inspect(settings, data.fingerprint, merged)
+        if compare:
+            report |= preflight.look(settings, merged, layout, process, device, data, probe)
+    except UserError as error:
+        report["complaint"] = str(error)
+    try:
+        reports = rendezvous.gather(store, process, "machines", report, LONGEST_LOOK_SECONDS)
+        verdict = preflight.verdict(reports, probe.parent) if process.is_first else ""
+        verdict = rendezvous.tell(store, process, "verdict", verdict, LONGEST_LOOK_SECONDS)
+    finally:
+        probe.unlink(missing_ok=True)
+    if verdict:
+        if compare and process.is_first:
+            print(preflight.table(reports), flush=True)
+        raise UserError(verdict)
+    held, word = None, ""
+    if process.is_first and not preflight_alone:
+        try:
+            held = run_folder.lock(settings, patience_seconds=_PREDECESSOR_SECONDS if "SLURM_RESTART_COUNT" in os.environ else 0)
+            start = run_folder.inspect(settings, data.fingerprint, merged)  # once more: the one who held it may have saved
+        except UserError as error:
+            word = str(error)
+    if word := rendezvous.tell(store, process, "folder", word, LONGEST_LOOK_SECONDS):
+        raise UserError(word)
+    return Ready(settings, process, device, layout, merged, data, start, store, reports, held)
+
+
+def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Process) -> None:
+    """Rank 0 prepares the embedded corpus where it is wanted and missing; the others wait for its word."""
+    word = ""
+    if process.is_first and will_be_prepared(settings):
+        try:
+            prepare_embedded_corpus(settings)
+            word = "prepared"
+        except UserError as error:
+            word = str(error)
+    word = rendezvous.tell(store, process, "data", word, LONGEST_LOOK_SECONDS)
+    if word == "prepared":
+        wait_for(Path(settings.data.path))
+    elif word:
+        raise UserError(word)
