@@ -53,7 +53,7 @@ def _run(ready, stop: StopRequest) -> int:
 
     settings, process, layout, data, start = ready.settings, ready.process, ready.layout, ready.data, ready.start
     initialize_communication(process, ready.store, settings.communication_timeout)
-    if settings.preflight and process.spans_nodes:
+    if ready.compared:
         compared = preflight.compare_speeds(ready.store, process, layout, ready.device, ready.reports)
         print(compared, end="\n" if compared else "", flush=True)
     if process.is_first:

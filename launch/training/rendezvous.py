@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -155,11 +156,11 @@ def _check_in(
         raise RanksMissing(f"Rank 0 did not come to {place} within {seconds:g} s; see the end of its log.")
     first = json.loads(store.get("run"))
     if (first["world_size"], first["arguments"]) != (process.world_size, list(arguments)):
-        theirs = [word for word in first["arguments"] if word not in arguments]
-        own = [word for word in arguments if word not in first["arguments"]]
+        alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first["arguments"], arguments, strict=False)))
+        theirs, own = (" ".join(words[alike : alike + 6]) or "nothing" for words in (first["arguments"], arguments))
         raise RankError(
-            f"{process} found another run at {place}: rank 0 on {first['host']} is of {first['world_size']} rank(s) and has "
-            f"`{' '.join(theirs)}`, this one is of {process.world_size} and has `{' '.join(own)}`. "
+            f"{process} found another run at {place}: rank 0 on {first['host']} is of {first['world_size']} rank(s), this one of "
+            f"{process.world_size}; where their commands part, it has `{theirs}` and this one `{own}`. "
             "Start all nodes with one command, and each run with a MASTER_PORT of its own."
         )
     store.set(f"here/{process.rank}", reached)

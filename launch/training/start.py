@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -37,8 +38,10 @@ class Ready:
     """None likewise."""
     store: dist.Store | None
     """Where the ranks met; None in a dry run."""
+    compared: bool
+    """Whether the ranks were compared."""
     reports: list[dict]
-    """What the ranks said of their machines, on rank 0, where nodes are compared."""
+    """What they said of their machines, on rank 0."""
     held: BinaryIO | None
     """The lock on the run's folder, on rank 0 of a run that trains; held until the process ends."""
 
@@ -46,7 +49,7 @@ class Ready:
 def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: bool = False) -> Ready:
     """Raises UserError, the same on every rank, where any of them cannot take part, or nodes are compared and differ.
 
-    `preflight_alone`: compare also on one node, and leave the run's folder as it is.
+    `preflight_alone`: compare also where there is one node and no batch job, and leave the run's folder as it is.
     """
     process = processes.find_process()
     processes.share_the_cores(process)
@@ -60,9 +63,9 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     if settings.dry_run:
         data = None if will_be_prepared(settings) else open_data(settings)
         start = run_folder.inspect(settings, data.fingerprint, merged) if data else None
-        return Ready(settings, process, device, layout, merged, data, start, None, [], None)
+        return Ready(settings, process, device, layout, merged, data, start, None, False, [], None)
     store = rendezvous.meet(process, settings.rendezvous_seconds, without_local_rank(arguments))
-    compare = preflight_alone or (settings.preflight and process.spans_nodes)
+    compare = preflight_alone or (settings.preflight and (process.spans_nodes or "SLURM_JOB_ID" in os.environ))
     _prepare_where_missing(settings, store, process)
     data, start, probe = None, None, preflight.probe_of(settings.output, process)
     report = {"rank": process.rank, "host": processes.host_name()}
@@ -75,6 +78,9 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
             report |= preflight.look(settings, merged, layout, process, device, data, probe)
     except UserError as error:
         report["complaint"] = str(error)
+    except Exception as error:  # the others are waiting for a word
+        traceback.print_exc()
+        report["complaint"] = f"{type(error).__name__}: {error}"
     try:
         reports = rendezvous.gather(store, process, "machines", report, LONGEST_LOOK_SECONDS)
         verdict = preflight.verdict(reports, probe.parent) if process.is_first else ""
@@ -82,7 +88,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     finally:
         probe.unlink(missing_ok=True)
     if verdict:
-        if compare and process.is_first:
+        if process.is_first and all("data" in report for report in reports):
             print(preflight.table(reports), flush=True)
         raise UserError(verdict)
     held, word = None, ""
@@ -94,7 +100,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
             word = str(error)
     if word := rendezvous.tell(store, process, "folder", word, LONGEST_LOOK_SECONDS):
         raise UserError(word)
-    return Ready(settings, process, device, layout, merged, data, start, store, reports, held)
+    return Ready(settings, process, device, layout, merged, data, start, store, compare, reports, held)
 
 
 def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Process) -> None:

@@ -16,7 +16,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked: str | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:
         self.asked = signal.Signals(number).name
