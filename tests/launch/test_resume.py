@@ -1,7 +1,10 @@
 """Stopped and resumed equals never stopped, bit for bit; and no moment of dying loses a published checkpoint."""
 
 import json
+import re
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -23,17 +26,26 @@ def run(world_size: int, words: list[str], **environment: str) -> str:
 
 
 def statuses(world_size: int, words: list[str], **environment: str) -> list[int]:
-    """Run and let it die: each rank's status. What a dead rank leaves waiting is ended here, as a launcher would."""
-    processes = start_ranks(world_size, DOOR, *words, OMP_NUM_THREADS="1", **environment)
+    """Run and let it die: each rank's status."""
+    return [status for status, _ in endings(start_ranks(world_size, DOOR, *words, OMP_NUM_THREADS="1", **environment))]
+
+
+def endings(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Each rank's status and what it said. What a dead rank leaves waiting is ended here, as a launcher would."""
     try:
-        for process in processes:
-            process.communicate(timeout=120)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    return [process.returncode for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def listens_to(signal_number: int, process: subprocess.Popen) -> bool:
+    """Whether a process has a handler for a signal. See proc_pid_status(5)."""
+    caught = re.search(r"^SigCgt:\t(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+    return bool(caught and int(caught[1], 16) >> (signal_number - 1) & 1)
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
@@ -86,6 +98,24 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step_saved_and_the_same_co
     assert checkpoint.step_of(checkpoint.published(stopped / "checkpoints")[0]) == 8  # asked during step 7, all know in step 8
     run(2, [*words, "--output", str(stopped), "--resume"])
     assert_same_run(whole, stopped)
+
+
+def test_a_signal_while_a_run_starts_is_obeyed_after_its_first_step(tiny, tmp_path):
+    ranks = start_ranks(2, DOOR, *tiny, OMP_NUM_THREADS="1")
+    while not listens_to(signal.SIGUSR1, ranks[1]):
+        time.sleep(0.01)
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert [status for status, _ in endings(ranks)] == [SAVED_AND_UNFINISHED] * 2
+    assert [checkpoint.step_of(folder) for folder in checkpoint.published(tmp_path / "run" / "checkpoints")] == [1]
+
+
+def test_a_rank_that_loses_the_others_says_so_and_what_there_is_to_go_on_from(tiny):
+    (status, said), (killed, _) = endings(start_ranks(2, DOOR, *tiny, OMP_NUM_THREADS="1", FAULT="1:step:7"))
+    assert (status, killed) == (1, -signal.SIGKILL)
+    assert re.search(
+        r"^Rank 0 on .* lost the other ranks in step 8: .*Connection .*\. The newest checkpoint is step_00000004; ", said, re.M
+    ), said
+    assert "Traceback" not in said
 
 
 # A checkpoint of this run is 13 writes on rank 0 and 55 on rank 1.
