@@ -109,6 +109,17 @@ def test_a_signal_while_a_run_starts_is_obeyed_after_its_first_step(tiny, tmp_pa
     assert [checkpoint.step_of(folder) for folder in checkpoint.published(tmp_path / "run" / "checkpoints")] == [1]
 
 
+def test_a_second_sigint_leaves_at_once(tiny):
+    (rank,) = start_ranks(1, DOOR, *tiny)
+    for _ in range(2):
+        while rank.poll() is None and not listens_to(signal.SIGUSR1, rank):
+            time.sleep(0.01)
+        rank.send_signal(signal.SIGINT)
+        while rank.poll() is None and listens_to(signal.SIGINT, rank):
+            time.sleep(0.01)
+    assert endings([rank])[0][0] == -signal.SIGINT
+
+
 def test_a_rank_that_loses_the_others_says_so_and_what_there_is_to_go_on_from(tiny):
     (status, said), (killed, _) = endings(start_ranks(2, DOOR, *tiny, OMP_NUM_THREADS="1", FAULT="1:step:7"))
     assert (status, killed) == (1, -signal.SIGKILL)
