@@ -21,6 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     # Torch and DeepSpeed are imported only now: --help and mistakes in settings answer at once.
     from launch.training import checkpoint, rendezvous
     from launch.training.plan import plan
+    from launch.training.processes import host_name
     from launch.training.start import get_ready
 
     try:
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
         where = " ".join(getattr(error, "__notes__", ["at the start"]))
         saved = [path.name for path in checkpoint.published(Path(settings.output) / "checkpoints")[:1]]
         newest = f"The newest checkpoint is {saved[0]}; the same command goes on from it." if saved else "There is no checkpoint yet."
-        print(f"{ready.process} lost the other ranks {where}: {reason}. {newest}", file=sys.stderr)
+        rank = f"Rank {os.environ.get('RANK')} on {host_name()}"
+        print(f"{rank} lost the other ranks {where}: {reason}. {newest}", file=sys.stderr)
     return 1
 
 

@@ -67,7 +67,34 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     store = rendezvous.meet(process, settings.rendezvous_seconds, without_local_rank(arguments))
     compare = preflight_alone or (settings.preflight and (process.spans_nodes or "SLURM_JOB_ID" in os.environ))
     _prepare_where_missing(settings, store, process)
-    data, start, probe = None, None, preflight.probe_of(settings.output, process)
+    data, start, reports = _look_and_agree(settings, merged, layout, process, device, store, compare)
+    held = None
+    if not preflight_alone:
+        held, start = _hold_the_folder(settings, merged, process, data, start, store)
+    return Ready(settings, process, device, layout, merged, data, start, store, compare, reports, held)
+
+
+def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Process) -> None:
+    """Rank 0 prepares the embedded corpus where it is wanted and missing; the others wait for its word."""
+    word = ""
+    if process.is_first and will_be_prepared(settings):
+        try:
+            prepare_embedded_corpus(settings)
+            word = "prepared"
+        except UserError as error:
+            word = str(error)
+    word = rendezvous.tell(store, process, "data", word, LONGEST_LOOK_SECONDS)
+    if word == "prepared":
+        wait_for(Path(settings.data.path))
+    elif word:
+        raise UserError(word)
+
+
+def _look_and_agree(
+    settings: RunSettings, merged: dict, layout: Layout, process: Process, device: str, store: dist.Store, compare: bool
+) -> tuple[RunData, run_folder.Start, list[dict]]:
+    """This rank's data and start, and, on rank 0, all ranks' reports. Raises UserError on all where one of them cannot or differs."""
+    probe = preflight.probe_of(settings.output, process)
     report = {"rank": process.rank, "host": processes.host_name()}
     try:
         if device == "cuda":
@@ -91,8 +118,15 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
         if process.is_first and all("data" in report for report in reports):
             print(preflight.table(reports), flush=True)
         raise UserError(verdict)
+    return data, start, reports
+
+
+def _hold_the_folder(
+    settings: RunSettings, merged: dict, process: Process, data: RunData, start: run_folder.Start, store: dist.Store
+) -> tuple[BinaryIO | None, run_folder.Start]:
+    """Rank 0 takes the run's folder for this run. Raises UserError on all ranks where another run has it."""
     held, word = None, ""
-    if process.is_first and not preflight_alone:
+    if process.is_first:
         try:
             held = run_folder.lock(settings, patience_seconds=_PREDECESSOR_SECONDS if "SLURM_RESTART_COUNT" in os.environ else 0)
             start = run_folder.inspect(settings, data.fingerprint, merged)  # once more: the one who held it may have saved
@@ -100,20 +134,4 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
             word = str(error)
     if word := rendezvous.tell(store, process, "folder", word, LONGEST_LOOK_SECONDS):
         raise UserError(word)
-    return Ready(settings, process, device, layout, merged, data, start, store, compare, reports, held)
-
-
-def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Process) -> None:
-    """Rank 0 prepares the embedded corpus where it is wanted and missing; the others wait for its word."""
-    word = ""
-    if process.is_first and will_be_prepared(settings):
-        try:
-            prepare_embedded_corpus(settings)
-            word = "prepared"
-        except UserError as error:
-            word = str(error)
-    word = rendezvous.tell(store, process, "data", word, LONGEST_LOOK_SECONDS)
-    if word == "prepared":
-        wait_for(Path(settings.data.path))
-    elif word:
-        raise UserError(word)
+    return held, start
