@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 PRETRAIN = str(SLURM_SCRIPTS / "pretrain.sbatch")
 LAYOUTS = {"zero3": ("n1", "n2"), "pipeline_zero1": ("n3", "n4")}
 """DeepSpeed's JSON, and the nodes on which its jobs run: beside one another, because a job that is requeued mostly waits."""
-NUM_STEPS = 120
+NUM_STEPS = 100
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def recipe(prepared: Path, steps: int = NUM_STEPS) -> list[str]:
     for name, value in model.items():
         words += [f"--model.{name}", str(value)]
     words += ["--log.validation_interval", "0", "--log.validation_samples", "4", "--log.sample_interval", "0"]
-    return [*words, "--checkpoint.interval", "20"]
+    return [*words, "--checkpoint.interval", "10"]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -73,12 +73,15 @@ class Job:
         return job_log(self.about) + "".join(f"\n--- {path.relative_to(self.folder)}\n{path.read_text()}" for path in logs)
 
 
+def engine(layout: str) -> list[str]:
+    return ["--deepspeed", str(REPOSITORY / "ds_configs" / f"{layout}.json")]
+
+
 def train(slurm: Cluster, folder: Path, layout: str, *words: str, options: tuple[str, ...] = (), **environment: str) -> Job:
     """Submit a job that trains on the two nodes of a layout."""
-    engine = ["--deepspeed", str(REPOSITORY / "ds_configs" / f"{layout}.json")]
     options = (f"--nodelist={','.join(LAYOUTS[layout])}", "--exclusive", "--time=5", *options)
     folder.mkdir(exist_ok=True)
-    return Job(slurm, slurm.submit(*options, PRETRAIN, *engine, "--output", "runs/x", *words, cwd=folder, **environment), folder)
+    return Job(slurm, slurm.submit(*options, PRETRAIN, *engine(layout), "--output", "runs/x", *words, cwd=folder, **environment), folder)
 
 
 def beside_one_another(do: Callable[[str], None]) -> None:
@@ -155,3 +158,95 @@ def test_a_disturbed_job_of_each_layout_ends_with_the_losses_of_an_undisturbed_o
         print(job.everything_said())
 
     beside_one_another(run)
+
+
+def test_a_cancelled_job_leaves_a_whole_checkpoint_and_stays_cancelled(slurm, prepared, tmp_path):
+    job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=2000))
+    job.await_checkpoint()
+    slurm.say("scancel", job.id)
+    assert job.await_end() == "CANCELLED", job.everything_said()
+    await_(lambda: "cancelled: not requeued" in job.everything_said(), 10, "the last sentence", job.everything_said)
+    newest = checkpoint.published(job.run / "checkpoints")[0]
+    assert checkpoint.damage(newest, 0, 1) is None
+    assert checkpoint.step_of(newest) == max(losses(job.run))  # of the step at which it was cancelled, not of the interval
+    assert (job.about["JobState"], job.about["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_a_job_goes_on_behind_each_time_limit_until_it_is_done(slurm, prepared, tmp_path):
+    """SLURM counts limits in minutes and warns some seconds too early or too late."""
+    job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=600), options=("--time=1", "--signal=B:USR1@30"))
+    assert slurm.await_end(job.id, seconds=300) == "COMPLETED", job.everything_said()
+    assert int(job.about["Restarts"]) >= 1, job.everything_said()
+    assert "SIGUSR1 received" in job_log(job.about)
+    assert sorted(losses(job.run)) == list(range(1, 601))
+
+
+def test_one_task_a_node_may_start_the_ranks_there_and_needs_no_home(slurm, undisturbed, prepared, tmp_path):
+    """Two ranks on one node give what two nodes with a rank each gave; four on two are started and stopped as one."""
+
+    def on_one_node() -> None:
+        words = [*recipe(prepared), "--ranks_per_node", "2"]
+        job = train(slurm, tmp_path / "one", "zero3", *words, options=("--nodes=1", "--nodelist=n1"), HOME="/nowhere")
+        job.await_checkpoint()
+        slurm.say("scancel", "--batch", "--signal=USR1", job.id)
+        assert job.await_end() == "COMPLETED", job.everything_said()
+        assert job.about["Restarts"] == "1", job.everything_said()
+        assert losses(job.run) == undisturbed["zero3"]
+        assert sorted(path.name for path in (tmp_path / "one" / "logs").glob("*/start_1/rank_*")) == ["rank_0.log", "rank_1.log"]
+
+    def on_two_nodes() -> None:
+        words = [*recipe(prepared, steps=20), "--ranks_per_node", "2"]
+        job = train(slurm, tmp_path / "two", "pipeline_zero1", *words, HOME="/nowhere")
+        assert job.await_end() == "COMPLETED", job.everything_said()
+        assert len(losses(job.run)) == 20
+        assert len(list((tmp_path / "two" / "logs").glob("*/start_0/rank_*"))) == 4
+
+    with ThreadPoolExecutor() as pool:
+        for started in [pool.submit(on_one_node), pool.submit(on_two_nodes)]:
+            started.result()
+    assert not Path("/nowhere").exists()
+
+
+def test_an_array_trains_a_recipe_a_task_and_refuses_an_index_without_one(slurm, prepared, tmp_path):
+    for name, seed in {"first": 1, "second": 2}.items():
+        (tmp_path / f"{name}.yaml").write_text(f"seed: {seed}\nbatch:\n  global_batch_size: 8\n")
+    words = ["--recipes", "first.yaml", "second.yaml", "--output", "runs", *engine("zero3"), *recipe(prepared, steps=10)]
+    array = slurm.submit("--array=0-2", "--exclusive", "--time=5", PRETRAIN, *words, cwd=tmp_path)
+    jobs = [Job(slurm, f"{array}_{task}", tmp_path) for task in range(3)]
+    assert [job.await_end() for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED"], jobs[0].everything_said()
+    assert jobs[2].about["ExitCode"] == "93:0"
+    assert "Array index 2 has no recipe: 2 are given, counted from 0." in job_log(jobs[2].about)
+    first, second = (losses(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert len(first) == len(second) == 10
+    assert first[1] != second[1]
+
+
+def test_a_persons_mistake_ends_the_job_with_a_sentence_and_no_requeue(slurm, prepared, tmp_path):
+    mistakes = {"zero3": (["--train_stepz", "3"], "train_steps"), "pipeline_zero1": (["--tensor_parallel_size", "3"], "3")}
+
+    def run(layout: str) -> None:
+        words, hint = mistakes[layout]
+        job = train(slurm, tmp_path / layout, layout, *recipe(prepared), *words)
+        assert job.await_end() == "FAILED", job.everything_said()
+        assert (job.about["ExitCode"], job.about["Restarts"]) == ("93:0", "0")
+        said = job_log(job.about)
+        assert hint in said
+        assert "Not requeued" in said
+
+    beside_one_another(run)
+
+
+def test_a_chain_prepares_trains_and_evaluates_also_where_training_is_requeued(slurm, tmp_path):
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} is a number, and {number + 1} is the one behind it.\n" * 40)
+    prepare = ["prepare", "--input", "text", "--vocab_size", "800", "--held_out", "0.2", "--output", "prepared"]
+    pretrain = ["pretrain", *engine("zero3"), *recipe(Path("prepared")), "--output", "runs/x"]
+    chain = [str(SLURM_SCRIPTS / "chain.sh"), "--time=5", "--stage", *prepare, "--stage", "--exclusive", *pretrain]
+    said = slurm.say(*chain, "--stage", "evaluate", "runs/x", cwd=tmp_path)
+    jobs = [Job(slurm, line.split()[1].removesuffix(":"), tmp_path) for line in said.splitlines()]
+    jobs[1].await_checkpoint()
+    slurm.say("scancel", "--batch", "--signal=USR1", jobs[1].id)
+    assert [job.await_end() for job in jobs] == ["COMPLETED"] * 3, "".join(job_log(job.about) for job in jobs)
+    assert jobs[1].about["Restarts"] == "1"
+    assert "bits per byte" in job_log(jobs[2].about)
