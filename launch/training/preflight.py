@@ -35,9 +35,8 @@ def look(settings: RunSettings, merged_json: dict, layout: Layout, process: Proc
     Leaves the file `probe` in the output's folder, for rank 0 to see that all write to one disk.
     """
     write_seconds = _seconds_to_write(probe)
-    chosen = flatten(dataclasses.asdict(settings)) | {
-        f"{settings.deepspeed}: {name}": value for name, value in flatten(merged_json).items()
-    }
+    chosen = flatten(dataclasses.asdict(settings)) | {f"DeepSpeed's {name}": value for name, value in flatten(merged_json).items()}
+    del chosen["deepspeed"]  # where the JSON lies is no matter
     checkpoint_bytes = 12 * count_parameters(settings.model)  # float32 weights and two moments
     free = shutil.disk_usage(_ground(Path(settings.output))).free
     if free < checkpoint_bytes:

@@ -125,15 +125,27 @@ def test_nodes_that_see_different_data_do_not_begin(tiny, prepared, tmp_path):
     """The same path, seen from two folders."""
     for rank in range(2):
         shutil.copytree(prepared, tmp_path / str(rank) / "prepared")
-    manifest = tmp_path / "1" / "prepared" / "train" / "00000.bin"
-    tokens = bytearray(manifest.read_bytes())
+    shard = tmp_path / "1" / "prepared" / "train" / "00000.bin"
+    tokens = bytearray(shard.read_bytes())
     tokens[0] ^= 1
-    manifest.write_bytes(tokens)
+    shard.write_bytes(tokens)
     each = [{"cwd": tmp_path / str(rank)} for rank in range(2)]
     statuses, (first, second) = two_nodes([*tiny, "--data", "prepared"], each=each)
     assert statuses == [2, 2], first + second
     assert "Rank 1 on n1: " in first and "00000.bin" in first
     assert not (tmp_path / "run").exists()
+
+
+def test_nodes_that_have_different_code_do_not_begin(tiny, tmp_path):
+    for folder in ("model", "data", "launch", "ds_configs"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / "copy" / folder)
+    with open(tmp_path / "copy" / "launch" / "training" / "schedule.py", "a") as file:
+        file.write("# another line\n")
+    statuses, (first, second) = two_nodes(tiny, each=[{}, {"PYTHONPATH": str(tmp_path / "copy")}])
+    assert statuses == [2, 2], first + second
+    assert "Rank 1 on n1 differs from rank 0 on n0: the code: launch/training/schedule.py." in first
+    assert re.search(r"^ +1 +n1 ", first, re.M)  # the table
+    assert "differs" not in second and not (tmp_path / "run").exists()
 
 
 def test_ranks_that_do_not_find_one_another_say_so_soon(tiny):
