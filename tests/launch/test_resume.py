@@ -129,6 +129,20 @@ def test_a_rank_that_loses_the_others_says_so_and_what_there_is_to_go_on_from(ti
     assert "Traceback" not in said
 
 
+def test_a_rank_that_falls_silent_is_waited_for_so_long_as_was_said(tiny, tmp_path):
+    ranks = start_ranks(2, DOOR, *tiny, "--train_steps", "100000", "--communication_timeout", "3", OMP_NUM_THREADS="1")
+    while ranks[0].poll() is None and not checkpoint.published(tmp_path / "run" / "checkpoints"):
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGSTOP)
+    said = ranks[0].communicate(timeout=60)[0]
+    ranks[1].kill()
+    endings(ranks[1:])
+    assert ranks[0].returncode == 1
+    assert re.search(
+        r"^Rank 0 on .* in step \d+: no answer for 3 s \(--communication_timeout\)\. The newest checkpoint is step_", said, re.M
+    ), said
+
+
 # A checkpoint of this run is 13 writes on rank 0 and 55 on rank 1.
 @pytest.mark.parametrize(("fault", "last_whole"), [("1:write:80", 4), ("0:write:20", 4), ("0:publish:1", 4)])
 def test_dying_while_the_second_checkpoint_is_written_leaves_the_first(fault, last_whole, tiny, tmp_path):
