@@ -172,6 +172,25 @@ def test_a_cancelled_job_leaves_a_whole_checkpoint_and_stays_cancelled(slurm, pr
     assert (job.about["JobState"], job.about["Restarts"]) == ("CANCELLED", "0")
 
 
+def test_a_job_that_may_not_be_requeued_any_more_saves_and_says_so(slurm, prepared, tmp_path):
+    """How a person stops a job for good whose checkpoint takes longer than SLURM's KillWait."""
+    job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=2000))
+    job.await_checkpoint()
+    slurm.say("scontrol", "update", f"jobid={job.id}", "requeue=0")
+    slurm.say("scancel", "--batch", "--signal=USR1", job.id)
+    assert job.await_end() == "FAILED", job.everything_said()
+    assert (job.about["ExitCode"], job.about["Restarts"]) == ("85:0", "0")
+    assert "SLURM refuses to requeue the job" in job_log(job.about)
+    assert checkpoint.step_of(checkpoint.published(job.run / "checkpoints")[0]) == max(losses(job.run))
+
+
+def test_a_job_whose_ranks_never_get_anywhere_ends_behind_three_starts(slurm, prepared, tmp_path):
+    job = train(slurm, tmp_path, "zero3", *recipe(prepared), PYTHONHOME="/nowhere")  # Python itself cannot start
+    assert job.await_end() == "FAILED", job.everything_said()
+    assert (job.about["ExitCode"], job.about["Restarts"]) == ("93:0", "2")
+    assert "none of the last three starts saved a checkpoint" in job_log(job.about)
+
+
 def test_a_job_goes_on_behind_each_time_limit_until_it_is_done(slurm, prepared, tmp_path):
     """SLURM counts limits in minutes and warns some seconds too early or too late."""
     job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=600), options=("--time=1", "--signal=B:USR1@30"))
