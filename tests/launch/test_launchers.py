@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.training.processes import free_port
+from tests.launch.slurm_cluster import cluster
 from tests.launch.test_resume import curves
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 
@@ -29,9 +30,9 @@ def of_two_ranks(words, tmp_path_factory):
     return curves(folder)
 
 
-def launch(*commands: list[str]) -> list[str]:
+def launch(*commands: list[str], **more: str) -> list[str]:
     """Run launchers side by side, each as it is typed on its node; what each printed."""
-    environment = clean_environment(OMP_NUM_THREADS="1")
+    environment = clean_environment(OMP_NUM_THREADS="1", **more)
     del environment["GLOO_SOCKET_IFNAME"]  # the product finds it
     return finish(
         [
@@ -99,3 +100,21 @@ def test_torchrun_on_each_of_two_nodes(rendezvous, words, of_two_ranks):
         meeting = [["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "a-run"]] * 2
     launch(*on_two_nodes(["torchrun", "--nnodes", "2", "--nproc_per_node", "1", *where, DOOR, *words] for where in meeting))
     assert curves(run_folder(words)) == of_two_ranks
+
+
+@pytest.mark.slow
+def test_srun_and_deepspeed_through_slurm_on_two_nodes(words, of_two_ranks, tmp_path):
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    srun = ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, DOOR]
+    # --master_addr spares it an ssh to n1; it does not tell the ranks.
+    deepspeed = ["deepspeed", "--launcher", "slurm", "--hostfile", str(tmp_path / "hosts"), "--no_ssh_check"]
+    deepspeed += ["--master_addr", "127.0.0.1", "--num_nodes", "2", DOOR]
+    (tmp_path / "slurm").mkdir()
+    with cluster(tmp_path / "slurm", num_nodes=2) as slurm:
+        found = {name: slurm.environment[name] for name in ("SLURM_CONF", "PATH")}
+        for command in (srun, deepspeed):
+            run = tmp_path / command[0]
+            # The ranks take the first node's name and a port by the job's number; these nodes' names are known to SLURM alone, and another
+            # SLURM on this machine has the same numbers.
+            launch([*command, *words, "--output", str(run)], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **found)
+            assert curves(run) == of_two_ranks, command[0]
