@@ -19,9 +19,9 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported; it warns of every host without a reverse name
 
     # Torch and DeepSpeed are imported only now: --help and mistakes in settings answer at once.
-    from launch.training import checkpoint, rendezvous
+    from launch.training import checkpoint
     from launch.training.plan import plan
-    from launch.training.processes import host_name
+    from launch.training.rendezvous import sentence_of_loss
     from launch.training.start import get_ready
 
     try:
@@ -29,16 +29,12 @@ def main(arguments: Sequence[str]) -> int:
         if ready.process.is_first:
             print(plan(ready.settings, ready.merged_json, ready.layout, ready.device, ready.data), flush=True)
         return 0 if settings.dry_run else _run(ready, stop)
-    except rendezvous.RanksMissing as error:
-        print(error, file=sys.stderr)
     except RuntimeError as error:
-        if (reason := rendezvous.reason_of_loss(error)) is None:
+        if (sentence := sentence_of_loss(error)) is None:
             raise
-        where = " ".join(getattr(error, "__notes__", ["at the start"]))
         saved = [path.name for path in checkpoint.published(Path(settings.output) / "checkpoints")[:1]]
-        newest = f"The newest checkpoint is {saved[0]}; the same command goes on from it." if saved else "There is no checkpoint yet."
-        rank = f"Rank {os.environ.get('RANK')} on {host_name()}"
-        print(f"{rank} lost the other ranks {where}: {reason}. {newest}", file=sys.stderr)
+        go_on = f" The newest checkpoint is {saved[0]}; the same command goes on from it." if saved else ""
+        print(sentence + go_on, file=sys.stderr)
     return 1
 
 

@@ -103,7 +103,9 @@ def measure(process: Process, layout: Layout, device: str) -> dict:
         ahead, behind = process.rank + stride, process.rank - stride
         swap = [dist.P2POp(dist.isend, tensor, ahead)] if ahead < n else []
         swap += [dist.P2POp(dist.irecv, received, behind)] if behind >= 0 else []
-        measured["next_stage_gb_s"] = _PROBE_BYTES / _seconds(lambda: [one.wait() for one in dist.batch_isend_irecv(swap)], place) / 1e9
+        seconds = _seconds(lambda: [one.wait() for one in dist.batch_isend_irecv(swap)], place)
+        if ahead < n:
+            measured["next_stage_gb_s"] = _PROBE_BYTES / seconds / 1e9
     dist.barrier()
     return measured | {"clock": time.time()}
 
@@ -157,8 +159,8 @@ def notes(reports: list[dict]) -> list[str]:
         if abs(report["clock"] - clock) > _LARGEST_CLOCK_DIFFERENCE_SECONDS:
             lines.append(f"The clock of {who} is {report['clock'] - clock:+.1f} s off; times in logs will not fit together.")
         for name, words in (("written_gb_s", "writes to the output folder"), ("next_stage_gb_s", "sends to its next stage")):
-            usual = median(other[name] for other in reports) if all(name in other for other in reports) else 0
-            if name in report and report[name] < usual / 3:
+            usual = median(other[name] for other in reports if name in other) if name in report else 0
+            if usual and report[name] < usual / 3:
                 lines.append(f"{who} {words} at {report[name]:.2f} GB/s, the median is {usual:.2f}.")
         lines += [f"{who}: {lock} is there: a build of DeepSpeed's is under way, or was killed." for lock in report["building"]]
     return lines

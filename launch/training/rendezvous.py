@@ -71,15 +71,18 @@ def tell(store: dist.Store, process: Process, name: str, text: str, seconds: flo
     return store.get(name).decode()
 
 
-def reason_of_loss(error: RuntimeError) -> str | None:
-    """Why a rank cannot go on without the others, in words; None for any other error."""
+def sentence_of_loss(error: RuntimeError) -> str | None:
+    """Why a rank cannot go on without the others, where that is what the error is about. Its notes say when it was."""
     text = str(error)
-    if not isinstance(error, dist.DistError) and "gloo" not in text:
+    if isinstance(error, RanksMissing):
+        return text
+    if not isinstance(error, dist.DistError) and "gloo" not in text.lower():
         return None
-    first = re.sub(r"^(\[[^]]*\]\s*)+", "", text.splitlines()[0])  # gloo's source file and line
-    if waited := re.search(r"[Tt]imed out waiting (\d+)ms", first):
-        return f"no answer for {int(waited[1]) / 1000:g} s (--communication_timeout)"
-    return first.rstrip(". ")
+    reason = re.sub(r"^(\[[^]]*\]\s*)+", "", text.splitlines()[0]).rstrip(". ")  # without gloo's source file and line
+    if waited := re.search(r"[Tt]imed out waiting (\d+)ms", reason):
+        reason = f"no answer for {int(waited[1]) / 1000:g} s (--communication_timeout)"
+    when = " ".join(getattr(error, "__notes__", ["at the start"]))
+    return f"Rank {os.environ['RANK']} on {host_name()} lost the other ranks {when}: {reason}."
 
 
 def _address_of(host: str, port: int) -> str:
@@ -102,8 +105,8 @@ def _wait_for_listener(host: str, port: int, address: str, deadline: float, seco
             reason = error.strerror or "no answer"
         if time.monotonic() > deadline:
             raise RanksMissing(
-                f"{host_name()} cannot reach rank 0 at {host}:{port} ({address}) within {seconds:g} s: {reason}. Rank 0 has ended or "
-                "not started (see its log), the two are not its own, or a firewall is between. --rendezvous_seconds waits longer."
+                f"{host_name()} cannot reach rank 0 at {host}:{port} ({address}) within {seconds:g} s: {reason}. Rank 0 has ended or not "
+                "started (see its log), MASTER_ADDR or MASTER_PORT is wrong, or a firewall is between. --rendezvous_seconds waits longer."
             )
         time.sleep(0.2)
 

@@ -115,9 +115,13 @@ def two_nodes(tiny: list[str], script=PRETRAIN, *, seconds: int = 5, each: list[
 
 
 def test_the_preflight_door_shows_both_nodes_and_leaves_nothing_behind(tiny, tmp_path):
-    statuses, (first, second) = two_nodes(tiny, PREFLIGHT)
+    statuses, (first, second) = two_nodes([*tiny, "--deepspeed", "ds_configs/pipeline_zero1.json"], PREFLIGHT)
     assert statuses == [0, 0], first + second
-    assert "The 2 rank(s) agree." in first and "all-reduce GB/s" in first and "n1" in first
+    assert "The 2 rank(s) agree." in first
+    titles, first_rank, second_rank = first.splitlines()[:3]
+    assert titles.endswith("all-reduce GB/s  next stage GB/s")
+    assert re.search(r" n0 .* \d+\.\d\d +\d+\.\d\d$", first_rank)
+    assert re.search(r" n1 .* \d+\.\d\d +$", second_rank)  # the last stage has none behind it
     assert list(tmp_path.iterdir()) == []
 
 
