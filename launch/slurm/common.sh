@@ -15,7 +15,7 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 python=$repository/.venv/bin/python
 if [[ ! -x $python ]]; then
-    python=$(command -v python || command -v python3) || refuse "There is neither $python nor a python on PATH."
+    python=$(command -v python || command -v python3) || refuse "There is neither $repository/.venv nor a python on PATH."
 fi
 
 # What every job needs in its environment.
