@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 
 import pytest
 
@@ -16,6 +17,7 @@ from launch.training.config import read_run_settings
 from tests.ranks import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
+SCRIPTS = (".py", ".sbatch", ".sh")
 DOORS = {
     "launch/evaluate.py": (EvaluateSettings, "model"),
     "launch/generate.py": (GenerateSettings, "model"),
@@ -31,19 +33,35 @@ def commands() -> list[list[str]]:
     blocks = re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`((?:python|deepspeed|torchrun) [^`]*)`", README)
-    in_words = [shlex.split(line, comments=True) for line in lines if re.match("python |deepspeed |torchrun ", line)]
-    return [words for words in in_words if "..." not in words]
+    lines = [line.removeprefix("$ ") for line in lines]
+    in_words = [
+        shlex.split(line, comments=True) for line in lines if re.match("python |deepspeed |torchrun |mpirun |sbatch |launch/slurm/", line)
+    ]
+    return [words for words in in_words if "..." not in words and any(word.endswith(SCRIPTS) for word in words)]
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_a_command_of_the_readme_is_taken_by_its_door(words):
-    place = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    place = next(number for number, word in enumerate(words) if word.endswith(SCRIPTS))
     door, arguments = words[place], words[place + 1 :]
-    if door == "launch/pretrain.py":
+    if door in ("launch/slurm/pretrain.sbatch", "launch/slurm/chain.sh"):
+        check_batch_script(door, arguments)
+    elif door in ("launch/pretrain.py", "launch/preflight.py"):
         read_run_settings(arguments)
     else:
         settings, positional = DOORS[door]
         read_settings(settings, arguments, "", positional)
+
+
+def check_batch_script(script: str, arguments: list[str]) -> None:
+    """It takes the words, and what it would run takes its own."""
+    done = subprocess.run(["bash", script, "--dry_run", *arguments], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        words = shlex.split(line)
+        pretrain = [number for number, word in enumerate(words) if word.endswith(("pretrain.py", "pretrain.sbatch"))]
+        if pretrain:
+            read_run_settings(words[pretrain[0] + 1 :])
 
 
 def test_nothing_waits_to_be_filled_in():

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.nn.utils import get_total_norm
 
 from data.batches import Batch, target_tokens
@@ -65,6 +66,8 @@ def initialize_communication(process: Process, store: dist.Store, timeout_second
         torch.cuda.set_device(device_number(process))
     backend = "nccl" if device_name() == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    # DeepSpeed's groups of ranks are made without one, and torch's default of 10 or 30 minutes is nobody's choice.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     group = dist.PrefixStore("process group", store)
     dist.init_process_group(backend, store=group, rank=process.rank, world_size=process.world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

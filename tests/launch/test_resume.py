@@ -129,8 +129,11 @@ def test_a_rank_that_loses_the_others_says_so_and_what_there_is_to_go_on_from(ti
     assert "Traceback" not in said
 
 
-def test_a_rank_that_falls_silent_is_waited_for_so_long_as_was_said(tiny, tmp_path):
-    ranks = start_ranks(2, DOOR, *tiny, "--train_steps", "100000", "--communication_timeout", "3", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("engine", ["zero1", "zero3", "pipeline_zero1"])
+def test_a_rank_that_falls_silent_is_waited_for_so_long_as_was_said(engine, tiny, tmp_path):
+    """Also where the others wait in a group that DeepSpeed made."""
+    words = [*tiny, "--deepspeed", f"ds_configs/{engine}.json", "--train_steps", "100000", "--communication_timeout", "3"]
+    ranks = start_ranks(2, DOOR, *words, OMP_NUM_THREADS="1")
     while ranks[0].poll() is None and not checkpoint.published(tmp_path / "run" / "checkpoints"):
         time.sleep(0.05)
     ranks[1].send_signal(signal.SIGSTOP)

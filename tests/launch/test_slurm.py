@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.training import checkpoint
 from tests.launch.slurm_cluster import SLURM_SCRIPTS, Cluster, await_, cluster, job_log
@@ -255,6 +256,16 @@ def test_a_persons_mistake_ends_the_job_with_a_sentence_and_no_requeue(slurm, pr
         assert "Not requeued" in said
 
     beside_one_another(run)
+
+
+def test_a_job_with_gpus_that_torch_does_not_see_does_not_train_on_the_cpu_instead(slurm, prepared, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a GPU here")
+    job = train(slurm, tmp_path, "zero3", *recipe(prepared), options=("--gres=gpu:1",))
+    assert job.await_end() == "FAILED", job.everything_said()
+    assert (job.about["ExitCode"], job.about["Restarts"]) == ("93:0", "0")
+    assert "SLURM gave this task on n1 GPU 0 (CUDA_VISIBLE_DEVICES)" in job.everything_said()
+    assert not job.run.exists()
 
 
 def test_a_chain_prepares_trains_and_evaluates_also_where_training_is_requeued(slurm, tmp_path):
