@@ -30,7 +30,7 @@ class UserError(ValueError):
 
 
 class RankError(UserError):
-    """A person's mistake that one rank sees and others may not, so that it names its rank or machine, and each rank prints its own."""
+    """A person's mistake that one rank sees and others may not: it names its rank or machine, and each rank prints its own."""
 
 
 def read_settings(
@@ -76,12 +76,11 @@ def read_settings(
 
 
 def run_door(main: Callable[[Sequence[str]], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> None:
-    """Call a door with the command line; its status is the process's. A UserError is status 2, and what all ranks see is said once."""
+    """Call a door with the command line; its status is the process's. A UserError is status 2, said once a machine."""
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        rank = next((os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID") if name in os.environ), "0")
-        if rank == "0" or isinstance(error, RankError):
+        if isinstance(error, RankError) or _is_first_on_its_machine():
             print(error, file=sys.stderr)
         status = 2
     except BrokenPipeError:
@@ -90,6 +89,12 @@ def run_door(main: Callable[[Sequence[str]], int | None], leave: Callable[[int],
         traceback.print_exc()
         status = 1
     leave(status or 0)
+
+
+def _is_first_on_its_machine() -> bool:
+    """As the launcher says: also before launch/training/processes.py has read it."""
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def nearest(word: str, allowed: Sequence[str]) -> str:

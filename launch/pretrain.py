@@ -12,6 +12,9 @@ from data.command_line import flatten, run_door
 from launch.training.config import RunSettings, read_run_settings
 from launch.training.stopping import StopRequest, leave
 
+NOT_TO_BE_REQUEUED = 93
+"""Exit status of a run that a new start would not help."""
+
 
 def main(arguments: Sequence[str]) -> int:
     settings = read_run_settings(arguments)
@@ -29,6 +32,9 @@ def main(arguments: Sequence[str]) -> int:
         if ready.process.is_first:
             print(plan(ready.settings, ready.merged_json, ready.layout, ready.device, ready.data), flush=True)
         return 0 if settings.dry_run else _run(ready, stop)
+    except FloatingPointError as error:  # so would the next start end
+        print(error, file=sys.stderr)
+        return NOT_TO_BE_REQUEUED
     except RuntimeError as error:
         if (sentence := sentence_of_loss(error)) is None:
             raise

@@ -12,9 +12,7 @@ for ((local_rank = 0; local_rank < ranks; local_rank++)); do
     RANK=$rank LOCAL_RANK=$local_rank "$@" >"$logs/rank_$rank.log" 2>&1 &
     processes+=($!)
 done
-for name in USR1 TERM INT; do
-    trap "kill -$name \${processes[*]} 2>/dev/null" "$name"
-done
+trap : USR1 TERM INT # SLURM signals every process of a step, the ranks too
 
 # As srun does: 60 seconds behind the first that ends, the rest is ended too.
 running=("${processes[@]}") worst=0 mistake='' deadline=''

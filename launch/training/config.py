@@ -114,9 +114,9 @@ class RunSettings:
     rendezvous_seconds: float = 30.0
     """Longest wait at the start until all ranks have found rank 0."""
     communication_timeout: float = 600.0
-    """Seconds that a rank waits for the others in training before it ends: one of them is gone, or the network is."""
+    """Seconds that a rank waits for the others before it ends: more than the slowest takes to save, to read a checkpoint or to compile."""
     preflight: bool = True
-    """Compare the nodes before training, where there are several: what launch/preflight.py does."""
+    """Compare the ranks before training, where there are several nodes or it is a SLURM job: what launch/preflight.py does."""
     recompute: bool = False
     """Keep only the input of each block for the backward pass and compute the rest again: less memory, a third more work."""
     compile: bool = False

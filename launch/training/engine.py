@@ -66,7 +66,8 @@ def initialize_communication(process: Process, store: dist.Store, timeout_second
         torch.cuda.set_device(device_number(process))
     backend = "nccl" if device_name() == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    # DeepSpeed's groups of ranks are made without one, and torch's default of 10 or 30 minutes is nobody's choice.
+    store.set_timeout(timeout)  # NCCL asks it for its ids at the first use of each group
+    # DeepSpeed makes its groups of ranks without a timeout and takes none; torch's default is 10 or 30 minutes.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     group = dist.PrefixStore("process group", store)
     dist.init_process_group(backend, store=group, rank=process.rank, world_size=process.world_size, timeout=timeout)

@@ -1,5 +1,6 @@
 """The nodes of a run compared before it begins: what each rank has, in one table, and the first thing in which one differs."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,7 @@ from launch.training.data import RunData
 from launch.training.layout import Layout
 from launch.training.processes import Process, device_number
 from launch.training.rendezvous import gather
-from launch.training.run_folder import versions
+from launch.training.run_folder import PROBE, versions
 from model.config import count_parameters
 
 _PROBE_BYTES = 16 << 20
@@ -74,12 +75,13 @@ def verdict(reports: list[dict], ground: Path) -> str:
         return "\n".join(sentence if len(ranks) == len(reports) else f"{_who(ranks)}: {sentence}" for sentence, ranks in complaints.items())
     if "data" not in reports[0]:
         return ""
-    first, lines = reports[0], []
+    first, unlike = reports[0], {}
     for report in reports[1:]:
         if differences := _differences(first, report):
-            lines.append(f"{_who([report])} differs from rank 0 on {first['host']}: {'; '.join(differences)}.")
+            unlike.setdefault(("differ", f"from rank 0 on {first['host']}: {'; '.join(differences)}."), []).append(report)
         if not (ground / report["probe"]).exists():
-            lines.append(f"{_who([report])} writes to another {ground} than rank 0 does: the output must be on a shared disk.")
+            unlike.setdefault(("write", f"to another {ground} than rank 0 does: the output must be on a shared disk."), []).append(report)
+    lines = [f"{_who(ranks)} {verb}{'s' if len(ranks) == 1 else ''} {what}" for (verb, what), ranks in unlike.items()]
     shared = Counter((report["host"], report["device_id"]) for report in reports if report["device_id"])
     lines += [f"{n} ranks on {host} have one GPU ({device}): fewer devices than ranks." for (host, device), n in shared.items() if n > 1]
     shown = lines[:8] + ([f"... and {len(lines) - 8} more ranks."] if len(lines) > 8 else [])
@@ -162,6 +164,8 @@ def notes(reports: list[dict]) -> list[str]:
             usual = median(other[name] for other in reports if name in other) if name in report else 0
             if usual and report[name] < usual / 3:
                 lines.append(f"{who} {words} at {report[name]:.2f} GB/s, the median is {usual:.2f}.")
+        if report["device"] != reports[0]["device"]:
+            lines.append(f"{who} has {report['device']}, rank 0 has {reports[0]['device']}: the slowest sets the pace.")
         lines += [f"{who}: {lock} is there: a build of DeepSpeed's is under way, or was killed." for lock in report["building"]]
     return lines
 
@@ -180,8 +184,6 @@ def _differences(first: dict, other: dict) -> list[str]:
         lines.append(f"the data: {other['settings']['data.path']} is {other['data'][:8]} there, {first['data'][:8]} on rank 0")
     changed = [name for name in first["settings"] if first["settings"][name] != other["settings"].get(name)]
     lines += [f"the recipe: {name} is {other['settings'].get(name)} there, {first['settings'][name]} on rank 0" for name in changed[:3]]
-    if first["device"] != other["device"]:
-        lines.append(f"{other['device']} there, {first['device']} on rank 0")
     return lines
 
 
@@ -212,7 +214,7 @@ def _ground(folder: Path) -> Path:
 
 def probe_of(output: str, process: Process) -> Path:
     """Where a rank tries to write, without making the output's folder: the nearest one above it that is there."""
-    return _ground(Path(output)) / f".preflight-{platform.node()}-{os.getpid()}-{process.rank}"
+    return _ground(Path(output)) / f"{PROBE}{platform.node()}-{os.getpid()}-{process.rank}"
 
 
 def _seconds_to_write(probe: Path) -> float:
@@ -243,7 +245,11 @@ def _build_locks() -> list[tuple[Path, float]]:
     """Lock files of torch's builds of C++ extensions, with their age in seconds."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
     found = [path for path in (*root.glob("*/lock"), *root.glob("*/*/lock"))] if root.is_dir() else []
-    return [(path, time.time() - path.stat().st_mtime) for path in found]
+    ages = []
+    for path in found:
+        with contextlib.suppress(FileNotFoundError):  # that build has just ended
+            ages.append((path, time.time() - path.stat().st_mtime))
+    return ages
 
 
 def _seconds(act, place: torch.device) -> float:

@@ -84,6 +84,7 @@ def find_process() -> Process:
     rank = _number("RANK", below=world_size)
     local_world_size = next((_number(name, at_least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)), world_size)
     local_rank = _number("LOCAL_RANK", below=local_world_size) if os.environ.get("LOCAL_RANK") else 0
+    os.environ["LOCAL_RANK"] = str(local_rank)  # where it is not set, DeepSpeed asks MPI
     _number("MASTER_PORT", at_least=1, below=65536)
     return Process(rank, world_size, local_rank, local_world_size)
 
@@ -174,7 +175,8 @@ def device_number(process: Process) -> int:
     Raises RankError where there are fewer GPUs than ranks.
     """
     seen = torch.cuda.device_count()
-    bound = seen == 1 and "SLURM_STEP_NUM_TASKS" in os.environ  # srun --gpus-per-task and the like show each task its own alone
+    by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(process.world_size)
+    bound = seen == 1 and by_srun  # srun --gpus-per-task and the like show each task its own alone
     if not bound and process.local_rank >= seen:
         raise RankError(
             f"{process} is the one of {process.local_world_size} ranks with local number {process.local_rank}, "

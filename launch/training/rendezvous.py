@@ -38,7 +38,7 @@ def meet(process: Process, seconds: float, arguments: Sequence[str]) -> dist.Sto
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process has the port then
     is_server = process.is_first and not by_agent
     if not is_server:
-        _wait_for_listener(host, port, reached, deadline, seconds)
+        reached = _wait_for_listener(host, port, deadline, seconds)
     store: dist.Store = _open(host, port, process, is_server, deadline, seconds)
     if by_agent:  # it outlives a restart of its ranks
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -57,7 +57,9 @@ def gather(store: dist.Store, process: Process, name: str, mine: dict, seconds: 
     keys = [f"{name}/{rank}" for rank in range(process.world_size)]
     missing = _wait(store, keys, time.monotonic() + seconds)
     if missing:
-        raise RanksMissing(f"{_ranks(missing)} said nothing within {seconds:g} s ({name}); see the end of their logs.")
+        raise RanksMissing(
+            f"{_ranks(missing)} said nothing more at the start ({name}; waited at most {seconds:g} s); see the end of their logs."
+        )
     return [json.loads(store.get(key)) for key in keys]
 
 
@@ -67,7 +69,7 @@ def tell(store: dist.Store, process: Process, name: str, text: str, seconds: flo
         store.set(name, text)
         return text
     if _wait(store, [name], time.monotonic() + seconds):
-        raise RanksMissing(f"Rank 0 said nothing within {seconds:g} s ({name}); see the end of its log.")
+        raise RanksMissing(f"Rank 0 said nothing more at the start ({name}; waited at most {seconds:g} s); see the end of its log.")
     return store.get(name).decode()
 
 
@@ -76,9 +78,10 @@ def sentence_of_loss(error: RuntimeError) -> str | None:
     text = str(error)
     if isinstance(error, RanksMissing):
         return text
-    if not isinstance(error, dist.DistError) and "gloo" not in text.lower():
+    of_communication = isinstance(error, dist.DistError) or "gloo" in text.lower()
+    if not of_communication or not re.search(r"timed? ?out|connection|connect|peer|socket|remote process|network", text, re.I):
         return None
-    reason = re.sub(r"^(\[[^]]*\]\s*)+", "", text.splitlines()[0]).rstrip(". ")  # without gloo's source file and line
+    reason = re.sub(r"^(\[[^]]*\]\s*)+", "", " ".join(text.split())).rstrip(". ")[:500]  # without gloo's source file and line
     if waited := re.search(r"[Tt]imed out waiting (\d+)ms", reason):
         reason = f"no answer for {int(waited[1]) / 1000:g} s (--communication_timeout)"
     when = " ".join(getattr(error, "__notes__", ["at the start"]))
@@ -95,18 +98,18 @@ def _address_of(host: str, port: int) -> str:
         ) from error
 
 
-def _wait_for_listener(host: str, port: int, address: str, deadline: float, seconds: float) -> None:
-    """Until something listens there: rank 0 may still be importing."""
+def _wait_for_listener(host: str, port: int, deadline: float, seconds: float) -> str:
+    """The address at which something listens; rank 0 may still be importing."""
     while True:
         try:
-            socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())).close()
-            return
+            with socket.create_connection((host, port), timeout=min(5, max(0.1, deadline - time.monotonic()))) as connection:
+                return connection.getpeername()[0]
         except OSError as error:
             reason = error.strerror or "no answer"
         if time.monotonic() > deadline:
             raise RanksMissing(
-                f"{host_name()} cannot reach rank 0 at {host}:{port} ({address}) within {seconds:g} s: {reason}. Rank 0 has ended or not "
-                "started (see its log), MASTER_ADDR or MASTER_PORT is wrong, or a firewall is between. --rendezvous_seconds waits longer."
+                f"{host_name()} cannot reach rank 0 at {host}:{port} within {seconds:g} s: {reason}. Rank 0 has ended or not started "
+                "(see its log), MASTER_ADDR or MASTER_PORT is wrong, or a firewall is between. --rendezvous_seconds waits longer."
             )
         time.sleep(0.2)
 
@@ -137,15 +140,13 @@ def _open(host: str, port: int, process: Process, is_server: bool, deadline: flo
             break
         time.sleep(0.5)
     if is_server and in_use:
-        raise RankError(
+        # The port of a batch job is made of its number and its restarts: the next start has another.
+        raise (RanksMissing if "SLURM_JOB_ID" in os.environ else RankError)(
             f"Port {port} of {host_name()} is in use by another program, so rank 0 cannot listen at {host}:{port}. "
             "Give another MASTER_PORT (deepspeed and torchrun: --master_port), or end what holds it."
         )
-    what = (
-        str(result[0]).splitlines()[0]
-        if result
-        else f"what listens there does not answer as a rank 0 does; is port {port} another program's?"
-    )
+    no_answer = f"what listens there does not answer as a rank 0 does; is port {port} another program's?"
+    what = str(result[0]).splitlines()[0] if result else no_answer
     raise RanksMissing(f"{host_name()} reached {host}:{port} but could not join the run within {seconds:g} s: {what}")
 
 
@@ -154,7 +155,7 @@ def _check_in(
 ) -> str:
     """Return when all ranks are there and are those of this run: the address by which other machines reached rank 0's."""
     if process.is_first:
-        store.set("run", json.dumps({"world_size": process.world_size, "arguments": list(arguments), "host": host_name()}))
+        store.set("run", json.dumps({"world_size": process.world_size, "arguments": list(arguments), "host": host_name(), "job": _job()}))
     elif _wait(store, ["run"], deadline):
         raise RanksMissing(f"Rank 0 did not come to {place} within {seconds:g} s; see the end of its log.")
     first = json.loads(store.get("run"))
@@ -166,6 +167,8 @@ def _check_in(
             f"{process.world_size}; where their commands part, it has `{theirs}` and this one `{own}`. "
             "Start all nodes with one command, and each run with a MASTER_PORT of its own."
         )
+    if first["job"] != _job() or store.add(f"came/{process.rank}", 1) > 1:
+        raise RankError(f"{process} found another run of the same command at {place}. Give each run a MASTER_PORT of its own.")
     store.set(f"here/{process.rank}", reached)
     if not process.is_first:
         if _wait(store, ["address of rank 0"], deadline):
@@ -181,6 +184,11 @@ def _check_in(
     address = next((address for address in addresses if not ipaddress.ip_address(address).is_loopback), reached)
     store.set("address of rank 0", address)
     return address
+
+
+def _job() -> list[str]:
+    """What tells a batch job's start from an earlier one's."""
+    return [os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "RESTART_COUNT")]
 
 
 def _wait(store: dist.Store, keys: list[str], deadline: float) -> list[str]:

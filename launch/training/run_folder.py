@@ -13,7 +13,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
+import tomllib
 import uuid
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +51,8 @@ _HARMLESS = (
 
 
 LOCK = ".lock"
+PROBE = ".preflight-"
+"""How the names of files begin that ranks write before they agree, to see that they can."""
 _MATHEMATICAL_KEYS = (
     "communication_data_type",
     "data_types.",
@@ -83,7 +87,7 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     if in_the_way:
         raise UserError(f"output {folder}: {in_the_way} is a file; it must be a folder or not be there yet.")
     if not record.is_file():
-        if folder.is_dir() and any(path.name not in ("run.json.tmp", LOCK) for path in folder.iterdir()):
+        if folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
             raise UserError(f"output {folder} holds files but no run.json: not a run of ours. Give another --output.")
         if settings.resume:
             raise UserError(f"--resume: {folder} holds no run to go on with.")
@@ -112,21 +116,35 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed))
 
 
+def _is_ours(name: str) -> bool:
+    """Whether a start that did not come to its first record may have left this."""
+    return name in ("run.json.tmp", LOCK) or name.startswith(PROBE)
+
+
 def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
     """Hold the run's folder for this process, until the returned file is closed. Raises UserError where another start holds it."""
     folder = Path(settings.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = open(folder / LOCK, "wb")  # noqa: SIM115
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = open(folder / LOCK, "wb")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"output {folder}: {error.filename} cannot be written: {error.strerror}.") from error
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return held
-        except OSError as error:
+            break
+        except BlockingIOError as error:
             if time.monotonic() > deadline:
                 held.close()
                 raise UserError(f"Another process is training in {folder}. Wait for it, or give another --output.") from error
+        except OSError as error:  # some network disks know no locks
+            print(f"{folder} cannot be locked ({error.strerror}): see to it that no second run trains in it.", file=sys.stderr)
+            break
         time.sleep(1)
+    for left_over in folder.glob(f"{PROBE}*"):
+        left_over.unlink(missing_ok=True)
+    return held
 
 
 def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path) -> None:
@@ -154,7 +172,8 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed", "megabatch")}
+    ours = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]  # it need not be installed, in a container
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed")} | {"megabatch": ours}
 
 
 def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json: dict) -> list[str]:

@@ -1,5 +1,6 @@
 """What every rank does before it trains: find the others, look at its machine, and agree with them. Nothing is written yet."""
 
+import contextlib
 import dataclasses
 import os
 import traceback
@@ -16,8 +17,6 @@ from launch.training.data import RunData, open_data, prepare_embedded_corpus, wa
 from launch.training.layout import Layout
 from launch.training.processes import Process
 
-_PREDECESSOR_SECONDS = 60
-"""That ranks of a node which SLURM believes dead may go on in the folder of a job that it has started again."""
 LONGEST_LOOK_SECONDS = 600
 """That a rank may take to prepare the embedded corpus, or to read and hash its data."""
 
@@ -47,7 +46,7 @@ class Ready:
 
 
 def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: bool = False) -> Ready:
-    """Raises UserError, the same on every rank, where any of them cannot take part, or nodes are compared and differ.
+    """Raises UserError where this rank's settings are wrong, and, the same on every rank, where one cannot take part or differs.
 
     `preflight_alone`: compare also where there is one node and no batch job, and leave the run's folder as it is.
     """
@@ -107,13 +106,18 @@ def _look_and_agree(
         report["complaint"] = str(error)
     except Exception as error:  # the others are waiting for a word
         traceback.print_exc()
-        report["complaint"] = f"{type(error).__name__}: {error}"
+        report |= {"complaint": f"{type(error).__name__}: {error}", "is_mistake": False}
     try:
         reports = rendezvous.gather(store, process, "machines", report, LONGEST_LOOK_SECONDS)
         verdict = preflight.verdict(reports, probe.parent) if process.is_first else ""
         verdict = rendezvous.tell(store, process, "verdict", verdict, LONGEST_LOOK_SECONDS)
+        is_mistake = all(report.get("is_mistake", True) for report in reports)
+        is_mistake = rendezvous.tell(store, process, "is mistake", "yes" if is_mistake else "", LONGEST_LOOK_SECONDS)
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that cannot be written
+            probe.unlink(missing_ok=True)
+    if verdict and not is_mistake:  # of a disk, a machine, or ours: the next start may succeed
+        raise rendezvous.RanksMissing(verdict)
     if verdict:
         if process.is_first and all("data" in report for report in reports):
             print(preflight.table(reports), flush=True)
@@ -126,12 +130,14 @@ def _hold_the_folder(
 ) -> tuple[BinaryIO | None, run_folder.Start]:
     """Rank 0 takes the run's folder for this run. Raises UserError on all ranks where another run has it."""
     held, word = None, ""
+    # Ranks of a node that SLURM believes dead may hold the folder of a job that it has started again, until they miss the others.
+    patience = settings.communication_timeout + 60 if "SLURM_RESTART_COUNT" in os.environ else 0
     if process.is_first:
         try:
-            held = run_folder.lock(settings, patience_seconds=_PREDECESSOR_SECONDS if "SLURM_RESTART_COUNT" in os.environ else 0)
+            held = run_folder.lock(settings, patience)
             start = run_folder.inspect(settings, data.fingerprint, merged)  # once more: the one who held it may have saved
         except UserError as error:
             word = str(error)
-    if word := rendezvous.tell(store, process, "folder", word, LONGEST_LOOK_SECONDS):
+    if word := rendezvous.tell(store, process, "folder", word, patience + LONGEST_LOOK_SECONDS):
         raise UserError(word)
     return held, start

@@ -242,6 +242,28 @@ def test_a_port_in_use_ends_in_a_sentence(holder, hosts, words):
     assert "Traceback" not in alpha[1] + beta[1]
 
 
+def test_an_output_that_one_host_cannot_write_is_named_before_training(hosts, words, tmp_path):
+    hosts.beta.run("mount", "-t", "tmpfs", "-o", "ro", "none", str(tmp_path))
+    try:
+        told = by_hand(hosts, words)
+    finally:
+        hosts.beta.run("umount", str(tmp_path))
+    print(told[0][1], told[1][1], sep="\n")
+    assert [status for status, _ in told] == [2, 2]
+    assert f"Rank 1 on beta: output {tmp_path / 'run'}: {tmp_path} cannot be written." in told[0][1]
+    assert "Traceback" not in told[0][1] + told[1][1]
+
+
+def test_an_output_that_the_hosts_do_not_share_is_named_before_training(hosts, words, tmp_path):
+    hosts.beta.run("mount", "-t", "tmpfs", "none", str(tmp_path))
+    try:
+        told = by_hand(hosts, words)
+    finally:
+        hosts.beta.run("umount", str(tmp_path))
+    assert [status for status, _ in told] == [2, 2]
+    assert f"Rank 1 on beta writes to another {tmp_path} than rank 0 does" in told[0][1]
+
+
 def test_data_that_differ_on_the_second_host_are_named_before_training(hosts, words, prepared, tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(40):

@@ -49,7 +49,6 @@ def reports(tmp_path, **other) -> list[dict]:
         ({"code": {"launch/pretrain.py": "11", "model/layers.py": "23"}}, "the code: model/layers.py"),
         ({"data": "1123456789"}, "the data: prepared is 11234567 there, 01234567 on rank 0"),
         ({"settings": {"data.path": "prepared", "seed": 2}}, "the recipe: seed is 2 there, 1 on rank 0"),
-        ({"device": "A100"}, "A100 there, H100 on rank 0"),
         ({"probe": "elsewhere"}, "the output must be on a shared disk"),
     ],
 )
@@ -57,6 +56,12 @@ def test_a_rank_that_differs_is_named(tmp_path, other, words):
     assert preflight.verdict(reports(tmp_path), tmp_path) == ""
     sentence = preflight.verdict(reports(tmp_path, **other), tmp_path)
     assert sentence.startswith("Rank 2 on n2 ") and words in sentence and "\n" not in sentence
+
+
+def test_ranks_that_differ_alike_are_named_together(tmp_path):
+    alike = [report | {"data": "1"} if report["rank"] else report for report in reports(tmp_path)]
+    sentence = "Ranks 1, 2 on n1, n2 differ from rank 0 on n0: the data: prepared is 1 there, 01234567 on rank 0."
+    assert preflight.verdict(alike, tmp_path) == sentence
 
 
 def test_what_one_rank_complains_of_names_it_and_what_all_do_is_said_once(tmp_path):
@@ -77,6 +82,7 @@ def test_what_may_spoil_a_run_is_noted(tmp_path):
         "Rank 2 on n2 writes to the output folder at 0.10 GB/s, the median is 1.00"
         in preflight.notes(reports(tmp_path, written_gb_s=0.1))[0]
     )
+    assert "Rank 2 on n2 has A100, rank 0 has H100" in preflight.notes(reports(tmp_path, device="A100"))[0]
     assert "/x/lock is there" in preflight.notes(reports(tmp_path, building=["/x/lock"]))[0]
 
 
@@ -140,16 +146,53 @@ def test_nodes_that_see_different_data_do_not_begin(tiny, prepared, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_setting_that_one_node_refuses_is_said_there(tiny, tmp_path):
+    """Before the ranks meet: the recipe lies on one of the two."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    (tmp_path / "0" / "mine.yaml").write_text("seed: 2\n")
+    each = [{"cwd": tmp_path / str(rank)} for rank in range(2)]
+    statuses, (first, second) = two_nodes([*tiny, "--config", "mine.yaml"], each=each)
+    assert statuses == [1, 2], first + second
+    assert second == "--config mine.yaml: No such file or directory.\n"
+
+
+def test_what_a_start_that_died_has_left_in_the_folder_is_no_other_run(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".preflight-n1-1-1"):
+        (tmp_path / "run" / name).touch()
+    statuses, (first, second) = two_nodes(tiny)
+    assert statuses == [0, 0], first + second
+    assert not list((tmp_path / "run").glob(".preflight-*"))
+
+
+def test_a_node_whose_disk_fails_is_no_persons_mistake(tiny, tmp_path):
+    """It ends with 1, so that a batch job is started again."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib\n"
+        "whole = pathlib.Path.read_text\n"
+        "def stale(path, *more, **named):\n"
+        "    if path.name == 'manifest.json':\n"
+        "        raise OSError(116, 'Stale file handle', str(path))\n"
+        "    return whole(path, *more, **named)\n"
+        "pathlib.Path.read_text = stale\n"
+    )
+    statuses, (first, second) = two_nodes(tiny, each=[{}, {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}])
+    assert statuses == [1, 1], first + second
+    assert "Rank 1 on n1: OSError: [Errno 116] Stale file handle" in first
+
+
 def test_nodes_that_have_different_code_do_not_begin(tiny, tmp_path):
     for folder in ("model", "data", "launch", "ds_configs"):
         shutil.copytree(REPOSITORY / folder, tmp_path / "copy" / folder)
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path / "copy")
     with open(tmp_path / "copy" / "launch" / "training" / "schedule.py", "a") as file:
         file.write("# another line\n")
     statuses, (first, second) = two_nodes(tiny, each=[{}, {"PYTHONPATH": str(tmp_path / "copy")}])
     assert statuses == [2, 2], first + second
     assert "Rank 1 on n1 differs from rank 0 on n0: the code: launch/training/schedule.py." in first
     assert re.search(r"^ +1 +n1 ", first, re.M)  # the table
-    assert "differs" not in second and not (tmp_path / "run").exists()
+    assert "Rank 1 on n1 differs" in second and not (tmp_path / "run").exists()
 
 
 def test_ranks_that_do_not_find_one_another_say_so_soon(tiny):

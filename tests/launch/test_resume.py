@@ -146,6 +146,13 @@ def test_a_rank_that_falls_silent_is_waited_for_so_long_as_was_said(engine, tiny
     ), said
 
 
+def test_a_run_whose_gradients_are_never_finite_again_ends_with_93(tiny):
+    words = [*tiny, "--precision", "float32", "--optimizer.learning_rate", "1e30", "--train_steps", "80", "--log.sample_interval", "0"]
+    ((status, said),) = endings(start_ranks(1, DOOR, *words))
+    assert status == 93, said
+    assert said.splitlines()[-1].startswith("The gradient was not finite in 50 steps in a row")
+
+
 # A checkpoint of this run is 13 writes on rank 0 and 55 on rank 1.
 @pytest.mark.parametrize(("fault", "last_whole"), [("1:write:80", 4), ("0:write:20", 4), ("0:publish:1", 4)])
 def test_dying_while_the_second_checkpoint_is_written_leaves_the_first(fault, last_whole, tiny, tmp_path):
