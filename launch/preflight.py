@@ -14,23 +14,18 @@ def main(arguments: Sequence[str]) -> int:
     settings = dataclasses.replace(read_run_settings(arguments), dry_run=False)  # nothing is trained in any case
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in launch/pretrain.py
 
-    from launch.training import preflight, rendezvous
+    from launch.training.rendezvous import sentence_of_loss
     from launch.training.start import get_ready
 
     try:
         ready = get_ready(settings, arguments, preflight_alone=True)
-
-        from launch.training.engine import initialize_communication  # DeepSpeed, which is told of the device first
-
-        initialize_communication(ready.process, ready.store, settings.communication_timeout)
-        compared = preflight.compare_speeds(ready.store, ready.process, ready.layout, ready.device, ready.reports)
     except RuntimeError as error:
-        if (sentence := rendezvous.sentence_of_loss(error)) is None:
+        if (sentence := sentence_of_loss(error)) is None:
             raise
         print(sentence, file=sys.stderr)
         return 1
     if ready.process.is_first:
-        print(f"{compared}\nThe {ready.process.world_size} rank(s) agree.")
+        print(f"The {ready.process.world_size} rank(s) agree.")
     return 0
 
 

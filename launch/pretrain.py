@@ -46,8 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(ready, stop: StopRequest) -> int:
     from data.batches import CausalBatches, evaluation_batches
-    from launch.training import checkpoint, preflight, run_folder
-    from launch.training.engine import initialize_communication
+    from launch.training import checkpoint, run_folder
     from launch.training.layout import describe
     from launch.training.loop import Figures, train
     from launch.training.monitor import Monitor
@@ -56,10 +55,6 @@ def _run(ready, stop: StopRequest) -> int:
     from model.config import flops_per_token
 
     settings, process, layout, data, start = ready.settings, ready.process, ready.layout, ready.data, ready.start
-    initialize_communication(process, ready.store, settings.communication_timeout)
-    if ready.compared:
-        compared = preflight.compare_speeds(ready.store, process, layout, ready.device, ready.reports)
-        print(compared, end="\n" if compared else "", flush=True)
     if process.is_first:
         run_folder.record(settings, ready.merged_json, start, data.fingerprint, data.tokenizer_path)
     samples = CausalBatches(

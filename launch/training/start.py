@@ -1,4 +1,4 @@
-"""What every rank does before it trains: find the others, look at its machine, and agree with them. Nothing is written yet."""
+"""What every rank does before it trains: find the others, look at its machine, agree with them, and join one process group."""
 
 import contextlib
 import dataclasses
@@ -35,12 +35,6 @@ class Ready:
     """None in a dry run for which the data would be prepared first."""
     start: run_folder.Start | None
     """None likewise."""
-    store: dist.Store | None
-    """Where the ranks met; None in a dry run."""
-    compared: bool
-    """Whether the ranks were compared."""
-    reports: list[dict]
-    """What they said of their machines, on rank 0."""
     held: BinaryIO | None
     """The lock on the run's folder, on rank 0 of a run that trains; held until the process ends."""
 
@@ -62,7 +56,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     if settings.dry_run:
         data = None if will_be_prepared(settings) else open_data(settings)
         start = run_folder.inspect(settings, data.fingerprint, merged) if data else None
-        return Ready(settings, process, device, layout, merged, data, start, None, False, [], None)
+        return Ready(settings, process, device, layout, merged, data, start, None)
     store = rendezvous.meet(process, settings.rendezvous_seconds, without_local_rank(arguments))
     compare = preflight_alone or (settings.preflight and (process.spans_nodes or "SLURM_JOB_ID" in os.environ))
     _prepare_where_missing(settings, store, process)
@@ -70,7 +64,15 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     held = None
     if not preflight_alone:
         held, start = _hold_the_folder(settings, merged, process, data, start, store)
-    return Ready(settings, process, device, layout, merged, data, start, store, compare, reports, held)
+
+    from launch.training.engine import initialize_communication  # DeepSpeed, which had to be told of the device first
+
+    initialize_communication(process, store, settings.communication_timeout)
+    if compare:
+        compared = preflight.compare_speeds(store, process, layout, device, reports)
+        if process.is_first:
+            print(compared, flush=True)
+    return Ready(settings, process, device, layout, merged, data, start, held)
 
 
 def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Process) -> None:
