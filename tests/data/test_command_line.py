@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from data.command_line import UserError, read_settings, run_door
+from data.command_line import RankError, UserError, read_settings, run_door
 from tests.ranks import REPOSITORY
 
 
@@ -219,12 +219,14 @@ def test_help_shows_every_setting_with_its_docstring_and_default(module, name, c
             assert f"default: {default})" in shown, field
 
 
-def test_a_door_prints_the_sentence_once_and_ends_with_status_2(capsys, monkeypatch):
-    def door(arguments):
-        raise UserError("That cannot be.")
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"])
+def test_a_door_prints_the_sentence_once_a_machine_and_ends_with_status_2(name, capsys, monkeypatch):
+    for kind, rank, printed in ((UserError, "0", "That cannot be.\n"), (UserError, "1", ""), (RankError, "1", "That cannot be.\n")):
 
-    for rank, printed in (("0", "That cannot be.\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
+        def door(arguments, kind=kind):
+            raise kind("That cannot be.")
+
+        monkeypatch.setenv(name, rank)
         with pytest.raises(SystemExit) as ended:
             run_door(door)
         assert ended.value.code == 2

@@ -225,6 +225,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU, and there is none")
 @pytest.mark.parametrize("ranks", COMPILED)
 def test_compiled_blocks_give_the_same_numbers(ranks):
