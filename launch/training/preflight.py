@@ -21,7 +21,7 @@ from launch.training.data import RunData
 from launch.training.layout import Layout
 from launch.training.processes import Process, device_number
 from launch.training.rendezvous import gather
-from launch.training.run_folder import PROBE, versions
+from launch.training.run_folder import PROBE, ground_of, versions
 from model.config import count_parameters
 
 _PROBE_BYTES = 16 << 20
@@ -39,13 +39,14 @@ def look(settings: RunSettings, merged_json: dict, layout: Layout, process: Proc
     chosen = flatten(dataclasses.asdict(settings)) | {f"DeepSpeed's {name}": value for name, value in flatten(merged_json).items()}
     del chosen["deepspeed"]  # where the JSON lies is no matter
     checkpoint_bytes = 12 * count_parameters(settings.model)  # float32 weights and two moments
-    free = shutil.disk_usage(_ground(Path(settings.output))).free
+    free = shutil.disk_usage(probe.parent).free
     if free < checkpoint_bytes:
         raise UserError(
             f"{settings.output} has {free / 2**30:.2f} GiB free; a checkpoint of this model takes {checkpoint_bytes / 2**30:.2f} GiB."
         )
     _refuse_too_short_a_job(write_seconds * checkpoint_bytes / layout.world_size / _PROBE_BYTES)
-    for lock, age in _build_locks():
+    locks = _build_locks()
+    for lock, age in locks:
         if age > _STALE_LOCK_SECONDS:
             raise UserError(
                 f"{lock} is {age / 60:.0f} minutes old: a build of DeepSpeed's was killed there, and the next one would wait for it "
@@ -61,7 +62,7 @@ def look(settings: RunSettings, merged_json: dict, layout: Layout, process: Proc
         "probe": probe.name,
         "free_gib": free / 2**30,
         "written_gb_s": _PROBE_BYTES / write_seconds / 1e9,
-        "building": [str(lock) for lock, _ in _build_locks()],
+        "building": [str(lock) for lock, _ in locks],
     }
 
 
@@ -96,8 +97,6 @@ def measure(process: Process, layout: Layout, device: str) -> dict:
     place = torch.device(device, device_number(process)) if device == "cuda" else torch.device("cpu")
     tensor = torch.ones(_PROBE_BYTES // 4, device=place)
     n = layout.world_size
-    if device == "cuda":
-        torch.cuda.set_device(place)
     measured = {"all_reduce_gb_s": 2 * (n - 1) / n * _PROBE_BYTES / _seconds(lambda: dist.all_reduce(tensor), place) / 1e9}
     if layout.pipeline_stages > 1:
         stride = n // layout.pipeline_stages
@@ -207,14 +206,9 @@ def _digest(names: dict) -> str:
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _ground(folder: Path) -> Path:
-    """The nearest folder above that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
 def probe_of(output: str, process: Process) -> Path:
     """Where a rank tries to write, without making the output's folder: the nearest one above it that is there."""
-    return _ground(Path(output)) / f"{PROBE}{platform.node()}-{os.getpid()}-{process.rank}"
+    return ground_of(Path(output)) / f"{PROBE}{platform.node()}-{os.getpid()}-{process.rank}"
 
 
 def _seconds_to_write(probe: Path) -> float:

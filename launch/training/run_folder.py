@@ -80,7 +80,7 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     """Decide on a fresh start or going on, changing nothing. Raises UserError where the folder holds another run or something else."""
     folder = Path(settings.output)
     record = folder / "run.json"
-    ground = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    ground = ground_of(folder)
     if ground.is_dir() and not os.access(ground, os.W_OK):
         raise UserError(f"output {folder}: {ground} cannot be written.")
     in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
@@ -114,6 +114,11 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
         if newest[1]["step"] > settings.steps:
             raise UserError(f"{newest[0]} is already beyond the {settings.steps} steps that are asked for. Nearest: {newest[1]['step']}.")
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed))
+
+
+def ground_of(folder: Path) -> Path:
+    """The folder itself where it is there, else the nearest one above that is."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _is_ours(name: str) -> bool:

@@ -1,11 +1,13 @@
 """Two hosts with ssh between them: one run on both, the cable cut in the middle of it, and the mistakes that networks invite."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 from data.prepare import PrepareSettings, prepare
 from launch.training import checkpoint
 from launch.training.loop import SAVED_AND_UNFINISHED
-from tests.launch.hosts import Hosts, two_hosts
+from tests.launch.hosts import Host, Hosts, two_hosts
 from tests.launch.test_launchers import need
 from tests.launch.test_resume import curves
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
@@ -106,6 +108,16 @@ def by_hand(hosts: Hosts, words: list[str], address: str = "10.77.0.1", port: in
         for rank, host in enumerate((hosts.alpha, hosts.beta))
     ]
     return ends(hosts, ranks)
+
+
+@contextlib.contextmanager
+def mounted(host: Host, place: Path, *what: str) -> Iterator[None]:
+    """Something else lies at a place, on one host alone."""
+    host.run("mount", *what, str(place))
+    try:
+        yield
+    finally:
+        host.run("umount", str(place))
 
 
 def wait_until(condition, seconds: float, what: str) -> float:
@@ -243,11 +255,8 @@ def test_a_port_in_use_ends_in_a_sentence(holder, hosts, words):
 
 
 def test_an_output_that_one_host_cannot_write_is_named_before_training(hosts, words, tmp_path):
-    hosts.beta.run("mount", "-t", "tmpfs", "-o", "ro", "none", str(tmp_path))
-    try:
+    with mounted(hosts.beta, tmp_path, "-t", "tmpfs", "-o", "ro", "none"):
         told = by_hand(hosts, words)
-    finally:
-        hosts.beta.run("umount", str(tmp_path))
     print(told[0][1], told[1][1], sep="\n")
     assert [status for status, _ in told] == [2, 2]
     assert f"Rank 1 on beta: output {tmp_path / 'run'}: {tmp_path} cannot be written." in told[0][1]
@@ -255,11 +264,8 @@ def test_an_output_that_one_host_cannot_write_is_named_before_training(hosts, wo
 
 
 def test_an_output_that_the_hosts_do_not_share_is_named_before_training(hosts, words, tmp_path):
-    hosts.beta.run("mount", "-t", "tmpfs", "none", str(tmp_path))
-    try:
+    with mounted(hosts.beta, tmp_path, "-t", "tmpfs", "none"):
         told = by_hand(hosts, words)
-    finally:
-        hosts.beta.run("umount", str(tmp_path))
     assert [status for status, _ in told] == [2, 2]
     assert f"Rank 1 on beta writes to another {tmp_path} than rank 0 does" in told[0][1]
 
@@ -270,11 +276,8 @@ def test_data_that_differ_on_the_second_host_are_named_before_training(hosts, wo
         (tmp_path / "text" / f"{number}.txt").write_text(f"another corpus, document {number}: " + "lorem ipsum dolor sit amet " * number)
     other = tmp_path / "other"
     prepare(PrepareSettings(input=(str(tmp_path / "text"),), output=str(other), tokenizer=str(prepared / "tokenizer.model"), workers=1))
-    hosts.beta.run("mount", "--bind", str(other), str(prepared))
-    try:
+    with mounted(hosts.beta, prepared, "--bind", str(other)):
         told = by_hand(hosts, words)
-    finally:
-        hosts.beta.run("umount", str(prepared))
     print(told[0][1], told[1][1], sep="\n")
     assert [status for status, _ in told] == [2, 2]
     assert f"Rank 1 on beta differs from rank 0 on alpha: the data: {prepared} is " in told[0][1]
