@@ -4,16 +4,17 @@ import json
 import math
 import os
 import random
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from data.command_line import UserError
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 _PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -37,9 +38,9 @@ _TEXTS = (
 def write_tokenizer(tokenizer_file: str | Path, folder: str | Path, model_max_length: int, end_of_text: str | None = None) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`; neither sentencepiece nor code of ours is needed to read them.
 
-    A tokenizer.json is copied, a SentencePiece `.model` (bpe or unigram) rewritten as one and copied beside it. The ids of what
-    is written are compared with ours on texts of many kinds, and UserError is raised where one differs, or where the `.model`
-    does what a tokenizer.json cannot. `end_of_text` as in load_tokenizer.
+    A tokenizer.json is copied, a tiktoken vocabulary rewritten as one, a SentencePiece `.model` (bpe or unigram) rewritten and
+    copied beside it. The ids of what is written are compared with ours on texts of many kinds, and UserError is raised where one
+    differs, or where the `.model` does what a tokenizer.json cannot. `end_of_text` as in load_tokenizer.
 
     With unigram, spellings that are equally likely but for the last bits of a float32 sum, such as a run of 18 spaces as
     16 + 2 or 2 + 16, may be chosen otherwise: SentencePiece adds in float32, Hugging Face in float64.
@@ -51,12 +52,13 @@ def write_tokenizer(tokenizer_file: str | Path, folder: str | Path, model_max_le
         shutil.copyfile(ours.path, written)
     else:
         convert(ours).save(os.fspath(written))
+    if isinstance(ours, SentencePieceTokenizer):
         shutil.copyfile(ours.path, folder / "tokenizer.model")
     theirs = tokenizers.Tokenizer.from_file(os.fspath(written))
     theirs.encode_special_tokens = True  # what split_special_tokens below becomes
     theirs.no_truncation()
-    scores = _unigram_scores(ours.path)
-    for text in _texts(ours):
+    scores = _unigram_scores(ours)
+    for text in texts_of_many_kinds(ours):
         our_ids, their_ids = ours.encode(text), theirs.encode(text, add_special_tokens=False).ids
         if our_ids != their_ids and not (scores and _as_likely(our_ids, their_ids, scores) and ours.decode(their_ids) == text):
             raise UserError(f"{ours.path} cannot be written as a tokenizer.json: it would give other ids for {text[:80]!r}.")
@@ -72,11 +74,13 @@ def write_tokenizer(tokenizer_file: str | Path, folder: str | Path, model_max_le
 
 
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """A SentencePiece model, bpe or unigram, as a Hugging Face tokenizer; raises UserError for what has no counterpart.
+    """A SentencePiece model, bpe or unigram, or a tiktoken vocabulary as a Hugging Face tokenizer; UserError for what has no counterpart.
 
-    Its pieces hold real spaces. A character that is no piece is spelt in bytes, the one that SentencePiece writes for a space
-    among them.
+    A SentencePiece model's pieces hold real spaces then. A character that is no piece is spelt in bytes, the one that SentencePiece
+    writes for a space among them.
     """
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return _convert_ranks(tokenizer)
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
     _refuse(tokenizer.path, model)
     names = [piece.piece.replace(_SPACE, " ") if piece.type == _PIECE.NORMAL else piece.piece for piece in model.pieces]
@@ -123,19 +127,45 @@ def _unknown(model: sentencepiece_model_pb2.ModelProto) -> int:
 
 
 def _merges(model: sentencepiece_model_pb2.ModelProto, names: list[str]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two, the best piece first: SentencePiece joins any two that make a piece."""
     best = sorted((-piece.score, name) for piece, name in zip(model.pieces, names, strict=True) if piece.type == _PIECE.NORMAL)
-    pieces = {name for _, name in best}
-    return [
-        (name[:cut], name[cut:]) for _, name in best for cut in range(len(name) - 1, 0, -1) if name[:cut] in pieces and name[cut:] in pieces
-    ]
+    return _every_merge([name for _, name in best])
 
 
-def _unigram_scores(path: Path) -> list[float]:
+def _every_merge(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Every way to put a name together from two, the best name first: SentencePiece and tiktoken join any two that make one."""
+    best = list(names)
+    known = set(best)
+    return [(name[:cut], name[cut:]) for name in best for cut in range(len(name) - 1, 0, -1) if name[:cut] in known and name[cut:] in known]
+
+
+def _convert_ranks(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
+    """Byte-level BPE, its merges recovered from the ranks."""
+    character = _byte_characters()
+    names = {"".join(character[byte] for byte in token): rank for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
+    # In the vocabulary already, special tokens keep their ids, which may leave some free.
+    converted = tokenizers.Tokenizer(models.BPE(names | tokenizer.special_tokens, _every_merge(names), ignore_merges=True))
+    # Hugging Face's patterns know possessive *+ and ++, but X{1,3}+ is a repetition of X{1,3} to them.
+    pattern = re.sub(r"(\\[pP]\{\w+\}|\[[^\]]*\]|\\?.)(\{\d*,?\d*\})\+", r"(?>\1\2)", tokenizer.settings["pat_str"])
+    converted.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    converted.decoder = decoders.ByteLevel()
+    converted.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokenizer.special_tokens])
+    return converted
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level BPE writes for each byte.  [256]"""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(sorted(character for character in alphabet if ord(character) > 255))
+    return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)]
+
+
+def _unigram_scores(tokenizer: Tokenizer) -> list[float]:
     """Log-probability of each piece; empty for other kinds of tokenizers, which add nothing up."""
-    if path.suffix == ".json":
+    if not isinstance(tokenizer, SentencePieceTokenizer):
         return []
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
     return [piece.score for piece in model.pieces] if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM else []
 
 
@@ -144,9 +174,11 @@ def _as_likely(one: list[int], other: list[int], scores: list[float]) -> bool:
     return math.isclose(first, second, rel_tol=1e-5)  # float32 holds 6e-8 of a sum, and some hundred sums are made
 
 
-def _texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts of many kinds, and pieces of the vocabulary in random order."""
+def texts_of_many_kinds(tokenizer: Tokenizer) -> Iterator[str]:
+    """Texts that tokenizers have got wrong, its special tokens as text, and pieces of the vocabulary in random order."""
     yield from _TEXTS
+    yield from tokenizer.special_tokens
+    yield " ".join(["", *tokenizer.special_tokens, "".join(tokenizer.special_tokens)])
     draw = random.Random(0)
     for _ in range(500):
         yield tokenizer.decode([draw.randrange(tokenizer.vocab_size) for _ in range(draw.randrange(1, 60))])

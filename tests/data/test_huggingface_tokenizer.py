@@ -10,7 +10,8 @@ import tokenizers
 
 from data.command_line import UserError
 from data.huggingface_tokenizer import convert, write_tokenizer
-from data.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenizer import load_tokenizer, published_pattern, train_sentencepiece
+from tests.data.vocabularies import rank_file
 
 CODE = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000]  # real code and real English, on every machine
 OTHER = "Ένα μικρό κείμενο. 汉字很多。 ein schöner Tag… déjà vu 😀 " * 20
@@ -144,3 +145,24 @@ def test_a_tokenizer_json_is_copied(tmp_path):
     ours, read = load_tokenizer(tmp_path / "from"), their_tokenizer(tmp_path / "to", "gpt2")
     assert read.eos_token_id == ours.end_of_text == 1
     assert all(read(text)["input_ids"] == ours.encode(text) for text in [*HARD, "a <eos> in the text"])
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+def test_a_tiktoken_vocabulary_is_rewritten_with_its_ids(tmp_path, name):
+    rank_file(tmp_path / "own.tiktoken", TEXTS, published_pattern(name))
+    (tmp_path / "to").mkdir()
+    write_tokenizer(tmp_path / "own.tiktoken", tmp_path / "to", model_max_length=77)
+    ours, theirs = load_tokenizer(tmp_path / "own.tiktoken"), their_tokenizer(tmp_path / "to", "qwen3")
+    assert (theirs.eos_token, theirs.eos_token_id) == (ours.end_of_text_token, ours.end_of_text)
+    assert theirs.convert_tokens_to_ids("[MASK]") == ours.special_token_id("[MASK]")
+    for text in [*HARD, *TEXTS, *random_texts(ours, 300), "12345 I'LL don't\n\n  x \u2028 y", " <|im_end|>[MASK]"]:
+        assert theirs(text)["input_ids"] == ours.encode(text), text
+        assert theirs.decode(ours.encode(text)) == text
+
+
+def test_a_tiktoken_vocabulary_whose_special_token_is_a_word_is_refused(tmp_path):
+    rank_file(tmp_path / "own.tiktoken", TEXTS)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("[MASK]", "mask"))
+    with pytest.raises(UserError, match="would give other ids for 'mask'"):
+        write_tokenizer(tmp_path / "own.tiktoken", tmp_path, model_max_length=77)
