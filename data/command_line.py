@@ -67,12 +67,12 @@ def read_settings(
             in_words = {name.removeprefix("--"): value for name, equals, value in (word.partition("=") for word in given) if equals}
             parser.set_defaults(defaults(in_recipes | in_words))
         # A recipe lies under the command line wherever it is named.
-        namespace = parser.parse_args([f"--config={path}" for path, recipe in recipes.items() if recipe] + given)
+        namespace = parser.parse_args([f"--config={yaml.safe_dump(recipe)}" for recipe in recipes.values() if recipe] + given)
         values = vars(parser.instantiate(namespace))
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise UserError(_one_sentence(str(error), kinds, given, recipes)) from error
     values.pop("config", None)
-    return settings(**values)
+    return settings(**(values | _taken_for_nothing(given, kinds)))
 
 
 def run_door(main: Callable[[Sequence[str]], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> None:
@@ -141,6 +141,13 @@ def _spell_out(arguments: Sequence[str], kinds: dict[str, object], aliases: dict
     return spelt
 
 
+def _taken_for_nothing(words: list[str], kinds: dict[str, object]) -> dict[str, str]:
+    """Texts such as ### and --- that YAML, as which jsonargparse reads what may be null, takes for a comment or an empty document."""
+    given = {name.removeprefix("--"): value for name, _, value in (word.partition("=") for word in words)}
+    may_be_text_or_null = {name for name, kind in kinds.items() if set(typing.get_args(kind)) == {str, type(None)} and "." not in name}
+    return {name: value for name, value in given.items() if name in may_be_text_or_null and value.startswith(("#", "---"))}
+
+
 def _members(group: str, kinds: dict[str, object]) -> list[str]:
     return [name for name in kinds if name.startswith(f"{group}.")]
 
@@ -160,7 +167,7 @@ def _field_help(settings: type, field: str) -> str:
 
 
 def _read_recipe(path: str, kinds: dict[str, object]) -> dict:
-    """What a recipe gives, flat by dotted name."""
+    """What a recipe gives, flat by dotted name; one value for a list is a list of it, as on the command line."""
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -175,6 +182,10 @@ def _read_recipe(path: str, kinds: dict[str, object]) -> dict:
             raise UserError(f'{path}: "{name}" is a group of settings: {", ".join(members)}.')
         if name not in kinds:
             raise UserError(f'{path}: unknown setting "{name}".{nearest(name, list(kinds))} --help lists them all.')
+        if flat[name] is None and "null" not in _allowed(kinds[name]):  # jsonargparse would take it
+            raise UserError(f"{name} is null; it must be {_choices(kinds[name])}. Set in {path}.")
+        if typing.get_origin(kinds[name]) is tuple and not isinstance(flat[name], list):
+            flat[name] = [flat[name]]
     return flat
 
 
@@ -191,8 +202,12 @@ def _one_sentence(message: str, kinds: dict[str, object], given: list[str], reci
     hint = nearest(value, allowed) if len(allowed) > 1 else ""
     where = [path for path, recipe in recipes.items() if name in recipe][-1:]
     place = f" Set in {where[0]}." if where and not any(word.startswith(f"--{name}=") for word in given) else ""
-    choices = " or ".join([*([", ".join(allowed[:-1])] if allowed[:-1] else []), allowed[-1]])
-    return f"{name} is {value}; it must be {choices}.{hint}{place}"
+    return f"{name} is {value}; it must be {_choices(kinds[name])}.{hint}{place}"
+
+
+def _choices(kind: object) -> str:
+    *others, last = _allowed(kind)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _allowed(kind: object) -> list[str]:

@@ -1,27 +1,22 @@
-"""Documents in, from every source, in a fixed order."""
+"""Where documents come from, in a fixed order, cut into units of work that can be done apart from one another."""
 
-import bz2
+import dataclasses
 import glob
-import gzip
 import hashlib
-import io
-import json
-import lzma
+import itertools
+import os
+import sys
 import sysconfig
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
-import zstandard
-
-from data.command_line import UserError, nearest
-
-_JSON_LINES = (".jsonl", ".ndjson")
-_TEXT = (".txt", ".md", ".py")
-_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+from data.command_line import UserError
+from data.opening import COMPRESSED, is_compressed
+from data.records import FORMATS, Fields, PartReader, Problem, Table, is_known, read_fields
+from data.shards import Shard
 
 # Left out of the standard library's text. Folders: tests and their data, maps of character sets, other people's packages, compiled files.
 _NOT_TEXT_FOLDERS = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
@@ -38,110 +33,323 @@ _NOT_TEXT_FILES = (
 _TOPICS = "pydoc_data/topics.py"  # the language reference as one literal; its texts are read instead
 
 
+STANDARD_INPUT = "-"
+_FILES_LEARNT_FROM = 1000
+_COMPRESSION = 4  # bytes that one of a compressed file is taken for where work is shared out
+
+
 @dataclass(frozen=True)
 class Document:
-    """One text. `source` says where it is, the same on every machine: its path inside the input, and the line where a file has many."""
+    """One text. `source` says where it is, the same on every machine: its path inside the input, and its place where a file has many."""
 
     text: str
     source: str
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Parts to be read one after the other, each as often as wanted; equal identities are equal texts."""
+class SourceFile:
+    path: Path
+    name: str
+    """Its path inside the input, the same on every machine."""
+    given: str
+    """The input that names it."""
+    size: int
+    stamp: str
+    """Of what is in it: the time when it was written or, of standard input, a hash."""
 
-    parts: Sequence[Callable[[], Iterator[Document]]]
-    identity: str
-
-    def documents(self) -> Iterator[Document]:
-        for part in self.parts:
-            yield from part()
+    @property
+    def is_compressed(self) -> bool:
+        return is_compressed(self.path)
 
 
-def is_held_out(source: str, fraction: float) -> bool:
-    """Whether a document is kept for validation: by a hash of its source, so that it stays there when others come or go."""
-    return int.from_bytes(hashlib.sha256(source.encode()).digest()) % 10**6 < fraction * 10**6
+@dataclass(frozen=True)
+class Span:
+    """A part of a file, in what data/records.py cuts its kind by."""
+
+    file: int
+    """Number in the corpus."""
+    start: int = 0
+    end: int | None = None
+    """None: to the end of the file."""
 
 
-def embedded_corpus() -> Corpus:
+@dataclass(frozen=True)
+class Unit:
+    """What one process does at a time; the same for every number of processes."""
+
+    number: int
+    part: int
+    """Of a file whose end is not known before it is read."""
+    spans: tuple[Span, ...]
+    size: int
+    """Bytes on the disk, about; of an open-ended one, of all its parts."""
+    is_open_ended: bool = False
+    """There may be parts behind this one: reading shows whether the file goes on."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:07d}-{self.part:06d}"
+
+    def next_part(self) -> "Unit":
+        (span,) = self.spans
+        width = span.end - span.start
+        return dataclasses.replace(self, part=self.part + 1, spans=(Span(span.file, span.end, span.end + width),))
+
+
+@dataclass(frozen=True)
+class FileCorpus:
+    """Files that processes read by themselves."""
+
+    files: list[SourceFile]
+    fields: Fields
+
+    @property
+    def names(self) -> list[str]:
+        return [file.name for file in self.files]
+
+    @property
+    def position_units(self) -> list[str]:
+        return [self.fields.position_unit(file.path) for file in self.files]
+
+    @property
+    def givens(self) -> list[str]:
+        """The input that each source belongs to."""
+        return [file.given for file in self.files]
+
+    def identity(self) -> list[list]:
+        """What is compared to tell whether the text is the same: names, sizes and times, as make does."""
+        return [[file.name, file.size, file.stamp] for file in self.files]
+
+    def as_it_is_now(self) -> "FileCorpus":
+        """The same files with the sizes and times that they have now."""
+        return dataclasses.replace(self, files=[_seen(file) for file in self.files])
+
+    def units(self, unit_bytes: int) -> Iterator[Unit]:
+        """Small files together, large ones in parts."""
+        numbers = itertools.count()
+        together: list[Span] = []
+        gathered = gathered_on_disk = 0
+
+        def small_ones() -> Iterator[Unit]:
+            nonlocal together, gathered, gathered_on_disk
+            if together:
+                yield Unit(next(numbers), 0, tuple(together), gathered_on_disk)
+            together, gathered, gathered_on_disk = [], 0, 0
+
+        for number, file in enumerate(self.files):
+            size = file.size * (_COMPRESSION if file.is_compressed else 1)
+            if size < unit_bytes:
+                if gathered + size > unit_bytes:
+                    yield from small_ones()
+                together.append(Span(number))
+                gathered, gathered_on_disk = gathered + size, gathered_on_disk + file.size
+                continue
+            yield from small_ones()
+            if self.fields.is_cut_by_bytes(file.path) and file.is_compressed:
+                yield Unit(next(numbers), 0, (Span(number, 0, unit_bytes),), file.size, is_open_ended=True)
+            else:
+                cuts = self._cuts(file, unit_bytes)
+                for start, end in cuts:
+                    yield Unit(next(numbers), 0, (Span(number, start, end),), file.size // len(cuts))
+        yield from small_ones()
+
+    def _cuts(self, file: SourceFile, unit_bytes: int) -> list[tuple[int, int | None]]:
+        if self.fields.is_cut_by_bytes(file.path):
+            ends = [*range(unit_bytes, file.size, unit_bytes), None]
+        elif self.fields.format_of(file.path) == "tokens":
+            documents = Shard(file.path.with_suffix("")).num_documents
+            stored = max(1, file.size // documents)
+            ends = [*range(max(1, unit_bytes // stored), documents, max(1, unit_bytes // stored)), None]
+        elif self.fields.format_of(file.path) in ("parquet", "arrow") and not file.is_compressed:
+            ends = [*_table_ends(file.path, self.fields, unit_bytes), None]
+        else:
+            ends = [None]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def beginning(self, characters: int, is_wanted: Callable[[tuple[str, ...]], bool]) -> Iterator[str]:
+        """So many characters of text, of the documents that are wanted: the beginning of files spread over the whole corpus, what a
+        short one leaves going to the later ones.
+        """
+        step = -(-len(self.files) // _FILES_LEARNT_FROM)
+        chosen = self.files[::step]
+        reader = PartReader(self.fields)
+        for number, file in enumerate(chosen):
+            share = characters // (len(chosen) - number)
+            for _, record in reader.read(file.path):
+                if isinstance(record, tuple) and is_wanted(record):
+                    for text in record:
+                        yield text[:share]
+                        characters -= len(text[:share])
+                        share -= len(text[:share])
+                if not share:
+                    break
+            reader.close()
+
+
+Row = tuple[int, int, tuple[str, ...] | Problem]
+"""Number of its source, place in it, texts."""
+
+
+@dataclass(frozen=True)
+class StreamCorpus:
+    """Rows that come one after another; one process reads them and deals them out in blocks."""
+
+    given: str
+    """What a person calls all of it."""
+    names: list[str]
+    position_unit: str
+    rows: Callable[[], Iterator[Row]]
+    """All of them, as often as wanted."""
+    stamp: list
+    """Equal stamps are equal rows."""
+    unit_bytes: int
+    """Of text, that fit the size of it all."""
+
+    @property
+    def position_units(self) -> list[str]:
+        return [self.position_unit] * len(self.names)
+
+    @property
+    def givens(self) -> list[str]:
+        return [self.given] * len(self.names)
+
+    def identity(self) -> list[list]:
+        return [[self.given, *self.stamp]]
+
+    def blocks(self, unit_bytes: int) -> Iterator[tuple[Unit, list[Row]]]:
+        """A unit and its rows."""
+        numbers = itertools.count()
+        block: list[Row] = []
+        gathered = 0
+        for row in self.rows():
+            block.append(row)
+            gathered += sum(map(len, row[2])) if isinstance(row[2], tuple) else 0
+            if gathered >= unit_bytes:
+                yield Unit(next(numbers), 0, (), gathered), block
+                block, gathered = [], 0
+        if block:
+            yield Unit(next(numbers), 0, (), gathered), block
+
+    def beginning(self, characters: int, is_wanted: Callable[[tuple[str, ...]], bool]) -> Iterator[str]:
+        """So many characters of text, of the documents that are wanted."""
+        for _, _, texts in self.rows():
+            if isinstance(texts, tuple) and is_wanted(texts):
+                for text in texts:
+                    yield text[:characters]
+                    characters -= len(text[:characters])
+            if not characters:
+                return
+
+
+Corpus = FileCorpus | StreamCorpus
+
+
+def embedded_corpus() -> StreamCorpus:
     """The text that every machine with Python has: source and documentation of the standard library, some ten megabytes."""
+    documents = embedded_documents()
+    stamp = hashlib.sha256("\0".join(document.text for document in documents).encode()).hexdigest()
+    rows = [(number, 0, (document.text,)) for number, document in enumerate(documents)]
+    return StreamCorpus(
+        "Python's standard library", [document.source for document in documents], "file", lambda: iter(rows), [stamp], 1 << 20
+    )
+
+
+def embedded_documents() -> list[Document]:
+    """The documents of the embedded corpus."""
     root = Path(sysconfig.get_path("stdlib"))
-    documents = list(_standard_library(root))
+    documents = [document for document in _standard_library(root) if document.text.strip()]
     if not documents:
         raise UserError(f"{root} holds no source text of Python's standard library. Give a corpus with --input.")
-    identity = hashlib.sha256("\0".join(document.text for document in documents).encode()).hexdigest()
-    return Corpus([partial(iter, documents)], identity)
+    return documents
 
 
-def file_corpus(inputs: Sequence[str], text_field: str) -> Corpus:
-    """The documents of files, folders and globs. Their identity is that of names, sizes and times, as it is for make."""
-    files = find_files(inputs)
-    seen = [(source, path.stat().st_size, path.stat().st_mtime_ns) for path, source in files.items()]
-    return Corpus([partial(read_file, path, source, text_field) for path, source in files.items()], _hash(seen))
+def file_corpus(inputs: Sequence[str], fields: Fields, without: Sequence[Path] = ()) -> FileCorpus:
+    """The documents of files, folders and globs, but for what lies in the folders `without`."""
+    return FileCorpus(find_files(inputs, fields.format is not None, without), fields)
 
 
-def dataset_corpus(name: str, split: str, text_field: str) -> Corpus:
+def dataset_corpus(name: str, split: str, fields: Fields) -> StreamCorpus:
     """A Hugging Face dataset NAME or NAME:CONFIG, or a folder that one can be loaded from, streamed."""
-    return Corpus([partial(_read_dataset, name, split, text_field)], _hash([name, split]))
+    source = f"{Path(name.partition(':')[0]).name}:{split}"
+    files = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
+    stamp = [[path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return StreamCorpus(f"{name}, {split}", [source], "row", partial(_read_dataset, name, split, fields), stamp, 16 << 20)
 
 
-def find_files(inputs: Sequence[str]) -> dict[Path, str]:
-    """The files that inputs name, sorted within each input, with their paths inside it."""
-    files: dict[Path, str] = {}
+def find_files(inputs: Sequence[str], any_name: bool = False, without: Sequence[Path] = ()) -> list[SourceFile]:
+    """The files that inputs name, each once, sorted within each input; of a folder those whose names are known, or all."""
+    files: dict[Path, SourceFile] = {}
+    left_out = [folder.resolve() for folder in without]
     for given in inputs:
         if not given:
             raise UserError('--input "" names no file; was a variable empty?')
         path = Path(given)
         if path.is_dir():
-            root, found = path, [file for file in path.rglob("*") if _is_readable(file)]
+            root, found = path, [file for file in _files_below(path) if any_name or is_known(file)]
         elif path.exists():
             root, found = path.parent, [path]
         else:
             root, found = _glob_root(given), [Path(file) for file in glob.glob(given, recursive=True) if Path(file).is_file()]
+        found = [file.with_suffix(".idx") if file.suffix == ".bin" and file.with_suffix(".idx").exists() else file for file in found]
         if not found:
             raise UserError(
                 f"--input {given}: "
-                + (
-                    f"no {', '.join(_TEXT + _JSON_LINES)} file in this folder, plain or {', '.join(_COMPRESSED)}."
-                    if path.is_dir()
-                    else "no such file."
-                )
+                + (f"no {', '.join(FORMATS)} file in this folder, plain or {', '.join(COMPRESSED)}." if path.is_dir() else "no such file.")
             )
-        files |= {file: file.relative_to(root).as_posix() for file in sorted(found)}
-    return files
+        for file in sorted(found):
+            resolved = file.resolve()
+            if not any(folder in resolved.parents for folder in left_out):
+                files.setdefault(resolved, _seen(SourceFile(file, spelt(file.relative_to(root)), spelt(Path(given)), 0, "")))
+    names = Counter(file.name for file in files.values())
+    return [dataclasses.replace(file, name=spelt(file.path)) if names[file.name] > 1 else file for file in files.values()]
 
 
-def read_file(path: Path, source: str, text_field: str) -> Iterator[Document]:
-    """The documents of one file: JSON Lines have one a line, any other file is one. UserError names the file and line that is bad."""
-    suffixes = [suffix for suffix in path.suffixes[-2:] if suffix not in _COMPRESSED]
+def _files_below(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"--input {folder}: {error.filename} cannot be read: {error.strerror}.") from error
+
+    for place, _, names in os.walk(folder, onerror=refuse, followlinks=False):
+        yield from (path for name in names if (path := Path(place, name)).is_file())
+
+
+def _seen(file: SourceFile) -> SourceFile:
+    """With its size and time as they are; of a token file those of both its files."""
+    paths = [file.path, *([file.path.with_suffix(".bin")] if file.path.suffix == ".idx" else [])]
     try:
-        with _open_decompressed(path) as file:
-            if suffixes and suffixes[-1] in _JSON_LINES:
-                for number, line in enumerate(file, start=1):
-                    if not line.isspace():
-                        yield Document(_read_line(line, f"{path}, line {number}", text_field), f"{source}:{number}")
-            else:
-                yield Document(_decode(file.read(), str(path)), source)
-    except (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{path} cannot be read to its end: {error}") from error
+        seen = [path.stat() for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    return dataclasses.replace(file, size=sum(one.st_size for one in seen), stamp=" ".join(str(one.st_mtime_ns) for one in seen))
 
 
-def drop_duplicates_and_empty(documents: Iterator[Document], dropped: dict[str, int]) -> Iterator[Document]:
-    """The documents without those that hold nothing but white space and those whose very text came before, counted in `dropped`.
+def spelt(path: Path) -> str:
+    """A path as text, also where its bytes are none."""
+    return os.fsencode(path.as_posix()).decode(errors="backslashreplace")
 
-    What came before is remembered as a hash: about 100 bytes of memory a document.
+
+def keep_standard_input(folder: Path | None) -> SourceFile:
+    """Standard input as a file in a folder, so that it can be read in parts, and again after a crash; None: only see what it is.
+
+    Where the file is there, what comes in now is compared with it: UserError where it differs.
     """
-    seen: set[bytes] = set()
-    for document in documents:
-        if not document.text.strip():
-            dropped["empty"] += 1
-            continue
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-        if digest in seen:
-            dropped["duplicate"] += 1
-            continue
-        seen.add(digest)
-        yield document
+    digest, size = hashlib.sha256(), 0
+    path = (folder or Path()) / "standard-input"
+    beside = path.with_suffix(".incomplete")
+    with open(beside if folder else os.devnull, "wb") as file:
+        while piece := sys.stdin.buffer.read(1 << 20):
+            digest.update(piece)
+            size += file.write(piece)
+        if folder:
+            file.flush()
+            os.fsync(file.fileno())
+    if folder and path.exists():
+        beside.unlink()
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest.hexdigest():
+                raise UserError(f"Standard input is not what it was when {folder} was begun. Give the same again, or another --output.")
+    elif folder:
+        beside.rename(path)
+    return SourceFile(path, "standard input", STANDARD_INPUT, size, digest.hexdigest())
 
 
 def _standard_library(root: Path) -> Iterator[Document]:
@@ -161,25 +369,34 @@ def _standard_library(root: Path) -> Iterator[Document]:
                 continue  # in another encoding, on purpose
 
 
-def _read_dataset(name: str, split: str, text_field: str) -> Iterator[Document]:
+def _read_dataset(name: str, split: str, fields: Fields) -> Iterator[Row]:
     import datasets  # takes a second to import, and only this source needs it
 
     path, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield Document(_field(row, f"--dataset {name}, {split}, row {number}", text_field), f"{Path(path).name}:{split}:{number}")
-    except UserError:
-        raise
+            yield 0, number, read_fields(row, fields, repr(row).encode(errors="backslashreplace"))
     except Exception as error:  # no network, no such name, no such split, a broken file: the libraries below raise as they like
         raise UserError(f"--dataset {name}, split {split}, cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _is_readable(path: Path) -> bool:
-    name = path.name
-    for suffix in _COMPRESSED:
-        name = name.removesuffix(suffix)
-    return name.endswith(_TEXT + _JSON_LINES) and path.is_file()
+def _table_ends(path: Path, fields: Fields, unit_bytes: int) -> list[int]:
+    """The blocks of rows before which a large table is cut; none in one that cannot be read, which its unit will say."""
+    import pyarrow
+
+    try:
+        with Table(path, fields) as table:
+            sizes = table.block_bytes()
+    except (pyarrow.ArrowException, OSError):
+        return []
+    ends, gathered = [], 0
+    for block, size in enumerate(sizes):
+        if gathered >= unit_bytes:
+            ends.append(block)
+            gathered = 0
+        gathered += size
+    return ends
 
 
 def _glob_root(pattern: str) -> Path:
@@ -187,78 +404,3 @@ def _glob_root(pattern: str) -> Path:
     parts = Path(pattern).parts
     magic = next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return Path(*parts[:magic])
-
-
-def _open_decompressed(path: Path) -> BinaryIO:
-    opener = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _ZstandardFile.open}.get(path.suffix, open)
-    return opener(path, "rb")
-
-
-class _ZstandardFile(io.RawIOBase):
-    """All frames of a .zst; one that is cut off raises EOFError, where zstandard's own reader ends without a word."""
-
-    @classmethod
-    def open(cls, path: Path, mode: str) -> BinaryIO:
-        return io.BufferedReader(cls(open(path, mode)), buffer_size=1 << 20)
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._frame = None
-        self._compressed = self._plain = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._plain:
-            self._compressed = self._compressed or self._file.read(1 << 17)
-            if not self._compressed:
-                if self._frame:
-                    raise EOFError("the file ends inside a Zstandard frame")
-                return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._plain = self._frame.decompress(self._compressed)
-            self._compressed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._plain))
-        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _read_line(line: bytes, place: str, text_field: str) -> str:
-    try:
-        record = json.loads(_decode(line.rstrip(b"\r\n"), place))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON: {error.msg}, column {error.colno}.") from error
-    if not isinstance(record, dict):
-        raise UserError(f'{place} holds a {type(record).__name__}; a line is an object with the field "{text_field}".')
-    return _field(record, place, text_field)
-
-
-def _field(record: dict, place: str, text_field: str) -> str:
-    if text_field not in record:
-        raise UserError(f'{place} has no field "{text_field}".{nearest(text_field, list(record))} Set with --text_field.')
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise UserError(f'{place}: "{text_field}" is {str(text)[:40]}, a {type(text).__name__}; it must be a string.')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise UserError(f'{place}: "{text_field}" is not text that UTF-8 can hold: {error}.') from error
-    return text
-
-
-def _decode(data: bytes, place: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place} is not UTF-8: {error}.") from error
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -2,44 +2,37 @@
 
     python data/prepare.py --input 'corpus/*.jsonl.zst' --tokenizer tokenizer.model --output prepared/
 
-With nothing else, the text is Python's own standard library, and the tokenizer is learnt from it.
+With nothing else, the text is Python's own standard library, and the tokenizer is learnt from it. A command that was ended, however
+hard, goes on when it is given again; on several nodes each gives it with its own --rank (SLURM says it by itself).
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-import tqdm
-from numpy.typing import NDArray
+from typing import Literal, NoReturn
 
 from data.command_line import UserError, read_settings, run_door
-from data.corpus import (
-    Corpus,
-    Document,
-    dataset_corpus,
-    drop_duplicates_and_empty,
-    embedded_corpus,
-    file_corpus,
-    is_held_out,
-)
-from data.shards import MANIFEST, MANIFEST_FORMAT, PreparedData, ShardWriter, read_manifest, token_dtype
-from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_sentencepiece
+from data.corpus import STANDARD_INPUT, Corpus, FileCorpus, dataset_corpus, embedded_corpus, file_corpus, keep_standard_input, spelt
+from data.duplicates import bands_for
+from data.preparation import PLAN, Preparation, changes, hold, sha256_of
+from data.quality import FilterSettings, check
+from data.records import Fields
+from data.shards import MANIFEST, MANIFEST_FORMAT, PreparedData, read_manifest
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.units import OnError
+from data.workers import WorkerLost
 
-_CHUNK_CHARACTERS = 1_000_000  # what a worker tokenizes at a time
-_SECONDS_BETWEEN_LINES = 5.0
+_LARGEST_VOCABULARY = 2**31 - 1
+_PLACE_DEPENDENT = ("output", "workers", "rank", "world_size", "unit_megabytes", "max_errors")
+"""Settings that change no byte of the result."""
 
 
 @dataclass(frozen=True)
@@ -47,70 +40,149 @@ class PrepareSettings:
     """What to prepare, and how."""
 
     input: tuple[str, ...] = ()
-    """Files, folders (read whole) and globs: .txt .md .py and other plain text, .jsonl .ndjson, each plain or .gz .zst .xz .bz2.
-    With neither input nor dataset: the source and documentation of Python's standard library."""
+    """Files, folders (read whole) and globs: .txt .md .py and other plain text, .jsonl .ndjson, .csv .tsv, .parquet, .arrow, each plain or
+    .gz .zst .xz .bz2; .idx or .bin: a token file that Megatron-LM or gpt-neox wrote with the same tokenizer; - is standard input, which
+    is kept in the output's folder until it is done. With neither input nor dataset: the source and documentation of Python's standard
+    library."""
+    input_format: Literal["txt", "jsonl", "csv", "tsv", "parquet", "arrow"] | None = None
+    """How every file is read, whatever its name says; standard input needs it."""
     dataset: str | None = None
     """A Hugging Face dataset instead: NAME, NAME:CONFIG or a folder that one can be loaded from. It is streamed."""
     dataset_split: str = "train"
     """Which split of the dataset to read."""
     text_field: str = "text"
-    """The field of a JSON line or of a dataset's row that holds the text."""
+    """The field (column) of a record that holds the text."""
+    pair_field: str | None = None
+    """A second field of each record, its translation or label (text or a whole number): each document is then two sequences."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of .csv and .tsv files whose first line does not have them."""
+    separator: str | None = None
+    """What parts the documents of a plain text file: "blank" (empty lines) or a marker on a line of its own (default: a document a
+    file)."""
     output: str = "prepared"
-    """The folder to make. What is there already is never overwritten."""
+    """The folder to make. What is there already is never overwritten. Unfinished work is kept in OUTPUT.partial."""
     tokenizer: str | None = None
-    """A SentencePiece .model, a Hugging Face tokenizer.json, or a folder with one of them. Without it one is learnt from the text."""
+    """A SentencePiece .model, a Hugging Face tokenizer.json, a .tiktoken, or a folder with one of them. Without it one is learnt from
+    the text."""
     end_of_text: str | None = None
     """The token of a given tokenizer that ends each document, where its files do not say."""
+    gigatoken: bool = True
+    """Tokenize with gigatoken, several times faster, where it gives the same ids; that is looked at at the start and in every unit."""
     vocab_size: int = 4096
     """Ids of the tokenizer to learn, the 256 bytes among them."""
     tokenizer_kind: Literal["bpe", "unigram"] = "bpe"
     """How the tokenizer is learnt: bpe packs tighter and learns faster, unigram tokenizes faster."""
     tokenizer_characters: int = 20_000_000
-    """Characters of text to learn the tokenizer from, taken from the beginning of every file."""
+    """Characters of text to learn the tokenizer from, taken from the beginning of files all over the corpus."""
+    special_tokens: tuple[str, ...] = ()
+    """Further tokens of the tokenizer to learn, that no text becomes: such as those of fill-in-the-middle."""
     held_out: float = 0.02
-    """Share of the documents kept for validation, from 0 to below 1, chosen by a hash of each one's path and line."""
+    """Share of the documents kept for validation, from 0 to below 1, chosen by a hash of each one's text."""
+    exact_duplicates: Literal["drop", "keep"] = "drop"
+    """Of documents with the very same text the first stays, or all do."""
+    near_duplicates: Literal["keep", "held_out", "drop"] = "keep"
+    """held_out: no held-out document nearly equals a training one; drop: of those that nearly equal one another, one stays."""
+    near_duplicate_similarity: float = 0.8
+    """Share of common shingles of five words (Jaccard, by MinHash) from which documents nearly equal one another; above 0, at most 1."""
+    filters: FilterSettings = dataclasses.field(default_factory=FilterSettings)
+    on_error: OnError = "fail"
+    """A record that is no text: fail stops and names it; skip counts it; quarantine writes it to OUTPUT/quarantine.jsonl too. Work that
+    is done when it fails is kept, and the same command with skip or quarantine goes on from there."""
+    max_errors: int = 1000
+    """So many such records are passed over; more stop the work."""
     shard_tokens: int = 2**28
     """Tokens after which a new shard is begun."""
+    unit_megabytes: float | None = None
+    """Input that a process takes at a time, and loses at most in a crash (default: by the size of the corpus, 4 to 64)."""
     workers: int = 0
-    """Processes that tokenize; 0 is one a core. The output does not depend on it."""
+    """Processes that work at a time; 0 is one a core. The output does not depend on it."""
+    rank: int | None = None
+    """Which of several nodes this is, from 0 (default: as srun says, else 0). The output does not depend on their number either."""
+    world_size: int | None = None
+    """How many nodes work on this corpus, each with its own rank and the same disk (default: as srun says, else 1)."""
 
 
-def main(arguments: Sequence[str]) -> None:
-    prepare(read_settings(PrepareSettings, arguments, __doc__))
+def main(arguments: Sequence[str]) -> int:
+    settings = read_settings(PrepareSettings, arguments, __doc__)
+    signal.signal(signal.SIGTERM, _interrupt)
+    partial = _partial_of(Path(settings.output))
+    try:
+        prepare(settings)
+    except (KeyboardInterrupt, WorkerLost) as error:
+        kept = f"What is done is kept in {partial}; the same command goes on from there." if partial.exists() else "Nothing was done yet."
+        print(f"{str(error) or 'Stopped.'} {kept}", file=sys.stderr)
+        return 1 if isinstance(error, WorkerLost) else 128 + (signal.SIGTERM if str(error) else signal.SIGINT)
+    return 0
 
 
-def prepare(settings: PrepareSettings, progress: Callable[[str], object] = print) -> PreparedData:
-    """Make the folder `settings.output`, or find that it is there as these settings would make it.
+def prepare(settings: PrepareSettings, progress: Callable[[str], object] = print) -> PreparedData | None:
+    """Make the folder `settings.output`, or find that it is there as these settings would make it; None where other nodes still work.
 
     The folder appears whole or not at all. A folder that holds anything else is refused with UserError, as is a bad input.
     """
+    rank, world_size = _who(settings)
     _check(settings)
-    corpus = _corpus(settings)
-    tokenizer = load_tokenizer(settings.tokenizer, settings.end_of_text) if settings.tokenizer else None
-    recorded = _record(settings, corpus, tokenizer)
+    given = load_tokenizer(settings.tokenizer, settings.end_of_text) if settings.tokenizer else None
     output = Path(settings.output)
-    if output.exists():
-        if not (output / MANIFEST).is_file():
-            raise UserError(f"{output} exists and is no prepared folder; nothing is overwritten. Give another --output.")
-        if any(read_manifest(output).get(name) != value for name, value in recorded.items()):
-            raise UserError(f"{output} exists and was prepared from other text or with other settings. Give another --output.")
+    partial = _partial_of(output)
+    if os.path.lexists(output):
+        _refuse_other(output, _record(settings, _corpus(settings, None), given))
+        if (partial / PLAN).exists() and not (partial / "whole").exists():  # it became the output, and then the process was ended
+            shutil.rmtree(partial, ignore_errors=True)
         progress(f"{output} holds exactly this already: nothing to do.")
         return PreparedData(output)
-    partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
+    corpus = None if STANDARD_INPUT in settings.input else _corpus(settings, None)  # mistakes first
     try:
-        partial.mkdir(parents=True)
-        manifest = recorded | _write(settings, corpus, tokenizer, partial, progress)
-        with open(partial / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(output)
-    except OSError as error:  # a full disk, a folder that may not be written, another process that was faster
-        raise UserError(f"{output} cannot be written: {error.strerror}.") from error
-    finally:
+        with ExitStack() as held:
+            _take(partial, rank, held)
+            if os.path.lexists(output):  # another rank finished it since, and this made the folder anew
+                shutil.rmtree(partial, ignore_errors=True)
+                return prepare(settings, progress)
+            try:
+                corpus = corpus or _corpus(settings, partial)
+                recorded = _record(settings, corpus, given)
+                preparation = Preparation(settings, corpus, given, partial, rank, world_size, progress)
+                preparation.agree(recorded)
+            except BaseException:
+                if not (partial / PLAN).exists() and len(list(partial.glob("rank-*.lock"))) == 1:  # nobody has done anything here yet
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            with preparation.workers() as workers:
+                preparation.tokenize(workers)
+                if not preparation.join(workers, recorded, output):
+                    return None
         shutil.rmtree(partial, ignore_errors=True)
-    progress(_summary(manifest, output))
+    except OSError as error:  # a full disk, a folder that may not be written
+        if isinstance(error, FileNotFoundError) and (output / MANIFEST).exists():
+            progress(f"{output} was finished by another rank.")
+            return PreparedData(output)
+        kept = f" What is done is kept in {partial}; the same command goes on from there." if partial.exists() else ""
+        raise UserError(f"{output} cannot be written: {error.strerror or error}.{kept}") from error
     return PreparedData(output)
+
+
+def _interrupt(*signal_and_frame: object) -> NoReturn:
+    raise KeyboardInterrupt("Stopped by SIGTERM.")
+
+
+def _partial_of(output: Path) -> Path:
+    if not output.name:
+        raise UserError(f'--output "{output}" names no folder that can be made.')
+    return output.with_name(f"{output.name}.partial")
+
+
+def _who(settings: PrepareSettings) -> tuple[int, int]:
+    """(rank, world size): as given, else as srun says."""
+    rank, size = settings.rank, settings.world_size
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        rank = int(os.environ["SLURM_PROCID"]) if rank is None else rank
+        size = int(os.environ["SLURM_STEP_NUM_TASKS"]) if size is None else size
+    rank, size = rank or 0, 1 if size is None else size
+    if size < 1:
+        raise UserError(f"--world_size {size} must be at least 1.")
+    if not 0 <= rank < size:
+        raise UserError(f"--rank {rank} is outside 0 ... {size - 1}, the ranks of --world_size {size}.")
+    return rank, size
 
 
 def _check(settings: PrepareSettings) -> None:
@@ -118,179 +190,87 @@ def _check(settings: PrepareSettings) -> None:
         raise UserError("--input and --dataset are both given; the text comes from one of them.")
     if settings.tokenizer and settings.vocab_size != PrepareSettings.vocab_size:
         raise UserError(f"--vocab_size {settings.vocab_size} is for a tokenizer to learn; --tokenizer {settings.tokenizer} has its own.")
+    if settings.tokenizer and settings.special_tokens:
+        raise UserError(f"--special_tokens is for a tokenizer to learn; --tokenizer {settings.tokenizer} has its own.")
     if settings.end_of_text and not settings.tokenizer:
         raise UserError("--end_of_text is for a given --tokenizer; a learnt one has its own.")
+    if STANDARD_INPUT in settings.input and (len(settings.input) > 1 or settings.input_format is None):
+        raise UserError("--input - is standard input, alone, and needs --input_format to say what it is.")
+    if STANDARD_INPUT in settings.input and settings.input_format in ("parquet", "arrow"):
+        raise UserError(f"--input_format {settings.input_format} cannot be read from standard input; txt, jsonl, csv and tsv can.")
+    if STANDARD_INPUT in settings.input and _who(settings)[1] > 1:
+        raise UserError("--input - is standard input, which only one node has; give files, or --world_size 1.")
+    if settings.pair_field == settings.text_field:
+        raise UserError(f'--pair_field "{settings.pair_field}" is the --text_field too; a pair has two.')
+    if settings.separator is not None and (not settings.separator.strip() or set(settings.separator) & set("\r\n")):
+        raise UserError(f'--separator {settings.separator!r} must be "blank", for empty lines, or one line that stands between documents.')
     if not 0 <= settings.held_out < 1:
         raise UserError(f"--held_out {settings.held_out} must be at least 0 and below 1.")
-    for name, least in {"vocab_size": 512, "tokenizer_characters": 1, "shard_tokens": 1, "workers": 0}.items():
-        if getattr(settings, name) < least:
-            raise UserError(f"--{name} {getattr(settings, name)} must be at least {least}.")
+    bands_for(settings.near_duplicate_similarity)
+    if settings.unit_megabytes is not None and not 0 < settings.unit_megabytes < float("inf"):
+        raise UserError(f"--unit_megabytes {settings.unit_megabytes} must be above 0.")
+    if settings.vocab_size > _LARGEST_VOCABULARY:
+        raise UserError(f"--vocab_size {settings.vocab_size} must be at most {_LARGEST_VOCABULARY}.")
+    least = {"vocab_size": 512, "tokenizer_characters": 1, "shard_tokens": 1, "workers": 0, "max_errors": 0}
+    for name, smallest in least.items():
+        if getattr(settings, name) < smallest:
+            raise UserError(f"--{name} {getattr(settings, name)} must be at least {smallest}.")
+    check(settings.filters)
 
 
-def _corpus(settings: PrepareSettings) -> Corpus:
+def _corpus(settings: PrepareSettings, partial: Path | None) -> Corpus:
+    """What is to be read; standard input is kept in `partial` or, where that is None, only looked at."""
+    fields = Fields(settings.text_field, settings.pair_field, settings.columns, settings.separator, settings.input_format)
     if settings.dataset:
-        return dataset_corpus(settings.dataset, settings.dataset_split, settings.text_field)
-    return file_corpus(settings.input, settings.text_field) if settings.input else embedded_corpus()
+        return dataset_corpus(settings.dataset, settings.dataset_split, fields)
+    if STANDARD_INPUT in settings.input:
+        corpus = FileCorpus([keep_standard_input(partial)], fields)
+    elif settings.input:
+        output = Path(settings.output)
+        corpus = file_corpus(settings.input, fields, without=(output, _partial_of(output)))
+    else:
+        return embedded_corpus()
+    formats = {fields.format_of(file.path): file.path for file in corpus.files}
+    for name in ("txt", "tokens"):
+        if settings.pair_field is not None and name in formats:
+            raise UserError(f"--pair_field {settings.pair_field}: {formats[name]} has no fields.")
+    if settings.columns and not formats.keys() & {"csv", "tsv"}:
+        raise UserError("--columns names those of .csv and .tsv files, and --input has none.")
+    if settings.separator is not None and "txt" not in formats:
+        raise UserError("--separator parts the documents of plain text, and --input has none.")
+    if "tokens" in formats and not settings.tokenizer:
+        raise UserError(f"{formats['tokens']} holds tokens; give the --tokenizer that they were made with.")
+    return corpus
 
 
 def _record(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer | None) -> dict:
     """What decides the tokens: a folder with the same record holds the same."""
-    chosen = dataclasses.asdict(settings) | {"input": list(settings.input)}
-    del chosen["output"], chosen["workers"]
-    given = {"sha256": _sha256(tokenizer.path), "end_of_text": tokenizer.end_of_text} if tokenizer else None
-    return {"format": MANIFEST_FORMAT, "settings": chosen, "text": corpus.identity, "given_tokenizer": given}
+    chosen = dataclasses.asdict(settings) | {name: list(getattr(settings, name)) for name in ("columns", "special_tokens")}
+    chosen["input"] = [spelt(Path(given)) for given in settings.input]
+    for name in _PLACE_DEPENDENT:
+        del chosen[name]
+    given = None
+    if tokenizer:
+        given = {"sha256": sha256_of(tokenizer.path), "end_of_text": tokenizer.end_of_text, "settings": tokenizer.settings}
+    text = hashlib.sha256(json.dumps(corpus.identity()).encode()).hexdigest()
+    return {"format": MANIFEST_FORMAT, "settings": chosen, "text": text, "given_tokenizer": given}
 
 
-def _write(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, progress: Callable[[str], object]) -> dict:
-    """Tokenizer and shards into a folder; what the manifest says of them."""
-    if tokenizer is None:
-        progress(f"Learning a tokenizer of {settings.vocab_size} ids ...")
-        texts = _beginnings(corpus, settings.tokenizer_characters, settings.held_out)
-        train_sentencepiece(texts, folder / "tokenizer.model", settings.vocab_size, settings.tokenizer_kind)
-        tokenizer = load_tokenizer(folder / "tokenizer.model")
-    copy = copy_tokenizer(tokenizer, folder)
-    dtype = token_dtype(tokenizer.vocab_size)
-    dropped = {"empty": 0, "duplicate": 0}
-    chunks = _chunks(drop_duplicates_and_empty(corpus.documents(), dropped))
-    workers = settings.workers or _usable_cores()
-    splits = {name: _SplitWriter(folder, name, dtype, settings.shard_tokens) for name in ("train", "validation")}
-    for chunk, encoded in _report(_encode_in_order(copy, dtype, chunks, workers), progress):
-        for document, tokens in zip(chunk, encoded, strict=True):
-            splits["validation" if is_held_out(document.source, settings.held_out) else "train"].add(document, tokens)
-    for split in splits.values():
-        split.close()
-    if not splits["train"].shards:
-        raise UserError(
-            "There is no document to train on: "
-            + (f"--held_out {settings.held_out} takes every one." if splits["validation"].shards else "none has text in it.")
-        )
-    return {
-        "tokenizer": {
-            "file": copy.name,
-            "sha256": _sha256(copy),
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text,
-        },
-        "splits": {name: split.totals() | {"shards": split.shards} for name, split in splits.items()},
-        "dropped": dropped,
-    }
+def _refuse_other(output: Path, recorded: dict) -> None:
+    """UserError where the folder that is there is not the one that was asked for."""
+    if not (output / MANIFEST).is_file():
+        raise UserError(f"{output} exists and is no prepared folder; nothing is overwritten. Give another --output.")
+    if changed := changes(read_manifest(output), recorded):
+        raise UserError(f"{output} exists and was prepared from other text or with other settings: {changed}. Give another --output.")
 
 
-class _SplitWriter:
-    """The shards of one split, a new one whenever the last is full."""
-
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int) -> None:
-        self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
-        self.shards: list[dict] = []
-        self._writer: ShardWriter | None = None
-
-    def add(self, document: Document, tokens: NDArray) -> None:
-        if self._writer is None:
-            prefix = f"{self.name}/{len(self.shards):05d}"
-            self._writer = ShardWriter(self.folder / prefix, self.dtype)
-            self.shards.append({"prefix": prefix, "bytes": 0, "sources": [document.source, document.source]})
-        self._writer.add(tokens)
-        self.shards[-1]["bytes"] += len(document.text.encode())
-        self.shards[-1]["sources"][1] = document.source
-        if self._writer.tokens >= self.shard_tokens:
-            self.close()
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self.shards[-1] |= {"documents": len(self._writer.lengths), "tokens": self._writer.tokens, "sha256": self._writer.sha256}
-            self._writer = None
-
-    def totals(self) -> dict[str, int]:
-        return {name: sum(shard[name] for shard in self.shards) for name in ("documents", "tokens", "bytes")}
-
-
-def _beginnings(corpus: Corpus, characters: int, held_out: float) -> Iterator[str]:
-    """So many characters to learn a tokenizer from: the beginning of every part, what a short one leaves going to the later ones."""
-    for number, part in enumerate(corpus.parts):
-        share = characters // (len(corpus.parts) - number)
-        for document in part():
-            if is_held_out(document.source, held_out):
-                continue
-            text = document.text[:share]
-            yield text
-            share -= len(text)
-            characters -= len(text)
-            if not share:
-                break
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents by the megabyte, cut the same way whoever tokenizes them."""
-    chunk, characters = [], 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document.text)
-        if characters >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encode_in_order(
-    tokenizer: Path, dtype: np.dtype, chunks: Iterable[list[Document]], workers: int
-) -> Iterator[tuple[list[Document], list[NDArray]]]:
-    """Each chunk with its tokens, in the order in which they came, tokenized by several processes where there is more than one."""
-    if workers == 1:
-        yield from ((chunk, _encode(tokenizer, dtype, [document.text for document in chunk])) for chunk in chunks)
-        return
-    # Spawned, not forked: whoever calls may have PyTorch's threads running, which a forked process would wait for in vain.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting: deque = deque()
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_encode, tokenizer, dtype, [document.text for document in chunk])))
-            if len(waiting) > 2 * workers:  # bounds the text in memory
-                chunk, encoded = waiting.popleft()
-                yield chunk, encoded.result()
-        for chunk, encoded in waiting:
-            yield chunk, encoded.result()
-
-
-_tokenizer_of = cache(load_tokenizer)  # once a process
-
-
-def _encode(tokenizer: Path, dtype: np.dtype, texts: list[str]) -> list[NDArray]:
-    model = _tokenizer_of(tokenizer)
-    return [np.array([*tokens, model.end_of_text], dtype) for tokens in model.encode_batch(texts)]
-
-
-def _report(encoded: Iterable[tuple[list[Document], list[NDArray]]], progress: Callable[[str], object]) -> Iterator:
-    """The same, while a terminal shows a bar and a file gets a line every few seconds."""
-    characters, said = 0, time.monotonic()
-    with tqdm.tqdm(desc="Tokenizing", unit=" characters", unit_scale=True, disable=None) as bar:
-        for chunk, tokens in encoded:
-            yield chunk, tokens
-            done = sum(len(document.text) for document in chunk)
-            characters += done
-            bar.update(done)
-            if bar.disable and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-                progress(f"Tokenized {characters / 1e6:,.0f} million characters, as far as {chunk[-1].source} ...")
-                said = time.monotonic()
-
-
-def _summary(manifest: dict, output: Path) -> str:
-    lines = [
-        f"{name:<10} {split['documents']:>11,} documents {split['tokens']:>15,} tokens {split['bytes']:>16,} bytes"
-        + (f"   {split['bytes'] / split['tokens']:.2f} bytes a token" if split["tokens"] else "")
-        for name, split in manifest["splits"].items()
-    ]
-    dropped = ", ".join(f"{number:,} {reason}" for reason, number in manifest["dropped"].items())
-    return "\n".join([*lines, f"dropped    {dropped}", f"tokenizer  {manifest['tokenizer']['vocab_size']:,} ids", f"written to {output}"])
-
-
-def _usable_cores() -> int:
-    """The cores that a batch system left to this process, where the system can say, else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _take(partial: Path, rank: int, held: ExitStack) -> None:
+    """Hold the folder of unfinished work for this rank, until `held` is left."""
+    if partial.exists() and any(partial.iterdir()) and not any(partial.glob("rank-*.lock")):
+        raise UserError(f"{partial}, where unfinished work is kept, exists and is something else. Give another --output.")
+    partial.mkdir(parents=True, exist_ok=True)
+    if not hold(partial / f"rank-{rank}.lock", held):
+        raise UserError(f"Another process is preparing {partial} as rank {rank}. Wait for it, or give another --output.")
 
 
 if __name__ == "__main__":

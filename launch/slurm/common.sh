@@ -33,13 +33,15 @@ prepare_environment() {
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$node_folder/inductor}
 }
 
-# Run a door of this repository as the one process of a job; a mistake of a person's ends the job with 93.
+# Run a door of this repository, as the one process of a job where no `launcher` is set; a person's mistake ends the job with 93.
+launcher=()
 run_alone() {
     local door=$1 status=0
     shift
+    local command=(${launcher[@]+"${launcher[@]}"} "$python" "$repository/$door" "$@")
     prepare_environment
-    say "$python $repository/$door $(printf '%q ' "$@")"
-    "$python" "$repository/$door" "$@" || status=$?
+    say "$(printf '%q ' "${command[@]}")"
+    "${command[@]}" || status=$?
     say "Ended with status $status."
     exit "$((status == 2 ? 93 : status))"
 }

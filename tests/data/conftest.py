@@ -21,3 +21,14 @@ def write_shard(tmp_path):
 def stream(write_shard):
     """A TokenStream of shards, each a list of documents, each a list of ids."""
     return lambda *shards: TokenStream([Shard(write_shard(shard, name=str(number))) for number, shard in enumerate(shards)], num_bytes=0)
+
+
+@pytest.fixture
+def counted():
+    """Documents of these lengths; each token is its own place in the stream."""
+
+    def count(*lengths):
+        ends = np.cumsum(lengths)
+        return [list(range(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
+
+    return count

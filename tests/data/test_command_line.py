@@ -34,6 +34,8 @@ class Outer:
     """To read."""
     limit: int | None = None
     """Most of them (default: all)."""
+    note: str | None = None
+    """Any, or none."""
 
 
 def read(*words: str, **how) -> Outer:
@@ -70,6 +72,13 @@ def test_a_value_that_is_the_name_of_a_setting_stays_a_value():
     assert read("--name", "files", "--files", "name", "loud").files == ("name", "loud")
 
 
+@pytest.mark.parametrize("text", ["###", "--- x", "# a: b", "5", "true", "a: b", ""])
+def test_a_text_that_yaml_would_read_otherwise_stays_what_it_is(text):
+    assert read(f"--note={text}").note == text
+    assert text.startswith("--") or read("--note", text).note == text
+    assert read("--note", "null").note is None
+
+
 def test_the_words_behind_a_list_are_its_items():
     assert read("--files", "a", "b c", "--loud").files == ("a", "b c")
     assert read("--files").files == ()
@@ -95,6 +104,16 @@ def test_a_later_recipe_lies_over_an_earlier_one(recipe):
     first, second = recipe("name: first\nlimit: 1\n", "first.yaml"), recipe("name: second\n", "second.yaml")
     assert read("--config", first, "--config", second) == Outer(name="second", limit=1)
     assert read("--config", second, "--loud", "--config", first) == Outer(name="first", limit=1, loud=True)
+
+
+def test_one_value_for_a_list_is_a_list_of_it_in_a_recipe_too(recipe):
+    assert read("--config", recipe("files: a\n")).files == read("--files=a").files == ("a",)
+    assert read("--config", recipe("files: a\n"), "--files", "b", "c").files == ("b", "c")
+
+
+def test_a_recipe_may_be_long(recipe):
+    files = [f"{number:0100d}" for number in range(1000)]
+    assert read("--config", recipe("files: [" + ", ".join(f'"{file}"' for file in files) + "]\n")).files == tuple(files)
 
 
 def test_a_recipe_of_comments_alone_changes_nothing(recipe):
@@ -148,7 +167,9 @@ def test_a_mistake_on_the_command_line_is_one_sentence(words, sentence):
         ("inner:", '{path}: "inner" is a group of settings: inner.width, inner.rate.'),
         ("inner: {width: wide}", "inner.width is wide; it must be a whole number. Set in {path}."),
         ("name: 5", "name is 5; it must be text. Set in {path}."),
-        ("files: a", "files is a; it must be a list. Set in {path}."),
+        ("files: [3]", "files is 3; it must be a list. Set in {path}."),
+        ("files:", "files is null; it must be a list. Set in {path}."),
+        ("limit: 3\nname:", "name is null; it must be text. Set in {path}."),
         ("[1, 2]", "--config {path} holds a list; a recipe is names with values."),
     ],
 )
@@ -184,7 +205,8 @@ def settings_of_doors() -> list[tuple[str, str]]:
 
 def documented_fields(settings: type, prefix: str = "") -> dict[str, tuple[str, object]]:
     """Dotted name -> (the string literal below the field, its default), read from the source text."""
-    body = ast.parse(inspect.getsource(settings)).body[0].body
+    bases = [base for base in settings.__mro__ if dataclasses.is_dataclass(base)]
+    body = [line for base in reversed(bases) for line in ast.parse(inspect.getsource(base)).body[0].body]
     below = {
         field.target.id: after.value.value
         for field, after in zip(body, [*body[1:], None], strict=True)

@@ -1,9 +1,12 @@
-"""The door to data: whole folders or none, the same bytes for any number of workers."""
+"""The door to data: whole folders or none, the same bytes for any number of workers and nodes."""
 
+import base64
 import dataclasses
 import gzip
+import io
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +15,15 @@ import numpy as np
 import pytest
 
 from data.command_line import UserError
+from data.corpus import find_files
 from data.prepare import PrepareSettings, prepare
-from data.shards import PreparedData
+from data.quality import FilterSettings
+from data.records import Fields, PartReader
+from data.shards import PreparedData, Shard
 from data.tokenizer import load_tokenizer, train_sentencepiece
+from tests.ranks import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
+CORPORA = REPOSITORY.parent / "shared" / "corpora"
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +35,31 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """400 documents of about 10,000 characters: several of the pieces that workers get."""
+    """400 documents of about 2,000 characters in a plain and a compressed file, and some small ones; one stands there twice."""
     folder = tmp_path_factory.mktemp("corpus")
-    lines = [json.dumps({"text": f"def f{number}():\n    return {number}\n" * 300}) for number in range(400)]
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    lines = [json.dumps({"text": f"def f{number}():\n    return {number}\n" * 70}) for number in range(400)]
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[:200]).encode()))
+    (folder / "c.jsonl").write_text("\n".join(lines[200:]))
     (folder / "b.txt").write_text("one text ▁ <|endoftext|>")
+    (folder / "d.txt").write_text(json.loads(lines[7])["text"])
+    (folder / "e.py").write_text("")
     return folder
 
 
 @pytest.fixture
 def make(corpus, tokenizer, tmp_path):
-    """Prepares the corpus; keywords change the settings."""
+    """Prepares the corpus in some twenty units; keywords change the settings."""
 
-    def run(**changes):
+    def run(say=lambda line: None, **changes):
         settings = {"input": (str(corpus),), "output": str(tmp_path / "prepared"), "tokenizer": str(tokenizer), "workers": 1}
-        return prepare(PrepareSettings(**(settings | changes)), progress=lambda line: None)
+        return prepare(PrepareSettings(**(settings | {"unit_megabytes": 0.05} | changes)), progress=say)
 
     return run
 
 
 def texts(prepared: PreparedData, split: str) -> list[str]:
     tokenizer, stream = load_tokenizer(prepared.tokenizer_path), prepared.splits[split]
-    tokens = stream.read(0, len(stream))
+    tokens = stream.read(0, len(stream)) if len(stream) else np.zeros(0)
     ends = np.flatnonzero(tokens == prepared.end_of_text)
     return [tokenizer.decode(document[:-1]) for document in np.split(tokens, ends + 1)[:-1]]
 
@@ -59,8 +69,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_goes_in_comes_out(make, corpus):
-    prepared = make(held_out=0.1, shard_tokens=100_000)
-    lines = gzip.decompress((corpus / "a.jsonl.gz").read_bytes()).splitlines()
+    prepared = make(held_out=0.1, shard_tokens=30_000)
+    lines = [*gzip.decompress((corpus / "a.jsonl.gz").read_bytes()).splitlines(), *(corpus / "c.jsonl").read_bytes().splitlines()]
     expected = {json.loads(line)["text"] for line in lines} | {(corpus / "b.txt").read_text()}
     train, validation = texts(prepared, "train"), texts(prepared, "validation")
     assert set(train) | set(validation) == expected and len(train) + len(validation) == len(expected)
@@ -69,56 +79,386 @@ def test_what_goes_in_comes_out(make, corpus):
     for split, written in (("train", train), ("validation", validation)):
         assert prepared.splits[split].num_documents == len(written)
         assert prepared.splits[split].num_bytes == sum(len(text.encode()) for text in written)
+    assert prepared.manifest["dropped"] == {"duplicate": 1, "empty file": 1}
+    assert prepared.manifest["documents_read"] == len(expected) + 2
+    (given,) = prepared.manifest["inputs"]
+    assert (given["files"], given["documents"], given["dropped"]) == (5, len(expected), 2)
     prepared.verify()
 
 
-def test_any_number_of_workers_writes_the_same_bytes(make, tmp_path):
-    folders = [make(workers=workers, output=str(tmp_path / str(workers)), shard_tokens=300_000).folder for workers in (1, 2, 3)]
-    assert len(files(folders[0])) > 6
-    assert files(folders[0]) == files(folders[1]) == files(folders[2])
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_any_number_of_workers_writes_the_same_bytes(make, tmp_path, workers):
+    alone, together = (make(workers=count, output=str(tmp_path / str(count)), shard_tokens=30_000).folder for count in (1, workers))
+    assert len(files(alone)) > 20
+    assert files(alone) == files(together)
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_any_number_of_nodes_in_any_order_writes_the_same_bytes(make, tmp_path, nodes):
+    alone = make(output=str(tmp_path / "alone"), shard_tokens=30_000).folder
+    said = []
+    for rank in random.Random(nodes).sample(range(nodes), nodes):
+        made = make(said.append, rank=rank, world_size=nodes, shard_tokens=30_000)
+    assert sum("The one that is done last joins all parts" in line for line in said) == nodes - 1
+    assert files(made.folder) == files(alone)
+    assert not (tmp_path / "prepared.partial").exists()
+
+
+def test_units_of_any_size_and_shards_begun_by_others_give_the_same_bytes(make, tmp_path):
+    one, other = (make(unit_megabytes=size, output=str(tmp_path / str(size))).folder for size in (0.01, 64))
+    assert files(one) == files(other)
+
+
+def test_a_node_is_who_srun_says_it_is(make, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert make() is None
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert make().splits["train"].num_documents > 300
+
+
+def test_a_document_is_where_its_place_says(make, corpus):
+    prepared = make(held_out=0.1, shard_tokens=30_000)
+    paths = {file.name: file.path for file in find_files([str(corpus)])}
+    reader = PartReader(Fields("text"))
+    for split in ("train", "validation"):
+        for document, text in enumerate(texts(prepared, split)):
+            name, _, place = prepared.place_of(split, document).partition(", byte ")
+            position, record = next(reader.read(paths[name], int(place.replace(",", "") or 0)))
+            assert record == (text,) and position == int(place.replace(",", "") or 0)
 
 
 def test_a_folder_that_is_there_is_kept_and_told_apart(make, corpus):
     said = []
     prepared = make()
     before = {path: path.stat().st_mtime_ns for path in prepared.folder.rglob("*")}
-    settings = PrepareSettings(input=(str(corpus),), output=str(prepared.folder), tokenizer=prepared.manifest["settings"]["tokenizer"])
-    prepare(settings, said.append)
+    make(said.append, workers=2, unit_megabytes=1)
     assert said == [f"{prepared.folder} holds exactly this already: nothing to do."]
-    with pytest.raises(UserError, match="from other text or with other settings"):
+    with pytest.raises(UserError, match=r"from other text or with other settings: --held_out 0\.02 there, 0\.5 now"):
         make(held_out=0.5)
-    with pytest.raises(UserError, match="from other text or with other settings"):
-        prepare(dataclasses.replace(settings, input=(str(corpus / "b.txt"),)))
+    with pytest.raises(UserError, match=r"--input .* there, .* now; the input is not the same, by name, size or time"):
+        make(input=(str(corpus / "b.txt"),))
     assert {path: path.stat().st_mtime_ns for path in prepared.folder.rglob("*")} == before
 
 
-def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
-    (tmp_path / "prepared").mkdir()
-    (tmp_path / "prepared/thesis.tex").write_text("years of work")
+def test_folders_of_something_else_are_left_alone(make, tmp_path):
+    for name in ("prepared", "other.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="exists and is no prepared folder; nothing is overwritten"):
         make()
-    assert list(files(tmp_path)) == ["prepared/thesis.tex"]
+    with pytest.raises(UserError, match=r"other\.partial, where unfinished work is kept, exists and is something else"):
+        make(output=str(tmp_path / "other"))
+    assert list(files(tmp_path)) == ["other.partial/thesis.tex", "prepared/thesis.tex"]
 
 
-def test_a_bad_line_leaves_nothing_behind(make, corpus, tmp_path):
+BAD = b'{"text": "good"}\n{"text": \n{"txt": "x"}\n{"text": "fine"}\n{"text": "\xff"}\n'
+
+
+@pytest.fixture
+def spoilt(tmp_path):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/bad.jsonl").write_text('{"text": "good"}\n{"text": ')
-    with pytest.raises(UserError, match=r"bad\.jsonl, line 2 is not JSON"):
-        make(input=(str(corpus), str(tmp_path / "in")))
-    assert list(files(tmp_path)) == ["in/bad.jsonl"]
+    (tmp_path / "in/bad.jsonl").write_bytes(BAD)
+    return str(tmp_path / "in")
 
 
-def test_the_tokenizer_is_learnt_where_none_is_given(make, tmp_path):
-    prepared = make(tokenizer=None, input=(str(Path(json.__file__).parent / "*.py"),), vocab_size=700)
+def test_a_bad_line_stops_with_its_place_and_what_is_done_goes_on_with_another_setting(make, corpus, spoilt, tmp_path):
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: it is not JSON: .* --on_error skip or quarantine goes on without it\."):
+        make(input=(str(corpus), spoilt))
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "prepared.partial/units").glob("*.json")}
+    assert len(done) > 5
+    prepared = make(input=(str(corpus), spoilt), on_error="skip")
+    assert prepared.manifest["dropped"]["broken JSON"] == prepared.manifest["dropped"]["missing field"] == 1
+    assert {"good", "fine"} <= {text for split in ("train", "validation") for text in texts(prepared, split)}
+    again = make(input=(str(corpus), spoilt), on_error="skip", output=str(tmp_path / "again"))
+    assert files(prepared.folder) == files(again.folder)
+
+
+def test_units_that_are_done_are_not_done_again(make, corpus, spoilt, tmp_path, monkeypatch):
+    with pytest.raises(UserError):
+        make(input=(str(corpus), spoilt))
+    before = {path.name for path in (tmp_path / "prepared.partial/units").glob("*.json")}
+    done = []
+    from data.units import UnitWorker
+
+    do = UnitWorker.do
+    monkeypatch.setattr(UnitWorker, "do", lambda worker, unit, rows=None: (done.append(f"{unit.name}.json"), do(worker, unit, rows))[1])
+    make(input=(str(corpus), spoilt), on_error="skip")
+    assert len(done) == 1 and not before & set(done)
+
+
+def test_quarantine_keeps_the_bad_records_with_their_places(make, corpus, spoilt):
+    prepared = make(input=(str(corpus), spoilt), on_error="quarantine")
+    kept = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["place"], line["reason"]) for line in kept] == [
+        ("bad.jsonl, byte 17", "broken JSON"),
+        ("bad.jsonl, byte 27", "missing field"),
+        ("bad.jsonl, byte 57", "invalid UTF-8"),
+    ]
+    assert kept[0]["record"] == '{"text": \n' and base64.b64decode(kept[2]["record_base64"]) == b'{"text": "\xff"}\n'
+    assert {"good", "fine"} <= {text for split in ("train", "validation") for text in texts(prepared, split)}
+
+
+def test_more_errors_than_allowed_stop_the_work(make, spoilt):
+    assert make(input=(spoilt,), on_error="skip", max_errors=3, held_out=0.0).splits["train"].num_documents == 2
+    with pytest.raises(UserError, match="3 records are no text, more than --max_errors 2"):
+        make(input=(spoilt,), on_error="skip", max_errors=2, output=f"{spoilt}/../other", held_out=0.0)
+
+
+def test_what_changed_since_a_start_is_named(make, corpus, spoilt, tokenizer, tmp_path):
+    def stopped(**changes):
+        with pytest.raises(UserError) as refused:
+            make(**{"input": (str(corpus), spoilt)} | changes)
+        return str(refused.value)
+
+    assert "line 2" in stopped()
+    assert "was begun with other text or settings: --shard_tokens 268435456 there, 1000 now" in stopped(shard_tokens=1000)
+    assert "line 2" in stopped(workers=2, unit_megabytes=0.1), "what changes no byte may change"
+    (tmp_path / "in/bad.jsonl").write_bytes(BAD + b'{"text": "more"}\n')
+    assert "bad.jsonl has another size" in stopped()
+    (tmp_path / "in/bad.jsonl").write_bytes(BAD)
+    assert "bad.jsonl was written since" in stopped()
+    (tmp_path / "in/bad.jsonl").rename(tmp_path / "in/worse.jsonl")
+    assert "bad.jsonl is gone; worse.jsonl is new" in stopped()
+    other = tmp_path / "tokenizer.model"
+    other.write_bytes(tokenizer.read_bytes())
+    with pytest.raises(UserError):
+        make(tokenizer=str(other), output=str(tmp_path / "third"), input=(spoilt,))
+    train_sentencepiece(["other text " * 100 + "".join(map(chr, range(32, 500)))], other, 520)
+    with pytest.raises(UserError, match=r"tokenizer\.model is another tokenizer now"):
+        make(tokenizer=str(other), output=str(tmp_path / "third"), input=(spoilt,))
+
+
+def test_two_processes_do_not_prepare_as_the_same_rank(make, corpus, spoilt, tmp_path):
+    import fcntl
+
+    with pytest.raises(UserError):
+        make(input=(str(corpus), spoilt))
+    with open(tmp_path / "prepared.partial/rank-0.lock", "wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"Another process is preparing .*prepared\.partial as rank 0"):
+            make(input=(str(corpus), spoilt))
+
+
+def test_the_tokenizer_is_learnt_where_none_is_given(make):
+    prepared = make(tokenizer=None, input=(str(Path(json.__file__).parent / "*.py"),), vocab_size=700, special_tokens=("<|fim_prefix|>",))
     assert prepared.vocab_size == 700
-    assert sorted(texts(prepared, "train")) == sorted(path.read_text() for path in Path(json.__file__).parent.glob("*.py"))
+    assert load_tokenizer(prepared.tokenizer_path).special_token_id("<|fim_prefix|>") < 700
+    found = texts(prepared, "train") + texts(prepared, "validation")
+    assert sorted(found) == sorted(path.read_text() for path in Path(json.__file__).parent.glob("*.py"))
 
 
-def test_ids_past_two_bytes_are_stored_in_four(make, tmp_path, monkeypatch):
+def test_documents_by_blank_lines_and_by_a_marker(make, tmp_path):
+    (tmp_path / "a.txt").write_text("one\nstill one\n\n\ntwo\n")
+    (tmp_path / "b.txt").write_text("one\n\nstill one\n<|end|>\ntwo\n")
+    assert texts(make(input=(str(tmp_path / "a.txt"),), separator="blank", held_out=0.0), "train") == ["one\nstill one\n", "two\n"]
+    found = make(input=(str(tmp_path / "b.txt"),), separator="<|end|>", held_out=0.0, output=str(tmp_path / "b"))
+    assert texts(found, "train") == ["one\n\nstill one\n", "two\n"]
+
+
+def test_a_pair_becomes_two_sequences_of_one_document(make, tmp_path, tokenizer):
+    (tmp_path / "a.tsv").write_text("good film\t1\nbad film\t0\n")
+    prepared = make(
+        input=(str(tmp_path / "a.tsv"),), columns=("sentence", "label"), text_field="sentence", pair_field="label", held_out=0.0
+    )
+    shard, model = Shard(prepared.folder / "train/00000"), load_tokenizer(tokenizer)
+    assert (shard.num_documents, len(shard._lengths)) == (2, 4)
+    expected = [[*model.encode(text), model.end_of_text] for text in ("good film", "1", "bad film", "0")]
+    assert shard.tokens.tolist() == [token for sequence in expected for token in sequence]
+    assert shard.document_start(1) == len(expected[0]) + len(expected[1])
+
+
+def test_standard_input_is_kept_until_it_is_done_and_compared_when_it_comes_again(make, corpus, tmp_path, monkeypatch):
+    lines = (corpus / "c.jsonl").read_bytes()
+
+    def give(content, **changes):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return make(input=("-",), input_format="jsonl", **changes)
+
+    with pytest.raises(UserError, match=r"standard-input, line 201: it is not JSON"):
+        give(lines + b"\nno json\n")
+    with pytest.raises(UserError, match="Standard input is not what it was"):
+        give(lines)
+    prepared = give(lines + b"\nno json\n", on_error="skip")
+    assert prepared.place_of("train", 0).startswith("standard input, byte ")
+    direct = make(input=(str(corpus / "c.jsonl"),), output=str(tmp_path / "direct"))
+    assert texts(direct, "train") == texts(prepared, "train")
+
+
+def test_standard_input_of_the_same_size_is_not_the_same(make, tmp_path, monkeypatch):
+    def give(text):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        return make(input=("-",), input_format="txt", held_out=0.0)
+
+    give(b"some text")
+    give(b"some text")
+    with pytest.raises(UserError, match="the input is not the same"):
+        give(b"more text")
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
+
+
+def test_more_units_than_files_may_be_open_are_joined(make, corpus):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        prepared = make(unit_megabytes=0.003, near_duplicates="drop")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert prepared.splits["train"].num_documents > 0
+
+
+def test_input_that_changes_while_it_is_read_is_refused(make, tmp_path, monkeypatch):
+    from data.units import UnitWorker
+
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "old"}\n' * 5000)
+    do = UnitWorker.do
+
+    def meanwhile(worker, unit, rows=None):
+        os.utime(path, ns=(1, unit.number))
+        return do(worker, unit, rows)
+
+    monkeypatch.setattr(UnitWorker, "do", meanwhile)
+    with pytest.raises(UserError, match=r"The input changed while it was read: a\.jsonl was written since"):
+        make(input=(str(path),))
+    assert not (tmp_path / "prepared").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_file_that_is_cut_off_is_one_error_for_any_number_of_workers(make, tmp_path, workers):
+    whole = gzip.compress("".join(json.dumps({"text": os.urandom(100).hex()}) + "\n" for _ in range(2000)).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    prepared = make(input=(str(tmp_path / "cut.jsonl.gz"),), on_error="skip", max_errors=1, workers=workers)
+    assert prepared.manifest["dropped"] == {"cut off or damaged": 1}
+
+
+def test_files_of_the_same_name_are_told_apart_and_the_output_is_no_input(make, tmp_path, spoilt):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/bad.jsonl").write_bytes(BAD)
+    prepared = make(input=(spoilt, str(tmp_path / "more")), on_error="quarantine", output=f"{spoilt}/prepared")
+    places = {json.loads(line)["place"].partition(",")[0] for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()}
+    assert places == {f"{spoilt}/bad.jsonl", f"{tmp_path}/more/bad.jsonl"}
+    said = []
+    make(said.append, input=(spoilt, str(tmp_path / "more")), on_error="quarantine", output=f"{spoilt}/prepared")
+    assert "nothing to do" in said[0]
+
+
+def test_a_rank_that_comes_when_all_is_finished_says_so(make, tmp_path, monkeypatch):
+    from data.preparation import Preparation
+
+    def finished_by_another(preparation, workers):
+        monkeypatch.undo()
+        (tmp_path / "prepared.partial").rename(tmp_path / "elsewhere")
+        make()
+        raise FileNotFoundError(2, "No such file or directory")
+
+    said = []
+    monkeypatch.setattr(Preparation, "tokenize", finished_by_another)
+    assert make(said.append).folder == tmp_path / "prepared"
+    assert said[-1].endswith("prepared was finished by another rank.")
+
+
+def test_an_empty_folder_for_unfinished_work_is_taken(make, tmp_path):
+    (tmp_path / "prepared.partial").mkdir()
+    assert make().splits["train"].num_documents > 300
+
+
+def test_names_and_keys_that_are_no_text_are_written_all_the_same(make, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"a\xff.jsonl")).write_text('{"text": "one"}\n{"text\\ud800": "x"}\n')
+    prepared = make(input=(str(tmp_path / "in"),), on_error="quarantine", held_out=0.0)
+    assert prepared.place_of("train", 0) == "a\\xff.jsonl, byte 0"
+    assert json.loads((prepared.folder / "quarantine.jsonl").read_text())["reason"] == "missing field"
+
+
+def test_token_files_of_others_become_shards_with_the_same_tokens(make, tmp_path, write_shard, tokenizer):
+    model = load_tokenizer(tokenizer)
+    written = ["import json\n", "def f(x):\n", "return x"]
+    documents = [[*model.encode(text), model.end_of_text] for text in written]
+    write_shard([documents[0], documents[1], documents[2][:-1]], name="megatron")
+    prepared = make(input=(str(tmp_path / "megatron.bin"),), held_out=0.0)
+    assert texts(prepared, "train") == written
+    assert prepared.splits["train"].read(0, 3).tolist() == documents[0][:3]
+    assert prepared.splits["train"].num_bytes == sum(map(len, written))
+    stored = (tmp_path / "megatron.bin").read_bytes()
+    (tmp_path / "megatron.bin").write_bytes(stored[2:4] + stored[2:])
+    with pytest.raises(UserError, match="the input is not the same"):
+        make(input=(str(tmp_path / "megatron.bin"),), held_out=0.0)
+    write_shard([[1, 599], [3, 600]], name="foreign")
+    with pytest.raises(UserError, match=r"foreign\.idx, document 2: it holds a token outside the 600 ids of the tokenizer"):
+        make(input=(str(tmp_path / "foreign.idx"),), output=str(tmp_path / "foreign"))
+
+
+def test_a_document_longer_than_a_shard_is_a_shard(make, tmp_path):
+    (tmp_path / "long.txt").write_text("a long text. " * 5000)
+    (tmp_path / "short.txt").write_text("a short text")
+    prepared = make(input=(str(tmp_path / "*.txt"),), shard_tokens=100, held_out=0.0)
+    assert [shard.num_documents for shard in prepared.splits["train"].shards] == [1, 1]
+    assert texts(prepared, "train") == ["a long text. " * 5000, "a short text"]
+
+
+def test_filters_drop_and_count_and_keep_examples(make, corpus):
+    prepared = make(filters=FilterSettings(min_characters=100))
+    assert prepared.manifest["dropped"]["min_characters"] == 1
+    examples = json.loads((prepared.folder / "dropped.json").read_text())
+    assert examples["min_characters"] == [{"place": "b.txt", "text": "one text ▁ <|endoftext|>"}]
+    assert examples["duplicate"][0]["place"] == "d.txt" and examples["duplicate"][0]["text"].startswith("def f7():")
+    page = (prepared.folder / "report.html").read_text()
+    assert "min_characters" in page and "d.txt" in page
+
+
+def near_copies(number: int) -> list[str]:
+    dice = random.Random(number)
+    words = [f"w{dice.randrange(2000)}" for _ in range(300)]
+    copy = list(words)
+    copy[dice.randrange(300)] = "changed"
+    return [" ".join(words), " ".join(copy)]
+
+
+@pytest.mark.parametrize("which", ["held_out", "drop"])
+def test_no_held_out_document_nearly_equals_a_training_one_when_asked(make, tmp_path, which):
+    pairs = [near_copies(number) for number in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for pair in zip(*pairs, strict=True) for text in pair))
+    settings = {"input": (str(tmp_path / "a.jsonl"),), "held_out": 0.3, "unit_megabytes": 0.02}
+    of = {text: number for number, pair in enumerate(pairs) for text in pair}
+    plain = make(**settings, output=str(tmp_path / "plain"))
+    sides = {split: {of[text] for text in texts(plain, split)} for split in ("train", "validation")}
+    assert len(sides["train"] & sides["validation"]) > 20, "without asking they stand on both sides"
+    prepared = make(**settings, near_duplicates=which)
+    sides = {split: [of[text] for text in texts(prepared, split)] for split in ("train", "validation")}
+    assert not set(sides["train"]) & set(sides["validation"]) and sides["validation"]
+    if which == "drop":
+        assert sorted(sides["train"] + sides["validation"]) == list(range(100))
+    assert prepared.manifest["dropped"]["near duplicate"] == 200 - len(sides["train"]) - len(sides["validation"])
+
+
+def test_ids_past_two_bytes_are_stored_in_four(make, monkeypatch):
     monkeypatch.setattr("data.shards._UINT16_VOCAB_SIZE", 500)
     prepared = make()
     assert prepared.splits["train"].shards[0].tokens.dtype == np.int32
     assert texts(prepared, "train")[0].startswith("def f0()")
+
+
+@pytest.mark.parametrize(
+    "name, text_field", [("wikitext-2/valid.txt", "text"), ("csl-title/dev.tsv", "abstract"), ("multi30k-en-de/val.de", "text")]
+)
+def test_real_text_in_three_languages_comes_back(make, tmp_path, name, text_field):
+    path = CORPORA / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here: real text in English, Chinese and German")
+    columns = ("task", "abstract", "title") if path.suffix == ".tsv" else ()
+    settings = {"input": (str(path),), "held_out": 0.0, "exact_duplicates": "keep", "columns": columns, "text_field": text_field}
+    prepared = make(**settings, separator=None if columns else "blank", tokenizer=None, vocab_size=6000, tokenizer_characters=300_000)
+    if columns:
+        expected = [line.split("\t")[1] for line in path.read_text().split("\n")[:-1]]
+    else:
+        lines, expected = path.read_text().splitlines(keepends=True), [""]
+        for line in lines:
+            expected[-1:] = [expected[-1], ""] if line.isspace() else [expected[-1] + line]
+        expected = [text for text in expected if text]
+    assert texts(prepared, "train") == expected
 
 
 @pytest.mark.parametrize(
@@ -127,16 +467,32 @@ def test_ids_past_two_bytes_are_stored_in_four(make, tmp_path, monkeypatch):
         ({"held_out": 0.999999}, "takes every one"),
         ({"held_out": 1.0}, "below 1"),
         ({"vocab_size": 8192}, "--vocab_size 8192 is for a tokenizer to learn"),
+        ({"special_tokens": ("<x>",)}, "--special_tokens is for a tokenizer to learn"),
         ({"dataset": "name"}, "both given"),
         ({"tokenizer": None, "end_of_text": "</s>"}, "--end_of_text is for a given --tokenizer"),
         ({"shard_tokens": 0}, "--shard_tokens 0 must be at least 1"),
         ({"tokenizer": "nowhere.model"}, r"nowhere\.model: no such file"),
+        ({"rank": 2, "world_size": 2}, r"--rank 2 is outside 0 \.\.\. 1, the ranks of --world_size 2"),
+        ({"world_size": 0}, "--world_size 0 must be at least 1"),
+        ({"output": "."}, "names no folder that can be made"),
+        ({"tokenizer": None, "vocab_size": 2**40}, "must be at most 2147483647"),
+        ({"pair_field": "label"}, r"--pair_field label: .* has no fields"),
+        ({"columns": ("a",)}, r"--columns names those of \.csv and \.tsv files, and --input has none"),
+        ({"separator": "###\n"}, 'must be "blank"'),
+        ({"input": ("-",)}, "needs --input_format"),
+        ({"input": ("-",), "input_format": "parquet"}, "parquet cannot be read from standard input"),
+        ({"input": ("-",), "input_format": "txt", "world_size": 2}, "only one node has"),
+        ({"pair_field": "text"}, "is the --text_field too"),
+        ({"separator": ""}, 'must be "blank"'),
+        ({"unit_megabytes": 0.0}, r"--unit_megabytes 0\.0 must be above 0"),
+        ({"near_duplicate_similarity": 0.0}, "must be from 0.06 to 1"),
+        ({"filters": FilterSettings(min_words=5, max_words=4)}, "min_words"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make, tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         make(**changes)
-    assert files(tmp_path) == {}
+    assert not (tmp_path / "prepared").exists() and (changes.get("held_out") == 0.999999 or files(tmp_path) == {})
 
 
 def door(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -148,7 +504,7 @@ def test_the_door_prepares_and_sums_up(corpus, tokenizer, tmp_path):
     done = door("--input", str(corpus / "b.txt"), str(corpus / "a.jsonl.gz"), "--tokenizer", str(tokenizer), "--workers", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "bytes a token" in done.stdout and "written to prepared" in done.stdout
-    assert PreparedData(tmp_path / "prepared").splits["train"].num_documents > 380
+    assert PreparedData(tmp_path / "prepared").splits["train"].num_documents > 180
 
 
 def test_the_door_says_a_mistake_in_one_sentence(tmp_path):
@@ -163,10 +519,16 @@ def test_a_dataset_without_a_network_ends_in_one_sentence(tmp_path):
     assert (
         done.stderr.startswith("--dataset somebody/something:some_config, split train, cannot be read: ") and done.stderr.count("\n") == 1
     )
-    assert not (tmp_path / "prepared").exists()
+    assert not (tmp_path / "prepared").exists() and not (tmp_path / "prepared.partial").exists()
 
 
 def test_an_output_that_may_not_be_written_is_named(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/prepared cannot be written: Not a directory"):
         make(output=str(tmp_path / "file/prepared"))
+
+
+def test_the_settings_are_all_documented_and_all_recorded_or_known_to_change_nothing(make):
+    recorded = make().manifest["settings"]
+    left_out = {field.name for field in dataclasses.fields(PrepareSettings)} - set(recorded)
+    assert left_out == {"output", "workers", "rank", "world_size", "unit_megabytes", "max_errors"}

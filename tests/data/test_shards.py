@@ -195,7 +195,7 @@ def test_the_fingerprint_is_that_of_the_tokens_and_not_of_the_folder(prepared, t
 @pytest.mark.parametrize(
     "old, new, sentence",
     [
-        ('"format": 1', '"format": 2', "format 2"),
+        ('"format": 1', '"format": 3', "format 3; formats 1 and 2 are read"),
         ('"tokens": 5', '"tokens": 6', "has 2 documents and 5 tokens; .* says 2 and 6"),
         ("{", "", "not as data/prepare.py writes it"),
         ('"splits"', '"parts"', "not as .* writes it: KeyError, 'splits'"),

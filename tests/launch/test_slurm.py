@@ -282,3 +282,17 @@ def test_a_chain_prepares_trains_and_evaluates_also_where_training_is_requeued(s
     assert [job.await_end() for job in jobs] == ["COMPLETED"] * 3, "".join(job_log(job.about) for job in jobs)
     assert jobs[1].about["Restarts"] == "1"
     assert "bits per byte" in job_log(jobs[2].about)
+
+
+def test_a_corpus_prepared_on_three_nodes_is_that_of_one(slurm, tmp_path):
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text(" ".join(str(number * word) for word in range(800)))
+    words = [str(SLURM_SCRIPTS / "prepare.sbatch"), "--input", "text", "--vocab_size", "600", "--unit_megabytes", "0.02", "--output"]
+    for nodes in ("1", "3"):
+        job = slurm.submit("--nodes", nodes, *words, nodes, cwd=tmp_path)
+        assert slurm.await_end(job) == "COMPLETED", job_log(slurm.about(job))
+    assert "joins all parts" in job_log(slurm.about(job))
+    folders = (tmp_path / "1", tmp_path / "3")
+    one, three = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in folders)
+    assert len(one) > 6 and one == three
