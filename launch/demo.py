@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 
 from data.command_line import run_door
-from data.corpus import drop_duplicates_and_empty, embedded_corpus, is_held_out
-from data.prepare import PrepareSettings
+from data.shards import PreparedData
+from data.tokenizer import load_tokenizer
 from launch.training.config import read_run_settings
 
 
 def main(arguments: list[str]) -> int:
     start = time.perf_counter()
     settings = read_run_settings([])
-    data, run = settings.data.path, settings.output
+    (data,), run = settings.data.path, settings.output
     _do("Text to shards", "python", "data/prepare.py", "--output", data, "--vocab_size", str(settings.data.vocab_size))
     _do("Training", "deepspeed", "-q", "launch/pretrain.py", "--deepspeed", "ds_configs/zero3.json")
     exported = f"{run}/huggingface"
@@ -43,9 +43,9 @@ def _compare(run: str, data: str) -> bool:
 
     print(f"\n=== Held-out files: python launch/evaluate.py {run}", flush=True)
     result = evaluate(EvaluateSettings(run, data))
-    held_out = PrepareSettings().held_out
-    documents = drop_duplicates_and_empty(embedded_corpus().documents(), {"empty": 0, "duplicate": 0})
-    text = b"".join(document.text.encode() for document in documents if is_held_out(document.source, held_out))
+    prepared = PreparedData(data)
+    held_out = prepared.splits["validation"]
+    text = load_tokenizer(prepared.tokenizer_path).decode(held_out.read(0, len(held_out))).encode()
     assert len(text) == result.bytes, "not the bytes that were evaluated"
     rows = {
         "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),

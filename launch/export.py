@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--output {settings.output} is there already; nothing is overwritten. Give another name.")
     trained = load_model(settings.model)
     if trained.tokenizer is None:
-        raise UserError(f"No tokenizer.model or tokenizer.json lies beside {settings.model}.")
+        raise UserError(f"No tokenizer.model, tokenizer.json or .tiktoken file lies beside {settings.model}.")
     tokenizer = load_tokenizer(trained.tokenizer)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     state = trained.model.state_dict()

@@ -25,7 +25,7 @@ class GenerateSettings:
     seed: int = 0
     """Of the draws."""
     tokenizer: str | None = None
-    """tokenizer.model or tokenizer.json (default: the one beside the model)."""
+    """tokenizer.model, tokenizer.json or a .tiktoken file (default: the one beside the model)."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     trained = load_model(settings.model)
     tokenizer_path = Path(settings.tokenizer) if settings.tokenizer else trained.tokenizer
     if tokenizer_path is None:
-        raise UserError(f"No tokenizer.model or tokenizer.json lies beside {settings.model}: give --tokenizer.")
+        raise UserError(f"No tokenizer.model, tokenizer.json or .tiktoken file lies beside {settings.model}: give --tokenizer.")
     tokenizer = load_tokenizer(tokenizer_path)
     prompt = tokenizer.encode(settings.prompt) or [tokenizer.end_of_text]
     try:

@@ -1,7 +1,9 @@
 """Train: deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json [--config RECIPE] [--data PREPARED] [--output RUN]"""
 
 import dataclasses
+import functools
 import json
+import math
 import os
 import sys
 import time
@@ -9,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import flatten, run_door
+from data.shards import TokenStream
 from launch.training.config import RunSettings, read_run_settings
 from launch.training.stopping import StopRequest, leave
 
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(ready, stop: StopRequest) -> int:
-    from data.batches import CausalBatches, evaluation_batches
+    from data.batches import TrainingBatches, evaluation_batches
     from launch.training import checkpoint, run_folder
     from launch.training.layout import describe
     from launch.training.loop import Figures, train
@@ -55,17 +58,16 @@ def _run(ready, stop: StopRequest) -> int:
     from model.config import flops_per_token
 
     settings, process, layout, data, start = ready.settings, ready.process, ready.layout, ready.data, ready.start
+    tokenizer, held_out = data.sampling.tokenizer, data.held_out
     if process.is_first:
         run_folder.record(settings, ready.merged_json, start, data.fingerprint, data.tokenizer_path)
-    samples = CausalBatches(
-        data.train,
-        settings.model.sequence_length,
+    batches = TrainingBatches(
+        data.sampling.samples,
+        data.sampling.blend,
         settings.batch.global_batch_size,
         settings.batch.micro_batch_size,
-        settings.seed,
         layout.data_rank(process.rank),
         layout.data_parallel_size,
-        settings.model.document_mask,
     )
     engine = engine_for(layout)(settings, ready.merged_json, process, layout)
     root = Path(settings.output) / "checkpoints"
@@ -108,30 +110,35 @@ def _run(ready, stop: StopRequest) -> int:
         "versions": run_folder.versions(),
     }
 
-    def validation_batches():
+    def validation_batches(stream: TokenStream):
         return evaluation_batches(
-            data.validation,
+            stream,
             settings.model.sequence_length,
             settings.batch.micro_batch_size,
+            data.sampling.end_of_text,
             layout.data_rank(process.rank),
             layout.data_parallel_size,
-            settings.log.validation_samples or None,
+            math.ceil(settings.log.validation_samples / len(held_out)) or None,
             settings.model.document_mask,
         )
 
     def sample(step: int) -> str:
-        prompt = data.tokenizer.encode(settings.log.sample_prompt) or [data.tokenizer.end_of_text]
-        drawn = engine.sample(prompt, min(128, settings.model.sequence_length // 2), 0.8, step, data.tokenizer.vocab_size)
-        end = drawn.index(data.tokenizer.end_of_text) if data.tokenizer.end_of_text in drawn else len(drawn)
-        return data.tokenizer.decode(prompt + drawn[:end])
+        prompt = tokenizer.encode(settings.log.sample_prompt) or [tokenizer.end_of_text]
+        drawn = engine.sample(prompt, min(128, settings.model.sequence_length // 2), 0.8, step, tokenizer.vocab_size)
+        end = drawn.index(tokenizer.end_of_text) if tokenizer.end_of_text in drawn else len(drawn)
+        return tokenizer.decode(prompt + drawn[:end])
 
-    bytes_per_token = {"train": data.train.num_bytes / len(data.train)}
-    if len(data.validation):
-        bytes_per_token["validation"] = data.validation.num_bytes / len(data.validation)
-    figures = Figures(flops_per_token(settings.model), peak, process.world_size, samples.num_samples, bytes_per_token)
-    validated = validation_batches if len(data.validation) > 1 else None
+    figures = Figures(
+        flops_per_token(settings.model),
+        peak,
+        process.world_size,
+        lambda steps: data.sampling.epochs(steps * settings.batch.global_batch_size),
+        data.sampling.bytes_per_token,
+        {name: stream.num_bytes / len(stream) for name, stream in held_out.items()},
+    )
+    validated = {name: functools.partial(validation_batches, stream) for name, stream in held_out.items()}
     try:
-        status = train(settings, stop, engine, samples.step, validated, sample, first_step, about, monitor, figures)
+        status = train(settings, stop, engine, batches.step, validated, sample, first_step, about, monitor, figures)
     except RuntimeError as error:
         error.add_note(f"in step {engine.step_in_hand + 1}")
         raise

@@ -6,8 +6,10 @@ import subprocess
 
 import pytest
 
+import data.benchmark
 from data.command_line import read_settings
 from data.prepare import PrepareSettings
+from data.show import read_show_settings
 from launch.benchmark import BenchmarkSettings
 from launch.convert import ConvertSettings
 from launch.evaluate import EvaluateSettings
@@ -25,6 +27,8 @@ DOORS = {
     "launch/convert.py": (ConvertSettings, "checkpoint"),
     "launch/benchmark.py": (BenchmarkSettings, None),
     "data/prepare.py": (PrepareSettings, None),
+    "data/benchmark.py": (data.benchmark.BenchmarkSettings, None),
+    "launch/slurm/prepare.sbatch": (PrepareSettings, None),
 }
 
 
@@ -48,6 +52,8 @@ def test_a_command_of_the_readme_is_taken_by_its_door(words):
         check_batch_script(door, arguments)
     elif door in ("launch/pretrain.py", "launch/preflight.py"):
         read_run_settings(arguments)
+    elif door == "data/show.py":
+        read_show_settings(arguments)
     else:
         settings, positional = DOORS[door]
         read_settings(settings, arguments, "", positional)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.command_line import UserError, flatten, read_settings
+from data.sampling import SamplingSettings
 from launch.training.layout import Layout, micro_batch_size
 from model.config import ModelConfig, named_size
 
@@ -53,9 +54,11 @@ class ScheduleSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings:
-    path: str = "prepared"
-    """Folder that data/prepare.py wrote. Where the default is missing, the embedded corpus is prepared into it."""
+class DataSettings(SamplingSettings):
+    path: tuple[str, ...] = ("prepared",)
+    """Folder that data/prepare.py wrote, or several to blend. Where the default is missing, the embedded corpus is prepared into it."""
+    max_epochs: float | None = None
+    """Most epochs that a run may read of a folder; one that would read more is refused before it starts (default: no limit)."""
     vocab_size: int = 4096
     """Pieces of the tokenizer trained when the embedded corpus has to be prepared."""
 
@@ -67,7 +70,7 @@ class LogSettings:
     validation_interval: int = 100
     """Steps between validations (always one after the last step); 0: only that one."""
     validation_samples: int = 64
-    """Sequences of the held-out split in a validation, always the same ones; 0: all of it."""
+    """Sequences of the held-out split in a validation, always the same ones; 0: all of it. Of a blend each source has its part."""
     sample_interval: int = 500
     """Steps between samples of generated text in TensorBoard; 0: none."""
     sample_prompt: str = "def "
@@ -229,6 +232,7 @@ def _refuse_impossible(settings: RunSettings) -> None:
         "batch.micro_batch_size": 1 if settings.batch.micro_batch_size is None else settings.batch.micro_batch_size,
         "optimizer.learning_rate": settings.optimizer.learning_rate,
         "optimizer.epsilon": settings.optimizer.epsilon,
+        "data.max_epochs": 1 if settings.data.max_epochs is None else settings.data.max_epochs,
         "train_steps": 1 if settings.train_steps is None else settings.train_steps,
         "log.interval": settings.log.interval,
         "rendezvous_seconds": settings.rendezvous_seconds,

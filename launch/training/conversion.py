@@ -16,6 +16,7 @@ import tqdm
 from data.command_line import UserError
 from launch.training import checkpoint, state
 from launch.training.layout import Layout
+from launch.training.run_folder import tokenizer_files, tokenizer_in
 
 _SECONDS_BETWEEN_LINES = 10
 _READERS = 4  # hashing one file does not fill a disk
@@ -52,7 +53,7 @@ def convert(folder: Path, output: Path, file_bytes: float, say: Callable[[str], 
         files = _write(source, manifest, unfinished, file_bytes, say)
         checkpoint.write_part(unfinished, 0, files)
         published = checkpoint.publish(unfinished, manifest["step"], _about(source, manifest))
-        for tokenizer in _tokenizers(run):
+        for tokenizer in tokenizer_files(run):
             copy = checkpoint.HashingFile(partial / tokenizer.name)
             copy.write(tokenizer.read_bytes())
             copy.finish()
@@ -91,7 +92,7 @@ def _source(folder: Path, output: Path, say: Callable[[str], object]) -> Path:
     run = folder.parent.parent if is_checkpoint else folder
     if not is_checkpoint and not (run / "checkpoints").is_dir():
         raise UserError(f"{folder} holds no checkpoint. Give a run folder or a checkpoint in one.")
-    if not (run / "run.json").is_file() or not _tokenizers(run):
+    if not (run / "run.json").is_file() or not tokenizer_in(run):
         raise UserError(f"{run} holds no run.json with a tokenizer beside it, which training needs to go on from {folder}.")
     if run in output.parents:
         raise UserError(f"--output {output} lies in {run}, which stays as it is. Give another place.")
@@ -241,10 +242,6 @@ def _about(source: Path, manifest: dict) -> dict:
 def _ground(output: Path) -> Path:
     """What is there already of the path to a new folder."""
     return next(path for path in output.parents if path.exists())
-
-
-def _tokenizers(run: Path) -> list[Path]:
-    return [run / name for name in ("tokenizer.model", "tokenizer.json") if (run / name).is_file()]
 
 
 def _bytes_of(entries: Iterable[dict]) -> int:

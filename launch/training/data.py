@@ -1,13 +1,16 @@
 """The prepared data of a run, made on the spot where the default corpus is wanted and missing."""
 
 import dataclasses
+import hashlib
+import json
 import time
 from pathlib import Path
 
 from data.command_line import UserError
+from data.order import Blend
 from data.prepare import PrepareSettings, prepare
-from data.shards import PreparedData, TokenStream
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.sampling import Sampling, open_folders, open_sampling
+from data.shards import TokenStream
 from launch.training.config import DataSettings, RunSettings
 
 _HASHED_AT_START = 4 << 30  # bytes that are hashed in two or three seconds; above, sizes and indexes are checked, and ids while reading
@@ -15,39 +18,102 @@ _HASHED_AT_START = 4 << 30  # bytes that are hashed in two or three seconds; abo
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    train: TokenStream
-    validation: TokenStream
-    tokenizer: Tokenizer
+    sampling: Sampling
+    """What is trained on."""
     tokenizer_path: Path
     fingerprint: str
+    """One hash for all tokens of all sources, in their order."""
+
+    @property
+    def held_out(self) -> dict[str, TokenStream]:
+        """The validation split of each source that has one, by the source's name."""
+        splits = {name: folder.splits["validation"] for name, folder in self.sampling.folders.items()}
+        return {name: stream for name, stream in splits.items() if len(stream)}
 
 
 def open_data(settings: RunSettings) -> RunData:
-    """Open the prepared folder. Raises UserError where it is missing or damaged or does not fit the model."""
-    path = Path(settings.data.path)
-    prepared = PreparedData(path)
-    if prepared.stored_bytes < _HASHED_AT_START:
-        prepared.verify()
-    tokenizer_path = prepared.tokenizer_path
-    tokenizer = load_tokenizer(tokenizer_path)
-    if prepared.vocab_size > settings.model.vocab_size:
+    """Open the prepared folders. Raises UserError where one is missing or damaged or does not fit the others, the model or the run."""
+    folders = open_folders(settings.data.path)
+    if sum(folder.stored_bytes for folder in folders.values()) < _HASHED_AT_START:
+        for folder in folders.values():
+            folder.verify()
+    first = next(iter(folders.values()))
+    if first.vocab_size > settings.model.vocab_size:
         raise UserError(
-            f"model.vocab_size {settings.model.vocab_size} is too small for {path}: its tokens go up to {prepared.vocab_size - 1}.\n"
-            f"Nearest: {prepared.vocab_size}, or {-(-prepared.vocab_size // 128) * 128} for round matrices."
+            f"model.vocab_size {settings.model.vocab_size} is too small for {first.folder}: its tokens go up to {first.vocab_size - 1}.\n"
+            f"Nearest: {first.vocab_size}, or {-(-first.vocab_size // 128) * 128} for round matrices."
         )
-    return RunData(prepared.splits["train"], prepared.splits["validation"], tokenizer, tokenizer_path, prepared.fingerprint)
+    sampling = open_sampling(folders, settings.data, settings.model.sequence_length, settings.model.document_mask, settings.seed)
+    _refuse_too_many_epochs(settings, sampling)
+    fingerprints = [folder.fingerprint for folder in folders.values()]
+    together = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
+    return RunData(sampling, first.tokenizer_path, together)
+
+
+def _refuse_too_many_epochs(settings: RunSettings, sampling: Sampling) -> None:
+    """Raise UserError where the run reads a source more often than data.max_epochs, with what would fit."""
+    limit = settings.data.max_epochs
+    positions = settings.steps * settings.batch.global_batch_size
+    epochs = sampling.blend.epochs(positions).tolist()
+    most = max(range(len(epochs)), key=epochs.__getitem__)
+    if limit is None or epochs[most] <= limit:
+        return
+    fitting = _longest(sampling.blend, limit, settings.batch.global_batch_size, settings.steps)
+    advice = [f"train_steps {fitting:,} would fit"] if fitting else []
+    if len(epochs) > 1 and (weight := _fitting_weight(settings, sampling, most, positions)):
+        advice.append(f"so would a weight of {weight} for it beside {_others(sampling, settings, most)}")
+    raise UserError(
+        f"{sampling.names[most]} would be read {epochs[most]:.2f} times in {settings.steps:,} steps; data.max_epochs is {limit:g}."
+        + (f"\nNearest: {', and '.join(advice)}." if advice else "\nNot even one step would fit.")
+    )
+
+
+def _longest(blend: Blend, limit: float, global_batch_size: int, steps: int) -> int:
+    """The most steps after which no source has been read more than `limit` times. A bisection: epochs only grow."""
+    fits, too_many = 0, steps
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if blend.epochs(middle * global_batch_size).max() <= limit else (fits, middle)
+    return fits
+
+
+def _fitting_weight(settings: RunSettings, sampling: Sampling, source: int, positions: int) -> str | None:
+    """The largest weight of a source with which the run keeps to data.max_epochs, the others' kept; None where there is none."""
+    assert settings.data.max_epochs is not None
+    sizes, weights = sampling.blend.sizes.tolist(), _weights(settings, sampling)
+    share = settings.data.max_epochs * sizes[source] / positions
+    exact = share / (1 - share) * (sum(weights) - weights[source])
+    for shortened in (0.9999, 0.999, 0.99):  # whole parts of a period may round it up
+        weight = f"{exact * shortened:.4g}"
+        weights[source] = float(weight)
+        try:
+            fits = Blend(sizes, weights, settings.seed).epochs(positions).max() <= settings.data.max_epochs
+        except UserError:  # it would get no part
+            return None
+        if fits:
+            return weight
+    return None
+
+
+def _weights(settings: RunSettings, sampling: Sampling) -> list[float]:
+    return [float(weight) for weight in settings.data.weights or sampling.blend.sizes.tolist()]
+
+
+def _others(sampling: Sampling, settings: RunSettings, source: int) -> str:
+    weights = _weights(settings, sampling)
+    return ", ".join(f"{weights[other]:g} for {name}" for other, name in enumerate(sampling.names) if other != source)
 
 
 def will_be_prepared(settings: RunSettings) -> bool:
     """The default folder is wanted, and missing."""
-    return settings.data.path == DataSettings().path and not Path(settings.data.path).exists()
+    return settings.data.path == DataSettings().path and not Path(settings.data.path[0]).exists()
 
 
 def prepare_embedded_corpus(settings: RunSettings) -> None:
     """Make the default folder: by one rank."""
     if settings.data.vocab_size > settings.model.vocab_size:
         raise UserError(f"data.vocab_size {settings.data.vocab_size} is above model.vocab_size {settings.model.vocab_size}.")
-    path = settings.data.path
+    (path,) = settings.data.path
     print(f"{path}/ is not there: preparing the embedded corpus, the source text of Python's standard library.", flush=True)
     prepare(PrepareSettings(output=path, vocab_size=settings.data.vocab_size))
 

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from data.batches import Batch
@@ -25,7 +25,7 @@ def train(
     stop: StopRequest,
     engine: Engine,
     batches_of_step: Callable[[int], list[Batch]],
-    validation_batches: Callable[[], Iterable[Batch]] | None,
+    validation_batches: Mapping[str, Callable[[], Iterable[Batch]]],
     sample: Callable[[int], str],
     first_step: int,
     about: dict,
@@ -34,7 +34,8 @@ def train(
 ) -> int:
     """Train from step `first_step` to the end of the recipe; the exit status: 0 done, 85 told to stop and saved.
 
-    `sample` writes a text after a step, on all ranks together; `monitor` is rank 0's; `about` goes into every manifest.
+    `validation_batches` are those of each source's held-out split, by its name; `sample` writes a text after a step, on all ranks
+    together; `monitor` is rank 0's; `about` goes into every manifest.
     """
     root = Path(settings.output) / "checkpoints"
     saved_step = first_step if first_step else None
@@ -75,7 +76,7 @@ def train(
             raise FloatingPointError(f"The gradient was not finite in {skipped_in_a_row} steps in a row; the last was step {done}.")
         last = done == settings.steps
         if validation_batches and (last or (settings.log.validation_interval and done % settings.log.validation_interval == 0)):
-            _validate(engine, validation_batches(), monitor, figures, done)
+            _validate(engine, validation_batches, monitor, figures, done)
         if settings.log.sample_interval and (last or done % settings.log.sample_interval == 0):
             text = sample(done)
             if monitor:
@@ -93,20 +94,31 @@ class Figures:
     """Numbers that turn counts into what people compare."""
 
     def __init__(
-        self, flops_per_token: float, peak_flops: float, world_size: int, samples_per_epoch: int, bytes_per_token: dict[str, float]
+        self,
+        flops_per_token: float,
+        peak_flops: float,
+        world_size: int,
+        epochs: Callable[[int], dict[str, float]],
+        train_bytes_per_token: float,
+        validation_bytes_per_token: dict[str, float],
     ):
-        self.samples_per_epoch = samples_per_epoch
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.world_size = world_size
-        self.bytes_per_token = bytes_per_token
-
-    def bits_per_byte(self, loss: float, split: str) -> float:
-        """From mean nats per token, at the mean bytes per token of the whole split."""
-        return loss / math.log(2) / self.bytes_per_token[split]
+        self.epochs = epochs
+        """Of each source, by name, after so many steps."""
+        self.train_bytes_per_token = train_bytes_per_token
+        """In the blend."""
+        self.validation_bytes_per_token = validation_bytes_per_token
+        """Of each source's held-out split, by name."""
 
     def flops_per_device(self, tokens_per_second: float) -> float:
         return tokens_per_second * self.flops_per_token / self.world_size
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """From mean nats per token."""
+    return loss / math.log(2) / bytes_per_token
 
 
 def _rate(settings: RunSettings, step: int) -> float:
@@ -140,7 +152,7 @@ def _show_step(
         "optimization/learning_rate": rate,
         "optimization/gradient_norm": report.gradient_norm,
         "progress/tokens": done * settings.tokens_per_step,
-        "progress/epochs": done * settings.batch.global_batch_size / figures.samples_per_epoch,
+        **_by_source("progress/epochs", figures.epochs(done)),
     }
     if report.loss_scale is not None:
         scalars["optimization/loss_scale"] = report.loss_scale
@@ -151,7 +163,7 @@ def _show_step(
     if at_interval:
         scalars |= {
             "perplexity/train": perplexity(report.loss),
-            "bits_per_byte/train": figures.bits_per_byte(report.loss, "train"),
+            "bits_per_byte/train": bits_per_byte(report.loss, figures.train_bytes_per_token),
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tflops_per_device": used / 1e12,
             "throughput/utilization": used / figures.peak_flops,
@@ -165,25 +177,39 @@ def _show_step(
         monitor.console(done, report.loss, rate, report.gradient_norm, tokens_per_second, used / figures.peak_flops)
 
 
-def _validate(engine: Engine, batches: Iterable[Batch], monitor: Monitor | None, figures: Figures, step: int) -> None:
+def _by_source(name: str, values: dict[str, float]) -> dict[str, float]:
+    """Scalars of a value of each source; of a single one the plain name is enough."""
+    return {name if len(values) == 1 else f"{name}/{source}": value for source, value in values.items()}
+
+
+def _validate(
+    engine: Engine,
+    batches_of_source: Mapping[str, Callable[[], Iterable[Batch]]],
+    monitor: Monitor | None,
+    figures: Figures,
+    step: int,
+) -> None:
+    """Each source on its own, and all of them together, weighted by token."""
     start = time.perf_counter()
-    loss_sum, tokens = engine.validate(batches)
-    if monitor:
-        loss = loss_sum / tokens
-        monitor.scalars(
-            step,
-            {
-                "loss/validation": loss,
-                "perplexity/validation": perplexity(loss),
-                "bits_per_byte/validation": figures.bits_per_byte(loss, "validation"),
-                "time/validation": time.perf_counter() - start,
-            },
-        )
-        monitor.say(
-            f"step: {step} | validation loss: {loss:.4f} | perplexity: {perplexity(loss):.2f} | "
-            f"bits per byte: {figures.bits_per_byte(loss, 'validation'):.4f} | over {tokens:,} tokens"
-        )
-        monitor.flush()
+    sums = {source: engine.validate(batches()) for source, batches in batches_of_source.items()}
+    if not monitor:
+        return
+    loss_sum, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
+    num_bytes = sum(tokens * figures.validation_bytes_per_token[source] for source, (_, tokens) in sums.items())
+    loss, bits = loss_sum / tokens, bits_per_byte(loss_sum / tokens, num_bytes / tokens)
+    losses = {source: loss_sum / tokens for source, (loss_sum, tokens) in sums.items()}
+    scalars = {
+        "loss/validation": loss,
+        "perplexity/validation": perplexity(loss),
+        "bits_per_byte/validation": bits,
+        "time/validation": time.perf_counter() - start,
+    }
+    monitor.scalars(step, scalars | _by_source("loss/validation", losses))
+    monitor.say(
+        f"step: {step} | validation loss: {loss:.4f} | perplexity: {perplexity(loss):.2f} | bits per byte: {bits:.4f} | "
+        f"over {tokens:,} tokens" + "".join(f" | {source}: {loss:.4f}" for source, loss in losses.items() if len(losses) > 1)
+    )
+    monitor.flush()
 
 
 def _how_to_go_on(saved_step: int | None, done: int) -> str:

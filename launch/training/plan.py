@@ -111,20 +111,17 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
             f"{model.positions} positions, vocabulary {model.vocab_size:,}, context {model.sequence_length:,}",
         ),
         ("work", f"{flops:,.0f} FLOPs a token, forward and backward, causal attention counted; {flops * tokens:.3g} in all"),
-        (
-            "data",
-            f"{settings.data.path}: {len(data.train):,} training tokens in {data.train.num_documents:,} documents, "
-            + (f"{len(data.validation):,} held out" if len(data.validation) else "none held out: no validation")
-            + f"; {data.tokenizer_path.name}"
+        *(
+            _data_rows(settings, data)
             if data
-            else f"{settings.data.path} is not there: the embedded corpus would be prepared first",
+            else [("data", f"{', '.join(settings.data.path)} is not there: the embedded corpus would be prepared first")]
         ),
         (
             "batch",
             f"{batch.global_batch_size} sequences = micro-batch {batch.micro_batch_size} x accumulation {accumulation} "
             f"x data parallel {layout.data_parallel_size}; {settings.tokens_per_step:,} tokens a step",
         ),
-        ("length", f"{settings.steps:,} steps, {tokens:,} tokens" + (f", {tokens / len(data.train):.2f} epochs" if data else "")),
+        ("length", f"{settings.steps:,} steps, {tokens:,} tokens" + (f", {_epochs(settings, data)} epochs" if data else "")),
         (
             "rate",
             f"{settings.optimizer.learning_rate:g}, {settings.schedule.kind}, warm-up {settings.schedule.warmup_steps} steps"
@@ -147,6 +144,42 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
         ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),
     ]
     return "\n".join(f"{name:>8}: {text}" for name, text in rows)
+
+
+def _data_rows(settings: RunSettings, data) -> list[tuple[str, str]]:
+    """A line for each source, how their documents become samples, and what of it is to be noted."""
+    sampling, model = data.sampling, settings.model
+    several, length = len(sampling.names) > 1, model.sequence_length
+    epochs = sampling.epochs(settings.steps * settings.batch.global_batch_size)
+    rows, warnings = [], []
+    for path, share, (name, folder), samples in zip(
+        settings.data.path, sampling.blend.shares, sampling.folders.items(), sampling.samples, strict=True
+    ):
+        train, held_out = folder.splits["train"], len(folder.splits["validation"])
+        text = f"{path}: {len(train):,} training tokens in {train.num_documents:,} documents, "
+        text += f"{held_out:,} held out" if held_out else "none held out: no validation"
+        text += f"; {data.tokenizer_path.name}"
+        if several:
+            text += f"; {float(share):.3%} of the samples, which reads its {samples.num_samples:,} samples {epochs[name]:.2f} times"
+        rows.append(("data", text))
+        if len(train) < length:
+            warnings.append(("warning", f"the {len(train):,} tokens of {path} do not fill one sample of {length:,}: it is mostly padding"))
+    number = sum(samples.num_samples for samples in sampling.samples)
+    padding = sum(float(share) * samples.padding_share for share, samples in zip(sampling.blend.shares, sampling.samples, strict=True))
+    way = {"packed": "documents joined and cut", "best_fit": "documents packed by best fit, none cut that fits"}[settings.data.packing]
+    text = f"{number:,} of {length:,} tokens: {way}, {'apart by mask' if model.document_mask else 'seeing one another'}, "
+    text += f"{padding:.2%} padding"
+    text += f"; {settings.data.fim_rate:.0%} filled in the middle" if sampling.fill else ""
+    rows += [("samples", text), *warnings]
+    if settings.data.packing == "best_fit" and not model.document_mask:
+        rows.append(("note", "best-fit packing keeps documents whole, but without model.document_mask they see their neighbours"))
+    return rows
+
+
+def _epochs(settings: RunSettings, data) -> str:
+    """How often the run reads its source, or the least and the most read of several."""
+    epochs = data.sampling.epochs(settings.steps * settings.batch.global_batch_size).values()
+    return " to ".join(f"{end:.2f}" for end in sorted({min(epochs), max(epochs)}))
 
 
 def _rows_of_one_node(zero: dict, layout: Layout, device: str) -> list[tuple[str, str]]:

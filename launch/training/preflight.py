@@ -180,7 +180,7 @@ def _differences(first: dict, other: dict) -> list[str]:
     if files:
         lines.append(f"the code: {', '.join(files[:3])}{f' and {len(files) - 3} more files' if len(files) > 3 else ''}")
     if first["data"] != other["data"]:
-        lines.append(f"the data: {other['settings']['data.path']} is {other['data'][:8]} there, {first['data'][:8]} on rank 0")
+        lines.append(f"the data: {', '.join(other['settings']['data.path'])} is {other['data'][:8]} there, {first['data'][:8]} on rank 0")
     changed = [name for name in first["settings"] if first["settings"][name] != other["settings"].get(name)]
     lines += [f"the recipe: {name} is {other['settings'].get(name)} there, {first['settings'][name]} on rank 0" for name in changed[:3]]
     return lines

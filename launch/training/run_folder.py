@@ -1,7 +1,7 @@
 """The folder of a run: what it was started with, and whether a second start may go on in it.
 
 runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, data: written before the first step
-            tokenizer.*     copied from the data, so that the folder alone can generate
+            tokenizer*      copied from the data, so that the folder alone can generate
             checkpoints/    see checkpoint.py
             tb/  metrics.jsonl  log.txt
 """
@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from data.command_line import UserError, flatten
 from launch.training import checkpoint
-from launch.training.config import REPOSITORY, RunSettings
+from launch.training.config import REPOSITORY, DataSettings, RunSettings
 
 # What may differ when a run goes on: it changes no number but by rounding, and, under dropout, by which ones are dropped.
 _HARMLESS = (
@@ -31,6 +31,7 @@ _HARMLESS = (
     "output",
     "size",
     "data.path",
+    "data.max_epochs",
     "data.vocab_size",
     "batch.micro_batch_size",
     "pipeline_stages",
@@ -50,6 +51,7 @@ _HARMLESS = (
 )
 
 
+TOKENIZER_CONFIGURATION = "tokenizer_config.json"
 LOCK = ".lock"
 PROBE = ".preflight-"
 """How the names of files begin that ranks write before they agree, to see that they can."""
@@ -116,6 +118,12 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed))
 
 
+def paths_of(recipe: dict) -> list[str]:
+    """The folders of data in a recipe that was written down; versions before blends wrote one, as text."""
+    path = recipe["data"]["path"]
+    return [path] if isinstance(path, str) else path
+
+
 def ground_of(folder: Path) -> Path:
     """The folder itself where it is there, else the nearest one above that is."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -168,12 +176,25 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
         "starts": [*starts, time.strftime("%Y-%m-%d %H:%M:%S")],
     }
     checkpoint.write_durably(path, json.dumps(about, indent=1))
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if name != tokenizer.name:  # of an earlier start on other data
-            (folder / name).unlink(missing_ok=True)
-    beside = folder / f"{tokenizer.name}.tmp"
-    shutil.copyfile(tokenizer, beside)
-    os.replace(beside, folder / tokenizer.name)
+    copied = [path for path in (tokenizer, tokenizer.with_name(TOKENIZER_CONFIGURATION)) if path.is_file()]
+    for path in tokenizer_files(folder):
+        if path.name not in [one.name for one in copied]:  # of an earlier start on other data
+            path.unlink()
+    for path in copied:
+        beside = folder / f"{path.name}.tmp"
+        shutil.copyfile(path, beside)
+        os.replace(beside, folder / path.name)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer in a folder, and behind it what its file does not hold."""
+    patterns = ("tokenizer.model", "tokenizer.json", "tiktoken.model", "*.tiktoken", TOKENIZER_CONFIGURATION)
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def tokenizer_in(folder: Path) -> Path | None:
+    """The tokenizer in a folder."""
+    return next((path for path in tokenizer_files(folder) if path.name != TOKENIZER_CONFIGURATION), None)
 
 
 def versions() -> dict[str, str]:
@@ -183,7 +204,12 @@ def versions() -> dict[str, str]:
 
 def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json: dict) -> list[str]:
     old, new = flatten(before["recipe"]), flatten(json.loads(json.dumps(dataclasses.asdict(settings))))
-    changed = [
+    changed = []
+    if "data.packing" not in old:  # by a version that had none
+        changed.append("the samples: they began one token later, and the first token of the data was never predicted")
+        defaults = dataclasses.asdict(DataSettings())
+        old |= json.loads(json.dumps({f"data.{name}": value for name, value in defaults.items() if f"data.{name}" not in old}))
+    changed += [
         f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if not name.startswith(_HARMLESS) and old.get(name) != value
     ]
     there, here = flatten(before["deepspeed"]), flatten(merged_json)
@@ -193,9 +219,8 @@ def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json:
         if name.startswith(_MATHEMATICAL_KEYS) and there.get(name, False) != here.get(name, False)
     ]
     if before["data_fingerprint"] != fingerprint:
-        changed.append(
-            f"the data: {before['recipe']['data']['path']} {before['data_fingerprint'][:12]} -> {settings.data.path} {fingerprint[:12]}"
-        )
+        there, here = paths_of(before["recipe"]), ", ".join(settings.data.path)
+        changed.append(f"the data: {', '.join(there)} {before['data_fingerprint'][:12]} -> {here} {fingerprint[:12]}")
     return changed
 
 

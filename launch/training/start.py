@@ -86,7 +86,7 @@ def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Pr
             word = str(error)
     word = rendezvous.tell(store, process, "data", word, LONGEST_LOOK_SECONDS)
     if word == "prepared":
-        wait_for(Path(settings.data.path))
+        wait_for(Path(settings.data.path[0]))
     elif word:
         raise UserError(word)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.command_line import UserError
 from launch.training import checkpoint
+from launch.training.run_folder import tokenizer_in
 from launch.training.state import SavedState
 from model import huggingface
 from model.config import ModelConfig
@@ -36,7 +37,7 @@ def load_model(path: str) -> TrainedModel:
             config, state = huggingface.load(folder)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return TrainedModel(_filled(config, state), config, folder, _tokenizer_in(folder), None)
+        return TrainedModel(_filled(config, state), config, folder, tokenizer_in(folder), None)
     if not (folder / checkpoint.MANIFEST).is_file():
         folder = _newest_in_run(folder)
     elif complaint := checkpoint.damage(folder):
@@ -44,7 +45,7 @@ def load_model(path: str) -> TrainedModel:
     manifest = checkpoint.read_manifest(folder)
     checkpoint.refuse_earlier_format(folder, manifest)
     config = ModelConfig(**manifest["model"])
-    return TrainedModel(_filled(config, read_weights(folder)), config, folder, _tokenizer_in(folder.parent.parent), manifest["step"])
+    return TrainedModel(_filled(config, read_weights(folder)), config, folder, tokenizer_in(folder.parent.parent), manifest["step"])
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -68,7 +69,3 @@ def _newest_in_run(folder: Path) -> Path:
     if newest is None:
         raise UserError(f"{folder} holds no checkpoint and no config.json; it is neither a run folder nor an exported model.")
     return newest
-
-
-def _tokenizer_in(folder: Path) -> Path | None:
-    return next((folder / name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).is_file()), None)

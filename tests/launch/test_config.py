@@ -183,4 +183,6 @@ def test_what_a_launcher_adds_is_taken_and_not_needed(words):
 def test_the_names_of_the_ecosystem_are_taken():
     for words in (["--deepspeed", "ours.json"], ["--deepspeed_config", "ours.json"], ["--deepspeed_config=ours.json"]):
         assert read_run_settings(words).deepspeed == "ours.json"
-    assert read_run_settings(["--data", "tokens"]).data.path == read_run_settings(["--data=tokens"]).data.path == "tokens"
+    assert read_run_settings(["--data", "tokens"]).data.path == read_run_settings(["--data=tokens"]).data.path == ("tokens",)
+    assert read_run_settings(["--data", "a", "b", "--data.weights", "2", "0.5"]).data.weights == (2.0, 0.5)
+    assert read_run_settings(["--data", "a", "b", "--seed", "3"]).data.path == ("a", "b")

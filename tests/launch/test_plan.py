@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.training.config import BatchSettings, RunSettings, ScheduleSettings, share_the_batch
+from data.order import Blend
+from data.sampling import Sampling
+from launch.training.config import BatchSettings, DataSettings, RunSettings, ScheduleSettings, share_the_batch
 from launch.training.layout import Layout
 from launch.training.plan import model_state_bytes, parameters_per_rank, peak_flops, plan
 from model.config import ModelConfig, count_parameters
@@ -37,29 +39,37 @@ SETTINGS = RunSettings(
     train_steps=100,
 )
 FOUR = Layout(4)
-TRAIN = type("Stream", (), {"__len__": lambda self: 409_600, "num_documents": 1234})()
-HELD_OUT = type("Stream", (), {"__len__": lambda self: 5_000})()
+
+
+def stream(tokens: int, documents: int):
+    return type("Stream", (), {"__len__": lambda self: tokens, "num_documents": documents})()
+
+
+TRAIN, HELD_OUT = stream(409_600, 1234), stream(5_000, 12)
+
+
+def data_of(weights: tuple[float, ...] = (), padding: float = 0.0, fill: object = None, **streams) -> SimpleNamespace:
+    """RunData of training streams by name."""
+    folders = {name: SimpleNamespace(splits={"train": train, "validation": HELD_OUT}) for name, train in streams.items()}
+    samples = [SimpleNamespace(num_samples=-(-len(train) // 128), padding_share=padding) for train in streams.values()]
+    blend = Blend([one.num_samples for one in samples], weights or None, seed=1)
+    return SimpleNamespace(sampling=Sampling(folders, samples, blend, None, fill), tokenizer_path=Path("tokenizer.model"))
 
 
 def lines(settings: RunSettings, zero: dict, layout: Layout = FOUR, device: str = "cpu", **more) -> dict[str, str]:
     """The rows of a plan by name; of notes the last one."""
-    printed = plan(
-        settings,
-        {"zero_optimization": zero} | more,
-        layout,
-        device,
-        SimpleNamespace(train=TRAIN, validation=HELD_OUT, tokenizer_path=Path("tokenizer.model")),
-    )
+    printed = plan(settings, {"zero_optimization": zero} | more, layout, device, data_of(prepared=TRAIN))
     return dict(line.strip().split(": ", 1) for line in printed.splitlines())
 
 
 def test_the_plan_says_everything_that_will_happen():
     shown = lines(SETTINGS, {"stage": 2, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}})
-    assert list(shown) == ["model", "work", "data", "batch", "length", "rate", "engine", "memory", "output"]
+    assert list(shown) == ["model", "work", "data", "samples", "batch", "length", "rate", "engine", "memory", "output"]
     parameters = count_parameters(SETTINGS.model)
     assert shown["model"].startswith(f"{parameters:,} parameters: 2 blocks, hidden 64, 4 heads (4 key/value), swiglu 172, rmsnorm pre, ")
     assert shown["model"].endswith("rotary positions, vocabulary 1,000, context 128")
     assert shown["data"] == "prepared: 409,600 training tokens in 1,234 documents, 5,000 held out; tokenizer.model"
+    assert shown["samples"] == "3,200 of 128 tokens: documents joined and cut, seeing one another, 0.00% padding"
     assert shown["batch"] == "64 sequences = micro-batch 4 x accumulation 4 x data parallel 4; 8,192 tokens a step"
     assert shown["length"] == "100 steps, 819,200 tokens, 2.00 epochs"
     assert shown["rate"] == "0.0003, cosine, warm-up 100 steps, down to 0; clipping 1, decay 0.1"
@@ -70,6 +80,47 @@ def test_the_plan_says_everything_that_will_happen():
         "activations not counted"
     )
     assert shown["output"] == "runs/run: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"
+
+
+def rows(settings: RunSettings, data: SimpleNamespace) -> list[str]:
+    return [line.strip() for line in plan(settings, {"zero_optimization": {}}, FOUR, "cpu", data).splitlines()]
+
+
+def test_the_plan_of_a_blend_has_a_line_for_each_source():
+    """100 steps of 64 samples: 4,800 of the 3,200 of one, 1,600 of the 640 of the other."""
+    settings = dataclasses.replace(SETTINGS, data=DataSettings(path=("a/web", "b/code"), weights=(3, 1)))
+    shown = rows(settings, data_of((3, 1), 0.25, web=TRAIN, code=stream(81_920, 77)))
+    assert [row for row in shown if row.startswith("data: ")] == [
+        "data: a/web: 409,600 training tokens in 1,234 documents, 5,000 held out; tokenizer.model; "
+        "75.000% of the samples, which reads its 3,200 samples 1.50 times",
+        "data: b/code: 81,920 training tokens in 77 documents, 5,000 held out; tokenizer.model; "
+        "25.000% of the samples, which reads its 640 samples 2.50 times",
+    ]
+    assert "samples: 3,840 of 128 tokens: documents joined and cut, seeing one another, 25.00% padding" in shown
+    assert "length: 100 steps, 819,200 tokens, 1.50 to 2.50 epochs" in shown
+
+
+def test_the_plan_says_how_samples_are_made_and_what_is_odd_about_them():
+    def shown(mask: bool, **data) -> list[str]:
+        settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, document_mask=mask), data=DataSettings(**data))
+        return [
+            row for row in rows(settings, data_of(prepared=stream(100, 3), padding=28 / 128)) if row.startswith(("sam", "note", "warn"))
+        ]
+
+    best_fit = "samples: 1 of 128 tokens: documents packed by best fit, none cut that fits, "
+    warning = "warning: the 100 tokens of prepared do not fill one sample of 128: it is mostly padding"
+    assert shown(True, packing="best_fit") == [best_fit + "apart by mask, 21.88% padding", warning]
+    assert shown(False, packing="best_fit") == [
+        best_fit + "seeing one another, 21.88% padding",
+        warning,
+        "note: best-fit packing keeps documents whole, but without model.document_mask they see their neighbours",
+    ]
+
+
+def test_the_plan_says_what_share_is_filled_in_the_middle():
+    settings = dataclasses.replace(SETTINGS, data=DataSettings(fim_rate=0.5))
+    row = "samples: 3,200 of 128 tokens: documents joined and cut, seeing one another, 12.00% padding; 50% filled in the middle"
+    assert row in rows(settings, data_of(padding=0.12, fill=object(), prepared=TRAIN))
 
 
 def test_a_constant_rate_goes_down_to_nothing_else():

@@ -23,7 +23,7 @@ ALIKE = {
     "device_id": "",
     "versions": {"torch": "2.13.0", "deepspeed": "0.19.8", "nccl": "2.27"},
     "code": {"launch/pretrain.py": "11", "model/layers.py": "22"},
-    "settings": {"data.path": "prepared", "seed": 1},
+    "settings": {"data.path": ["prepared"], "seed": 1},
     "data": "0123456789",
     "free_gib": 100.0,
     "written_gb_s": 1.0,
@@ -48,7 +48,7 @@ def reports(tmp_path, **other) -> list[dict]:
         ({"versions": ALIKE["versions"] | {"nccl": "2.26"}}, "nccl 2.26 there, 2.27 on rank 0"),
         ({"code": {"launch/pretrain.py": "11", "model/layers.py": "23"}}, "the code: model/layers.py"),
         ({"data": "1123456789"}, "the data: prepared is 11234567 there, 01234567 on rank 0"),
-        ({"settings": {"data.path": "prepared", "seed": 2}}, "the recipe: seed is 2 there, 1 on rank 0"),
+        ({"settings": {"data.path": ["prepared"], "seed": 2}}, "the recipe: seed is 2 there, 1 on rank 0"),
         ({"probe": "elsewhere"}, "the output must be on a shared disk"),
     ],
 )

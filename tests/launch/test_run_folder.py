@@ -32,7 +32,9 @@ class Run:
     def __init__(self, folder: Path):
         self.output = folder / "run"
         self.root = self.output / "checkpoints"
-        self.settings = RunSettings(output=str(self.output), model=ModelConfig(hidden_size=64), train_steps=100, data=DataSettings("old"))
+        self.settings = RunSettings(
+            output=str(self.output), model=ModelConfig(hidden_size=64), train_steps=100, data=DataSettings(("old",))
+        )
         self.tokenizer = folder / "tokenizer.model"
         self.tokenizer.write_bytes(b"pieces")
 
@@ -157,12 +159,33 @@ def test_another_run_is_refused_with_every_difference(saved):
 
 def test_what_changes_no_number_may_change(saved):
     harmless = {"recompute": True, "compile": True, "log": LogSettings(interval=1), "peak_tflops": 5.0, "deepspeed": "other.json"}
-    assert saved.start(**harmless, data=DataSettings("moved"), dry_run=True).notes == ()
+    assert saved.start(**harmless, data=DataSettings(("moved",)), dry_run=True).notes == ()
 
 
 def test_other_data_is_refused(saved):
-    sentence = saved.refusal(fingerprint="e" * 64, data=DataSettings("new"))
+    sentence = saved.refusal(fingerprint="e" * 64, data=DataSettings(("new",)))
     assert f"  the data: old {'f' * 12} -> new {'e' * 12}\n" in sentence
+
+
+def test_other_data_of_a_blend_is_refused_by_its_folders(saved):
+    sentence = saved.refusal(fingerprint="e" * 64, data=DataSettings(("old", "new")))
+    assert f"  the data: old {'f' * 12} -> old, new {'e' * 12}\n" in sentence
+
+
+def test_a_run_of_a_version_before_packing_is_told_from_this_one(saved):
+    """Its run.json has one folder, as text, and its samples began one token later."""
+    record = json.loads((saved.output / "run.json").read_text())
+    record["recipe"]["data"] = {"path": "old", "vocab_size": 4096}
+    (saved.output / "run.json").write_text(json.dumps(record))
+    lines = saved.refusal(fingerprint="e" * 64, data=DataSettings(("old",), packing="best_fit")).splitlines()
+    assert lines[1:-1] == [
+        "  the samples: they began one token later, and the first token of the data was never predicted",
+        "  data.packing: packed -> best_fit",
+        f"  the data: old {'f' * 12} -> old {'e' * 12}",
+    ]
+    assert saved.start(allow_changes=True).notes == (
+        "Going on with a change: the samples: they began one token later, and the first token of the data was never predicted",
+    )
 
 
 def test_another_model_is_refused_even_where_changes_are_allowed(saved):
@@ -223,6 +246,11 @@ def test_the_tokenizer_beside_the_run_is_the_one_of_its_data(run):
     run.tokenizer = run.tokenizer.rename(run.tokenizer.with_name("tokenizer.json"))
     run.record()
     assert {path.name for path in run.output.glob("tokenizer*")} == {"tokenizer.json"}
+    run.tokenizer = run.tokenizer.rename(run.tokenizer.with_name("cl100k_base.tiktoken"))
+    run.tokenizer.with_name("tokenizer_config.json").write_text("{}")
+    run.record()
+    assert [path.name for path in run_folder.tokenizer_files(run.output)] == ["cl100k_base.tiktoken", "tokenizer_config.json"]
+    assert run_folder.tokenizer_in(run.output) == run.output / "cl100k_base.tiktoken"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""What a rank read at a step, document by document: python data/show.py prepared/ --step 100 --rank 0, or --run runs/x --step 100"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.command_line import UserError, flatten, read_settings, run_door
+from data.sampling import Sampling, SamplingSettings, open_folders, open_sampling
+from data.shards import TokenStream
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_ALWAYS_GIVEN = ("run", "step", "rank", "characters")
+"""What no run.json says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    sequence_length: int = 256
+    """Tokens of a sample."""
+    document_mask: bool = False
+    """Documents of a sample do not see one another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSettings:
+    global_batch_size: int = 32
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: int | None = None
+    """Samples of a rank at a time (default: the rank's whole share)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowSettings:
+    """What decides which samples come when has the names and defaults that it has in a recipe; --run takes it from a run."""
+
+    run: str | None = None
+    """Folder of a run: settings that are not given here are what its run.json says, all but step, rank and characters."""
+    step: int = 0
+    """Optimizer step, counted from 0."""
+    rank: int = 0
+    """Data-parallel rank."""
+    world_size: int = 1
+    """Data-parallel ranks."""
+    characters: int = 200
+    """Most of each document's text that is shown, half of its beginning and half of its end; 0: all of it."""
+    data: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    batch: BatchSettings = dataclasses.field(default_factory=BatchSettings)
+    seed: int = 1
+    """Of the run: it decides the order of samples."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    for line in show(read_show_settings(arguments)):
+        print(line)
+
+
+def read_show_settings(arguments: Sequence[str]) -> ShowSettings:
+    """Settings from the command line, where the words before the first option are folders, over those of a run."""
+    folders = next((number for number, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    words = (["--data.path"] if folders else []) + list(arguments)
+    aliases = {"--data": "--data.path"}
+    return read_settings(ShowSettings, words, "Show what a rank read at a step.", aliases=aliases, defaults=_of_run)
+
+
+def show(settings: ShowSettings) -> Iterator[str]:
+    """The lines that tell a rank's micro-batches of a step, row by row. Raises UserError where there is no such step or rank."""
+    from data.batches import TrainingBatches
+
+    _refuse_impossible(settings)
+    model, batch = settings.model, settings.batch
+    sampling = open_sampling(open_folders(settings.data.path), settings.data, model.sequence_length, model.document_mask, settings.seed)
+    size = batch.micro_batch_size or max(1, batch.global_batch_size // settings.world_size)
+    batches = TrainingBatches(sampling.samples, sampling.blend, batch.global_batch_size, size, settings.rank, settings.world_size)
+    yield (
+        f"step {settings.step}, rank {settings.rank} of {settings.world_size}: samples of {model.sequence_length} tokens, "
+        f"{settings.data.packing}, documents {'apart by mask' if model.document_mask else 'seeing one another'}, seed {settings.seed}"
+    )
+    micro_batches = zip(batches.step_samples(settings.step).tolist(), batches.step(settings.step), strict=True)
+    for number, (samples, micro_batch) in enumerate(micro_batches):
+        for row, (source, epoch, sample) in enumerate(samples):
+            yield f"micro-batch {number}, row {row}: {sampling.names[source]}, epoch {epoch}, sample {sample}"
+            yield from _row(sampling, source, epoch, sample, micro_batch.targets[row].numpy(), settings.characters)
+
+
+def _row(sampling: Sampling, source: int, epoch: int, sample: int, targets: "NDArray", characters: int) -> Iterator[str]:
+    """A line or two for each document of a sample, and one for its padding.  [sequence_length]"""
+    from data.fill_in_the_middle import MARKS
+
+    folder, samples = list(sampling.folders.values())[source], sampling.samples[source]
+    place = 0
+    for piece in samples.documents(sample, epoch):
+        transformed = sampling.fill is not None and targets[place] == sampling.fill.prefix
+        length = _length(samples.stream, piece.document)
+        taken = f"all {length} tokens" if piece.count == length else f"tokens {piece.first} to {piece.first + piece.count - 1} of {length}"
+        yield f"  {folder.place_of('train', piece.document)}: {taken}{', filled in the middle' if transformed else ''}"
+        end = place + piece.count + (MARKS if transformed else 0)
+        yield f"    {_shortened(_spelt(sampling, targets[place:end].tolist()), characters)}"
+        place = end
+    if place < len(targets):
+        yield f"  {len(targets) - place} positions of padding"
+
+
+def _length(stream: TokenStream, document: int) -> int:
+    end = stream.document_start(document + 1) if document + 1 < stream.num_documents else len(stream)
+    return end - stream.document_start(document)
+
+
+def _spelt(sampling: Sampling, ids: list[int]) -> str:
+    """The text of the ids in one line of Python's spelling, end of text and the marks of fill-in-the-middle by their names."""
+    tokenizer, fill = sampling.tokenizer, sampling.fill
+    named = {sampling.end_of_text: tokenizer.end_of_text_token}
+    if fill:
+        named |= {token: name for name, token in tokenizer.special_tokens.items() if token in (fill.prefix, fill.suffix, fill.middle)}
+    parts, ordinary = [], []
+    for token in [*ids, None]:
+        if token is not None and token not in named:
+            ordinary.append(token)
+            continue
+        if ordinary:
+            parts.append(repr(tokenizer.decode(ordinary)))
+            ordinary = []
+        if token is not None:
+            parts.append(named[token])
+    return " ".join(parts)
+
+
+def _shortened(text: str, characters: int) -> str:
+    if not characters or len(text) <= characters:
+        return text
+    return f"{text[: characters - characters // 2]} ... {text[len(text) - characters // 2 :]}"
+
+
+def _of_run(given: dict) -> dict:
+    """The settings that a run's run.json holds, flat by dotted name."""
+    if given.get("run") in (None, "null"):
+        return {}
+    path = Path(given["run"]) / "run.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        recipe, merged = flatten(about["recipe"]), about["deepspeed"]
+        recipe["world_size"] = recipe["batch.global_batch_size"] // (
+            recipe["batch.micro_batch_size"] * merged["gradient_accumulation_steps"]
+        )
+        return {name: recipe[name] for name in flatten(dataclasses.asdict(ShowSettings())) if name not in _ALWAYS_GIVEN}
+    except OSError as error:
+        raise UserError(f"--run {given['run']}: {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"--run {given['run']}: {path} is not as this version writes it ({type(error).__name__}: {error}).") from error
+
+
+def _refuse_impossible(settings: ShowSettings) -> None:
+    least = {
+        "world_size": (settings.world_size, 1),
+        "step": (settings.step, 0),
+        "rank": (settings.rank, 0),
+        "characters": (settings.characters, 0),
+        "model.sequence_length": (settings.model.sequence_length, 1),
+        "batch.global_batch_size": (settings.batch.global_batch_size, 1),
+        "batch.micro_batch_size": (1 if settings.batch.micro_batch_size is None else settings.batch.micro_batch_size, 1),
+    }
+    complaints = [f"{name} is {value}; it must be at least {bound}." for name, (value, bound) in least.items() if value < bound]
+    if settings.rank >= settings.world_size:
+        complaints.append(f"rank is {settings.rank}; with world_size {settings.world_size} it must be at most {settings.world_size - 1}.")
+    if complaints:
+        raise UserError("\n".join(complaints))
+
+
+if __name__ == "__main__":
+    run_door(main)

@@ -1,0 +1,227 @@
+"""The door that shows what a rank read: the rows that training reads, and the text that was prepared."""
+
+import ast
+import itertools
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import show
+from data.batches import TrainingBatches
+from data.command_line import UserError
+from data.order import Blend
+from data.packing import IGNORED
+from data.prepare import PrepareSettings, prepare
+from data.sampling import SamplingSettings, names_of, open_folders, open_sampling
+from data.tokenizer import load_tokenizer, train_sentencepiece
+
+MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+WORDS = ["--model.sequence_length", "24", "--batch.global_batch_size", "8", "--seed", "5", "--characters", "0"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[str, str]:
+    """Two prepared folders with one tokenizer, which has the marks of fill-in-the-middle."""
+    root = tmp_path_factory.mktemp("show")
+    dice = random.Random(3)
+    texts = {"verse": [], "prose": []}
+    for name, number in (("verse", 12), ("prose", 30)):
+        (root / name).mkdir()
+        for document in range(number):
+            text = f"{name} {document}: " + " ".join(dice.choices(["sun", "moon", "earth", "water\n", "fire"], k=dice.randint(3, 40)))
+            (root / name / f"{document:02d}.txt").write_text(text)
+            texts[name].append(text)
+    train_sentencepiece(texts["verse"] + texts["prose"], root / "tokenizer.model", 380, special_tokens=MARKS)
+    for name in texts:
+        prepare(
+            PrepareSettings(
+                input=(str(root / name),),
+                tokenizer=str(root / "tokenizer.model"),
+                output=str(root / f"{name}-prepared"),
+                held_out=0.0,
+                workers=1,
+            )
+        )
+    return str(root / "verse-prepared"), str(root / "prose-prepared")
+
+
+def shown(capsys, *words: str) -> list[str]:
+    show.main([*words, *WORDS])
+    return capsys.readouterr().out.splitlines()
+
+
+def rows_of(lines: list[str]) -> list[tuple[str, int, int]]:
+    """(source, epoch, sample) of every row that was shown."""
+    found = [re.fullmatch(r"micro-batch \d+, row \d+: (\S+), epoch (\d+), sample (\d+)", line) for line in lines]
+    return [(row[1], int(row[2]), int(row[3])) for row in found if row]
+
+
+def texts_of(lines: list[str]) -> list[str]:
+    """The text of each row, put together from its documents; end of text and marks are left out."""
+    rows: list[str] = []
+    for line in lines:
+        if line.startswith("micro-batch"):
+            rows.append("")
+        elif line.startswith("    "):
+            literals = re.findall(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", line)
+            rows[-1] += "".join(ast.literal_eval(literal) for literal in literals)
+    return rows
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("packing", ["packed", "best_fit"])
+def test_what_is_shown_is_what_training_reads(folders, capsys, world_size, micro_batch_size, packing):
+    settings = SamplingSettings(folders, weights=(1, 3), packing=packing)
+    sampling = open_sampling(open_folders(folders), settings, 24, True, seed=5)
+    tokenizer = load_tokenizer(Path(folders[0]) / "tokenizer.model")
+    words = ["--data.weights", "1", "3", "--data.packing", packing, "--model.document_mask", "--world_size", str(world_size)]
+    words += ["--batch.micro_batch_size", str(micro_batch_size)]
+    for step in (0, 7):
+        read = []
+        for rank in range(world_size):
+            lines = shown(capsys, *folders, *words, "--step", str(step), "--rank", str(rank))
+            batches = TrainingBatches(sampling.samples, sampling.blend, 8, micro_batch_size, rank, world_size)
+            targets = np.concatenate([batch.targets.numpy() for batch in batches.step(step)])
+            segments = np.concatenate([batch.segments.numpy() for batch in batches.step(step)])
+            assert texts_of(lines) == [tokenizer.decode(row[row != IGNORED].tolist()) for row in targets]
+            padding = [int(line.split()[0]) for line in lines if line.endswith("positions of padding")]
+            assert padding == [count for count in (segments == 0).sum(axis=1).tolist() if count]
+            places = sum(line.startswith("  ") and not line.startswith("    ") for line in lines) - len(padding)
+            assert places == segments.max(axis=1).sum(), "a line a document"
+            read += rows_of(lines)
+        source, epoch, sample = Blend([one.num_samples for one in sampling.samples], (1, 3), 5).draw(np.arange(8 * step, 8 * step + 8))
+        names = ["verse-prepared", "prose-prepared"]
+        expected = [(names[s], e, i) for s, e, i in zip(source.tolist(), epoch.tolist(), sample.tolist(), strict=True)]
+        assert sorted(read) == sorted(expected)
+
+
+def test_each_document_is_shown_with_its_place_and_the_tokens_that_were_taken(folders, capsys):
+    """All samples of an epoch of one source."""
+    prepared = open_folders(folders[:1])["verse-prepared"]
+    stream = prepared.splits["train"]
+    lengths = stream.shards[0].document_lengths().tolist()
+    steps = -(-len(stream) // 24 // 8) + 1
+    lines = [line for step in range(steps) for line in shown(capsys, folders[0], "--step", str(step))]
+    first_epoch = sum(epoch == 0 for _, epoch, _ in rows_of(lines))
+    assert first_epoch == -(-len(stream) // 24)
+    found = [re.fullmatch(r"  (.*): (?:all (\d+) tokens|tokens (\d+) to (\d+) of (\d+))", line) for line in lines]
+    whole = [int(row[2] or row[5]) for row in found if row]
+    assert set(whole) == set(lengths)
+    assert {row[1] for row in found if row} == {f"{number:02d}.txt" for number in range(12)}
+    for line, text in itertools.pairwise(lines):
+        if whole := re.fullmatch(r"  (\d\d)\.txt: all \d+ tokens", line):
+            assert f"'verse {int(whole[1])}: " in text, "the text is that of the file"
+
+
+def test_fill_in_the_middle_is_visible(folders, capsys):
+    words = ["--data.fim_rate", "1", "--model.sequence_length", "64", "--model.document_mask"]
+    show.main([folders[1], *WORDS, *words])
+    lines = capsys.readouterr().out.splitlines()
+    documents = [(place, text) for place, text in itertools.pairwise(lines) if text.startswith("    ")]
+    transformed = [text for place, text in documents if place.endswith(", filled in the middle")]
+    assert transformed
+    for text in transformed:
+        assert all(text.count(mark) == 1 for mark in MARKS)
+        assert text.startswith("    <|fim_prefix|>") and text.index("<|fim_suffix|>") < text.index("<|fim_middle|>")
+    assert not any("<|fim" in text for place, text in documents if not place.endswith("middle"))
+
+
+def test_long_texts_are_cut_in_the_middle(folders, capsys):
+    show.main([folders[1], *WORDS, "--characters", "10"])
+    texts = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert any(len(text) == 15 and text[5:10] == " ... " for text in texts) and max(map(len, texts)) == 15
+
+
+@pytest.fixture
+def run(folders, tmp_path) -> Path:
+    """A run folder of two data-parallel ranks; of its run.json what shows what was read."""
+    recipe = {
+        "model": {"sequence_length": 32, "document_mask": True, "hidden_size": 64},
+        "data": {"path": list(folders), "weights": [2, 1], "max_epochs": None, "packing": "best_fit", "fim_rate": 0.5, "vocab_size": 9},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 2},
+        "seed": 9,
+    }
+    recipe["data"]["fim_tokens"] = list(MARKS)
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe, "deepspeed": {"gradient_accumulation_steps": 2}}))
+    return tmp_path
+
+
+def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
+    show.main(["--run", str(run), "--step", "3", "--rank", "1"])
+    of_run = capsys.readouterr().out
+    words = ["--data.weights", "2", "1", "--data.packing", "best_fit", "--data.fim_rate", "0.5", "--model.sequence_length", "32"]
+    words += ["--model.document_mask", "--batch.global_batch_size", "8", "--batch.micro_batch_size", "2", "--seed", "9"]
+    show.main([*folders, *words, "--step", "3", "--rank", "1", "--world_size", "2"])
+    assert capsys.readouterr().out == of_run
+    assert of_run.startswith("step 3, rank 1 of 2: samples of 32 tokens, best_fit, documents apart by mask, seed 9\n")
+    show.main(["--run", str(run), "--step", "3", "--seed", "1", "--world_size", "4", "--rank", "1"])
+    assert capsys.readouterr().out.startswith("step 3, rank 1 of 4: samples of 32 tokens, best_fit, documents apart by mask, seed 1\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--rank", "1"], "rank is 1; with world_size 1 it must be at most 0."),
+        (["--step", "-1", "--characters", "-1"], "step is -1; it must be at least 0.\ncharacters is -1; it must be at least 0."),
+        (
+            ["--world_size", "3"],
+            "global_batch_size 8 is not a multiple of micro_batch_size 2 x data_parallel_size 3 = 6. Nearest: 6 or 12.",
+        ),
+        (["--data.weights", "1", "2"], "data.weights has 2 weights for 1 sources; give one for each folder of data.path."),
+        (["--data.packing", "best"], 'data.packing is best; it must be packed or best_fit. Did you mean "best_fit"?'),
+        (
+            ["--data.fim_rate", "1", "--data.fim_tokens", "a"],
+            "data.fim_tokens has 1 tokens; it must be three: before prefix, suffix and middle.",
+        ),
+        (["--run", "nowhere"], "--run nowhere: nowhere/run.json cannot be read: No such file or directory."),
+        (["--data.path"], "data.path names no folder; give at least one."),
+    ],
+)
+def test_a_mistake_is_one_sentence(folders, words, sentence):
+    with pytest.raises(UserError) as refused:
+        show.main([folders[0], *WORDS, *words])
+    assert str(refused.value) == sentence
+
+
+def test_a_mark_that_the_tokenizer_lacks_is_refused_with_the_nearest(folders):
+    with pytest.raises(UserError, match=r'no special token "<\|fim_pre\|>"\. Did you mean "<\|fim_prefix\|>"'):
+        show.main([folders[0], *WORDS, "--data.fim_rate", "0.1", "--data.fim_tokens", "<|fim_pre|>", *MARKS[1:]])
+
+
+def test_a_run_of_an_older_version_is_refused_with_what_it_lacks(run):
+    about = json.loads((run / "run.json").read_text())
+    del about["recipe"]["data"]["packing"]
+    (run / "run.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"run\.json is not as this version writes it \(KeyError: 'data\.packing'\)"):
+        show.main(["--run", str(run)])
+
+
+def test_folders_with_other_tokenizers_are_refused_by_name(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "other")
+    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"other was tokenized otherwise than .*verse-prepared: 000000000000 is not [0-9a-f]{12}"):
+        open_folders([folders[0], str(tmp_path / "other")])
+
+
+def test_a_folder_without_training_tokens_is_refused_by_name(folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "empty")
+    manifest = json.loads((tmp_path / "empty" / "manifest.json").read_text())
+    manifest["splits"]["train"] |= {"shards": []}
+    (tmp_path / "empty" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"empty has no tokens to train on\."):
+        open_sampling(open_folders([folders[1], str(tmp_path / "empty")]), SamplingSettings(), 24, False, 1)
+
+
+def test_sources_are_called_by_as_much_of_their_path_as_tells_them_apart():
+    assert names_of(["prepared"]) == ["prepared"]
+    assert names_of(["a/web", "b/code/"]) == ["web", "code"]
+    assert names_of(["a/x/prepared", "b/x/prepared"]) == ["a/x/prepared", "b/x/prepared"]
+    with pytest.raises(UserError, match=r"/a twice; name a folder once and give it a larger share in data\.weights"):
+        names_of(["a", "b", "./a"])
