@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from data.columnar import Table
 from data.command_line import UserError
+from data.fields import FORMATS, Fields, Problem, is_known, read_fields
 from data.opening import COMPRESSED, is_compressed
-from data.records import FORMATS, Fields, PartReader, Problem, Table, is_known, read_fields
+from data.records import PartReader
 from data.shards import Shard
 
 # Left out of the standard library's text. Folders: tests and their data, maps of character sets, other people's packages, compiled files.

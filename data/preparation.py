@@ -25,7 +25,7 @@ from data.duplicates import DIGEST, digest_of
 from data.shards import MANIFEST, describe_place, publish, token_dtype
 from data.tokenizer import Tokenizer, copy_tokenizer, fastest, load_tokenizer, train_sentencepiece
 from data.units import EXAMPLES, Task, UnitWorker, read_entry, remove_unfinished
-from data.workers import Progress, Workers
+from data.workers import Progress, Workers, count_off
 
 if TYPE_CHECKING:
     from data.prepare import PrepareSettings
@@ -201,11 +201,8 @@ class Preparation:
             if not hold(self.partial / "join.lock", held):
                 self.say(f"Rank {self.rank} is done; another rank is joining all parts.")
                 return False
+            self._refuse_changed_input()
             manifest = self._write_shards(workers, found, recorded)
-            if isinstance(self.corpus, FileCorpus) and self.corpus.files[0].given != STANDARD_INPUT:
-                changed = _changed_files(self.corpus.identity(), self.corpus.as_it_is_now().identity())
-                if changed:
-                    raise UserError(f"The input changed while it was read: {changed[0]}. Delete {self.partial} and begin again.")
             self._write_quarantine(found.names)
             write_json(manifest, self.whole / MANIFEST, indent=2)
             for left in self.whole.rglob("*.partial"):
@@ -215,6 +212,12 @@ class Preparation:
             put_on_disk(output.absolute().parent, recursive=False)
             self.say(summary(manifest, output))
         return True
+
+    def _refuse_changed_input(self) -> None:
+        if isinstance(self.corpus, FileCorpus) and self.corpus.files[0].given != STANDARD_INPUT:
+            changed = _changed_files(self.corpus.identity(), self.corpus.as_it_is_now().identity())
+            if changed:
+                raise UserError(f"The input changed while it was read: {changed[0]}. Delete {self.partial} and begin again.")
 
     def _found(self) -> "_Found | None":
         """What all units say together; None where one is missing."""
@@ -256,9 +259,8 @@ class Preparation:
                 f"There is no document to train on: {why}{f' ({counts})' if counts else ''}. "
                 f"Delete {self.partial} to begin with other settings."
             )
-        waiting = ((join, plan) for plan in plans if not (self.joined / f"{plan.name}.json").exists())
-        for _ in workers.call(_write_shard, waiting, lambda: None):
-            pass
+        waiting = [(join, plan) for plan in plans if not (self.joined / f"{plan.name}.json").exists()]
+        count_off(workers.call(_write_shard, waiting, lambda: None), len(waiting), "shards", self.say)
         places = self._places()
         of_sources: dict[int, np.ndarray] = {}
         splits: dict[str, dict] = {}

@@ -22,9 +22,9 @@ from typing import Literal, NoReturn
 from data.command_line import UserError, read_settings, run_door
 from data.corpus import STANDARD_INPUT, Corpus, FileCorpus, dataset_corpus, embedded_corpus, file_corpus, keep_standard_input, spelt
 from data.duplicates import bands_for
+from data.fields import Fields
 from data.preparation import PLAN, Preparation, changes, hold, sha256_of
 from data.quality import FilterSettings, check
-from data.records import Fields
 from data.shards import MANIFEST, MANIFEST_FORMAT, PreparedData, read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import OnError

@@ -7,97 +7,17 @@ token files. A record belongs to the part in which it begins, so parts can be re
 import codecs
 import csv
 import dataclasses
-import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-import orjson
-
+from data.columnar import Table
 from data.command_line import nearest
-from data.opening import CANNOT_BE_READ, COMPRESSED, decompressed, is_compressed, open_decompressed
+from data.fields import Fields, Problem, Record, TokenRecord, damaged, decode_text, read_json, read_row
+from data.opening import CANNOT_BE_READ, decompressed, is_compressed, open_decompressed
 from data.shards import Shard
 
-FORMATS = {
-    ".txt": "txt",
-    ".md": "txt",
-    ".py": "txt",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".idx": "tokens",
-}
-_POSITION_UNITS = {"jsonl": "byte", "csv": "byte", "tsv": "byte", "parquet": "row", "arrow": "row", "tokens": "document"}
 _LONGEST_CSV_RECORD = 64 << 20  # bytes; behind so many an opening quote is taken for one that nobody closed
-_ROWS_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Where a record's text stands."""
-
-    text: str
-    pair: str | None = None
-    """A second text of the same record."""
-    columns: tuple[str, ...] = ()
-    """Names of the columns of .csv and .tsv files; without them the first line has the names."""
-    separator: str | None = None
-    """What parts the documents of a plain text: "blank" or a line; None where a file is one document."""
-    format: str | None = None
-    """How every file is read; None: each by its name."""
-
-    @property
-    def names(self) -> list[str]:
-        return [self.text] if self.pair is None else [self.text, self.pair]
-
-    def format_of(self, path: Path) -> str:
-        """How a file is read: as plain text where its name says nothing that is known."""
-        return self.format or FORMATS.get(_suffix(path), "txt")
-
-    def is_cut_by_bytes(self, path: Path) -> bool:
-        """Whether parts of this file are stretches of bytes."""
-        return self.position_unit(path) == "byte"
-
-    def position_unit(self, path: Path) -> str:
-        """What the place of a record in this file counts: "byte", "row", "document", or "file" where the file is one record."""
-        return _POSITION_UNITS.get(self.format_of(path), "file" if self.separator is None else "byte")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A record, or the rest of a file, that is no text."""
-
-    reason: str
-    """One of a few, to be counted by."""
-    sentence: str
-    """What is wrong with this one."""
-    raw: bytes = b""
-    """The record as it stands in the file."""
-    is_of_file: bool = False
-    """Nothing behind it in the file can be read."""
-
-
-@dataclass(frozen=True)
-class TokenRecord:
-    """A document that is tokens already.  [tokens]"""
-
-    tokens: np.ndarray
-
-
-Record = tuple[str, ...] | TokenRecord | Problem
-"""A text, or a pair of texts."""
-
-
-def is_known(path: Path) -> bool:
-    """Whether a file's name says how it is read."""
-    return _suffix(path) in FORMATS
 
 
 class PartReader:
@@ -122,7 +42,7 @@ class PartReader:
         except CANNOT_BE_READ as error:
             self.close()
             self.at_end = True
-            yield place, _damaged(error, is_of_file=True)
+            yield place, damaged(error, is_of_file=True)
 
     def bytes_on_disk(self) -> int:
         """How much of the open file has been read."""
@@ -141,12 +61,12 @@ class PartReader:
         elif kind == "tokens":
             yield from self._tokens(path, start, end)
         elif kind == "txt" and fields.separator is None:
-            yield 0, _decode_text(self._open(path).read().removeprefix(codecs.BOM_UTF8))
+            yield 0, decode_text(self._open(path).read().removeprefix(codecs.BOM_UTF8))
             self.close()
             self.at_end = True
         elif kind == "txt":
             for place, data in self._stretch(path, start, end, self._documents):
-                yield place, _decode_text(data)
+                yield place, decode_text(data)
         elif kind == "jsonl":
             for place, line in self._stretch(path, start, end, self._plain_lines):
                 yield place, read_json(line, fields)
@@ -154,10 +74,10 @@ class PartReader:
             columns = fields.columns or _first_line(path)
             for place, line in self._stretch(path, start, end, self._plain_lines):
                 if place > 0 or fields.columns:
-                    yield place, _row(_tabs, line, columns, line, fields)
+                    yield place, read_row(_tabs, line, columns, line, fields)
         else:
             for place, (line, row, columns) in self._stretch(path, start, end, self._csv_rows):
-                yield place, row if isinstance(row, Problem) else _row(list, row, columns, line, fields)
+                yield place, row if isinstance(row, Problem) else read_row(list, row, columns, line, fields)
 
     def _open(self, path: Path) -> BinaryIO:
         if path != self._path:
@@ -244,7 +164,7 @@ class PartReader:
             table = Table(path, self.fields)
         except pyarrow.ArrowException as error:
             if start == 0:
-                yield 0, _damaged(error, is_of_file=True)
+                yield 0, damaged(error, is_of_file=True)
             return
         with table:
             for name in self.fields.names if start == 0 else ():
@@ -330,162 +250,6 @@ def _csv_records(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, byte
 csv.field_size_limit(_LONGEST_CSV_RECORD)
 
 
-def read_json(line: bytes, fields: Fields) -> Record:
-    """The text of a JSON line, or what is wrong with it."""
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        try:
-            record = json.loads(line.decode().rstrip("\r\n"))  # takes NaN, which is no JSON but is written; and says what is wrong
-        except UnicodeDecodeError as error:
-            return Problem("invalid UTF-8", f"it is not UTF-8: {error}", line)
-        except json.JSONDecodeError as error:
-            return Problem("broken JSON", f"it is not JSON: {error.msg}, column {error.colno}", line)
-        except (RecursionError, ValueError) as error:  # nested too deep, a number of thousands of digits
-            return Problem("broken JSON", f"it is not JSON that Python reads: {error}", line)
-    if not isinstance(record, dict):
-        return Problem("wrong type", f'it holds a {type(record).__name__}; a record is an object with the field "{fields.text}"', line)
-    return read_fields(record, fields, line)
-
-
-def read_fields(record: dict, fields: Fields, raw: bytes) -> Record:
-    """The text of a record with named fields, or what is wrong with it."""
-    texts = []
-    for name in fields.names:
-        if name not in record:
-            names = [str(key).encode(errors="backslashreplace").decode() for key in record]
-            return Problem("missing field", f'it has no field "{name}".{nearest(name, names)}', raw)
-        text = record[name]
-        if name == fields.pair and isinstance(text, int) and not isinstance(text, bool):  # a label
-            text = str(text)
-        if not isinstance(text, str):
-            return Problem("wrong type", f'"{name}" is {str(text)[:40]}, a {type(text).__name__}; it must be a string', raw)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-            return Problem("invalid UTF-8", f'"{name}" is not text that UTF-8 can hold: {error}', raw)
-        if not text.strip():
-            return Problem("empty document", f'"{name}" is empty', raw)
-        texts.append(text)
-    return tuple(texts)
-
-
-class Table:
-    """A Parquet file or Arrow's (file or stream), as blocks of rows: row groups or record batches."""
-
-    def __init__(self, path: Path, fields: Fields) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        self._fields = fields
-        self._file = _uncompressed(path)
-        self._parquet = fields.format_of(path) == "parquet"
-        if self._parquet:
-            self._table = pyarrow.parquet.ParquetFile(self._file)
-            self.schema, self._num_blocks = self._table.schema_arrow, self._table.metadata.num_row_groups
-            return
-        mapped = self._file if is_compressed(path) else pyarrow.memory_map(str(path))
-        try:
-            self._table = pyarrow.ipc.open_file(mapped)
-            self._num_blocks: int | None = self._table.num_record_batches
-        except pyarrow.ArrowInvalid:
-            mapped.seek(0)
-            self._table = pyarrow.ipc.open_stream(mapped)
-            self._num_blocks = None  # of a stream only reading tells
-        self.schema = self._table.schema
-
-    def block_bytes(self) -> list[int]:
-        """Bytes of each block, as they are in memory."""
-        if self._parquet:
-            return [self._table.metadata.row_group(block).total_byte_size for block in range(self._num_blocks)]
-        return [batch.nbytes for batch in self._batches()]
-
-    def rows(self, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
-        """(number, record) of each row of the blocks [start, end); a damaged block is one Problem."""
-        import pyarrow
-
-        row = 0
-        for block in range(self._num_blocks if end is None else end) if self._parquet else ():
-            place = row
-            row += self._table.metadata.row_group(block).num_rows
-            if block < start:
-                continue
-            try:
-                some = self._table.iter_batches(_ROWS_AT_ONCE, row_groups=[block], columns=self._fields.names, use_threads=False)
-                for batch in some:
-                    yield from _table_rows(place, batch, self._fields)
-                    place += batch.num_rows
-            except (pyarrow.ArrowException, OSError) as error:
-                yield place, _damaged(error)
-        try:
-            for number, batch in enumerate(() if self._parquet else self._batches()):
-                if number >= start and (end is None or number < end):
-                    for first in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                        yield from _table_rows(row + first, batch.slice(first, _ROWS_AT_ONCE), self._fields)
-                row += batch.num_rows
-        except pyarrow.ArrowException as error:
-            if end is None:  # of a stream the rest cannot be found; the part that goes to the end says so
-                yield row, _damaged(error, is_of_file=True)
-
-    def _batches(self) -> Iterable:
-        """Record batches, mapped and not read."""
-        return self._table if self._num_blocks is None else map(self._table.get_batch, range(self._num_blocks))
-
-    def __enter__(self) -> "Table":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-
-def _damaged(error: Exception, is_of_file: bool = False) -> Problem:
-    return Problem("cut off or damaged", f"it cannot be read to its end: {' '.join(str(error).split())}", is_of_file=is_of_file)
-
-
-def _uncompressed(path: Path) -> BinaryIO:
-    """A file that can be read from its end, as tables are: a compressed one becomes a file without a name."""
-    stream = open_decompressed(path)
-    if not is_compressed(path):
-        return stream
-    whole = tempfile.TemporaryFile()  # noqa: SIM115  closed with the table
-    with stream:
-        while piece := stream.read(1 << 20):
-            whole.write(piece)
-    whole.seek(0)
-    return whole
-
-
-def _table_rows(place: int, batch, fields: Fields) -> Iterator[tuple[int, Record]]:
-    import pyarrow
-
-    columns = []
-    for name in fields.names:
-        column = batch.column(name)
-        if pyarrow.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-            column = column.cast(pyarrow.large_binary())  # decoded one by one below: a bad value is one bad row
-        columns.append(column.to_pylist())
-    for number, values in enumerate(zip(*columns, strict=True)):
-        try:
-            record = {name: value.decode() if isinstance(value, bytes) else value for name, value in zip(fields.names, values, strict=True)}
-        except UnicodeDecodeError as error:
-            yield place + number, Problem("invalid UTF-8", f"it is not UTF-8: {error}", repr(values).encode())
-            continue
-        yield place + number, read_fields(record, fields, repr(values).encode(errors="backslashreplace"))
-
-
-def _row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequence[str], raw: bytes, fields: Fields) -> Record:
-    """The text of a line of fields."""
-    try:
-        row = split(record)
-    except UnicodeDecodeError as error:
-        return Problem("invalid UTF-8", f"it is not UTF-8: {error}", raw)
-    if len(row) != len(columns):
-        return Problem("wrong number of fields", f"it has {len(row)} fields; the columns are {', '.join(columns)}", raw)
-    return read_fields(dict(zip(columns, row, strict=True)), fields, raw)
-
-
 def _tabs(line: bytes) -> list[str]:
     """Fields between tabs, nothing quoted: IANA's text/tab-separated-values."""
     return line.decode().rstrip("\r\n").split("\t")
@@ -494,15 +258,3 @@ def _tabs(line: bytes) -> list[str]:
 def _first_line(path: Path) -> list[str]:
     with open_decompressed(path) as file:
         return file.readline().removeprefix(codecs.BOM_UTF8).decode(errors="replace").rstrip("\r\n").split("\t")
-
-
-def _decode_text(data: bytes) -> Record:
-    try:
-        return (data.decode(),)
-    except UnicodeDecodeError as error:
-        return Problem("invalid UTF-8", f"it is not UTF-8: {error}", data)
-
-
-def _suffix(path: Path) -> str:
-    """The last part of a name that says no compression."""
-    return next((suffix for suffix in map(str.lower, reversed(path.suffixes)) if suffix not in COMPRESSED), "")

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from data.command_line import UserError
 from data.corpus import FileCorpus, Row, Unit
 from data.duplicates import DIGEST, digest_of, sorted_digests
+from data.fields import Problem, Record, TokenRecord
 from data.opening import open_decompressed
 from data.quality import FilterSettings, reason_to_drop
-from data.records import PartReader, Problem, Record, TokenRecord
+from data.records import PartReader
 from data.shards import publish
 from data.tokenizer import Tokenizer
 

@@ -115,6 +115,17 @@ def _call(function: Callable[..., Any], arguments: tuple) -> Any:
     return function(_worker, *arguments)
 
 
+def count_off(done: Iterable, total: int, what: str, say: Callable[[str], object]) -> None:
+    """Draw all of `done`, telling how many of so many there were: a bar on a terminal, a line every few seconds elsewhere."""
+    said = time.monotonic()
+    with tqdm.tqdm(total=total, desc="Writing", unit=f" {what}", disable=None) as bar:
+        for number, _ in enumerate(done, start=1):
+            bar.update()
+            if bar.disable and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                say(f"{number:,} of {total:,} {what} written")
+
+
 class Progress:
     """A bar on a terminal, a line every few seconds elsewhere: input done and to do, documents and megabytes a second, time left.
 

@@ -5,7 +5,8 @@ import pytest
 
 from data.command_line import UserError
 from data.corpus import FileCorpus, Span, dataset_corpus, embedded_corpus, embedded_documents, file_corpus, find_files
-from data.records import Fields, PartReader, Problem
+from data.fields import Fields, Problem
+from data.records import PartReader
 
 TEXT = Fields("text")
 

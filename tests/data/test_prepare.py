@@ -16,9 +16,10 @@ import pytest
 
 from data.command_line import UserError
 from data.corpus import find_files
+from data.fields import Fields
 from data.prepare import PrepareSettings, prepare
 from data.quality import FilterSettings
-from data.records import Fields, PartReader
+from data.records import PartReader
 from data.shards import PreparedData, Shard
 from data.tokenizer import load_tokenizer, train_sentencepiece
 from tests.ranks import REPOSITORY
