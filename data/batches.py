@@ -1,7 +1,7 @@
 """Samples -> batches: which rows a rank reads at a step, and the fixed order of an evaluation."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.command_line import UserError
 from data.order import Blend, rank_share
-from data.packing import IGNORED, PackedSamples, Piece, Sample, empty_sample
+from data.packing import IGNORED, PackedSamples, Sample, Samples, empty_sample
 from data.shards import TokenStream
 
 
@@ -27,27 +27,6 @@ class Batch(NamedTuple):
 def target_tokens(batches: list[Batch]) -> int:
     """How many targets count."""
     return sum(int((batch.targets != IGNORED).sum()) for batch in batches)
-
-
-class Samples(Protocol):
-    """A source of samples: data/packing.py has them packed and best-fit."""
-
-    stream: TokenStream
-    sequence_length: int
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of an epoch."""
-
-    @property
-    def padding_share(self) -> float:
-        """The part of all positions that holds no token of a document."""
-
-    def sample(self, number: int, epoch: int) -> Sample:
-        """Tokens, segments and targets, each [sequence_length]."""
-
-    def documents(self, number: int, epoch: int) -> list[Piece]:
-        """What a sample has as targets, in order."""
 
 
 class TrainingBatches:
@@ -89,6 +68,11 @@ class TrainingBatches:
         return np.stack(self.blend.draw(share.ravel()), axis=-1).reshape(*share.shape, 3)
 
 
+def num_evaluation_samples(num_tokens: int, sequence_length: int, stride: int) -> int:
+    """How many samples, `stride` tokens apart, cover a stream of so many tokens."""
+    return 1 + max(0, -(-(num_tokens - sequence_length) // stride))
+
+
 def evaluation_batches(
     stream: TokenStream,
     sequence_length: int,
@@ -109,7 +93,7 @@ def evaluation_batches(
     if len(stream) == 0:
         raise UserError("The split to evaluate on has 0 tokens: no document was held out. Prepare with a larger --held_out.")
     stride = stride or sequence_length
-    num_samples = 1 + max(0, -(-(len(stream) - sequence_length) // stride))
+    num_samples = num_evaluation_samples(len(stream), sequence_length, stride)
     taken = min(num_samples, limit_samples or num_samples)
     samples = np.arange(taken, dtype=np.int64) * num_samples // taken
     padding = np.full(-taken % (micro_batch_size * world), -1, dtype=np.int64)

@@ -114,6 +114,7 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 def _spell_out(arguments: Sequence[str], kinds: dict[str, object], aliases: dict[str, str]) -> list[str]:
     """Every setting as one word --name=value: aliases replaced, a bare claim made true, the words behind a list's name one list."""
     spelt: list[str] = []
+    lists_given: set[str] = set()
     words = list(arguments)
     while words:
         word = words.pop(0)
@@ -123,6 +124,9 @@ def _spell_out(arguments: Sequence[str], kinds: dict[str, object], aliases: dict
             raise UserError(f"{name} is a group of settings; give one of them: {', '.join('--' + member for member in members)}.")
         kind = kinds.get(name.removeprefix("--")) if name.startswith("--") else None
         is_list = typing.get_origin(kind) is tuple
+        if is_list and name in lists_given:
+            raise UserError(f"{name} is given twice; name all its values behind one {name}.")
+        lists_given |= {name} if is_list else set()
         if kind is None:
             spelt.append(word)
         elif is_list and not (equals and value.startswith("[")):

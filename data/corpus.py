@@ -104,6 +104,8 @@ class FileCorpus:
 
     files: list[SourceFile]
     fields: Fields
+    not_read: tuple[str, ...] = ()
+    """Files of the folders whose names say no format."""
 
     @property
     def names(self) -> list[str]:
@@ -167,6 +169,15 @@ class FileCorpus:
         else:
             ends = [None]
         return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def first_problem(self) -> str | None:
+        """Where the first record stands that is no text, and why, if there is one at the beginning of a file."""
+        for file in self.files[:_FILES_LEARNT_FROM]:
+            for _, record in PartReader(self.fields).read(file.path):
+                if isinstance(record, Problem):
+                    return f"{file.path}: {record.sentence}"
+                break
+        return None
 
     def beginning(self, characters: int, is_wanted: Callable[[tuple[str, ...]], bool]) -> Iterator[str]:
         """So many characters of text, of the documents that are wanted: the beginning of files spread over the whole corpus, what a
@@ -232,6 +243,11 @@ class StreamCorpus:
         if block:
             yield Unit(next(numbers), 0, (), gathered), block
 
+    def first_problem(self) -> str | None:
+        """What is wrong with the first row, if anything is."""
+        first = next(iter(self.rows()), None)
+        return f"{self.given}: {first[2].sentence}" if first and isinstance(first[2], Problem) else None
+
     def beginning(self, characters: int, is_wanted: Callable[[tuple[str, ...]], bool]) -> Iterator[str]:
         """So many characters of text, of the documents that are wanted."""
         for _, _, texts in self.rows():
@@ -267,7 +283,8 @@ def embedded_documents() -> list[Document]:
 
 def file_corpus(inputs: Sequence[str], fields: Fields, without: Sequence[Path] = ()) -> FileCorpus:
     """The documents of files, folders and globs, but for what lies in the folders `without`."""
-    return FileCorpus(find_files(inputs, fields.format is not None, without), fields)
+    files, not_read = find_files(inputs, fields.format is not None, without)
+    return FileCorpus(files, fields, tuple(not_read))
 
 
 def dataset_corpus(name: str, split: str, fields: Fields) -> StreamCorpus:
@@ -278,16 +295,21 @@ def dataset_corpus(name: str, split: str, fields: Fields) -> StreamCorpus:
     return StreamCorpus(f"{name}, {split}", [source], "row", partial(_read_dataset, name, split, fields), stamp, 16 << 20)
 
 
-def find_files(inputs: Sequence[str], any_name: bool = False, without: Sequence[Path] = ()) -> list[SourceFile]:
-    """The files that inputs name, each once, sorted within each input; of a folder those whose names are known, or all."""
+def find_files(inputs: Sequence[str], any_name: bool = False, without: Sequence[Path] = ()) -> tuple[list[SourceFile], list[str]]:
+    """The files that inputs name, each once, sorted within each input; of a folder those whose names are known, or all, and the
+    names of the others.
+    """
     files: dict[Path, SourceFile] = {}
+    not_read: list[str] = []
     left_out = [folder.resolve() for folder in without]
     for given in inputs:
         if not given:
             raise UserError('--input "" names no file; was a variable empty?')
         path = Path(given)
         if path.is_dir():
-            root, found = path, [file for file in _files_below(path) if any_name or is_known(file)]
+            root, below = path, sorted(_files_below(path))
+            found = [file for file in below if any_name or is_known(file)]
+            not_read += [spelt(file) for file in below if not (any_name or is_known(file) or file.with_suffix(".idx") in below)]
         elif path.exists():
             root, found = path.parent, [path]
         else:
@@ -303,7 +325,8 @@ def find_files(inputs: Sequence[str], any_name: bool = False, without: Sequence[
             if not any(folder in resolved.parents for folder in left_out):
                 files.setdefault(resolved, _seen(SourceFile(file, spelt(file.relative_to(root)), spelt(Path(given)), 0, "")))
     names = Counter(file.name for file in files.values())
-    return [dataclasses.replace(file, name=spelt(file.path)) if names[file.name] > 1 else file for file in files.values()]
+    found = [dataclasses.replace(file, name=spelt(file.path)) if names[file.name] > 1 else file for file in files.values()]
+    return found, not_read
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

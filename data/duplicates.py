@@ -228,10 +228,10 @@ def _by_owner(owners: NDArray, values: NDArray) -> Iterator[tuple[int, NDArray]]
 
 def _words(text: str) -> list[bytes]:
     """At least _WORDS_PER_SHINGLE words, an empty one standing for each that is missing."""
-    text = text.lower()
+    text = plain = text.lower()
     if not text.isascii():
         text = _WORD_CHARACTERS.sub(lambda run: f" {' '.join(run[0])} ", _FOREIGN_PUNCTUATION.sub(" ", text))
-    words = text.encode().translate(_ASCII_PUNCTUATION_TO_SPACE).split() or [text.encode()]
+    words = text.encode().translate(_ASCII_PUNCTUATION_TO_SPACE).split() or [plain.encode()]
     return words + [b""] * (_WORDS_PER_SHINGLE - len(words))
 
 

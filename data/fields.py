@@ -38,7 +38,7 @@ class Fields:
     columns: tuple[str, ...] = ()
     """Names of the columns of .csv and .tsv files; without them the first line has the names."""
     separator: str | None = None
-    """What parts the documents of a plain text: "blank" or a line; None where a file is one document."""
+    """What parts the documents of a plain text: "blank" lines, every "line", or a marker; None where a file is one document."""
     format: str | None = None
     """How every file is read; None: each by its name."""
 

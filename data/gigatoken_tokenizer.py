@@ -32,7 +32,7 @@ class GigatokenTokenizer(Tokenizer):
     """A tokenizer whose texts gigatoken encodes, on one thread; raises UserError where gigatoken cannot load it.
 
     gigatoken takes a special token written in a text for the token, the character U+2581 for a SentencePiece model's space, and
-    composes characters as a newer Unicode does. Texts with one of them are encoded by the tokenizer itself.
+    knows a newer Unicode: what is a letter, and what is composed. Texts with one of them are encoded by the tokenizer itself.
     """
 
     def __init__(self, reference: Tokenizer) -> None:
@@ -49,7 +49,6 @@ class GigatokenTokenizer(Tokenizer):
         self._begin_anew()
         self._is_special = np.zeros(self.vocab_size, dtype=bool)
         self._is_special[list(self.special_tokens.values())] = True
-        self._takes_mark_for_space = isinstance(reference, SentencePieceTokenizer)
         self._assigned: set[str] = set()
 
     def encode(self, text: str) -> list[int]:
@@ -74,12 +73,12 @@ class GigatokenTokenizer(Tokenizer):
     def _is_read_alike(self, text: str) -> bool:
         if text.isascii():
             return True
-        if self._takes_mark_for_space and _SPACE in text:
-            return False
-        return not self._composes or (unicodedata.is_normalized("NFC", text) and self._is_assigned(text))
+        if isinstance(self.reference, SentencePieceTokenizer):
+            return _SPACE not in text
+        return self._is_assigned(text) and (not self._composes or unicodedata.is_normalized("NFC", text))
 
     def _is_assigned(self, text: str) -> bool:
-        """Whether this Python knows all characters. What is composed by one Unicode stays so in all, unless a character is new to it."""
+        """Whether this Python knows all characters: which are letters, and what is composed, changes only for those that are new."""
         unseen = set(text) - self._assigned
         self._assigned |= {character for character in unseen if unicodedata.category(character) != "Cn"}
         return unseen <= self._assigned
@@ -97,7 +96,7 @@ def _loader(reference: Tokenizer) -> "Callable[[], gigatoken.Tokenizer]":
     import gigatoken
 
     if isinstance(reference, HuggingFaceTokenizer):
-        contents: str | bytes = reference.path.read_bytes()
+        contents: str | bytes = reference.file_bytes()
         return lambda: gigatoken.Tokenizer.from_json(contents)
     if isinstance(reference, TiktokenTokenizer):
         pattern = reference.settings["pat_str"]
@@ -117,7 +116,7 @@ def _loader(reference: Tokenizer) -> "Callable[[], gigatoken.Tokenizer]":
 def _normalizers(reference: Tokenizer) -> set[str]:
     """Names of what a tokenizer does to a text first."""
     if isinstance(reference, HuggingFaceTokenizer):
-        normalizer = json.loads(reference.path.read_text(encoding="utf-8")).get("normalizer") or {}
+        normalizer = json.loads(reference.file_bytes()).get("normalizer") or {}
         return {step["type"] for step in normalizer.get("normalizers", [normalizer]) if step}
     if isinstance(reference, SentencePieceTokenizer):
         normalizer = sentencepiece_model_pb2.ModelProto.FromString(reference.path.read_bytes()).normalizer_spec

@@ -4,45 +4,41 @@ import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.command_line import UserError
 
-_MOST_PARTS = 1 << 16
-"""Parts of a blend's period: shares that differ by less than one of them are not told apart."""
+_PERIODS = (1 << 16, 1 << 14, 1 << 14)
+"""The longest period of each level of a row. Each level is for the parts that the one above left over, at most one fewer than there
+are sources: of k sources a share is kept to within (k-1)**2 * 2**-44."""
 
 
 class Blend:
     """Which sample of which source comes at each position of one endless row: a pure function, in memory that no size changes.
 
-    `weights` are shares of samples, and so of tokens, for all samples are equally long; None takes the sizes. They become whole
-    parts of a period by the largest remainder (Hamilton's method). Inside it the source comes that lags most behind its share, so
-    that of k sources none is ever more than 1 - 1/k samples ahead, nor more than 1/2 + 1/3 + ... + 1/k behind (Adler et al. 2003,
-    "A proportionate fair scheduling rule with good worst-case performance").
+    `weights` are shares of samples, and so of tokens, for all samples are equally long; None takes the sizes.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
         self.sizes = np.array(sizes, dtype=np.int64)
         self.seed = seed
-        self.shares = _shares(sizes, weights)
-        """Of all samples, as asked for."""
-        self.parts = _whole_parts(self.shares, weights)
-        """Samples of each source in a period.  [sources]"""
-        self._order = _by_largest_lag(self.parts)
-        self._before = np.empty_like(self._order)  # how often the source of a place came in the period before it
-        for source, part in enumerate(self.parts):
-            self._before[self._order == source] = np.arange(part)
+        asked = _shares(sizes, weights)
+        self._row = _Row(asked)
+        self.shares = self._row.shares
+        """Of all samples, as they are read: what was asked for, exactly or as near as _PERIODS tell them apart."""
+        if 0 in self.shares:
+            _refuse_too_small(asked, self.shares.index(0), weights)
 
     def draw(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Source, epoch of that source, and sample of it, at each position.  [n] -> [n], [n], [n]
 
         An epoch of a source has each of its samples once, in an order of its own; the next begins where it ends.
         """
-        periods, places = np.divmod(positions, len(self._order))
-        sources = self._order[places]
-        epochs, samples = np.divmod(periods * self.parts[sources] + self._before[places], self.sizes[sources])
+        sources, draws = self._row.locate(positions)
+        epochs, samples = np.divmod(draws, self.sizes[sources])
         for source, epoch in np.unique(np.stack([sources, epochs]), axis=1).T.tolist():
             chosen = (sources == source) & (epochs == epoch)
             samples[chosen] = permute(samples[chosen], int(self.sizes[source]), self.seed, epoch, source)
@@ -50,12 +46,70 @@ class Blend:
 
     def counts(self, positions: int) -> NDArray[np.int64]:
         """Samples that the first so many positions take from each source.  -> [sources]"""
-        periods, places = divmod(positions, len(self._order))
-        return periods * self.parts + np.bincount(self._order[:places], minlength=len(self.parts))
+        end = np.array([positions], dtype=np.int64)
+        return np.concatenate([self._row.count(source, end) for source in range(len(self.sizes))])
 
     def epochs(self, positions: int) -> NDArray[np.float64]:
         """How often the first so many positions read each source.  -> [sources]"""
         return self.counts(positions) / self.sizes
+
+
+class _Row:
+    """Sources in an endless row, each at its share.
+
+    The row has a period, of which each source has a whole number of parts. Inside it the source comes that lags most behind its
+    share, so that of k sources none is ever more than 1 - 1/k places ahead, nor more than 1/2 + 1/3 + ... + 1/k behind (Adler et
+    al. 2003, "A proportionate fair scheduling rule with good worst-case performance"): for two sources half a place.
+
+    Where no period that is short enough holds the shares exactly they are rounded down. The parts left over, fewer than there are
+    sources, go round as one source more, and whose turn each of them is says a row of its own, by what is still owed to each.
+    So a source's lag is its own, plus its share of what is owed times the lag of the parts left over, plus its lag in their row:
+    each row adds less than 2 places ahead, and less than 2 * (1/2 + ... + 1/(k+1)) behind, and nothing grows with the position.
+    Only the last level's largest remainders (Hamilton's method) do not come out even.
+    """
+
+    def __init__(self, shares: list[Fraction], longest: Sequence[int] = _PERIODS) -> None:
+        period = min(math.lcm(*(share.denominator for share in shares)), longest[0])
+        parts = [math.floor(share * period) for share in shares]
+        owed = [share * period - part for share, part in zip(shares, parts, strict=True)]
+        left, self._left_over = period - sum(parts), None
+        if left and len(longest) > 1:
+            self._left_over = _Row([one / left for one in owed], longest[1:])
+            self.shares = [(part + left * more) / period for part, more in zip(parts, self._left_over.shares, strict=True)]
+            parts.append(left)
+        else:
+            for source in sorted(range(len(shares)), key=lambda source: -owed[source])[:left]:
+                parts[source] += 1
+            self.shares = [Fraction(part, period) for part in parts]
+        self._parts = np.array(parts, dtype=np.int64)
+        self._order = _by_largest_lag(self._parts)
+        self._places = np.split(np.argsort(self._order, kind="stable"), np.cumsum(self._parts)[:-1])
+        """Of each source in the period, ascending; behind them those of the parts left over."""
+
+    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source at each position, and how often it came before.  [n] -> [n], [n]"""
+        sources = self._sources(positions)
+        draws = np.empty_like(positions)
+        for source in np.unique(sources).tolist():
+            draws[sources == source] = self.count(source, positions[sources == source])
+        return sources, draws
+
+    def count(self, source: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How often a source comes before each position.  [n] -> [n]"""
+        count = self._own_count(source, positions)
+        return count if self._left_over is None else count + self._left_over.count(source, self._own_count(-1, positions))
+
+    def _sources(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        sources = self._order[positions % len(self._order)]
+        if self._left_over is not None:
+            open_places = sources == len(self._parts) - 1
+            sources[open_places] = self._left_over._sources(self._own_count(-1, positions[open_places]))
+        return sources
+
+    def _own_count(self, number: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Without what a source has of the parts left over; -1: of those parts.  [n] -> [n]"""
+        periods, places = np.divmod(positions, len(self._order))
+        return periods * self._parts[number] + np.searchsorted(self._places[number], places)
 
 
 def rank_share(samples: NDArray[np.int64], micro_batch_size: int, rank: int, world: int) -> NDArray[np.int64]:
@@ -96,24 +150,15 @@ def _shares(sizes: Sequence[int], weights: Sequence[float] | None) -> list[Fract
     return [weight / sum(written) for weight in written]
 
 
-def _whole_parts(shares: list[Fraction], weights: Sequence[float] | None) -> NDArray[np.int64]:
-    """The shares as parts of a period: exact where a period of at most _MOST_PARTS allows, else by the largest remainder."""
-    period = math.lcm(*(share.denominator for share in shares))
-    period = min(period, _MOST_PARTS)
-    parts = [math.floor(share * period) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda source: parts[source] - shares[source] * period)
-    for source in by_remainder[: period - sum(parts)]:
-        parts[source] += 1
-    if 0 in parts:
-        source = parts.index(0)
-        if weights is None:
-            raise UserError(
-                f"Source {source + 1} of data.path holds {float(shares[source]):.1e} of all samples; below 1/{_MOST_PARTS} = "
-                f"{1 / _MOST_PARTS:.1e} a share is not told apart from 0. Give data.weights, or prepare the folders as one."
-            )
-        least = sum(map(float, weights)) / _MOST_PARTS
-        raise UserError(f"data.weights has {weights[source]:g}; beside the others the least that is told apart from 0 is {least:.2g}.")
-    return np.array(parts, dtype=np.int64)
+def _refuse_too_small(shares: list[Fraction], source: int, weights: Sequence[float] | None) -> NoReturn:
+    least = (len(shares) - 1) ** (len(_PERIODS) - 1) / math.prod(_PERIODS) * 1.05  # so that two digits are not below it
+    if weights is None:
+        raise UserError(
+            f"Source {source + 1} of data.path holds {float(shares[source]):.1e} of all samples; the least share that is told apart "
+            f"from 0 is {least:.2g}. Give data.weights, or prepare the folders as one."
+        )
+    least *= sum(map(float, weights))
+    raise UserError(f"data.weights has {weights[source]:g}; beside the others the least that is told apart from 0 is {least:.2g}.")
 
 
 def _by_largest_lag(parts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -122,8 +167,8 @@ def _by_largest_lag(parts: NDArray[np.int64]) -> NDArray[np.int64]:
     lag = np.zeros_like(parts)  # share of the row so far minus what came, times the period
     for place in range(len(order)):
         lag += parts
-        order[place] = lag.argmax()
-        lag[order[place]] -= len(order)
+        order[place] = source = lag.argmax()
+        lag[source] -= len(order)
     return order
 
 

@@ -33,8 +33,14 @@ class Piece(NamedTuple):
     """Tokens."""
 
 
-class _Samples:
-    """What both ways of packing share: `content` tokens of documents a sample at most, and the room that marks may need beside it."""
+class Samples:
+    """What both ways of packing share: `content` tokens of documents a sample at most, and the room that marks may need beside it.
+
+    The samples of two sources are told out of order by other draws if they have other numbers as `source`.
+    """
+
+    _looked_at = 512
+    """Samples, evenly spread, whose numbers of pieces say what all have: few, for each is a read at another place of the index."""
 
     def __init__(
         self,
@@ -44,6 +50,7 @@ class _Samples:
         document_mask: bool = False,
         fill: FillInTheMiddle | None = None,
         seed: int = 0,
+        source: int = 0,
     ) -> None:
         if len(stream) == 0:
             raise UserError("There are no tokens to train on: the training split is empty. Prepare more text.")
@@ -51,9 +58,9 @@ class _Samples:
         self.sequence_length = sequence_length
         self.end_of_text = end_of_text
         self.document_mask = document_mask
-        self.seed = seed
-        self._fill = fill if fill and fill.rate else None
-        self._spare = self._fill.spare(sequence_length, len(stream) / stream.num_documents) if self._fill else 0
+        self.seed, self.source = seed, source
+        self._fill = fill
+        self._spare = fill.spare(sequence_length, type(self)(stream, sequence_length, end_of_text)._pieces_of_some()) if fill else 0
         self.content = sequence_length - MARKS * self._spare
 
     @property
@@ -66,8 +73,17 @@ class _Samples:
         """The part of all positions that holds no token of a document; the room for marks is in it."""
         return 1 - len(self.stream) / (self.num_samples * self.sequence_length)
 
-    def documents(self, number: int, epoch: int) -> list[Piece]:
+    @functools.cached_property
+    def filled_share(self) -> float:
+        """The share of pieces that is expected to be told out of order; below the rate where samples lack room for the marks."""
+        return self._fill.filled_share(self._spare, self._pieces_of_some()) if self._fill else 0.0
+
+    def documents(self, number: int) -> list[Piece]:
         """What a sample has as targets, in order."""
+        raise NotImplementedError
+
+    def num_pieces(self, number: int) -> int:
+        """How many documents(number) has, without looking which."""
         raise NotImplementedError
 
     def sample(self, number: int, epoch: int) -> Sample:
@@ -76,13 +92,15 @@ class _Samples:
         What stands before a document is end_of_text, and so it is before a piece told out of order; before another piece it is
         the token that precedes it in its document.
         """
-        pieces = self.documents(number, epoch)
+        pieces = self.documents(number)
         read = [self._read(piece) for piece in pieces]
         befores, texts = [int(tokens[0]) for tokens in read], [tokens[1:] for tokens in read]
         if self._fill:
-            generator = sample_generator(self.seed, epoch, number)
+            generator = sample_generator(self.seed, epoch, number, self.source)
             chosen = np.flatnonzero(generator.random(len(pieces)) < self._fill.rate)
-            for place in chosen[: self._spare]:
+            if len(chosen) > self._spare:  # not the first of them: best-fit packing puts the longest there
+                chosen = generator.permutation(chosen)[: self._spare]
+            for place in chosen:
                 texts[place] = self._fill.transform(texts[place], self.end_of_text, generator)
                 befores[place] = self.end_of_text
         tokens, segments, targets = empty_sample(self.sequence_length)
@@ -95,6 +113,11 @@ class _Samples:
             targets[start:end] = text
         return tokens, segments, targets
 
+    def _pieces_of_some(self) -> NDArray[np.int64]:
+        """How many each of the samples looked at has.  -> [samples]"""
+        looked_at = min(self.num_samples, self._looked_at)
+        return np.array([self.num_pieces(place * self.num_samples // looked_at) for place in range(looked_at)], np.int64)
+
     def _read(self, piece: Piece) -> NDArray[np.int64]:
         """The token before the piece, and its own.  -> [1 + count]"""
         start = self.stream.document_start(piece.document) + piece.first
@@ -103,7 +126,7 @@ class _Samples:
         return np.concatenate([[self.end_of_text], self.stream.read(start, piece.count)])
 
 
-class PackedSamples(_Samples):
+class PackedSamples(Samples):
     """Documents joined to one row and cut every `content` tokens: sample i has the tokens i*content to (i+1)*content as targets.
 
     Every token is a target once an epoch, the first one too: end_of_text stands before it. Only the last sample is padded.
@@ -136,10 +159,9 @@ class PackedSamples(_Samples):
             segments[:count] += np.searchsorted(inner, np.arange(count), side="right")
         return tokens, segments, targets
 
-    def documents(self, number: int, epoch: int) -> list[Piece]:
+    def documents(self, number: int) -> list[Piece]:
         start = number * self.content
-        count = min(self.content, len(self.stream) - start)
-        edges = np.union1d([0, count], self.stream.document_starts(start, count)).tolist()
+        edges = self._edges(number)
         documents = [self.stream.document_at(start + edge) for edge in edges[:-1]]
         first = start - self.stream.document_start(documents[0])
         return [
@@ -147,24 +169,42 @@ class PackedSamples(_Samples):
             for document, (edge, end) in zip(documents, itertools.pairwise(edges), strict=True)
         ]
 
+    def num_pieces(self, number: int) -> int:
+        return len(self._edges(number)) - 1
 
-class BestFitSamples(_Samples):
+    def _edges(self, number: int) -> list[int]:
+        """Where the pieces of a sample begin, and where the last one ends."""
+        start = number * self.content
+        count = min(self.content, len(self.stream) - start)
+        return np.union1d([0, count], self.stream.document_starts(start, count)).tolist()
+
+
+class BestFitSamples(Samples):
     """Documents packed without cuts: one that fits into a sample is never divided, a longer one gives full samples and a last piece.
 
     Best-fit-decreasing, each shard on its own (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830).
     The rest of a sample is padding. Every token is a target once an epoch.
     """
 
+    _looked_at = 4096  # Read in memory, and more than 512 because a few samples may hold most of the short documents.
+
     @property
     def num_samples(self) -> int:
         return self._first_samples[-1]
 
-    def documents(self, number: int, epoch: int) -> list[Piece]:
-        shard = bisect.bisect_right(self._first_samples, number) - 1
+    def documents(self, number: int) -> list[Piece]:
+        shard, inside = self._place(number)
         first = self.stream.first_documents[shard]
-        return [
-            piece._replace(document=first + piece.document) for piece in self._shards[shard].pieces(number - self._first_samples[shard])
-        ]
+        return [piece._replace(document=first + piece.document) for piece in self._shards[shard].pieces(inside)]
+
+    def num_pieces(self, number: int) -> int:
+        shard, inside = self._place(number)
+        return self._shards[shard].num_pieces(inside)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """A sample's shard, and its number there."""
+        shard = bisect.bisect_right(self._first_samples, number) - 1
+        return shard, number - self._first_samples[shard]
 
     @functools.cached_property
     def _shards(self) -> list["_PackedShard"]:
@@ -206,15 +246,22 @@ class _PackedShard:
         """The pieces of a sample, their documents counted inside the shard."""
         if number < self._num_full:
             return [self._full_piece(number)]
-        number -= self._num_full
-        group = int(np.searchsorted(self._first_bins, number, side="right")) - 1
-        before = number - int(self._first_bins[group])
+        before, entries = self._bin(number - self._num_full)
         pieces = []
-        for place, length, count in self._entries[self._entry_starts[group] : self._entry_starts[group + 1]].tolist():
+        for place, length, count in entries.tolist():
             for document in self._by_length[place + before * count : place + (before + 1) * count].tolist():
                 end = self._shard.document_start(document + 1) - self._shard.document_start(document)
                 pieces.append(Piece(document, end - length, length))
         return pieces
+
+    def num_pieces(self, number: int) -> int:
+        """Of a sample, without the order of the documents that `pieces` needs."""
+        return 1 if number < self._num_full else int(self._bin(number - self._num_full)[1][:, 2].sum())
+
+    def _bin(self, number: int) -> tuple[int, NDArray[np.int32]]:
+        """How many bins of its group come before a bin, and what is in each of them.  -> a number, [lengths, 3]"""
+        group = int(np.searchsorted(self._first_bins, number, side="right")) - 1
+        return number - int(self._first_bins[group]), self._entries[self._entry_starts[group] : self._entry_starts[group + 1]]
 
     def _full_piece(self, number: int) -> Piece:
         some = int(np.searchsorted(self._full_before, number, side="right")) - 1

@@ -5,6 +5,7 @@ OUTPUT.partial holds plan.json (what the units are of), units/ (what is done), j
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -104,6 +105,10 @@ class Preparation:
             return not joining.is_held_out(np.frombuffer(digest_of("\0".join(texts)), DIGEST), settings.held_out)[0]
 
         texts = self.corpus.beginning(settings.tokenizer_characters, is_for_training)
+        first = next(texts, None)
+        if first is None and (problem := self.corpus.first_problem()):
+            raise UserError(f"There is no text to learn a tokenizer from. {problem}.")
+        texts = itertools.chain([] if first is None else [first], texts)
         path = self.whole / "tokenizer.model"
         train_sentencepiece(texts, path, settings.vocab_size, settings.tokenizer_kind, settings.special_tokens)
         copy_tokenizer(load_tokenizer(path), self.whole)
@@ -150,16 +155,14 @@ class Preparation:
 
     def tokenize(self, workers: Workers) -> None:
         """Do this node's units that are not done yet."""
-        errors = 0
+        errors: Counter = Counter()
         ended: set[int] = set()  # files that were read to their end
         is_of_files = isinstance(self.corpus, FileCorpus)
         progress = Progress(workers, sum(unit.size for unit in self._own_units()) if is_of_files else None, self.say)
 
         def count(unit: Unit, entry: dict, now: bool = True) -> None:
-            nonlocal errors
-            errors += entry["errors"]
-            if errors > self.settings.max_errors:
-                raise UserError(self._too_many_errors(errors))
+            errors.update(entry["errors"])
+            self._refuse_too_many(errors)
             if entry["last"]:
                 ended.add(unit.number)
             progress.add(unit.number if unit.is_open_ended else unit.name, entry["bytes_on_disk"], now)
@@ -241,8 +244,7 @@ class Preparation:
     def _write_shards(self, workers: Workers, found: "_Found", recorded: dict) -> dict:
         """Shards and report; the manifest of them."""
         settings = self.settings
-        if found.errors > settings.max_errors:
-            raise UserError(self._too_many_errors(found.errors))
+        self._refuse_too_many(found.errors)
         choice = joining.Choice(
             settings.held_out, settings.exact_duplicates == "drop", settings.near_duplicates, settings.near_duplicate_similarity
         )
@@ -278,6 +280,8 @@ class Preparation:
                 "sha256": sha256_of(self.tokenizer.path),
                 "vocab_size": self.tokenizer.vocab_size,
                 "end_of_text": self.tokenizer.end_of_text,
+                "settings": self.tokenizer.settings,
+                "configuration_sha256": sha256_of(self.whole / "tokenizer_config.json"),
                 "engine": self.fast.engine,
             },
             "splits": splits,
@@ -332,11 +336,13 @@ class Preparation:
         names, units = self.corpus.names, self.corpus.position_units
         return lambda source, position: describe_place(names[source], units[source], position)
 
-    def _too_many_errors(self, errors: int) -> str:
-        return (
-            f"{errors} records are no text, more than --max_errors {self.settings.max_errors}. What is done is kept in {self.partial}; "
-            "the same command with a larger --max_errors goes on from there."
-        )
+    def _refuse_too_many(self, errors: Counter) -> None:
+        if errors.total() > self.settings.max_errors:
+            reasons = ", ".join(f"{number:,} {reason}" for reason, number in errors.most_common())
+            raise UserError(
+                f"{errors.total():,} records are no text ({reasons}), more than --max_errors {self.settings.max_errors}. What is done is "
+                f"kept in {self.partial}; the same command with a larger --max_errors goes on from there."
+            )
 
 
 @dataclass
@@ -345,7 +351,8 @@ class _Found:
 
     names: list[str] = field(default_factory=list)
     documents: int = 0
-    errors: int = 0
+    errors: Counter = field(default_factory=Counter)
+    """Of the dropped, those that were no text."""
     dropped: Counter = field(default_factory=Counter)
     dropped_of_sources: Counter = field(default_factory=Counter)
     examples: dict[str, list[dict]] = field(default_factory=dict)
@@ -353,7 +360,7 @@ class _Found:
     def add(self, name: str, entry: dict) -> None:
         self.names.append(name)
         self.documents += entry["documents"]
-        self.errors += entry["errors"]
+        self.errors.update(entry["errors"])
         self.dropped.update(entry["dropped"])
         self.dropped_of_sources.update({int(source): number for source, number in entry["dropped_of_source"].items()})
         for reason, some in entry["examples"].items():
@@ -370,8 +377,8 @@ def changes(before: dict, now: dict) -> str:
     """What differs between two records of what was asked for, in words; nothing where they are the same."""
     there, here = before.get("settings", {}), now["settings"]
     changed = [f"--{name} {there.get(name)} there, {value} now" for name, value in here.items() if there.get(name) != value]
-    if before.get("given_tokenizer") != now["given_tokenizer"] and there.get("tokenizer") == here["tokenizer"]:
-        changed.append(f"{here['tokenizer']} is another tokenizer now")
+    if before.get("given_tokenizer") != now["given_tokenizer"]:
+        changed.append("--tokenizer or --end_of_text names another tokenizer, or another token to end a document with")
     if before.get("text") != now["text"]:
         lists = [record.get("files") for record in (before, now)]
         changed += _changed_files(*lists) if all(lists) else ["the input is not the same, by name, size or time"]
@@ -429,6 +436,10 @@ def summary(manifest: dict, output: Path) -> str:
         for name, split in manifest["splits"].items()
     ]
     dropped = ", ".join(f"{number:,} {reason}" for reason, number in manifest["dropped"].items()) or "nothing"
+    if manifest["settings"]["held_out"] and not manifest["splits"]["validation"]["documents"]:
+        lines.append("           no document is held out: there are too few for this --held_out, and training will have no validation")
+    if manifest["settings"]["separator"] and manifest["documents_read"] <= len(manifest["sources"]):
+        lines.append(f"           --separator {manifest['settings']['separator']} occurs nowhere: each file is one document")
     return "\n".join([*lines, f"dropped    {dropped}", f"tokenizer  {manifest['tokenizer']['vocab_size']:,} ids", f"written to {output}"])
 
 

@@ -23,16 +23,16 @@ from data.command_line import UserError, read_settings, run_door
 from data.corpus import STANDARD_INPUT, Corpus, FileCorpus, dataset_corpus, embedded_corpus, file_corpus, keep_standard_input, spelt
 from data.duplicates import bands_for
 from data.fields import Fields
-from data.preparation import PLAN, Preparation, changes, hold, sha256_of
+from data.preparation import PLAN, Preparation, changes, hold
 from data.quality import FilterSettings, check
-from data.shards import MANIFEST, MANIFEST_FORMAT, PreparedData, read_manifest
+from data.shards import MANIFEST, MANIFEST_FORMAT, PreparedData, Shard, read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import OnError
 from data.workers import WorkerLost
 
 _LARGEST_VOCABULARY = 2**31 - 1
-_PLACE_DEPENDENT = ("output", "workers", "rank", "world_size", "unit_megabytes", "max_errors")
-"""Settings that change no byte of the result."""
+_NOT_RECORDED = ("output", "workers", "rank", "world_size", "unit_megabytes", "max_errors", "tokenizer", "end_of_text")
+"""Settings that change no byte of the result, and the tokenizer, of which a hash is recorded."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class PrepareSettings:
     columns: tuple[str, ...] = ()
     """Names of the columns of .csv and .tsv files whose first line does not have them."""
     separator: str | None = None
-    """What parts the documents of a plain text file: "blank" (empty lines) or a marker on a line of its own (default: a document a
-    file)."""
+    """What parts the documents of a plain text file: "blank" (empty lines), "line" (each line is one), or a marker that stands on lines
+    of its own (default: a document a file)."""
     output: str = "prepared"
     """The folder to make. What is there already is never overwritten. Unfinished work is kept in OUTPUT.partial."""
     tokenizer: str | None = None
@@ -132,6 +132,10 @@ def prepare(settings: PrepareSettings, progress: Callable[[str], object] = print
         progress(f"{output} holds exactly this already: nothing to do.")
         return PreparedData(output)
     corpus = None if STANDARD_INPUT in settings.input else _corpus(settings, None)  # mistakes first
+    if isinstance(corpus, FileCorpus):
+        _say_what_is_not_read(corpus.not_read, progress)
+        if given:
+            _refuse_other_end(corpus, given)
     try:
         with ExitStack() as held:
             _take(partial, rank, held)
@@ -243,15 +247,35 @@ def _corpus(settings: PrepareSettings, partial: Path | None) -> Corpus:
     return corpus
 
 
+def _say_what_is_not_read(names: Sequence[str], progress: Callable[[str], object]) -> None:
+    if names:
+        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        progress(f"Not read are {len(names):,} files whose names say no format: {some}. --input_format reads every file in one way.")
+
+
+def _refuse_other_end(corpus: FileCorpus, tokenizer: Tokenizer) -> None:
+    """UserError where every document of a token file ends with one token, and that is not the tokenizer's end of text."""
+    for file in corpus.files:
+        if corpus.fields.format_of(file.path) == "tokens":
+            shard = Shard(file.path.with_suffix(""))
+            ends = {int(shard.tokens[shard.document_start(number + 1) - 1]) for number in range(min(shard.num_documents, 100))}
+            if shard.num_documents > 10 and len(ends) == 1 and ends != {tokenizer.end_of_text}:
+                raise UserError(
+                    f"The documents of {file.path} end with token {ends.pop()}, and {tokenizer.path} ends them with "
+                    f"{tokenizer.end_of_text}: it is another tokenizer, or --end_of_text is to say which token it is."
+                )
+
+
 def _record(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer | None) -> dict:
     """What decides the tokens: a folder with the same record holds the same."""
     chosen = dataclasses.asdict(settings) | {name: list(getattr(settings, name)) for name in ("columns", "special_tokens")}
     chosen["input"] = [spelt(Path(given)) for given in settings.input]
-    for name in _PLACE_DEPENDENT:
+    for name in _NOT_RECORDED:
         del chosen[name]
     given = None
     if tokenizer:
-        given = {"sha256": sha256_of(tokenizer.path), "end_of_text": tokenizer.end_of_text, "settings": tokenizer.settings}
+        digest = hashlib.sha256(tokenizer.file_bytes()).hexdigest()
+        given = {"sha256": digest, "end_of_text": tokenizer.end_of_text, "settings": tokenizer.settings}
     text = hashlib.sha256(json.dumps(corpus.identity()).encode()).hexdigest()
     return {"format": MANIFEST_FORMAT, "settings": chosen, "text": text, "given_tokenizer": given}
 

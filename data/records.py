@@ -65,7 +65,8 @@ class PartReader:
             self.close()
             self.at_end = True
         elif kind == "txt":
-            for place, data in self._stretch(path, start, end, self._documents):
+            records = self._plain_lines if fields.separator == "line" else self._documents
+            for place, data in self._stretch(path, start, end, records):
                 yield place, decode_text(data)
         elif kind == "jsonl":
             for place, line in self._stretch(path, start, end, self._plain_lines):

@@ -357,7 +357,7 @@ def _percent(part: float, whole: float) -> str:
     share = 100 * part / whole if whole else 0.0
     if 0 < share < 0.1:
         return "below 0.1 %"
-    return f"{share:.1f} %" if share < 10 else f"{share:.0f} %"
+    return f"{share:.1f} %" if share < 10 or 99 < share < 100 else f"{share:.0f} %"
 
 
 def _ratio(num_bytes: int, tokens: int) -> str:

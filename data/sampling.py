@@ -9,9 +9,9 @@ from data.command_line import UserError
 from data.shards import PreparedData
 
 if TYPE_CHECKING:
-    from data.batches import Samples
     from data.fill_in_the_middle import FillInTheMiddle
     from data.order import Blend
+    from data.packing import Samples
     from data.tokenizer import Tokenizer
 
 
@@ -25,7 +25,8 @@ class SamplingSettings:
     """How documents fill samples: joined and cut where a sample is full, or, for a little padding, none cut that fits into one.
     Without model.document_mask those of a sample see one another either way."""
     fim_rate: float = 0.0
-    """Share of documents whose middle is moved to their end, to be filled in (Bavarian et al. 2022, arXiv 2207.14255)."""
+    """Share of the pieces of documents whose middle is moved to their end, to be filled in (Bavarian et al. 2022, arXiv 2207.14255).
+    A document is one piece if it lies in one sample, and several if samples divide it."""
     fim_tokens: tuple[str, ...] = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
     """Special tokens of the tokenizer before prefix, suffix and middle of such a document."""
 
@@ -68,11 +69,10 @@ def open_folders(paths: Sequence[str]) -> dict[str, PreparedData]:
     folders = dict(zip(names_of(paths), map(PreparedData, paths), strict=True))
     first, *others = folders.values()
     for other in others:
-        if _tokenizer_of(first) != _tokenizer_of(other):
+        if difference := _difference(other, first):
             raise UserError(
-                f"{other.folder} was tokenized otherwise than {first.folder}: {_tokenizer_of(other)[0][:12]} is not "
-                f"{_tokenizer_of(first)[0][:12]}, or another token ends its documents. All folders of data.path need one tokenizer: "
-                f"prepare again with --tokenizer {first.tokenizer_path}."
+                f"{other.folder} was tokenized otherwise than {first.folder}: {difference}. All folders of data.path need one "
+                f"tokenizer: prepare again with --tokenizer {first.tokenizer_path}."
             )
     return folders
 
@@ -94,32 +94,48 @@ def open_sampling(
     folders: dict[str, PreparedData], settings: SamplingSettings, sequence_length: int, document_mask: bool, seed: int
 ) -> Sampling:
     """Cut the training split of each folder into samples and blend them. Raises UserError where the settings do not fit them."""
-    from data.batches import PackedSamples
     from data.order import Blend
-    from data.packing import BestFitSamples
+    from data.packing import BestFitSamples, PackedSamples
     from data.tokenizer import load_tokenizer
 
     first = next(iter(folders.values()))
     tokenizer = load_tokenizer(first.tokenizer_path)
-    fill = _fill_in_the_middle(settings, tokenizer)
+    fill = _fill_in_the_middle(settings, tokenizer, first.end_of_text)
     kind = {"packed": PackedSamples, "best_fit": BestFitSamples}[settings.packing]
     empty = [folder.folder for folder in folders.values() if not len(folder.splits["train"])]
     if empty:
         raise UserError(f"{empty[0]} has no tokens to train on.")
-    samples = [kind(folder.splits["train"], sequence_length, folder.end_of_text, document_mask, fill, seed) for folder in folders.values()]
+    samples = [
+        kind(folder.splits["train"], sequence_length, folder.end_of_text, document_mask, fill, seed, source)
+        for source, folder in enumerate(folders.values())
+    ]
     return Sampling(folders, samples, Blend([one.num_samples for one in samples], settings.weights or None, seed), tokenizer, fill)
 
 
-def _fill_in_the_middle(settings: SamplingSettings, tokenizer: "Tokenizer") -> "FillInTheMiddle | None":
+def _fill_in_the_middle(settings: SamplingSettings, tokenizer: "Tokenizer", end_of_text: int) -> "FillInTheMiddle | None":
     from data.fill_in_the_middle import FillInTheMiddle
 
     if settings.fim_rate == 0:
         return None
     if len(settings.fim_tokens) != 3:
         raise UserError(f"data.fim_tokens has {len(settings.fim_tokens)} tokens; it must be three: before prefix, suffix and middle.")
-    return FillInTheMiddle(settings.fim_rate, *(tokenizer.special_token_id(token) for token in settings.fim_tokens))
+    fill = FillInTheMiddle(settings.fim_rate, *(tokenizer.special_token_id(token) for token in settings.fim_tokens))
+    if len({fill.prefix, fill.suffix, fill.middle, end_of_text}) != 4:
+        raise UserError(
+            f"data.fim_tokens is {' '.join(settings.fim_tokens)}; it must be three different tokens, "
+            f"none of them the one that ends a document (number {end_of_text})."
+        )
+    return fill
 
 
-def _tokenizer_of(prepared: PreparedData) -> tuple[str, int]:
-    """Its hash, and the id that ends a document."""
-    return prepared.manifest["tokenizer"]["sha256"], prepared.end_of_text
+def _difference(prepared: PreparedData, first: PreparedData) -> str:
+    """How the tokenizer of a folder is not that of the first; empty where it is the same."""
+    there, here = first.manifest["tokenizer"], prepared.manifest["tokenizer"]
+    if here["sha256"] != there["sha256"]:
+        return f"{here['sha256'][:12]} ({prepared.vocab_size:,} ids) is not {there['sha256'][:12]} ({first.vocab_size:,} ids)"
+    settings, others = here.get("settings") or {}, there.get("settings") or {}
+    if differing := [name for name in sorted(settings | others) if settings.get(name) != others.get(name)]:
+        return f"the same file with other settings beside it ({', '.join(differing)})"
+    if prepared.end_of_text != first.end_of_text:
+        return f"token {prepared.end_of_text} ends its documents, not {first.end_of_text}"
+    return ""

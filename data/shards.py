@@ -298,7 +298,10 @@ class PreparedData:
 
     def verify(self) -> None:
         """Hash every file; UserError names the first whose bytes are not those that were written."""
-        expected = {self.tokenizer_path: self.manifest["tokenizer"]["sha256"]}
+        tokenizer = self.manifest["tokenizer"]
+        expected = {self.tokenizer_path: tokenizer["sha256"]}
+        if "configuration_sha256" in tokenizer:  # earlier versions did not record it
+            expected[self.folder / "tokenizer_config.json"] = tokenizer["configuration_sha256"]
         for split in self.manifest["splits"].values():
             for shard in split["shards"]:
                 expected |= {self.folder / f"{shard['prefix']}.{kind}": digest for kind, digest in shard["sha256"].items()}

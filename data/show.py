@@ -39,8 +39,8 @@ class ShowSettings:
 
     run: str | None = None
     """Folder of a run: settings that are not given here are what its run.json says, all but step, rank and characters."""
-    step: int = 0
-    """Optimizer step, counted from 0."""
+    step: int = 1
+    """Optimizer step, counted as the console and TensorBoard do: the first is 1."""
     rank: int = 0
     """Data-parallel rank."""
     world_size: int = 1
@@ -72,6 +72,8 @@ def show(settings: ShowSettings) -> Iterator[str]:
     from data.batches import TrainingBatches
 
     _refuse_impossible(settings)
+    if settings.run and (changes := _changes_of_run(settings.run)):
+        yield f"The run went on with changes: {'; '.join(changes)}; steps before that were read otherwise."
     model, batch = settings.model, settings.batch
     sampling = open_sampling(open_folders(settings.data.path), settings.data, model.sequence_length, model.document_mask, settings.seed)
     size = batch.micro_batch_size or max(1, batch.global_batch_size // settings.world_size)
@@ -80,20 +82,20 @@ def show(settings: ShowSettings) -> Iterator[str]:
         f"step {settings.step}, rank {settings.rank} of {settings.world_size}: samples of {model.sequence_length} tokens, "
         f"{settings.data.packing}, documents {'apart by mask' if model.document_mask else 'seeing one another'}, seed {settings.seed}"
     )
-    micro_batches = zip(batches.step_samples(settings.step).tolist(), batches.step(settings.step), strict=True)
+    micro_batches = zip(batches.step_samples(settings.step - 1).tolist(), batches.step(settings.step - 1), strict=True)
     for number, (samples, micro_batch) in enumerate(micro_batches):
         for row, (source, epoch, sample) in enumerate(samples):
             yield f"micro-batch {number}, row {row}: {sampling.names[source]}, epoch {epoch}, sample {sample}"
-            yield from _row(sampling, source, epoch, sample, micro_batch.targets[row].numpy(), settings.characters)
+            yield from _row(sampling, source, sample, micro_batch.targets[row].numpy(), settings.characters)
 
 
-def _row(sampling: Sampling, source: int, epoch: int, sample: int, targets: "NDArray", characters: int) -> Iterator[str]:
+def _row(sampling: Sampling, source: int, sample: int, targets: "NDArray", characters: int) -> Iterator[str]:
     """A line or two for each document of a sample, and one for its padding.  [sequence_length]"""
     from data.fill_in_the_middle import MARKS
 
     folder, samples = list(sampling.folders.values())[source], sampling.samples[source]
     place = 0
-    for piece in samples.documents(sample, epoch):
+    for piece in samples.documents(sample):
         transformed = sampling.fill is not None and targets[place] == sampling.fill.prefix
         length = _length(samples.stream, piece.document)
         taken = f"all {length} tokens" if piece.count == length else f"tokens {piece.first} to {piece.first + piece.count - 1} of {length}"
@@ -139,24 +141,51 @@ def _of_run(given: dict) -> dict:
     """The settings that a run's run.json holds, flat by dotted name."""
     if given.get("run") in (None, "null"):
         return {}
-    path = Path(given["run"]) / "run.json"
+    about = _record_of(given["run"])
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
         recipe, merged = flatten(about["recipe"]), about["deepspeed"]
+        if "data.packing" not in recipe:
+            raise UserError(
+                f"--run {given['run']} was written by a version whose samples began one token later: what it read is not shown by this one."
+            )
         recipe["world_size"] = recipe["batch.global_batch_size"] // (
             recipe["batch.micro_batch_size"] * merged["gradient_accumulation_steps"]
         )
         return {name: recipe[name] for name in flatten(dataclasses.asdict(ShowSettings())) if name not in _ALWAYS_GIVEN}
+    except UserError:
+        raise
+    except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+        raise _not_ours(given["run"], error) from error
+
+
+def _changes_of_run(run: str) -> list[str]:
+    """Those of the changes with which a run went on that decide what is read, with their times."""
+    deciding = flatten(dataclasses.asdict(ShowSettings()))
+    try:
+        changes = [(line, change["time"]) for change in _record_of(run).get("changes", []) for line in change["lines"]]
+        return [f"{line} ({when})" for line, when in changes if line.startswith("the ") or line.split(":")[0] in deciding]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _not_ours(run, error) from error
+
+
+def _record_of(run: str) -> dict:
+    path = Path(run) / "run.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--run {given['run']}: {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"--run {given['run']}: {path} is not as this version writes it ({type(error).__name__}: {error}).") from error
+        raise UserError(f"--run {run}: {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise _not_ours(run, error) from error
+
+
+def _not_ours(run: str, error: Exception) -> UserError:
+    return UserError(f"--run {run}: {Path(run) / 'run.json'} is not as this version writes it ({type(error).__name__}: {error}).")
 
 
 def _refuse_impossible(settings: ShowSettings) -> None:
     least = {
         "world_size": (settings.world_size, 1),
-        "step": (settings.step, 0),
+        "step": (settings.step, 1),
         "rank": (settings.rank, 0),
         "characters": (settings.characters, 0),
         "model.sequence_length": (settings.model.sequence_length, 1),
@@ -166,8 +195,21 @@ def _refuse_impossible(settings: ShowSettings) -> None:
     complaints = [f"{name} is {value}; it must be at least {bound}." for name, (value, bound) in least.items() if value < bound]
     if settings.rank >= settings.world_size:
         complaints.append(f"rank is {settings.rank}; with world_size {settings.world_size} it must be at most {settings.world_size - 1}.")
+    if not complaints:
+        complaints = _unfitting_batch(settings.batch, settings.world_size)
     if complaints:
         raise UserError("\n".join(complaints))
+
+
+def _unfitting_batch(batch: BatchSettings, world_size: int) -> list[str]:
+    share, words = (batch.micro_batch_size or 1) * world_size, f"world_size {world_size}"
+    if batch.global_batch_size % share == 0:
+        return []
+    if batch.micro_batch_size:
+        words = f"batch.micro_batch_size {batch.micro_batch_size} x {words} = {share}"
+    below = batch.global_batch_size // share * share
+    nearest = f"{f'{below} or ' if below else ''}{below + share}"
+    return [f"batch.global_batch_size {batch.global_batch_size} is not a multiple of {words}. Nearest: {nearest}."]
 
 
 if __name__ == "__main__":

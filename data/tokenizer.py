@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import re
-import shutil
 import string
 import types
 from collections import Counter
@@ -45,6 +44,10 @@ class Tokenizer:
     """What decides the ids and is not in the file `path`, as it stands in a tokenizer_config.json."""
     engine: str
     """The library that encodes, and its version."""
+
+    def file_bytes(self) -> bytes:
+        """What its file holds, or would hold where it was given as several."""
+        return self.path.read_bytes()
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -137,7 +140,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path, end_of_text: str | None, threads: int = 1) -> None:
         self.path, self.settings, self._threads = path, {}, threads
         try:
-            self._model = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            self._text = path.read_text(encoding="utf-8") if path.name == "tokenizer.json" or not _pair_of(path) else _join_pair(path)
+            self._model = tokenizers.Tokenizer.from_str(self._text)
         except Exception as error:  # the library raises nothing more exact
             raise UserError(f"{path} is no tokenizer.json: {error}.") from error
         self._model.no_truncation()
@@ -147,6 +151,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.special_tokens = {token.content: number for number, token in self._model.get_added_tokens_decoder().items() if token.special}
         self._set_end(end_of_text or self._known_end(vocabulary), vocabulary)
+
+    def file_bytes(self) -> bytes:
+        return self._text.encode()
 
     def encode(self, text: str) -> list[int]:
         return self._encode_batch([text])[0].ids
@@ -209,7 +216,8 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path, end_of_text: str | None = None, fast: bool = False, threads: int = 1) -> Tokenizer:
-    """The tokenizer of a file, or of a folder that holds tokenizer.json, tokenizer.model or a .tiktoken file.
+    """The tokenizer of a file, or of a folder that holds tokenizer.json, tokenizer.model or a .tiktoken file, or of GPT-2's two files,
+    vocab.json and merges.txt (what stands before these names being the same), named by the first or by their folder.
 
     Which token ends a document: `end_of_text`, else `eos_token` of a tokenizer_config.json beside the file, else the file's own.
     `threads` is how many encode_documents may use, where the library leaves a choice: one, or more. `fast` has gigatoken encode,
@@ -218,8 +226,9 @@ def load_tokenizer(path: str | Path, end_of_text: str | None = None, fast: bool 
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in _FILE_NAMES if (path / name).is_file()] + sorted(path.glob("*.tiktoken"))
+        found += [file for file in sorted(path.glob("*vocab.json")) if _pair_of(file)]
         if not found:
-            raise UserError(f"{path} holds neither {' nor '.join(_FILE_NAMES)} nor a .tiktoken file.")
+            raise UserError(f"{path} holds neither {' nor '.join(_FILE_NAMES)} nor a .tiktoken file, nor vocab.json with merges.txt.")
         path = found[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file. A tokenizer is a SentencePiece .model, a Hugging Face tokenizer.json or a .tiktoken file.")
@@ -264,7 +273,7 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
     )
     copy = Path(folder) / name
     if not copy.exists() or not copy.samefile(tokenizer.path):
-        shutil.copyfile(tokenizer.path, copy)
+        copy.write_bytes(tokenizer.file_bytes())
     settings = {"eos_token": tokenizer.end_of_text_token} | tokenizer.settings
     (Path(folder) / _CONFIGURATION).write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
     return copy
@@ -353,6 +362,21 @@ def _read_configuration(folder: Path) -> dict:
 
 def _added_tokens(configuration: dict) -> dict[str, int]:
     return {entry["content"]: int(number) for number, entry in configuration.get("added_tokens_decoder", {}).items()}
+
+
+def _pair_of(vocabulary: Path) -> Path | None:
+    """The merges that belong to a vocabulary, where its name says that it is one of two files."""
+    merges = vocabulary.with_name(vocabulary.name.removesuffix("vocab.json") + "merges.txt")
+    return merges if vocabulary.name.endswith("vocab.json") and merges.is_file() else None
+
+
+def _join_pair(vocabulary: Path) -> str:
+    """GPT-2's vocab.json and merges.txt as one tokenizer.json: byte-level BPE, its end of text special."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(_pair_of(vocabulary))))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens([token for token in _KNOWN_ENDS if model.token_to_id(token) is not None])
+    return model.to_str()
 
 
 def _holds_ranks(path: Path) -> bool:

@@ -82,7 +82,7 @@ class _Counts:
     """Of kept text, in UTF-8."""
     dropped: Counter = field(default_factory=Counter)
     """By reason."""
-    errors: int = 0
+    errors: Counter = field(default_factory=Counter)
     """Of the dropped, those that were no text."""
     dropped_of_source: Counter = field(default_factory=Counter)
     examples: dict[str, list[dict]] = field(default_factory=dict)
@@ -210,7 +210,7 @@ class UnitWorker:
         if self.task.on_error == "fail":
             end = "" if problem.sentence.endswith((".", "?")) else "."
             raise UserError(f"{self._place(source, position, problem)}: {problem.sentence}{end} {_advice(problem)}")
-        counts.errors += 1
+        counts.errors[problem.reason] += 1
         self._drop(problem.reason, source, position, problem.raw[:_EXAMPLE_CHARACTERS].decode(errors="backslashreplace"), counts)
         if self.task.on_error == "quarantine":
             line = {"source": source, "position": position, "reason": problem.reason, "sentence": problem.sentence}
@@ -308,4 +308,6 @@ def _newlines(stream: BinaryIO, count: int) -> int:
 def _advice(problem: Problem) -> str:
     if problem.reason in ("missing field", "wrong type"):
         return "The field is set with --text_field; --on_error skip or quarantine goes on without such records."
+    if problem.reason == "broken JSON":
+        return "A record is one line, in .json files too; --on_error skip or quarantine goes on without it."
     return "--on_error skip or quarantine goes on without it."

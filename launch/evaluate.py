@@ -62,7 +62,7 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
     import torch
     from tqdm import tqdm
 
-    from data.batches import evaluation_batches
+    from data.batches import evaluation_batches, num_evaluation_samples
     from data.sampling import open_folders
     from launch.training.processes import device_name, keep_freed_memory
     from launch.training.weights import load_model
@@ -84,7 +84,7 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
     evaluations = {}
     for name, stream in streams.items():
         windows = evaluation_batches(stream, length, settings.micro_batch_size, end_of_text, document_mask=mask, stride=stride)
-        count = math.ceil((1 + max(0, math.ceil((len(stream) - length) / stride))) / settings.micro_batch_size)
+        count = math.ceil(num_evaluation_samples(len(stream), length, stride) / settings.micro_batch_size)
         shown = tqdm(windows, total=count, unit="batch", disable=None if show_progress else True, leave=False)
         evaluations[name] = _evaluate_batches(model, shown, stream.num_bytes, device)
     return evaluations
@@ -93,7 +93,7 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
 def _evaluate_batches(model, batches: "Iterable[Batch]", num_bytes: int, device: str) -> Evaluation:
     import torch
 
-    from data.batches import IGNORED
+    from data.packing import IGNORED
     from model.loss import token_losses
 
     start = time.perf_counter()
@@ -111,6 +111,8 @@ def _evaluation(nats: float, tokens: int, num_bytes: int, seconds: float) -> Eva
 
 
 def _refuse_impossible(settings: EvaluateSettings, trained, prepared, length: int, stride: int) -> None:
+    from data.tokenizer import load_tokenizer
+
     context, vocab_size = trained.config.sequence_length, trained.config.vocab_size
     complaints = []
     if not 1 <= length <= context:
@@ -122,8 +124,13 @@ def _refuse_impossible(settings: EvaluateSettings, trained, prepared, length: in
     if prepared.vocab_size > vocab_size:
         complaints.append(f"{prepared.folder} has token ids up to {prepared.vocab_size - 1}; {settings.model} knows {vocab_size}.")
     tokenizer, other = trained.tokenizer, prepared.tokenizer_path
-    if tokenizer and tokenizer.name == other.name and tokenizer.read_bytes() != other.read_bytes():
-        complaints.append(f"{prepared.folder} was tokenized with another {other.name} than {settings.model} was trained with.")
+    if tokenizer and tokenizer.name == other.name:
+        if tokenizer.read_bytes() != other.read_bytes():
+            complaints.append(f"{prepared.folder} was tokenized with another {other.name} than {settings.model} was trained with.")
+        elif load_tokenizer(tokenizer).settings != load_tokenizer(other).settings:
+            complaints.append(
+                f"{prepared.folder} was tokenized with other settings beside {other.name} than {settings.model} was trained with."
+            )
     if complaints:
         raise UserError("\n".join(complaints))
 

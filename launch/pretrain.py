@@ -124,7 +124,7 @@ def _run(ready, stop: StopRequest) -> int:
 
     def sample(step: int) -> str:
         prompt = tokenizer.encode(settings.log.sample_prompt) or [tokenizer.end_of_text]
-        drawn = engine.sample(prompt, min(128, settings.model.sequence_length // 2), 0.8, step, tokenizer.vocab_size)
+        drawn = engine.sample(prompt, max(1, min(128, settings.model.sequence_length // 2)), 0.8, step, tokenizer.vocab_size)
         end = drawn.index(tokenizer.end_of_text) if tokenizer.end_of_text in drawn else len(drawn)
         return tokenizer.decode(prompt + drawn[:end])
 

@@ -59,12 +59,12 @@ def _refuse_too_many_epochs(settings: RunSettings, sampling: Sampling) -> None:
     if limit is None or epochs[most] <= limit:
         return
     fitting = _longest(sampling.blend, limit, settings.batch.global_batch_size, settings.steps)
-    advice = [f"train_steps {fitting:,} would fit"] if fitting else []
-    if len(epochs) > 1 and (weight := _fitting_weight(settings, sampling, most, positions)):
-        advice.append(f"so would a weight of {weight} for it beside {_others(sampling, settings, most)}")
+    hundredths = -(
+        -100 * int(sampling.blend.counts(positions)[most]) // int(sampling.blend.sizes[most])
+    )  # up: 1.00 would be no more than 1
     raise UserError(
-        f"{sampling.names[most]} would be read {epochs[most]:.2f} times in {settings.steps:,} steps; data.max_epochs is {limit:g}."
-        + (f"\nNearest: {', and '.join(advice)}." if advice else "\nNot even one step would fit.")
+        f"{sampling.names[most]} would be read {hundredths / 100:.2f} times in {settings.steps:,} steps; data.max_epochs is {limit:g}.\n"
+        + (f"Nearest: train_steps {fitting:,} would fit." if fitting else "Not even one step would fit.")
     )
 
 
@@ -75,33 +75,6 @@ def _longest(blend: Blend, limit: float, global_batch_size: int, steps: int) -> 
         middle = (fits + too_many) // 2
         fits, too_many = (middle, too_many) if blend.epochs(middle * global_batch_size).max() <= limit else (fits, middle)
     return fits
-
-
-def _fitting_weight(settings: RunSettings, sampling: Sampling, source: int, positions: int) -> str | None:
-    """The largest weight of a source with which the run keeps to data.max_epochs, the others' kept; None where there is none."""
-    assert settings.data.max_epochs is not None
-    sizes, weights = sampling.blend.sizes.tolist(), _weights(settings, sampling)
-    share = settings.data.max_epochs * sizes[source] / positions
-    exact = share / (1 - share) * (sum(weights) - weights[source])
-    for shortened in (0.9999, 0.999, 0.99):  # whole parts of a period may round it up
-        weight = f"{exact * shortened:.4g}"
-        weights[source] = float(weight)
-        try:
-            fits = Blend(sizes, weights, settings.seed).epochs(positions).max() <= settings.data.max_epochs
-        except UserError:  # it would get no part
-            return None
-        if fits:
-            return weight
-    return None
-
-
-def _weights(settings: RunSettings, sampling: Sampling) -> list[float]:
-    return [float(weight) for weight in settings.data.weights or sampling.blend.sizes.tolist()]
-
-
-def _others(sampling: Sampling, settings: RunSettings, source: int) -> str:
-    weights = _weights(settings, sampling)
-    return ", ".join(f"{weights[other]:g} for {name}" for other, name in enumerate(sampling.names) if other != source)
 
 
 def will_be_prepared(settings: RunSettings) -> bool:

@@ -169,7 +169,9 @@ def _data_rows(settings: RunSettings, data) -> list[tuple[str, str]]:
     way = {"packed": "documents joined and cut", "best_fit": "documents packed by best fit, none cut that fits"}[settings.data.packing]
     text = f"{number:,} of {length:,} tokens: {way}, {'apart by mask' if model.document_mask else 'seeing one another'}, "
     text += f"{padding:.2%} padding"
-    text += f"; {settings.data.fim_rate:.0%} filled in the middle" if sampling.fill else ""
+    if sampling.fill:
+        filled = sum(float(share) * samples.filled_share for share, samples in zip(sampling.blend.shares, sampling.samples, strict=True))
+        text += f" and marks; {filled:.1%} of the pieces filled in the middle"
     rows += [("samples", text), *warnings]
     if settings.data.packing == "best_fit" and not model.document_mask:
         rows.append(("note", "best-fit packing keeps documents whole, but without model.document_mask they see their neighbours"))

@@ -76,6 +76,8 @@ class Start:
     run_id: str
     goes_on: bool
     notes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    """Settings and data that are others from here on, a line each."""
 
 
 def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start:
@@ -115,7 +117,7 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
         _refuse_other_model(*newest, settings)
         if newest[1]["step"] > settings.steps:
             raise UserError(f"{newest[0]} is already beyond the {settings.steps} steps that are asked for. Nearest: {newest[1]['step']}.")
-    return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed))
+    return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed), tuple(changed))
 
 
 def paths_of(recipe: dict) -> list[str]:
@@ -161,11 +163,14 @@ def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
 
 
 def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path) -> None:
-    """Write run.json and the tokenizer, before the first step. A run that goes on adds a line to its starts."""
+    """Write run.json and the tokenizer, before the first step. A run that goes on adds to its starts and changes."""
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
-    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    changes = before.get("changes", []) if start.goes_on else []
+    changes += [{"time": now, "lines": list(start.changes)}] if start.changes else []
     about = {
         "run_id": start.run_id,
         "recipe": dataclasses.asdict(settings),
@@ -173,7 +178,8 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
         "data_fingerprint": fingerprint,
         "versions": versions(),
         "commit": _commit(),
-        "starts": [*starts, time.strftime("%Y-%m-%d %H:%M:%S")],
+        "starts": [*before.get("starts", []), now],
+        "changes": changes,
     }
     checkpoint.write_durably(path, json.dumps(about, indent=1))
     copied = [path for path in (tokenizer, tokenizer.with_name(TOKENIZER_CONFIGURATION)) if path.is_file()]

@@ -142,6 +142,7 @@ def test_defaults_may_follow_from_what_is_given(recipe):
         (["--inner.rate", "fast"], "inner.rate is fast; it must be a number."),
         (["--loud=loudly"], "loud is loudly; it must be true or false."),
         (["--kind", "squar"], 'kind is squar; it must be round or square. Did you mean "square"?'),
+        (["--files", "a", "--files=b"], "--files is given twice; name all its values behind one --files."),
         (["--name"], "--name needs a value."),
         (["--name", "--loud"], "--name needs a value."),
         (["--config"], "--config needs a value."),

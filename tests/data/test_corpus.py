@@ -12,7 +12,7 @@ TEXT = Fields("text")
 
 
 def names(*inputs):
-    return [file.name for file in find_files([str(path) for path in inputs])]
+    return [file.name for file in find_files([str(path) for path in inputs])[0]]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,8 @@ def test_a_folder_is_read_whole_and_in_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert names(tmp_path) == ["a/y.py", "a/z.md", "a.txt", "b.txt", "c.parquet", "d.csv.gz", "e.arrow", "f.tsv", "g.ndjson"]
+    others = find_files([str(tmp_path)])[1]
+    assert others == [f"{tmp_path}/a/.hidden.swp", f"{tmp_path}/image.png"], "and what is not read is named"
 
 
 def test_a_glob_takes_what_it_names_and_names_begin_behind_its_fixed_part(tmp_path):
@@ -68,7 +70,7 @@ def test_a_glob_takes_what_it_names_and_names_begin_behind_its_fixed_part(tmp_pa
 
 def test_a_file_named_twice_is_read_once_and_belongs_to_the_input_that_names_it_first(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    (file,) = find_files([str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "a.txt")])
+    (file,), _ = find_files([str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "a.txt")])
     assert (file.name, file.given, file.size) == ("a.txt", str(tmp_path), 4)
 
 
@@ -153,6 +155,6 @@ def test_a_dataset_that_cannot_be_reached_is_refused_in_one_sentence(tmp_path):
 
 def test_ten_thousand_files_are_cut_in_a_moment(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
-    (file,) = find_files([str(tmp_path)])
+    (file,), _ = find_files([str(tmp_path)])
     units = list(FileCorpus([file] * 10_000, TEXT).units(3000))
     assert len(units) == 10 and np.sum([len(unit.spans) for unit in units]) == 10_000

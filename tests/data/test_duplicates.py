@@ -282,3 +282,11 @@ def test_no_held_out_document_of_a_real_corpus_stays_beside_its_copy(corpus):
     assert sum(similarity >= 0.8 for similarity in best.values()) > 10, "else nothing is tested"
     assert all(place in gone for place, similarity in best.items() if similarity >= 0.8)
     assert all(best[place] >= 0.55 for place in gone), "0.15 below what was asked is four deviations"
+
+
+def test_texts_of_symbols_alone_are_not_all_one_text():
+    texts = ["★★★★★", "★☆☆☆☆", "😀😁😂🤣😃", "！！！！！", "!!!!!", "?????", "     "]
+    signed = signatures(texts)
+    equal = (signed[:, None] == signed[None]).mean(axis=2)
+    assert (equal[~np.eye(len(texts), dtype=bool)] < 0.5).all()
+    assert (signatures([texts[0]]) == signed[0]).all()

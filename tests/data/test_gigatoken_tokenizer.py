@@ -144,6 +144,33 @@ def test_documents_are_the_same(pairs, name, texts):
             assert ours.tolist() == theirs.tolist()
 
 
+@pytest.mark.parametrize("name", FAST)
+def test_characters_that_are_newer_than_this_python_have_the_same_ids(pairs, name):
+    """They are letters or not, and composed or not, by the version of Unicode that a library knows."""
+    reference, fast = pairs[name]
+    for text in ("\u088f's", "\u0c5c's N", "\ua7ce's", "\U00032c9f's N", "\U000105d2\u0307", "\U00011382\U000113c9", "a\U000113c9's"):
+        assert fast.encode(text) == reference.encode(text), text
+
+
+def test_the_mark_for_a_space_stays_itself_where_no_space_is_put_before_a_text(tmp_path):
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter("\n".join(SOURCES).splitlines()),
+            model_writer=file,
+            vocab_size=600,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+        )
+    reference = load_tokenizer(tmp_path / "tokenizer.model")
+    fast = GigatokenTokenizer(reference)
+    for text in ("▁", "a ▁b", "▁▁ x"):
+        assert fast.encode(text) == reference.encode(text), text
+
+
 def test_other_ids_are_noticed(folder, monkeypatch):
     other = (folder / "byte_level.json/byte_level.json").read_bytes().replace(b'"in"', b'"iN"')
     monkeypatch.setattr(

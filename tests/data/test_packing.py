@@ -82,7 +82,8 @@ def test_every_token_is_a_target_once_an_epoch_behind_what_precedes_it(stream, c
     read = []
     for number, (tokens, segments, targets) in enumerate(rows(samples)):
         kept = targets != IGNORED
-        pieces = samples.documents(number, 0)
+        pieces = samples.documents(number)
+        assert samples.num_pieces(number) == len(pieces)
         told = [documents[piece.document][piece.first : piece.first + piece.count] for piece in pieces]
         assert targets[kept].tolist() == [token for piece in told for token in piece], "documents() says what sample() has"
         assert all(told) and len({piece.document for piece in pieces}) == len(pieces)
@@ -176,7 +177,7 @@ def logits_of_documents(model, samples):
         tokens, segments, _ = (torch.from_numpy(field)[None] for field in samples.sample(number, 0))
         with torch.no_grad():
             (logits,) = model(tokens, segments)
-        for segment, piece in enumerate(samples.documents(number, 0), start=1):
+        for segment, piece in enumerate(samples.documents(number), start=1):
             found[piece.document] = torch.cat([found.get(piece.document, logits[:0]), logits[segments[0] == segment]])
     return found
 
@@ -199,7 +200,7 @@ def test_a_document_has_the_logits_that_it_has_alone(stream, model, kind):
     documents = [generator.integers(1, 64, length).tolist() for length in (5, 9, 4, 3, 8, 10)]
     samples = kind(stream(documents), 24, 0, document_mask=True)
     together = logits_of_documents(model, samples)
-    whole = [piece.document for number in range(samples.num_samples) for piece in samples.documents(number, 0)]
+    whole = [piece.document for number in range(samples.num_samples) for piece in samples.documents(number)]
     for number, document in enumerate(documents):
         if whole.count(number) == 1:
             tokens = torch.tensor([[0, *document[:-1]]])

@@ -120,7 +120,7 @@ def test_a_node_is_who_srun_says_it_is(make, monkeypatch):
 
 def test_a_document_is_where_its_place_says(make, corpus):
     prepared = make(held_out=0.1, shard_tokens=30_000)
-    paths = {file.name: file.path for file in find_files([str(corpus)])}
+    paths = {file.name: file.path for file in find_files([str(corpus)])[0]}
     reader = PartReader(Fields("text"))
     for split in ("train", "validation"):
         for document, text in enumerate(texts(prepared, split)):
@@ -202,7 +202,7 @@ def test_quarantine_keeps_the_bad_records_with_their_places(make, corpus, spoilt
 
 def test_more_errors_than_allowed_stop_the_work(make, spoilt):
     assert make(input=(spoilt,), on_error="skip", max_errors=3, held_out=0.0).splits["train"].num_documents == 2
-    with pytest.raises(UserError, match="3 records are no text, more than --max_errors 2"):
+    with pytest.raises(UserError, match=r"3 records are no text \(.*1 broken JSON.*\), more than --max_errors 2"):
         make(input=(spoilt,), on_error="skip", max_errors=2, output=f"{spoilt}/../other", held_out=0.0)
 
 
@@ -226,7 +226,7 @@ def test_what_changed_since_a_start_is_named(make, corpus, spoilt, tokenizer, tm
     with pytest.raises(UserError):
         make(tokenizer=str(other), output=str(tmp_path / "third"), input=(spoilt,))
     train_sentencepiece(["other text " * 100 + "".join(map(chr, range(32, 500)))], other, 520)
-    with pytest.raises(UserError, match=r"tokenizer\.model is another tokenizer now"):
+    with pytest.raises(UserError, match="names another tokenizer"):
         make(tokenizer=str(other), output=str(tmp_path / "third"), input=(spoilt,))
 
 
@@ -239,6 +239,27 @@ def test_two_processes_do_not_prepare_as_the_same_rank(make, corpus, spoilt, tmp
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"Another process is preparing .*prepared\.partial as rank 0"):
             make(input=(str(corpus), spoilt))
+
+
+def test_where_there_is_no_text_to_learn_from_the_reason_is_said(make, tmp_path):
+    (tmp_path / "a.tsv").write_text("abstract\tone\ttwo\nmore\tone\ttwo\n")
+    with pytest.raises(UserError, match=r'no text to learn a tokenizer from\. .*a\.tsv: it has no field "text"'):
+        make(tokenizer=None, input=(str(tmp_path / "a.tsv"),))
+
+
+def test_the_same_tokenizer_may_be_named_otherwise(make, tokenizer):
+    said = []
+    make()
+    make(said.append, tokenizer=str(tokenizer.parent))
+    assert "nothing to do" in said[0]
+
+
+def test_a_changed_tokenizer_configuration_is_found_by_verify(make):
+    prepared = make()
+    prepared.verify()
+    (prepared.folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json was changed"):
+        prepared.verify()
 
 
 def test_the_tokenizer_is_learnt_where_none_is_given(make):
@@ -255,6 +276,11 @@ def test_documents_by_blank_lines_and_by_a_marker(make, tmp_path):
     assert texts(make(input=(str(tmp_path / "a.txt"),), separator="blank", held_out=0.0), "train") == ["one\nstill one\n", "two\n"]
     found = make(input=(str(tmp_path / "b.txt"),), separator="<|end|>", held_out=0.0, output=str(tmp_path / "b"))
     assert texts(found, "train") == ["one\n\nstill one\n", "two\n"]
+    found = make(input=(str(tmp_path / "a.txt"),), separator="line", held_out=0.0, output=str(tmp_path / "c"))
+    assert texts(found, "train") == ["one\n", "still one\n", "two\n"]
+    said = []
+    make(said.append, input=(str(tmp_path / "b.txt"),), separator="===", output=str(tmp_path / "d"))
+    assert "--separator === occurs nowhere: each file is one document" in said[-1] and "no document is held out" in said[-1]
 
 
 def test_a_pair_becomes_two_sequences_of_one_document(make, tmp_path, tokenizer):
@@ -387,6 +413,9 @@ def test_token_files_of_others_become_shards_with_the_same_tokens(make, tmp_path
     (tmp_path / "megatron.bin").write_bytes(stored[2:4] + stored[2:])
     with pytest.raises(UserError, match="the input is not the same"):
         make(input=(str(tmp_path / "megatron.bin"),), held_out=0.0)
+    write_shard([[2, 7]] * 20, name="other")
+    with pytest.raises(UserError, match=r"other\.idx end with token 7, and .* ends them with 1: it is another tokenizer"):
+        make(input=(str(tmp_path / "other.idx"),), output=str(tmp_path / "other"))
     write_shard([[1, 599], [3, 600]], name="foreign")
     with pytest.raises(UserError, match=r"foreign\.idx, document 2: it holds a token outside the 600 ids of the tokenizer"):
         make(input=(str(tmp_path / "foreign.idx"),), output=str(tmp_path / "foreign"))
@@ -532,4 +561,4 @@ def test_an_output_that_may_not_be_written_is_named(make, tmp_path):
 def test_the_settings_are_all_documented_and_all_recorded_or_known_to_change_nothing(make):
     recorded = make().manifest["settings"]
     left_out = {field.name for field in dataclasses.fields(PrepareSettings)} - set(recorded)
-    assert left_out == {"output", "workers", "rank", "world_size", "unit_megabytes", "max_errors"}
+    assert left_out == {"output", "workers", "rank", "world_size", "unit_megabytes", "max_errors", "tokenizer", "end_of_text"}

@@ -155,7 +155,7 @@ def test_what_is_odd_is_said_in_a_sentence():
         "43 % of the documents read were dropped, most of them for: min_words.",
         "No document is held out, so no training run can have a validation loss.",
         "b gave no document at all.",
-        "a holds 100 % of all tokens.",
+        "a holds 99.9 % of all tokens.",
         "Half of all documents are shorter than 16 tokens.",
         "1.22 bytes a token are few: the tokenizer was made for other text, or has few ids.",
         "50 % of the ids never occur (3 of 6).",

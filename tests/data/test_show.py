@@ -81,20 +81,20 @@ def test_what_is_shown_is_what_training_reads(folders, capsys, world_size, micro
     tokenizer = load_tokenizer(Path(folders[0]) / "tokenizer.model")
     words = ["--data.weights", "1", "3", "--data.packing", packing, "--model.document_mask", "--world_size", str(world_size)]
     words += ["--batch.micro_batch_size", str(micro_batch_size)]
-    for step in (0, 7):
+    for step in (1, 8):
         read = []
         for rank in range(world_size):
             lines = shown(capsys, *folders, *words, "--step", str(step), "--rank", str(rank))
             batches = TrainingBatches(sampling.samples, sampling.blend, 8, micro_batch_size, rank, world_size)
-            targets = np.concatenate([batch.targets.numpy() for batch in batches.step(step)])
-            segments = np.concatenate([batch.segments.numpy() for batch in batches.step(step)])
+            targets = np.concatenate([batch.targets.numpy() for batch in batches.step(step - 1)])
+            segments = np.concatenate([batch.segments.numpy() for batch in batches.step(step - 1)])
             assert texts_of(lines) == [tokenizer.decode(row[row != IGNORED].tolist()) for row in targets]
             padding = [int(line.split()[0]) for line in lines if line.endswith("positions of padding")]
             assert padding == [count for count in (segments == 0).sum(axis=1).tolist() if count]
             places = sum(line.startswith("  ") and not line.startswith("    ") for line in lines) - len(padding)
             assert places == segments.max(axis=1).sum(), "a line a document"
             read += rows_of(lines)
-        source, epoch, sample = Blend([one.num_samples for one in sampling.samples], (1, 3), 5).draw(np.arange(8 * step, 8 * step + 8))
+        source, epoch, sample = Blend([one.num_samples for one in sampling.samples], (1, 3), 5).draw(np.arange(8 * step - 8, 8 * step))
         names = ["verse-prepared", "prose-prepared"]
         expected = [(names[s], e, i) for s, e, i in zip(source.tolist(), epoch.tolist(), sample.tolist(), strict=True)]
         assert sorted(read) == sorted(expected)
@@ -106,7 +106,7 @@ def test_each_document_is_shown_with_its_place_and_the_tokens_that_were_taken(fo
     stream = prepared.splits["train"]
     lengths = stream.shards[0].document_lengths().tolist()
     steps = -(-len(stream) // 24 // 8) + 1
-    lines = [line for step in range(steps) for line in shown(capsys, folders[0], "--step", str(step))]
+    lines = [line for step in range(1, steps + 1) for line in shown(capsys, folders[0], "--step", str(step))]
     first_epoch = sum(epoch == 0 for _, epoch, _ in rows_of(lines))
     assert first_epoch == -(-len(stream) // 24)
     found = [re.fullmatch(r"  (.*): (?:all (\d+) tokens|tokens (\d+) to (\d+) of (\d+))", line) for line in lines]
@@ -167,11 +167,13 @@ def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
     ("words", "sentence"),
     [
         (["--rank", "1"], "rank is 1; with world_size 1 it must be at most 0."),
-        (["--step", "-1", "--characters", "-1"], "step is -1; it must be at least 0.\ncharacters is -1; it must be at least 0."),
+        (["--step", "0", "--characters", "-1"], "step is 0; it must be at least 1.\ncharacters is -1; it must be at least 0."),
         (
-            ["--world_size", "3"],
-            "global_batch_size 8 is not a multiple of micro_batch_size 2 x data_parallel_size 3 = 6. Nearest: 6 or 12.",
+            ["--world_size", "3", "--batch.micro_batch_size", "2"],
+            "batch.global_batch_size 8 is not a multiple of batch.micro_batch_size 2 x world_size 3 = 6. Nearest: 6 or 12.",
         ),
+        (["--world_size", "3"], "batch.global_batch_size 8 is not a multiple of world_size 3. Nearest: 6 or 9."),
+        (["--world_size", "9"], "batch.global_batch_size 8 is not a multiple of world_size 9. Nearest: 9."),
         (["--data.weights", "1", "2"], "data.weights has 2 weights for 1 sources; give one for each folder of data.path."),
         (["--data.packing", "best"], 'data.packing is best; it must be packed or best_fit. Did you mean "best_fit"?'),
         (
@@ -184,7 +186,7 @@ def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
 )
 def test_a_mistake_is_one_sentence(folders, words, sentence):
     with pytest.raises(UserError) as refused:
-        show.main([folders[0], *WORDS, *words])
+        show.main([*([] if "--data.path" in words else [folders[0]]), *WORDS, *words])
     assert str(refused.value) == sentence
 
 
@@ -197,17 +199,64 @@ def test_a_run_of_an_older_version_is_refused_with_what_it_lacks(run):
     about = json.loads((run / "run.json").read_text())
     del about["recipe"]["data"]["packing"]
     (run / "run.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match=r"run\.json is not as this version writes it \(KeyError: 'data\.packing'\)"):
+    with pytest.raises(UserError) as refused:
+        show.main(["--run", str(run)])
+    assert str(refused.value) == (
+        f"--run {run} was written by a version whose samples began one token later: what it read is not shown by this one."
+    )
+
+
+@pytest.mark.parametrize(("about", "kind"), [("[]", "TypeError"), ('{"recipe": {}}', "KeyError"), ("{", "JSONDecodeError")])
+def test_a_damaged_record_of_a_run_is_refused(run, about, kind):
+    (run / "run.json").write_text(about)
+    with pytest.raises(UserError, match=rf"run\.json is not as this version writes it \({kind}"):
         show.main(["--run", str(run)])
 
 
-def test_folders_with_other_tokenizers_are_refused_by_name(folders, tmp_path):
+def test_changes_that_decide_what_is_read_are_told_first(run, capsys):
+    about = json.loads((run / "run.json").read_text())
+    changes = [{"time": "Monday", "lines": ["optimizer.learning_rate: 0.0003 -> 0.001"]}]
+    (run / "run.json").write_text(json.dumps(about | {"changes": changes}))
+    show.main(["--run", str(run)])
+    assert capsys.readouterr().out.startswith("step 1, rank 0 of 2: "), "the rate decides nothing of it"
+    changes += [{"time": "Tuesday", "lines": ["seed: 1 -> 9", "train_steps: 4 -> 8"]}]
+    changes += [{"time": "Wednesday", "lines": ["the data: a 12 -> b 34"]}]
+    (run / "run.json").write_text(json.dumps(about | {"changes": changes}))
+    show.main(["--run", str(run)])
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "The run went on with changes: seed: 1 -> 9 (Tuesday); the data: a 12 -> b 34 (Wednesday); steps before that were read otherwise."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"sha256": "0" * 64, "vocab_size": 2000}, r"000000000000 \(2,000 ids\) is not [0-9a-f]{12} \(380 ids\)\."),
+        ({"settings": {"pat_str": "x"}}, r"the same file with other settings beside it \(pat_str\)\."),
+        ({"end_of_text": 7}, r"token 7 ends its documents, not \d+\."),
+    ],
+)
+def test_folders_with_other_tokenizers_are_refused_by_name(folders, tmp_path, change, difference):
     shutil.copytree(folders[1], tmp_path / "other")
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
-    manifest["tokenizer"]["sha256"] = "0" * 64
+    manifest["tokenizer"] |= change
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"other was tokenized otherwise than .*verse-prepared: 000000000000 is not [0-9a-f]{12}"):
+    with pytest.raises(UserError, match=rf"other was tokenized otherwise than .*verse-prepared: {difference}"):
         open_folders([folders[0], str(tmp_path / "other")])
+
+
+def test_bytes_per_token_are_those_of_the_text_that_the_blend_reads(folders, tmp_path):
+    """A script that the tokenizer has not learnt is spelt byte by byte."""
+    (tmp_path / "kanji.txt").write_text("".join(chr(0x4E00 + number) for number in range(2000)))
+    tokenizer = f"{folders[0]}/tokenizer.model"
+    prepare(PrepareSettings(input=(str(tmp_path / "kanji.txt"),), tokenizer=tokenizer, output=str(tmp_path / "kanji"), held_out=0.0))
+    paths = (folders[0], str(tmp_path / "kanji"))
+    opened = open_folders(paths)
+    verse, kanji = (folder.splits["train"].num_bytes / len(folder.splits["train"]) for folder in opened.values())
+    assert verse > 2 * kanji
+    for weights, expected in {(3, 1): (3 * verse + kanji) / 4, (1, 3): (verse + 3 * kanji) / 4}.items():
+        sampling = open_sampling(opened, SamplingSettings(paths, weights), 24, False, 1)
+        assert sampling.bytes_per_token == pytest.approx(expected)
 
 
 def test_a_folder_without_training_tokens_is_refused_by_name(folders, tmp_path):

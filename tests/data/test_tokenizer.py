@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.command_line import UserError
-from data.tokenizer import copy_tokenizer, load_tokenizer, published_pattern, train_sentencepiece
-from tests.data.vocabularies import byte_characters, byte_level, bytes_alone, rank_file
+from data.tokenizer import copy_tokenizer, fastest, load_tokenizer, published_pattern, train_sentencepiece
+from tests.data.vocabularies import byte_characters, byte_level, bytes_alone, learnt_byte_level, rank_file
 
 GPT2 = Path(__file__).parents[3] / "shared/corpora/gpt2-bpe"
 SOURCES = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.glob("*.py"))]
@@ -271,3 +271,20 @@ def test_a_damaged_tiktoken_vocabulary_is_refused_with_its_line(tmp_path):
     (tmp_path / "own.tiktoken").write_bytes(b"\n".join(lines[:200]))
     with pytest.raises(UserError, match="56 of the 256 bytes are not in it"):
         load_tokenizer(tmp_path)
+
+
+def test_gpt2s_two_files_are_the_tokenizer_that_they_would_be_as_one(tmp_path):
+    whole = learnt_byte_level(SOURCES, ["<|endoftext|>"])
+    (tmp_path / "two").mkdir()
+    whole.model.save(str(tmp_path / "two"), "mine")
+    vocabulary = json.loads((tmp_path / "two" / "mine-vocab.json").read_text())
+    (tmp_path / "two" / "mine-vocab.json").write_text(json.dumps(vocabulary | {"<|endoftext|>": len(vocabulary)}))
+    whole.save(str(tmp_path / "tokenizer.json"))
+    one, two = load_tokenizer(tmp_path / "tokenizer.json"), load_tokenizer(tmp_path / "two")
+    assert (two.vocab_size, two.end_of_text) == (one.vocab_size, one.end_of_text)
+    for text in [*SOURCES[:2], "<|endoftext|> é 汉"]:
+        assert two.encode(text) == one.encode(text)
+    (tmp_path / "copy").mkdir()
+    assert copy_tokenizer(two, tmp_path / "copy").name == "tokenizer.json"
+    assert load_tokenizer(tmp_path / "copy").encode(SOURCES[0]) == one.encode(SOURCES[0])
+    assert fastest(load_tokenizer(tmp_path / "two" / "mine-vocab.json"), SOURCES)[0].engine.startswith("gigatoken")

@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 
 from data import show
+from data.batches import evaluation_batches
 from data.command_line import UserError, flatten
 from data.prepare import PrepareSettings, prepare
+from data.tokenizer import published_pattern
 from launch import evaluate, pretrain
 from launch.training.config import RunSettings, read_run_settings
 from launch.training.data import open_data
+from launch.training.run_folder import tokenizer_files
+from launch.training.weights import load_model
+from model.loss import token_losses
+from tests.data.vocabularies import rank_file
 from tests.ranks import REPOSITORY, finish, start_ranks
+from tests.words import over
 
 PRETRAIN = REPOSITORY / "launch" / "pretrain.py"
 
@@ -37,7 +44,7 @@ def other(prepared, tmp_path_factory):
 @pytest.fixture
 def blend(tiny, prepared, other):
     """Words of a tiny run on both, three samples of one to one of the other."""
-    return [*tiny, "--data", str(prepared), str(other), "--data.weights", "3", "1"]
+    return over(tiny, ["--data", str(prepared), str(other), "--data.weights", "3", "1"])
 
 
 def refusal(words: list[str], monkeypatch) -> str:
@@ -83,23 +90,26 @@ def test_too_many_epochs_are_refused_before_the_start_with_what_would_fit(blend,
     words = [*blend, "--train_steps", "400", "--data.max_epochs", "2"]
     sentence = refusal(words, monkeypatch)
     found = re.fullmatch(
-        r"numbers would be read ([\d.]+) times in 400 steps; data\.max_epochs is 2\.\n"
-        r"Nearest: train_steps (\d+) would fit, and so would a weight of ([\d.]+) for it beside 3 for prepared\.",
+        r"numbers would be read ([\d.]+) times in 400 steps; data\.max_epochs is 2\.\nNearest: train_steps (\d+) would fit\.",
         sentence,
     )
     assert found and float(found[1]) > 2
     steps = int(found[2])
     plan_of([*words, "--train_steps", str(steps)], monkeypatch, capsys)
     assert "numbers would be read 2." in refusal([*words, "--train_steps", str(steps + 1)], monkeypatch)
-    plan_of([*words, "--data.weights", "3", found[3]], monkeypatch, capsys)
-    assert "numbers would be" in refusal([*words, "--data.weights", "3", str(1.02 * float(found[3]))], monkeypatch)
 
 
-def test_where_no_weight_fits_only_the_length_is_advised(tiny, monkeypatch):
-    sentence = refusal([*tiny, "--train_steps", "4000", "--data.max_epochs", "0.5"], monkeypatch)
-    assert re.fullmatch(
-        r"prepared would be read [\d.]+ times in 4,000 steps; data\.max_epochs is 0\.5\.\nNearest: train_steps \d+ would fit\.", sentence
+def test_one_sample_too_many_is_named_as_more_than_the_limit(tiny, monkeypatch, capsys):
+    samples = open_data(read_run_settings(tiny)).sampling.samples[0].num_samples
+    words = [*tiny, "--batch.global_batch_size", "1", "--batch.micro_batch_size", "1", "--data.max_epochs", "1"]
+    plan_of([*words, "--train_steps", str(samples)], monkeypatch, capsys)
+    sentence = refusal([*words, "--train_steps", str(samples + 1)], monkeypatch)
+    assert sentence == (
+        f"prepared would be read 1.01 times in {samples + 1:,} steps; data.max_epochs is 1.\nNearest: train_steps {samples:,} would fit."
     )
+
+
+def test_a_limit_that_not_even_a_step_keeps_is_refused(tiny, monkeypatch):
     assert refusal([*tiny, "--data.max_epochs", "1e-6"], monkeypatch).endswith("\nNot even one step would fit.")
     assert refusal([*tiny, "--data.max_epochs", "0"], monkeypatch) == "data.max_epochs is 0.0; it must be above 0."
 
@@ -109,7 +119,7 @@ def test_where_no_weight_fits_only_the_length_is_advised(tiny, monkeypatch):
     [
         (["--data.weights", "1", "2", "3"], "data.weights has 3 weights for 2 sources"),
         (["--data.weights", "1", "0"], "data.weights has 0; a weight is a finite number above 0"),
-        (["--data.weights", "1", "1e-7"], "data.weights has 1e-07; beside the others the least that is told apart from 0 is 1.5e-05"),
+        (["--data.weights", "1", "1e-17"], "data.weights has 1e-17; beside the others the least that is told apart from 0 is 6e-14"),
         (["--data.weights", "one", "two"], "data.weights is"),
         (["--data.fim_rate", "0.5"], 'has no special token "<|fim_prefix|>"'),
         (["--data.fim_rate", "-0.5", "--data.fim_tokens", *["<|endoftext|>"] * 3], "it must be at least 0 and at most 1"),
@@ -118,7 +128,7 @@ def test_where_no_weight_fits_only_the_length_is_advised(tiny, monkeypatch):
     ],
 )
 def test_a_blend_that_cannot_be_is_refused(blend, words, sentence, monkeypatch):
-    assert sentence in refusal([*blend, *words], monkeypatch)
+    assert sentence in refusal(over(blend, words), monkeypatch)
 
 
 def test_folders_of_other_tokenizers_are_refused_by_name(blend, prepared, other, tmp_path, monkeypatch):
@@ -126,13 +136,13 @@ def test_folders_of_other_tokenizers_are_refused_by_name(blend, prepared, other,
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["tokenizer"]["sha256"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    sentence = refusal([*blend, "--data", str(prepared), str(copy)], monkeypatch)
-    assert sentence.startswith(f"{copy} was tokenized otherwise than {prepared}: ")
+    sentence = refusal(over(blend, ["--data", str(prepared), str(copy)]), monkeypatch)
+    assert sentence.startswith(f"{copy} was tokenized otherwise than {prepared}: 000000000000 (800 ids) is not ")
 
 
 def test_the_fingerprint_is_of_all_sources_in_their_order(tiny, prepared, other):
     def fingerprint(*folders: Path) -> str:
-        return open_data(read_run_settings([*tiny, "--data", *map(str, folders)])).fingerprint
+        return open_data(read_run_settings(over(tiny, ["--data", *map(str, folders)]))).fingerprint
 
     alone = fingerprint(prepared)
     assert alone == open_data(read_run_settings(tiny)).sampling.folders["prepared"].fingerprint
@@ -199,6 +209,27 @@ def test_evaluation_of_a_blended_run_gives_the_losses_that_training_saw(finished
     assert [line.split(":")[0] for line in printed[:3]] == ["prepared", "numbers", "loss"]
 
 
+def test_a_folder_that_was_tokenized_with_other_settings_is_not_evaluated_on(finished, tmp_path):
+    """tiktoken's files have the vocabulary alone: how text is cut into words is said beside them."""
+    texts = [" ".join(str(number) for number in range(first, first + 50)) for first in range(0, 1000, 50)]
+    (tmp_path / "numbers.txt").write_text("\n---\n".join(texts))
+    for name in ("cl100k_base", "o200k_base"):
+        (tmp_path / name).mkdir()
+        rank_file(tmp_path / name / "small.tiktoken", texts, published_pattern(name))
+        source, tokenizer = str(tmp_path / "numbers.txt"), str(tmp_path / name / "small.tiktoken")
+        prepare(
+            PrepareSettings(input=(source,), separator="---", tokenizer=tokenizer, output=str(tmp_path / f"{name}-prepared"), workers=1)
+        )
+    copy = shutil.copytree(finished[0], tmp_path / "run")
+    (copy / "tokenizer.model").unlink()
+    there, other = tmp_path / "cl100k_base-prepared", tmp_path / "o200k_base-prepared"
+    for path in tokenizer_files(there):
+        shutil.copyfile(path, copy / path.name)
+    assert evaluate.evaluate(evaluate.EvaluateSettings(str(copy), str(there), "train"), False).tokens > 0
+    with pytest.raises(UserError, match=r"o200k_base-prepared was tokenized with other settings beside \S+ than .*/run was trained with\."):
+        evaluate.evaluate(evaluate.EvaluateSettings(str(copy), str(other), "train"), False)
+
+
 def test_a_blended_run_that_was_stopped_goes_on_with_the_same_batches(finished, tmp_path):
     folder, words = finished
     copy = shutil.copytree(folder, tmp_path / "run")
@@ -212,6 +243,34 @@ def test_a_blended_run_that_was_stopped_goes_on_with_the_same_batches(finished, 
     assert here[8]["loss/validation/numbers"] == there[8]["loss/validation/numbers"]
 
 
+def test_validation_samples_are_shared_by_the_sources(finished, tmp_path):
+    """Three of two sources: two of each, so one more than asked for."""
+    folder, words = finished
+    copy = shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "step_00000008")
+    finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), "--log.validation_samples", "3", OMP_NUM_THREADS="1"))
+    trained, data = load_model(str(copy)), open_data(read_run_settings(words))
+    for name, stream in data.held_out.items():
+        batches = evaluation_batches(stream, 32, 2, data.sampling.end_of_text, limit_samples=2, document_mask=True)
+        nats = [token_losses(trained.model(batch.tokens, batch.segments), batch.targets) for batch in batches]
+        counted = sum(int((losses != 0).sum()) for losses in nats)
+        expected = sum(float(losses.detach().sum()) for losses in nats) / counted
+        assert entries(copy)[8][f"loss/validation/{name}"] == pytest.approx(expected, abs=1e-5)
+        assert abs(expected - entries(folder)[8][f"loss/validation/{name}"]) > 1e-4, "all of the split have another loss"
+
+
+def test_a_change_of_what_is_read_is_shown(finished, tmp_path, capsys):
+    folder, words = finished
+    copy = shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "step_00000008")
+    changed = ["--seed", "9", "--optimizer.learning_rate", "0.001", "--allow_changes"]
+    assert "Going on with a change: seed: 1 -> 9" in finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), *changed))[0]
+    show.main(["--run", str(copy), "--step", "8"])
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert re.fullmatch(r"The run went on with changes: seed: 1 -> 9 \([-\d]+ [:\d]+\); steps before that were read otherwise\.", first)
+    assert second.startswith("step 8, rank 0 of 1: ") and second.endswith("seed 9")
+
+
 def test_a_run_that_goes_on_longer_is_held_to_the_limit_on_repetition(finished, monkeypatch):
     _, words = finished
     longer = [*words, "--train_steps", "4000", "--data.max_epochs", "3", "--allow_changes"]
@@ -220,13 +279,13 @@ def test_a_run_that_goes_on_longer_is_held_to_the_limit_on_repetition(finished, 
 
 def test_other_weights_or_another_packing_are_another_run(finished, monkeypatch):
     _, words = finished
-    sentence = refusal([*words, "--data.weights", "1", "1", "--data.packing", "packed"], monkeypatch)
+    sentence = refusal(over(words, ["--data.weights", "1", "1", "--data.packing", "packed"]), monkeypatch)
     assert "  data.weights: [3.0, 1.0] -> [1.0, 1.0]\n" in sentence and "  data.packing: best_fit -> packed\n" in sentence
 
 
 def test_what_a_rank_of_the_run_read_is_shown(finished, capsys):
     folder, words = finished
-    show.main(["--run", str(folder), "--step", "5"])
+    show.main(["--run", str(folder), "--step", "6"])
     rows = re.findall(r"^micro-batch (\d), row (\d): (\w+), epoch (\d+), sample (\d+)$", capsys.readouterr().out, re.M)
     sampling = open_data(read_run_settings(words)).sampling
     drawn = zip(*(column.tolist() for column in sampling.blend.draw(np.arange(40, 48))), strict=True)

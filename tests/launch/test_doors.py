@@ -17,6 +17,7 @@ from launch.training import checkpoint
 from launch.training.loop import SAVED_AND_UNFINISHED
 from launch.training.processes import free_port
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
+from tests.words import over
 
 PRETRAIN = REPOSITORY / "launch" / "pretrain.py"
 BINARIES = Path(sys.executable).parent
@@ -82,6 +83,11 @@ def test_a_sliding_window_predicts_every_token_once_with_more_before_it(runs):
     assert sliding.loss != side_by_side.loss
 
 
+def test_samples_of_one_token_are_trained_on_and_the_model_speaks(tiny, tmp_path):
+    words = [*tiny, "--model.sequence_length", "1", "--train_steps", "2", "--schedule.warmup_steps", "1", "--log.sample_interval", "1"]
+    assert "Done: 2 steps." in finish(start_ranks(1, PRETRAIN, *words, OMP_NUM_THREADS="1"))[0]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_export_is_loaded_by_transformers_and_speaks_as_the_run_does(layout, runs, tmp_path, capsys, prepared):
     folder = tmp_path / "exported"
@@ -137,7 +143,7 @@ def test_a_mistake_is_refused_before_anything_is_made(words, sentence, tiny, tmp
         monkeypatch.setenv(name, "x")  # so that what the door sets is taken back
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match=sentence):
-        pretrain.main([*tiny, *words])
+        pretrain.main(over(tiny, words))
     assert not (tmp_path / "run").exists()
 
 
@@ -157,7 +163,7 @@ def test_damaged_data_is_refused_by_name(damage, sentence, tiny, prepared, tmp_p
     copy = shutil.copytree(prepared, tmp_path / "copy")
     damage(copy)
     with pytest.raises(UserError, match=sentence):
-        pretrain.main([*tiny, "--data", str(copy), "--dry_run"])
+        pretrain.main(over(tiny, ["--data", str(copy), "--dry_run"]))
 
 
 def test_only_the_first_of_two_ranks_says_what_is_wrong_and_both_leave_with_status_2(tiny):

@@ -48,10 +48,10 @@ def stream(tokens: int, documents: int):
 TRAIN, HELD_OUT = stream(409_600, 1234), stream(5_000, 12)
 
 
-def data_of(weights: tuple[float, ...] = (), padding: float = 0.0, fill: object = None, **streams) -> SimpleNamespace:
+def data_of(weights: tuple[float, ...] = (), padding: float = 0.0, filled: float = 0.0, fill: object = None, **streams) -> SimpleNamespace:
     """RunData of training streams by name."""
     folders = {name: SimpleNamespace(splits={"train": train, "validation": HELD_OUT}) for name, train in streams.items()}
-    samples = [SimpleNamespace(num_samples=-(-len(train) // 128), padding_share=padding) for train in streams.values()]
+    samples = [SimpleNamespace(num_samples=-(-len(train) // 128), padding_share=padding, filled_share=filled) for train in streams.values()]
     blend = Blend([one.num_samples for one in samples], weights or None, seed=1)
     return SimpleNamespace(sampling=Sampling(folders, samples, blend, None, fill), tokenizer_path=Path("tokenizer.model"))
 
@@ -119,8 +119,9 @@ def test_the_plan_says_how_samples_are_made_and_what_is_odd_about_them():
 
 def test_the_plan_says_what_share_is_filled_in_the_middle():
     settings = dataclasses.replace(SETTINGS, data=DataSettings(fim_rate=0.5))
-    row = "samples: 3,200 of 128 tokens: documents joined and cut, seeing one another, 12.00% padding; 50% filled in the middle"
-    assert row in rows(settings, data_of(padding=0.12, fill=object(), prepared=TRAIN))
+    row = "samples: 3,200 of 128 tokens: documents joined and cut, seeing one another, 12.00% padding and marks; "
+    data = data_of(padding=0.12, filled=0.421, fill=object(), prepared=TRAIN)
+    assert row + "42.1% of the pieces filled in the middle" in rows(settings, data)
 
 
 def test_a_constant_rate_goes_down_to_nothing_else():

@@ -15,6 +15,7 @@ import pytest
 from launch.training import preflight
 from launch.training.processes import free_port
 from tests.ranks import REPOSITORY, clean_environment
+from tests.words import over
 
 PRETRAIN, PREFLIGHT = REPOSITORY / "launch" / "pretrain.py", REPOSITORY / "launch" / "preflight.py"
 ALIKE = {
@@ -140,7 +141,7 @@ def test_nodes_that_see_different_data_do_not_begin(tiny, prepared, tmp_path):
     tokens[0] ^= 1
     shard.write_bytes(tokens)
     each = [{"cwd": tmp_path / str(rank)} for rank in range(2)]
-    statuses, (first, second) = two_nodes([*tiny, "--data", "prepared"], each=each)
+    statuses, (first, second) = two_nodes(over(tiny, ["--data", "prepared"]), each=each)
     assert statuses == [2, 2], first + second
     assert "Rank 1 on n1: " in first and "00000.bin" in first
     assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,22 @@ def test_another_run_is_refused_with_every_difference(saved):
         "Going on with a change: train_steps: 100 -> 200",
         "Going on with a change: seed: 1 -> 2",
     )
+
+
+def test_all_changes_of_a_run_that_went_on_are_kept_with_their_times(saved):
+    def changes() -> list[dict]:
+        return json.loads((saved.output / "run.json").read_text())["changes"]
+
+    assert changes() == []
+    for change in ({"seed": 2}, {}, {"train_steps": 200}):
+        start = saved.start(**change, allow_changes=True)
+        saved.settings = dataclasses.replace(saved.settings, **change)
+        saved.record(start)
+    starts = json.loads((saved.output / "run.json").read_text())["starts"]
+    assert changes() == [{"time": starts[1], "lines": ["seed: 1 -> 2"]}, {"time": starts[3], "lines": ["train_steps: 100 -> 200"]}]
+    shutil.rmtree(saved.root)
+    saved.record()
+    assert changes() == [], "a run that starts again from step 0 has read nothing otherwise"
 
 
 def test_what_changes_no_number_may_change(saved):

@@ -309,6 +309,14 @@ def test_workers_of_a_preparation_are_the_cores_of_its_task(tmp_path, slurm):
     assert "prepare.py --workers=5 --input" in run(slurm, "prepare.sbatch", "--workers=5", *words, SLURM_JOB_ID="7").stdout
 
 
+def test_a_preparation_on_several_nodes_is_a_task_a_node(slurm):
+    words = ["--dry_run", "--input", "a b", "--output", "prepared"]
+    done = run(slurm, "prepare.sbatch", *words, SLURM_JOB_NUM_NODES="3", SLURM_CPUS_PER_TASK="8")
+    assert shlex.split(done.stdout)[:7] == ["srun", "--nodes", "3", "--ntasks-per-node", "1", "--cpus-per-task", "8"]
+    assert shlex.split(done.stdout)[-6:] == ["--workers", "8", "--input", "a b", "--output", "prepared"]
+    assert "srun" not in run(slurm, "prepare.sbatch", *words).stdout
+
+
 def test_a_door_that_is_not_there_is_one_sentence(slurm):
     done = run(slurm, "door.sbatch", "launch/nowhere.py", SLURM_JOB_ID="7")
     assert (done.returncode, done.stderr) == (93, f"There is no launch/nowhere.py in {REPOSITORY}.\n")
