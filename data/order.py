@@ -27,7 +27,7 @@ class Blend:
         self.seed = seed
         asked = _shares(sizes, weights)
         self._row = _Row(asked)
-        self.shares = self._row.shares
+        self.shares: list[Fraction] = self._row.shares
         """Of all samples, as they are read: what was asked for, exactly or as near as _PERIODS tell them apart."""
         if 0 in self.shares:
             _refuse_too_small(asked, self.shares.index(0), weights)
@@ -72,7 +72,9 @@ class _Row:
         period = min(math.lcm(*(share.denominator for share in shares)), longest[0])
         parts = [math.floor(share * period) for share in shares]
         owed = [share * period - part for share, part in zip(shares, parts, strict=True)]
-        left, self._left_over = period - sum(parts), None
+        left = period - sum(parts)
+        self._left_over: _Row | None = None
+        self.shares: list[Fraction]
         if left and len(longest) > 1:
             self._left_over = _Row([one / left for one in owed], longest[1:])
             self.shares = [(part + left * more) / period for part, more in zip(parts, self._left_over.shares, strict=True)]
