@@ -30,7 +30,7 @@ class Blend:
         self.shares: list[Fraction] = self._row.shares
         """Of all samples, as they are read: what was asked for, exactly or as near as _PERIODS tell them apart."""
         if 0 in self.shares:
-            _refuse_too_small(asked, self.shares.index(0), weights)
+            _refuse_too_small(asked, self.shares.index(Fraction(0)), weights)
 
     def draw(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Source, epoch of that source, and sample of it, at each position.  [n] -> [n], [n], [n]
