@@ -375,6 +375,8 @@ def _write_shard(worker: UnitWorker, join: joining.Join, plan: joining.ShardPlan
 
 def changes(before: dict, now: dict) -> str:
     """What differs between two records of what was asked for, in words; nothing where they are the same."""
+    if before.get("format") != now["format"]:
+        return f"it was made by another version of this project (format {before.get('format')}, now {now['format']})"
     there, here = before.get("settings", {}), now["settings"]
     changed = [f"--{name} {there.get(name)} there, {value} now" for name, value in here.items() if there.get(name) != value]
     if before.get("given_tokenizer") != now["given_tokenizer"]:
@@ -382,8 +384,6 @@ def changes(before: dict, now: dict) -> str:
     if before.get("text") != now["text"]:
         lists = [record.get("files") for record in (before, now)]
         changed += _changed_files(*lists) if all(lists) else ["the input is not the same, by name, size or time"]
-    if before.get("format") != now["format"]:
-        changed.append(f"format {before.get('format')} there, {now['format']} now")
     more = f" and {len(changed) - _NAMED_CHANGES} more" if len(changed) > _NAMED_CHANGES else ""
     return "; ".join(changed[:_NAMED_CHANGES]) + more
 

@@ -140,6 +140,10 @@ def test_a_folder_that_is_there_is_kept_and_told_apart(make, corpus):
     with pytest.raises(UserError, match=r"--input .* there, .* now; the input is not the same, by name, size or time"):
         make(input=(str(corpus / "b.txt"),))
     assert {path: path.stat().st_mtime_ns for path in prepared.folder.rglob("*")} == before
+    manifest = prepared.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(UserError, match=r"it was made by another version of this project \(format 1, now 2\)"):
+        make()
 
 
 def test_folders_of_something_else_are_left_alone(make, tmp_path):
