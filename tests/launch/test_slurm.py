@@ -270,7 +270,7 @@ def test_a_job_with_gpus_that_torch_does_not_see_does_not_train_on_the_cpu_inste
 
 def test_a_chain_prepares_trains_and_evaluates_also_where_training_is_requeued(slurm, tmp_path):
     (tmp_path / "text").mkdir()
-    for number in range(40):
+    for number in range(120):  # enough to learn 800 pieces from
         (tmp_path / "text" / f"{number}.txt").write_text(f"{number} is a number, and {number + 1} is the one behind it.\n" * 40)
     prepare = ["prepare", "--input", "text", "--vocab_size", "800", "--held_out", "0.2", "--output", "prepared"]
     pretrain = ["pretrain", *engine("zero3"), *recipe(Path("prepared")), "--output", "runs/x"]
