@@ -307,9 +307,9 @@ def find_files(inputs: Sequence[str], any_name: bool = False, without: Sequence[
             raise UserError('--input "" names no file; was a variable empty?')
         path = Path(given)
         if path.is_dir():
-            root, below = path, sorted(_files_below(path))
+            root, below = path, set(_files_below(path))
             found = [file for file in below if any_name or is_known(file)]
-            not_read += [spelt(file) for file in below if not (any_name or is_known(file) or file.with_suffix(".idx") in below)]
+            not_read += [spelt(file) for file in sorted(below) if not (any_name or is_known(file) or file.with_suffix(".idx") in below)]
         elif path.exists():
             root, found = path.parent, [path]
         else:

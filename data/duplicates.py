@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.command_line import UserError
+from data.order import mix
+from data.quality import UNSPACED_CHARACTERS
 
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
 PLACED_DIGEST = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])
@@ -27,8 +29,6 @@ _FURTHER_ENTRIES = 16  # by which a band's group is ordered
 _CHANCE_TO_FIND = 0.999
 _SEED = 5  # of the permutations; any number, always the same
 
-# Scripts that put no space between words: kana, CJK ideographs with their extensions. Each character is a word.
-_WORD_CHARACTERS = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 _FOREIGN_PUNCTUATION = re.compile(r"[^\x00-\x7f](?<!\w)")
 _ASCII_PUNCTUATION_TO_SPACE = bytes(byte if byte > 127 or chr(byte).isalnum() else 32 for byte in range(256))
 
@@ -92,14 +92,14 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     hashes = np.fromiter(map(_hash_of_word, chain.from_iterable(words)), np.uint64)
     shingles = hashes[: len(hashes) - _WORDS_PER_SHINGLE + 1].copy()
     for later in range(1, _WORDS_PER_SHINGLE):
-        shingles = _mixed(shingles) + hashes[later : later + len(shingles)]
+        shingles = mix(shingles) + hashes[later : later + len(shingles)]
     num_words = np.array([len(each) for each in words])
     ends = np.cumsum(num_words)
     inside = np.ones(len(hashes), np.bool_)
     for back in range(1, _WORDS_PER_SHINGLE):  # a shingle that began here would reach into the next text
         inside[ends - back] = False
     borders = np.concatenate([[0], np.cumsum(num_words - _WORDS_PER_SHINGLE + 1)]).astype(np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(_mixed(shingles[inside[: len(shingles)]]), borders, NUM_PERMUTATIONS, _SEED)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(mix(shingles[inside[: len(shingles)]]), borders, NUM_PERMUTATIONS, _SEED)
     return np.array(matrix.to_rows(), np.uint32)
 
 
@@ -230,7 +230,7 @@ def _words(text: str) -> list[bytes]:
     """At least _WORDS_PER_SHINGLE words, an empty one standing for each that is missing."""
     text = plain = text.lower()
     if not text.isascii():
-        text = _WORD_CHARACTERS.sub(lambda run: f" {' '.join(run[0])} ", _FOREIGN_PUNCTUATION.sub(" ", text))
+        text = UNSPACED_CHARACTERS.sub(lambda run: f" {' '.join(run[0])} ", _FOREIGN_PUNCTUATION.sub(" ", text))
     words = text.encode().translate(_ASCII_PUNCTUATION_TO_SPACE).split() or [plain.encode()]
     return words + [b""] * (_WORDS_PER_SHINGLE - len(words))
 
@@ -240,18 +240,11 @@ def _hash_of_word(word: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "little")
 
 
-def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Each number scattered over all 64 bits: the last steps of SplitMix64, Steele, Lea, Flood 2014."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
-
-
 def _folded(columns: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """A hash of each document's entries.  [entries, n] -> [n]"""
     folded = np.zeros(columns.shape[1], np.uint64)
     for column in columns:
-        folded = _mixed(folded + np.uint64(0x9E3779B97F4A7C15) + column)
+        folded = mix(folded + np.uint64(0x9E3779B97F4A7C15) + column)
     return folded
 
 

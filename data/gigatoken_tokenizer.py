@@ -13,12 +13,11 @@ from sentencepiece import sentencepiece_model_pb2
 
 from data.command_line import UserError
 from data.huggingface_tokenizer import convert, texts_of_many_kinds
-from data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, published_pattern
+from data.tokenizer import SPACE, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, published_pattern
 
 if TYPE_CHECKING:
     import gigatoken
 
-_SPACE = "\u2581"  # what SentencePiece writes for a space
 _SCHEMES = {"r50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}  # gigatoken's names for tiktoken's patterns
 # What others change depends on the version of Unicode; of SentencePiece's tables gigatoken drops U+0737 beside some characters.
 _NORMALIZERS_ALIKE = {"NFC", "Prepend", "Replace"}
@@ -74,7 +73,7 @@ class GigatokenTokenizer(Tokenizer):
         if text.isascii():
             return True
         if isinstance(self.reference, SentencePieceTokenizer):
-            return _SPACE not in text
+            return SPACE not in text
         return self._is_assigned(text) and (not self._composes or unicodedata.is_normalized("NFC", text))
 
     def _is_assigned(self, text: str) -> bool:

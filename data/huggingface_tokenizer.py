@@ -14,9 +14,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from data.command_line import UserError
-from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import SPACE, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 
-_SPACE = "\u2581"  # what SentencePiece writes for a space
 _PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
 _NEVER_CHOSEN = -1000.0  # below the least likely piece, for a byte's or a special token's name standing in a text
 _TEXTS = (
@@ -83,7 +82,7 @@ def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         return _convert_ranks(tokenizer)
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
     _refuse(tokenizer.path, model)
-    names = [piece.piece.replace(_SPACE, " ") if piece.type == _PIECE.NORMAL else piece.piece for piece in model.pieces]
+    names = [piece.piece.replace(SPACE, " ") if piece.type == _PIECE.NORMAL else piece.piece for piece in model.pieces]
     if model.trainer_spec.model_type == model.trainer_spec.BPE:
         ids = {name: token for token, name in enumerate(names)}
         converted = tokenizers.Tokenizer(
@@ -96,7 +95,7 @@ def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     steps: list = [decoders.ByteFallback(), decoders.Fuse()]
     if model.normalizer_spec.add_dummy_prefix:
         # Such a model takes the mark for a space (see SentencePieceTokenizer), and its decoder drops the space in front.
-        converted.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(_SPACE, " ")])
+        converted.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(SPACE, " ")])
         steps.append(decoders.Strip(" ", 1, 0))
     converted.decoder = decoders.Sequence(steps)
     special = [piece.piece for piece in model.pieces if piece.type == _PIECE.CONTROL]

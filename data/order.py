@@ -179,11 +179,11 @@ def _feistel(numbers: NDArray[np.uint64], half_bits: np.uint64, keys: NDArray[np
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = numbers >> half_bits, numbers & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (mix(right ^ key) & mask)
     return (left << half_bits) | right
 
 
-def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finalizer of SplitMix64: every bit of the input moves every bit of the output (Steele et al. 2014).  [n] -> [n]"""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -90,7 +90,7 @@ class _Views:
     def words(self) -> list[str]:
         if self.text.isascii():
             return self.text.split()
-        return _WORD_CHARACTERS.sub(lambda run: f" {' '.join(run[0])} ", self.text).split()
+        return UNSPACED_CHARACTERS.sub(lambda run: f" {' '.join(run[0])} ", self.text).split()
 
     @cached_property
     def lines(self) -> list[str]:
@@ -102,7 +102,7 @@ class _Views:
 
 
 # Scripts that put no space between words: kana, CJK ideographs with their extensions.
-_WORD_CHARACTERS = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+UNSPACED_CHARACTERS = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 _LETTER = re.compile(r"[^\W\d_]")
 _BULLETS = ("-", "*", "•", "‣", "◦", "▪", "·", "–")
 _STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}

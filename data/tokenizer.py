@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from data.command_line import UserError, nearest
 
-_SPACE = "\u2581"  # what SentencePiece writes for a space; a real one in the text has to be spelt in bytes
-_SPACE_BYTES = [f"<0x{byte:02X}>" for byte in _SPACE.encode()]
+SPACE = "\u2581"  # what SentencePiece writes for a space; a real one in the text has to be spelt in bytes
+_SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 _PAGE_CHARACTERS = 4000  # of one training sentence, so that a newline and what follows it can be one piece
 _END_OF_TEXT = "<|endoftext|>"
 _KNOWN_ENDS = (_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -113,10 +113,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_tokens = {piece: token for token, piece in enumerate(pieces) if self._model.is_control(token)}
         self._space = [pieces.index(byte) for byte in _SPACE_BYTES] if set(_SPACE_BYTES) <= set(pieces) else []
         # A model that puts a space before every text, such as Llama's, would put one after each spelt character too.
-        self._spells_space = bool(self._space) and self.decode(self._spell_space(f"a{_SPACE}b")) == f"a{_SPACE}b"
+        self._spells_space = bool(self._space) and self.decode(self._spell_space(f"a{SPACE}b")) == f"a{SPACE}b"
 
     def encode(self, text: str) -> list[int]:
-        return self._spell_space(text) if self._spells_space and _SPACE in text else self._model.encode(text)
+        return self._spell_space(text) if self._spells_space and SPACE in text else self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(token) for token in ids])
@@ -125,10 +125,10 @@ class SentencePieceTokenizer(Tokenizer):
         if self._threads == 1:
             return map(self.encode, texts)
         encoded = self._model.encode(list(texts), num_threads=self._threads)
-        return (self.encode(text) if _SPACE in text else ids for text, ids in zip(texts, encoded, strict=True))
+        return (self.encode(text) if SPACE in text else ids for text, ids in zip(texts, encoded, strict=True))
 
     def _spell_space(self, text: str) -> list[int]:
-        first, *others = self._model.encode(text.split(_SPACE), num_threads=1)
+        first, *others = self._model.encode(text.split(SPACE), num_threads=1)
         return first + [token for part in others for token in self._space + part]
 
 

@@ -49,7 +49,7 @@ SLOW = {
 }
 
 
-def sentencepiece_file(path: Path, normalization: str, symbols: tuple[str, ...] = ()) -> None:
+def sentencepiece_file(path: Path, normalization: str, symbols: tuple[str, ...] = (), add_dummy_prefix: bool = True) -> None:
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter("\n".join(SOURCES).splitlines()),
@@ -60,6 +60,7 @@ def sentencepiece_file(path: Path, normalization: str, symbols: tuple[str, ...] 
             minloglevel=2,
             normalization_rule_name=normalization,
             remove_extra_whitespaces=normalization != "identity",
+            add_dummy_prefix=add_dummy_prefix,
             control_symbols=["<|im_end|>", "[MASK]"],
             user_defined_symbols=list(symbols),
         )
@@ -153,18 +154,7 @@ def test_characters_that_are_newer_than_this_python_have_the_same_ids(pairs, nam
 
 
 def test_the_mark_for_a_space_stays_itself_where_no_space_is_put_before_a_text(tmp_path):
-    with open(tmp_path / "tokenizer.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter("\n".join(SOURCES).splitlines()),
-            model_writer=file,
-            vocab_size=600,
-            model_type="bpe",
-            byte_fallback=True,
-            minloglevel=2,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-        )
+    sentencepiece_file(tmp_path / "tokenizer.model", "identity", add_dummy_prefix=False)
     reference = load_tokenizer(tmp_path / "tokenizer.model")
     fast = GigatokenTokenizer(reference)
     for text in ("▁", "a ▁b", "▁▁ x"):
