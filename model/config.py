@@ -7,16 +7,21 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder. Every combination is one list of layers (see transformer.py)."""
+    """Shape of a network. Every combination is one list of layers (see transformer.py)."""
 
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """What sees what: each token its past (GPT, Llama), all of its document (BERT), or, in two parts, a source and the past of its
+    target (the original Transformer, T5)."""
     vocab_size: int = 4096
     """Rows of the embedding: the largest token id + 1, or more."""
     sequence_length: int = 256
-    """Longest context, tokens."""
+    """Longest context, tokens; of an encoder-decoder the longest source, and the longest target."""
     hidden_size: int = 256
     """Width of the residual stream."""
     num_layers: int = 4
-    """Blocks (attention and feed-forward)."""
+    """Blocks (attention and feed-forward); of an encoder-decoder those of its encoder."""
+    num_decoder_layers: int | None = None
+    """Blocks of an encoder-decoder's decoder (default: num_layers)."""
     num_attention_heads: int = 4
     """Query heads."""
     num_key_value_heads: int | None = None
@@ -31,31 +36,53 @@ class ModelConfig:
     """Normalise what enters attention and feed-forward (pre), or the sum behind them (post)."""
     norm_epsilon: float = 1e-5
     """Added to the variance inside every norm."""
-    positions: Literal["learned", "sinusoidal", "rotary"] = "rotary"
-    """A learned table, the fixed waves of arXiv 1706.03762 section 3.5, or rotation of queries and keys (arXiv 2104.09864)."""
+    positions: Literal["learned", "sinusoidal", "rotary", "alibi", "relative"] = "rotary"
+    """A learned table, the fixed waves of arXiv 1706.03762 section 3.5, rotation of queries and keys (arXiv 2104.09864), a slope a
+    head over the distance (ALiBi, arXiv 2108.12409), or a learned number a head and bucket of distances (T5, arXiv 1910.10683)."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "swiglu"
-    """gelu_tanh is GPT-2's approximation; swiglu has a gate beside it (arXiv 2002.05202)."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """How rotary wavelengths are stretched for a longer context: all alike (arXiv 2306.15595), by a larger base (NTK-aware), the long
+    ones alone (YaRN, arXiv 2309.00071), or as in Llama 3.1."""
+    rope_factor: float = 1.0
+    """By how much they are stretched: new context / old context."""
+    rope_original_length: int | None = None
+    """The old context, tokens: yarn and llama3 need it."""
+    sliding_window: int | None = None
+    """Keys that a token sees, itself among them (default: all); in an encoder half of them on each side (arXiv 2004.05150)."""
+    prefix_attention: bool = False
+    """Tokens of a decoder's prefix see one another: a prefix language model (arXiv 1910.10683, section 3.2.1)."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = "swiglu"
+    """gelu_tanh is GPT-2's approximation; swiglu and geglu (gelu_tanh) have a gate beside them (arXiv 2002.05202)."""
     biases: bool = False
     """Biases in the linear layers and LayerNorms (the head never has one)."""
     qk_norm: bool = False
     """RMSNorm over each head's queries and keys, as in Qwen3."""
     tie_embeddings: bool = True
     """The head uses the embedding's weight."""
+    logit_softcap: float | None = None
+    """Bound of the logits, cap x tanh(logits / cap) (arXiv 2408.00118; default: none)."""
+    token_types: int = 0
+    """Kinds of tokens that an encoder tells apart by a vector of each: BERT's two, for two sentences; 0: none."""
+    num_classes: int = 0
+    """Classes that an encoder tells of a whole sample from its first token (2 for next-sentence prediction); 0: none."""
+    token_head: bool = True
+    """An encoder predicts its masked tokens; off: classes alone."""
     dropout: float = 0.0
     """Probability of dropping: embeddings, attention weights, and what attention and feed-forward add."""
     document_mask: bool = False
-    """Attention and positions stay inside a document of a packed sample; off: the fast causal path."""
+    """Attention and positions stay inside a document of a packed sample; off: the fast causal path. The pairs of an encoder-decoder
+    always stay apart."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights (GPT-2's; what writes to the residual stream gets 1/sqrt(2 num_layers) of it)."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "sequence_length", "hidden_size", "num_layers", "num_attention_heads")
-        derived = ("num_key_value_heads", "head_size", "intermediate_size")
+        derived = ("num_key_value_heads", "head_size", "intermediate_size", "num_decoder_layers")
+        optional = ("rope_original_length", "sliding_window")
         complaints = [
             f"model.{name} is {getattr(self, name)}; it must be at least 1."
-            for name in sizes + derived
+            for name in sizes + derived + optional
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
         if complaints:
@@ -70,9 +97,11 @@ class ModelConfig:
                 f"{self.num_attention_heads}. Nearest number of heads: {heads}; or set model.head_size."
             )
         defaults = self.num_attention_heads, max(1, self.hidden_size // self.num_attention_heads), 4 * self.hidden_size
-        for name, value in zip(derived, defaults, strict=True):
+        for name, value in zip(derived, defaults, strict=False):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.architecture == "encoder_decoder" and self.num_decoder_layers is None:
+            object.__setattr__(self, "num_decoder_layers", self.num_layers)
         assert self.num_key_value_heads and self.head_size and self.intermediate_size
         if self.positions == "rotary" and self.head_size % 2 and not complaints:
             complaints.append(f"model.head_size {self.head_size} is odd; rotary positions turn pairs. Nearest: {self.head_size + 1}.")
@@ -83,13 +112,71 @@ class ModelConfig:
             )
         if self.positions == "sinusoidal" and self.hidden_size % 2:
             complaints.append(f"model.hidden_size {self.hidden_size} is odd; sinusoidal waves are pairs. Nearest: {self.hidden_size + 1}.")
-        for name in ("norm_epsilon", "rope_theta", "initializer_range"):
-            if not getattr(self, name) > 0:
-                complaints.append(f"model.{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("norm_epsilon", "rope_theta", "initializer_range", "logit_softcap"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                complaints.append(f"model.{name} is {value}; it must be above 0.")
         if not 0 <= self.dropout < 1:
             complaints.append(f"model.dropout is {self.dropout}; it must be at least 0 and below 1.")
+        complaints += self._impossible_rope() + self._strange_to_the_architecture()
         if complaints:
             raise ValueError("\n".join(complaints))
+
+    def _impossible_rope(self) -> list[str]:
+        complaints = []
+        if self.rope_scaling not in ("yarn", "llama3") and self.rope_original_length is not None:
+            complaints.append(
+                f"model.rope_original_length {self.rope_original_length} does nothing beside model.rope_scaling "
+                f'"{self.rope_scaling}"; yarn and llama3 read it.'
+            )
+        if self.rope_scaling == "none":
+            if self.rope_factor != 1:
+                complaints.append(f"model.rope_factor {self.rope_factor:g} does nothing without model.rope_scaling.")
+            return complaints
+        if self.positions != "rotary":
+            complaints.append(f'model.rope_scaling "{self.rope_scaling}" needs model.positions "rotary", not "{self.positions}".')
+        if self.rope_scaling == "ntk" and self.head_size == 2:
+            complaints.append(
+                'model.rope_scaling "ntk" needs model.head_size 4 or more: a head of 2 has one wavelength, which it leaves alone.'
+            )
+        if not self.rope_factor >= 1:
+            complaints.append(f"model.rope_factor is {self.rope_factor:g}; it must be at least 1.")
+        if self.rope_scaling in ("yarn", "llama3") and self.rope_original_length is None:
+            complaints.append(f'model.rope_scaling "{self.rope_scaling}" needs model.rope_original_length, the context before.')
+        return complaints
+
+    def _strange_to_the_architecture(self) -> list[str]:
+        """A sentence for each option that another architecture has."""
+        owners: dict[str, dict[str, object]] = {
+            "encoder": {"token_types": 0, "num_classes": 0, "token_head": True},
+            "decoder": {"prefix_attention": False},
+            "encoder_decoder": {"num_decoder_layers": None},
+        }
+        complaints = [
+            f'model.{name} {str(getattr(self, name)).lower()} is for architecture "{owner}"; this is "{self.architecture}".'
+            for owner, defaults in owners.items()
+            for name, default in defaults.items()
+            if owner != self.architecture and getattr(self, name) != default
+        ]
+        if self.positions == "relative" and self.architecture != "encoder_decoder":
+            complaints.append(f'model.positions "relative" is for architecture "encoder_decoder"; this is "{self.architecture}".')
+        for name in ("token_types", "num_classes"):
+            if getattr(self, name) < 0:
+                complaints.append(f"model.{name} is {getattr(self, name)}; it may not be negative.")
+        if self.num_classes == 1:
+            complaints.append("model.num_classes is 1; it must be 0 (none) or at least 2.")
+        if not self.token_head and not self.num_classes:
+            complaints.append("model.token_head is off and model.num_classes 0: the network would have nothing to learn from.")
+        return complaints
+
+    @property
+    def uses_segments(self) -> bool:
+        """Attention looks at `segments`; else the fast causal path is taken."""
+        return self.document_mask or self.prefix_attention or self.architecture != "decoder"
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks of encoder and decoder."""
+        return self.num_layers + (self.num_decoder_layers or 0)
 
 
 _GPT2 = {
@@ -103,6 +190,61 @@ _GPT2 = {
 }
 _LLAMA = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "biases": False, "tie_embeddings": False}
 _LLAMA3 = _LLAMA | {"vocab_size": 128256, "sequence_length": 8192, "rope_theta": 500000.0, "num_key_value_heads": 8}
+_LLAMA31 = _LLAMA3 | {"sequence_length": 131072, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 8192}
+_QWEN3 = _LLAMA | {
+    "vocab_size": 151936,
+    "sequence_length": 40960,
+    "rope_theta": 1000000.0,
+    "num_key_value_heads": 8,
+    "head_size": 128,
+    "qk_norm": True,
+    "norm_epsilon": 1e-6,
+}
+_BERT = {
+    "architecture": "encoder",
+    "vocab_size": 30522,
+    "sequence_length": 512,
+    "norm": "layernorm",
+    "norm_position": "post",
+    "norm_epsilon": 1e-12,
+    "positions": "learned",
+    "activation": "gelu",
+    "biases": True,
+    "token_types": 2,
+    "dropout": 0.1,
+}
+_MODERN_BERT = {
+    "architecture": "encoder",
+    "vocab_size": 50368,
+    "sequence_length": 8192,
+    "norm": "layernorm",
+    "positions": "rotary",
+    "rope_theta": 160000.0,
+    "activation": "geglu",
+    "biases": False,
+}
+_TRANSFORMER = {
+    "architecture": "encoder_decoder",
+    "vocab_size": 37000,
+    "sequence_length": 512,
+    "norm": "layernorm",
+    "norm_position": "post",
+    "positions": "sinusoidal",
+    "activation": "relu",
+    "biases": True,
+}
+_T5 = {
+    "architecture": "encoder_decoder",
+    "vocab_size": 32128,
+    "sequence_length": 512,
+    "norm": "rmsnorm",
+    "norm_epsilon": 1e-6,
+    "positions": "relative",
+    "activation": "geglu",
+    "biases": False,
+    "tie_embeddings": False,
+    "head_size": 64,
+}
 
 
 def _shape(hidden_size: int, num_layers: int, num_attention_heads: int, intermediate_size: int | None = None, **more: object) -> dict:
@@ -114,14 +256,24 @@ def _shape(hidden_size: int, num_layers: int, num_attention_heads: int, intermed
     } | dict(more)
 
 
-# GPT-2: Radford et al. 2019, table 2, and the released checkpoints. GPT-3: Brown et al. 2020 (arXiv 2005.14165), table 2.1;
-# its alternating sparse attention is dense here, which changes no parameter. Llama: arXiv 2302.13971, 2307.09288, 2407.21783
-# and the released config.json files; llama-160m is JackFram's, llama-1.1b TinyLlama's (arXiv 2401.02385).
+# GPT-2: Radford et al. 2019, table 2, and the released checkpoints. GPT-3: Brown et al. 2020 (arXiv 2005.14165), table 2.1; its
+# alternating sparse attention is dense here, which changes no parameter; the 1.3B and 13B rows do not multiply out there (24 heads of
+# 128 in 2048; width 5140), here they do. Llama: arXiv 2302.13971, 2307.09288, 2407.21783 and the released config.json files;
+# llama-160m is JackFram's, llama-1.1b TinyLlama's (arXiv 2401.02385). Qwen3: arXiv 2505.09388. BERT: Devlin et al. 2018 (arXiv
+# 1810.04805), uncased. ModernBERT: Warner et al. 2024 (arXiv 2412.13663), its local attention global. Transformer: Vaswani et al. 2017
+# (arXiv 1706.03762), table 3. T5: version 1.1, of Shazeer 2020 (arXiv 2002.05202) and the released config.json files.
 SIZES: dict[str, dict] = {
     "gpt2-124m": _GPT2 | _shape(768, 12, 12),
     "gpt2-355m": _GPT2 | _shape(1024, 24, 16),
     "gpt2-774m": _GPT2 | _shape(1280, 36, 20),
     "gpt2-1.5b": _GPT2 | _shape(1600, 48, 25),
+    "gpt3-125m": _GPT2 | _shape(768, 12, 12, sequence_length=2048),
+    "gpt3-350m": _GPT2 | _shape(1024, 24, 16, sequence_length=2048),
+    "gpt3-760m": _GPT2 | _shape(1536, 24, 16, sequence_length=2048),
+    "gpt3-1.3b": _GPT2 | _shape(2048, 24, 16, sequence_length=2048),
+    "gpt3-2.7b": _GPT2 | _shape(2560, 32, 32, sequence_length=2048),
+    "gpt3-6.7b": _GPT2 | _shape(4096, 32, 32, sequence_length=2048),
+    "gpt3-13b": _GPT2 | _shape(5120, 40, 40, sequence_length=2048),
     "gpt3-175b": _GPT2 | _shape(12288, 96, 96, sequence_length=2048),
     "llama-160m": _LLAMA | _shape(768, 12, 12, 3072, vocab_size=32000, sequence_length=2048),
     "llama-1.1b": _LLAMA | _shape(2048, 22, 32, 5632, vocab_size=32000, sequence_length=2048, num_key_value_heads=4),
@@ -131,7 +283,26 @@ SIZES: dict[str, dict] = {
     "llama3-1b": _LLAMA3 | _shape(2048, 16, 32, 8192, tie_embeddings=True),
     "llama3-8b": _LLAMA3 | _shape(4096, 32, 32, 14336),
     "llama3-70b": _LLAMA3 | _shape(8192, 80, 64, 28672),
+    "llama3.1-8b": _LLAMA31 | _shape(4096, 32, 32, 14336),
+    "llama3.1-70b": _LLAMA31 | _shape(8192, 80, 64, 28672),
+    "qwen3-0.6b": _QWEN3 | _shape(1024, 28, 16, 3072, tie_embeddings=True),
+    "qwen3-1.7b": _QWEN3 | _shape(2048, 28, 16, 6144, tie_embeddings=True),
+    "qwen3-4b": _QWEN3 | _shape(2560, 36, 32, 9728, tie_embeddings=True),
+    "qwen3-8b": _QWEN3 | _shape(4096, 36, 32, 12288),
+    "qwen3-14b": _QWEN3 | _shape(5120, 40, 40, 17408),
+    "qwen3-32b": _QWEN3 | _shape(5120, 64, 64, 25600),
+    "bert-base": _BERT | _shape(768, 12, 12),
+    "bert-large": _BERT | _shape(1024, 24, 16),
+    "modern-bert-base": _MODERN_BERT | _shape(768, 22, 12, 1152),
+    "transformer-base": _TRANSFORMER | _shape(512, 6, 8, dropout=0.1),
+    "transformer-big": _TRANSFORMER | _shape(1024, 6, 16, dropout=0.3),
+    "t5-small": _T5 | _shape(512, 8, 6, 1024),
+    "t5-base": _T5 | _shape(768, 12, 12, 2048),
+    "t5-large": _T5 | _shape(1024, 24, 16, 2816),
 }
+
+RELATIVE_BUCKETS = 32
+"""Rows of T5's table of distances."""
 
 
 def named_size(name: str) -> dict:
@@ -148,40 +319,86 @@ def _inner_widths(config: ModelConfig) -> tuple[int, int, int]:
     return config.num_attention_heads * config.head_size, config.num_key_value_heads * config.head_size, config.intermediate_size
 
 
-def _matrix_parameters_per_block(config: ModelConfig) -> int:
-    queries, keys, inner = _inner_widths(config)
-    feed_forward = 3 if config.activation == "swiglu" else 2
-    return config.hidden_size * (2 * queries + 2 * keys + feed_forward * inner)
+def _attention_matrices(config: ModelConfig) -> int:
+    queries, keys, _ = _inner_widths(config)
+    return config.hidden_size * (2 * queries + 2 * keys)
+
+
+def _feed_forward_matrices(config: ModelConfig) -> int:
+    return config.hidden_size * _inner_widths(config)[2] * (3 if is_gated(config) else 2)
+
+
+def is_gated(config: ModelConfig) -> bool:
+    """The feed-forward has a gate."""
+    return config.activation in ("swiglu", "geglu")
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the built module, tied weights once."""
-    queries, keys, inner = _inner_widths(config)
-    has_bias = config.norm == "layernorm" and config.biases
-    norm = config.hidden_size * (2 if has_bias else 1)
-    block = _matrix_parameters_per_block(config) + 2 * norm
+    hidden, (queries, keys, inner) = config.hidden_size, _inner_widths(config)
+    norm = hidden * (2 if config.norm == "layernorm" and config.biases else 1)
+    attention = _attention_matrices(config) + norm + (2 * queries // config.num_attention_heads if config.qk_norm else 0)
+    feed_forward = _feed_forward_matrices(config) + norm
     if config.biases:
-        block += queries + 2 * keys + config.hidden_size
-        block += inner * (2 if config.activation == "swiglu" else 1) + config.hidden_size
-    if config.qk_norm:
-        block += 2 * queries // config.num_attention_heads
-    embedding = config.vocab_size * config.hidden_size
-    total = embedding * (1 if config.tie_embeddings else 2) + config.num_layers * block
+        attention += queries + 2 * keys + hidden
+        feed_forward += inner * (2 if is_gated(config) else 1) + hidden
+    cross_blocks = config.num_decoder_layers or 0
+    total = config.total_blocks * (attention + feed_forward) + cross_blocks * attention
+    stacks = 2 if config.architecture == "encoder_decoder" else 1
     if config.positions == "learned":
-        total += config.sequence_length * config.hidden_size
+        total += stacks * config.sequence_length * hidden
+    if config.positions == "relative":
+        total += stacks * RELATIVE_BUCKETS * config.num_attention_heads
     if config.norm_position == "pre":
-        total += norm
-    return total
+        total += stacks * norm
+    if config.architecture == "encoder":
+        total += norm + config.token_types * hidden
+        if config.num_classes:
+            total += hidden * hidden + hidden + config.num_classes * (hidden + 1)
+        if config.token_head:
+            total += hidden * hidden + (hidden if config.biases else 0) + norm + config.vocab_size
+    embeddings = 1 if config.tie_embeddings or not config.token_head else 2
+    return total + embeddings * config.vocab_size * hidden
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int | None = None, causal: bool = True) -> float:
+def flops_per_token(
+    config: ModelConfig, sequence_length: int | None = None, causal: bool | None = None, target_length: int | None = None
+) -> float:
     """Floating-point operations of one training token: forward and backward (twice the forward), no recomputation.
 
-    A multiply-add is two. Counted: every matrix product, the head among them, and the two products of attention over the
-    (sequence_length + 1) / 2 keys that a token sees on average when `causal`, over all of them when not.
+    A multiply-add is two. Counted: every matrix product, the head among them, and the two products of attention over the keys that
+    a token sees on average: (sequence_length + 1) / 2 where attention is `causal` (default: in a decoder), else all, and no more
+    than a sliding window. Of an encoder-decoder the mean over the positions of a source of `sequence_length` tokens and a target of
+    `target_length` (default: as many).
     """
-    length = sequence_length or config.sequence_length
-    keys_seen = (length + 1) / 2 if causal else length
-    matrices = config.num_layers * _matrix_parameters_per_block(config) + config.vocab_size * config.hidden_size
-    attention = config.num_layers * 2 * _inner_widths(config)[0] * keys_seen
-    return 3 * 2 * (matrices + attention)
+    source = sequence_length or config.sequence_length
+    if config.architecture == "encoder_decoder":
+        target = target_length or source
+        encoder = source * _stack_flops(config, config.num_layers, _keys_seen(config, source, bool(causal)))
+        decoder = target * _stack_flops(config, config.num_decoder_layers or 0, _keys_seen(config, target, causal is not False))
+        queries, keys, _ = _inner_widths(config)
+        of_target = target * (2 * config.hidden_size * queries + 2 * queries * source)
+        cross = (config.num_decoder_layers or 0) * (of_target + source * 2 * config.hidden_size * keys)
+        return 3 * 2 * (encoder + decoder + cross + target * config.vocab_size * config.hidden_size) / (source + target)
+    causal = config.architecture == "decoder" if causal is None else causal
+    total = _stack_flops(config, config.num_layers, _keys_seen(config, source, causal))
+    if config.token_head:
+        total += config.vocab_size * config.hidden_size
+        total += config.hidden_size**2 if config.architecture == "encoder" else 0
+    return 3 * 2 * total
+
+
+def _keys_seen(config: ModelConfig, length: int, causal: bool) -> float:
+    window = config.sliding_window
+    if window is None or window >= length:
+        return (length + 1) / 2 if causal else length
+    if causal:
+        return window - window * (window - 1) / 2 / length
+    side = window // 2
+    return 2 * side + 1 - side * (side + 1) / length
+
+
+def _stack_flops(config: ModelConfig, num_blocks: int, keys_seen: float) -> float:
+    """Multiply-adds of a token in so many blocks, cross-attention left out."""
+    matrices = _attention_matrices(config) + _feed_forward_matrices(config)
+    return num_blocks * (matrices + 2 * _inner_widths(config)[0] * keys_seen)

@@ -1,11 +1,21 @@
-"""New tokens from a model, one at a time."""
+"""New tokens from a model, one at a time; the best target of a source; what belongs behind a mask.
 
+A model is (its inputs, cache=) -> logits [batch, seq, vocab], as Transformer is, in its eval mode.
+"""
+
+import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.layers import KeyValueCache
+
+Network = Callable[..., Tensor]
+
+LONGER_THAN_ITS_SOURCE = 50
+"""Tokens that a target of beam search may be longer than its source: Vaswani et al. 2017, arXiv 1706.03762, section 6.1."""
 
 
 def sample(
@@ -36,7 +46,7 @@ def sample(
 
 
 def generate(
-    model: Callable[[Tensor, Tensor, KeyValueCache], Tensor],
+    model: Network,
     tokens: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -47,12 +57,15 @@ def generate(
     *,
     sequence_length: int,
     vocab_size: int | None = None,
+    prefix_attention: bool = False,
 ) -> Iterator[Tensor]:
     """Continue each row of `tokens` [batch, seq], yielding one id a row [batch] at every step, on the device of `tokens`.
 
-    `model` is (tokens, segments, cache) -> logits [batch, seq, vocab], in its eval mode. Each token is computed once, until
-    tokens fill the `sequence_length` that the model knows: then the last half of them is read again as a new beginning, and so
-    on. Of a longer prompt only the last `sequence_length` tokens are seen.
+    `model` takes (tokens, segments, cache=). Each token is computed once, until tokens fill the `sequence_length` that the model
+    knows: then the last half of them is read again as a new beginning, and so on. Of a longer prompt only the last
+    `sequence_length` tokens are seen. With `prefix_attention` what is read at once is a prefix.
+    An encoder-decoder writes the targets of sources so: functools.partial(model, source, source_segments), and as tokens the
+    start token of each.
     Ids from `vocab_size` on, where the model has more rows than the tokenizer ids, are never drawn.
     A row that has drawn `stop` goes on yielding it; when all have, the iterator ends. The same seed gives the same tokens.
     """
@@ -63,16 +76,17 @@ def generate(
         raise ValueError(f"The prompt has shape {list(tokens.shape)}; it must be [batch, seq] with at least one token.")
     generator = torch.Generator(tokens.device).manual_seed(seed)
     draw = lambda logits: sample(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # noqa: E731
-    return _steps(model, tokens, max_new_tokens, sequence_length, draw, stop)
+    return _steps(model, tokens, max_new_tokens, sequence_length, draw, stop, -1 if prefix_attention else 1)
 
 
 def _steps(
-    model: Callable[[Tensor, Tensor, KeyValueCache], Tensor],
+    model: Network,
     tokens: Tensor,
     max_new_tokens: int,
     sequence_length: int,
     draw: Callable[[Tensor], Tensor],
     stop: int | None,
+    first_segment: int,
 ) -> Iterator[Tensor]:
     window = unread = tokens[:, -sequence_length:]
     cache = KeyValueCache()
@@ -81,9 +95,9 @@ def _steps(
         if cache.length + unread.shape[1] > sequence_length:
             window = unread = window[:, -max(1, sequence_length // 2) :]
             cache = KeyValueCache()
+        segments = torch.full_like(unread, 1 if cache.length else first_segment)
         with torch.no_grad():  # not inference_mode: what ZeRO-3 gathers under it could not be trained any more
-            logits = model(unread, torch.ones_like(unread), cache)[:, -1]
-            ids = draw(logits)
+            ids = draw(model(unread, segments, cache=cache)[:, -1])
             if stop is not None:
                 ids = torch.where(stopped, stop, ids)
                 stopped = stopped | (ids == stop)
@@ -91,6 +105,104 @@ def _steps(
         yield ids
         if stop is not None and stopped.all():
             return
+
+
+class Hypothesis(NamedTuple):
+    """A target that beam search has found."""
+
+    tokens: list[int]
+    """Without the start and the stop token."""
+    score: float
+    """log P / length penalty."""
+
+
+def beam_search(
+    model: Network,
+    source: Tensor,
+    source_segments: Tensor,
+    start: int,
+    stop: int,
+    beam_size: int = 4,
+    length_penalty: float = 0.6,
+    max_new_tokens: int | None = None,
+    *,
+    sequence_length: int,
+    vocab_size: int | None = None,
+) -> list[Hypothesis]:
+    """The target found for each source, of the highest log P / ((5 + length) / 6) ** length_penalty.  [batch, seq], segments 0: padding
+
+    Wu et al. 2016, arXiv 1609.08144, equation 14, with the numbers of Vaswani et al. 2017, section 6.1. The length counts the stop
+    token; the longest is max_new_tokens, by default that of the source + 50, and never more than sequence_length.
+    `model` is an encoder-decoder: (source, source_segments, tokens, segments, cache=).
+
+    Each step keeps the beam_size likeliest continuations; one that ends leaves its place to another in the next step. A source is
+    done, and leaves the batch, when no live hypothesis can beat its best ended one even if it went on for nothing. If none has
+    ended at the longest length, the likeliest live one is the target. beam_size 1 is greedy.
+    """
+    _check_beams(beam_size, length_penalty, max_new_tokens)
+    penalty = lambda length: ((5 + length) / 6) ** length_penalty  # noqa: E731
+    longest = source_segments.ne(0).sum(dim=1) + LONGER_THAN_ITS_SOURCE
+    longest = (longest if max_new_tokens is None else torch.full_like(longest, max_new_tokens)).clamp(max=sequence_length)
+    found = [Hypothesis([], -math.inf)] * len(source)
+    searched = torch.arange(len(source), device=source.device)  # the numbers of the sources that are not done
+    best = torch.full_like(searched, -math.inf, dtype=torch.float32)  # [searched], the score that each has in `found`
+    hypotheses = torch.full((len(source), 1, 1), start, device=source.device)  # [searched, beam, 1 + length]
+    log_p = torch.zeros(len(source), 1, device=source.device)  # [searched, beam]; -inf: has ended
+    cache, length = KeyValueCache(), 0
+    while len(searched):
+        last, length = hypotheses[:, :, -1:].flatten(0, 1), length + 1
+        with torch.no_grad():
+            logits = model(source, source_segments, last, torch.ones_like(last), cache=cache)[:, -1, :vocab_size]
+        continued = log_p[:, :, None] + logits.float().log_softmax(dim=-1).unflatten(0, log_p.shape)  # [searched, beam, vocab]
+        log_p, places = continued.flatten(1).topk(min(beam_size, continued[0].numel()))
+        parents, ids = places // continued.shape[2], places % continued.shape[2]
+        hypotheses = torch.cat((hypotheses.take_along_dim(parents[:, :, None], dim=1), ids[:, :, None]), dim=2)
+
+        ended = ids == stop
+        cut = (length == longest) & best.isneginf() & ~ended.any(dim=1)
+        scores, which = (log_p / penalty(length)).masked_fill(~(ended | cut[:, None]), -math.inf).max(dim=1)
+        for place in (scores > best).nonzero().flatten().tolist():
+            tokens = hypotheses[place, which[place], 1:].tolist()
+            found[searched[place]] = Hypothesis(tokens[:-1] if tokens[-1] == stop else tokens, float(scores[place]))
+        best = torch.maximum(best, scores)
+
+        log_p = log_p.masked_fill(ended, -math.inf)
+        goes_on = (length < longest) & (log_p.max(dim=1).values / penalty(longest) > best)
+        rows = torch.arange(len(searched), device=source.device)[:, None] * continued.shape[1] + parents
+        rows = rows[goes_on].flatten()
+        cache.select(rows)
+        source, source_segments = source[rows], source_segments[rows]
+        searched, longest, best, hypotheses, log_p = (x[goes_on] for x in (searched, longest, best, hypotheses, log_p))
+    return found
+
+
+class Fillings(NamedTuple):
+    """The likeliest ids of each mask, likeliest first; the masks in their order, row by row.  [masks, top_k]"""
+
+    ids: Tensor
+    probabilities: Tensor
+
+
+def fill_mask(model: Network, *inputs: Tensor, mask: int, top_k: int = 5, vocab_size: int | None = None) -> Fillings:
+    """What an encoder expects in place of each `mask` in the tokens, the first of its inputs."""
+    with torch.no_grad():
+        outputs = model(*inputs)
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    probabilities = logits[inputs[0] == mask][:, :vocab_size].float().softmax(dim=-1)
+    most, ids = probabilities.topk(min(top_k, probabilities.shape[1]))
+    return Fillings(ids, most)
+
+
+def _check_beams(beam_size: int, length_penalty: float, max_new_tokens: int | None) -> None:
+    complaints = []
+    if beam_size < 1:
+        complaints.append(f"beam_size is {beam_size}; it must be at least 1 (1 takes the likeliest token each time).")
+    if not 0 <= length_penalty < math.inf:
+        complaints.append(f"length_penalty is {length_penalty}; it must be at least 0 (0 takes the likeliest target, whatever its length).")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        complaints.append(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if complaints:
+        raise ValueError("\n".join(complaints))
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -15,42 +15,65 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
 
 
-def training_loss(logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-    """Summed token loss over `labels[1]`; labels is (targets [batch, seq], the number to divide by).
+def training_loss(
+    outputs: Tensor | tuple[Tensor, Tensor], labels: tuple[Tensor, ...], label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
+    """Summed token loss over a divisor, with, where there are classes, their summed loss over a divisor of its own.
 
-    The divisor is that of the whole global batch: its target tokens over its micro-batches. The mean over micro-batches, which
-    data parallelism and accumulation take, is then the mean over the tokens, however they are spread.
+    outputs are what the network says; labels (targets [batch, seq], divisor), behind them (classes [batch], divisor). A divisor is
+    that of the whole global batch: its targets over its micro-batches. The mean over micro-batches, which data parallelism and
+    accumulation take, is then the mean over the targets, however they are spread.
+
+    With `label_smoothing` e the target distribution is 1 - e on the target and e spread over all of the vocabulary (Szegedy et al.
+    2015, arXiv 1512.00567, section 7); `z_loss` times the squared log of the softmax's denominator is added (Chowdhery et al. 2022,
+    arXiv 2204.02311, section 5). Neither touches the classes.
     """
-    targets, divisor = labels
-    return _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten()) / divisor
+    logits, class_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
+    targets, divisor, *of_classes = labels
+    loss = _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten(), label_smoothing, z_loss) / divisor
+    if not of_classes:
+        return loss
+    assert class_logits is not None
+    classes, class_divisor = of_classes
+    return loss + F.cross_entropy(class_logits.float(), classes, ignore_index=IGNORED, reduction="sum") / class_divisor
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(logits)[target].  [tokens, vocab], [tokens] -> scalar float32
+    """Sum of -log softmax(logits)[target], smoothed, and of the z-loss.  [tokens, vocab], [tokens] -> scalar float32
 
-    The arithmetic is float32 whatever the logits are, a chunk of rows at a time; the gradient, softmax minus one-hot, is made in
-    the same sweep and kept in the logits' type. What F.cross_entropy keeps instead is several float32 copies of the logits.
+    The arithmetic is float32 whatever the logits are, a chunk of rows at a time; the gradient, softmax minus the target's
+    distribution, is made in the same sweep and kept in the logits' type. What F.cross_entropy keeps instead is several float32
+    copies of the logits.
     """
 
     @staticmethod
-    def forward(context, logits: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(context, logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:  # type: ignore[override]
         # Under fp16 the loss scale comes with `factor`, so what is small stays float32 until then.
         kept_as = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.empty_like(logits, dtype=kept_as) if context.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        rows = max(1, _CHUNK_BYTES.get(logits.device.type, 4 << 20) // (4 * logits.shape[1]))
+        vocabulary = logits.shape[1]
+        rows = max(1, _CHUNK_BYTES.get(logits.device.type, 4 << 20) // (4 * vocabulary))
         for start in range(0, len(logits), rows):
-            wanted = targets[start : start + rows, None]
+            chunk, wanted = logits[start : start + rows], targets[start : start + rows, None]
             is_target = (wanted != IGNORED).float()
             wanted = wanted.clamp(min=0)
-            log_probabilities = F.log_softmax(logits[start : start + rows], dim=1, dtype=torch.float32)
-            total -= (log_probabilities.gather(1, wanted) * is_target).sum()
+            log_probabilities = F.log_softmax(chunk, dim=1, dtype=torch.float32)
+            total -= (1 - label_smoothing) * (log_probabilities.gather(1, wanted) * is_target).sum()
+            if label_smoothing:
+                total -= label_smoothing * (log_probabilities.mean(dim=1, keepdim=True) * is_target).sum()
+            if z_loss:  # the denominator's log is what log_softmax has taken from every logit
+                denominators = chunk[:, :1].float() - log_probabilities[:, :1]
+                total += z_loss * (denominators.square() * is_target).sum()
             if gradient is not None:
-                probabilities = log_probabilities.exp_().mul_(is_target)
-                gradient[start : start + rows] = probabilities.scatter_add_(1, wanted, -is_target)
+                probabilities = log_probabilities.exp_().mul_(is_target * (1 + 2 * z_loss * denominators) if z_loss else is_target)
+                if label_smoothing:
+                    probabilities -= is_target * (label_smoothing / vocabulary)
+                gradient[start : start + rows] = probabilities.scatter_add_(1, wanted, -(1 - label_smoothing) * is_target)
         context.gradient, context.logits_dtype = gradient, logits.dtype
         return total
 
     @staticmethod
     def backward(context, factor: Tensor):  # type: ignore[override]
-        return context.gradient.mul_(factor).to(context.logits_dtype), None  # in place: the gradient is asked for once
+        # In place: the gradient is asked for once.
+        return context.gradient.mul_(factor).to(context.logits_dtype), None, None, None

@@ -24,7 +24,7 @@ def randomise():
     def move(module: nn.Module, seed: int = 0) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in module.parameters():
+            for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return module.eval()
 

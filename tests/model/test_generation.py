@@ -1,9 +1,13 @@
+import functools
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.generation import generate, sample
+from model.generation import beam_search, fill_mask, generate, sample
 from model.layers import KeyValueCache
 
 
@@ -24,15 +28,18 @@ def drawn(*arguments, **settings) -> torch.Tensor:
     return torch.stack(list(generate(*arguments, **settings)), dim=1)
 
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"qk_norm": True}, {"document_mask": True}, {"norm_position": "post"}])
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "alibi"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_key_value_heads": 2}, {"qk_norm": True}, {"document_mask": True}, {"norm_position": "post"}, {"sliding_window": 4}],
+)
 @pytest.mark.parametrize("parts", [(1,) * 12, (5, 1, 1, 4, 1), (12,)])
 def test_the_cache_changes_no_logit(tiny, network, positions, changes, parts):
     model = network(tiny(positions=positions, **changes))
     tokens = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
     cache, pieces = KeyValueCache(), []
     for part in tokens.split(parts, dim=1):
-        pieces.append(model(part, torch.ones_like(part), cache))
+        pieces.append(model(part, torch.ones_like(part), cache=cache))
     assert cache.length == 12
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens, torch.ones_like(tokens)), rtol=0, atol=1e-5)
 
@@ -105,6 +112,15 @@ def test_tokens_come_one_at_a_time():
     assert not torch.is_inference_mode_enabled()
 
 
+def test_a_prefix_is_read_as_a_prefix(tiny, network):
+    model, prompt = network(tiny(prefix_attention=True)), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    continued, segments = prompt, -torch.ones_like(prompt)
+    for _ in range(6):
+        continued = torch.cat((continued, model(continued, segments)[:, -1:].argmax(dim=-1)), dim=1)
+        segments = torch.nn.functional.pad(segments, (0, 1), value=1)
+    assert torch.equal(drawn(model, prompt, 6, sequence_length=24, temperature=0, prefix_attention=True), continued[:, 3:])
+
+
 @settings(max_examples=50, deadline=None)
 @given(logits=st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12), top_p=st.floats(0.01, 1), seed=st.integers(0, 1000))
 def test_top_p_draws_among_the_fewest_that_sum_to_p(logits, top_p, seed):
@@ -152,3 +168,158 @@ def test_a_bad_value_is_refused_before_the_first_token(setting, value, sentence)
     arguments = {"model": Counting(9), "tokens": torch.tensor([[1]]), "max_new_tokens": 3, "sequence_length": 8}
     with pytest.raises(ValueError, match=sentence):
         generate(**(arguments | {setting: value}))
+
+
+class Dice:
+    """A stand-in for an encoder-decoder: logits that depend on the source and on every token so far, which the cache holds for it."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.rows_shown: list[int] = []
+
+    def __call__(self, source, source_segments, tokens, segments, cache: KeyValueCache) -> torch.Tensor:
+        self.rows_shown.append(len(tokens))
+        seen = so_far(tokens, cache)
+        cache.length += 1
+        return torch.stack(
+            [self.logits(row[within > 0], target) for row, within, target in zip(source, source_segments, seen, strict=True)]
+        )[:, None]
+
+    def logits(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seed = hash((tuple(source.tolist()), tuple(target.tolist())))
+        return 2 * torch.randn(self.vocab_size, generator=torch.Generator().manual_seed(seed))
+
+    def log_probability(self, source: list[int], target: list[int]) -> float:
+        """Of a target behind the start token 0."""
+        steps = [
+            self.logits(torch.tensor(source), torch.tensor([0, *target[:at]])).log_softmax(dim=0)[token] for at, token in enumerate(target)
+        ]
+        return float(sum(steps))
+
+
+class Chain(Dice):
+    """Each token's probabilities depend on the one before it alone, and come from a table."""
+
+    def __init__(self, table: list[list[float]]):
+        super().__init__(len(table))
+        self.table = torch.tensor(table)
+
+    def logits(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.table[target[-1]].log()
+
+
+def so_far(tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+    as_key = tokens[:, None, :, None]
+    return cache.append(0, as_key, as_key)[0][:, 0, :, 0]
+
+
+def padded(*rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sources of different lengths and their segments."""
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    segments = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    return tokens, segments
+
+
+def searched(model, *sources: list[int], **settings):
+    return beam_search(model, *padded(*sources), start=0, stop=0, **({"sequence_length": 24} | settings))
+
+
+@pytest.mark.parametrize("length_penalty", [0, 0.6, 2])
+def test_a_beam_as_wide_as_the_space_finds_the_best_target_there_is(length_penalty):
+    model, sources, longest = Dice(4), ([5], [6, 7], [8, 9, 8]), 4
+    targets = [[*text, 0] for length in range(longest) for text in itertools.product([1, 2, 3], repeat=length)]
+    for source, found in zip(
+        sources, searched(model, *sources, beam_size=256, length_penalty=length_penalty, max_new_tokens=longest), strict=True
+    ):
+        scores = {
+            tuple(target[:-1]): model.log_probability(source, target) / ((5 + len(target)) / 6) ** length_penalty for target in targets
+        }
+        best = max(scores, key=scores.__getitem__)
+        assert tuple(found.tokens) == best
+        assert found.score == pytest.approx(scores[best], rel=1e-5)  # float32 sums
+
+
+def test_one_beam_is_greedy():
+    model, sources = Dice(5), [[number] for number in range(1, 9)]
+    source, segments = padded(*sources)
+    start = torch.zeros(len(sources), 1, dtype=torch.long)
+    greedy = drawn(functools.partial(model, source, segments), start, 20, temperature=0, stop=0, sequence_length=24)
+    for row, found in zip(greedy.tolist(), searched(model, *sources, beam_size=1, max_new_tokens=20), strict=True):
+        assert found.tokens == (row[: row.index(0)] if 0 in row else row)
+
+
+def test_a_wider_beam_finds_no_worse_targets_on_the_whole():
+    scores = [sum(found.score for found in searched(Dice(5), *([n] for n in range(1, 21)), beam_size=beams)) for beams in (1, 4, 16)]
+    assert scores[0] < scores[1] < scores[2]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"positions": "sinusoidal", "norm_position": "post"}, {"positions": "relative"}, {"positions": "rotary"}]
+)
+def test_an_encoder_decoder_searches_as_well_with_a_cache_and_beside_others(tiny, network, changes):
+    model = network(tiny(architecture="encoder_decoder", vocab_size=9, **changes))
+    sources = [[1, 2, 3, 4, 5], [6], [7, 8, 1]]
+    together = searched(model, *sources, max_new_tokens=12)
+    alone = [found for source in sources for found in searched(model, source, max_new_tokens=12)]
+
+    def without_cache(source, source_segments, tokens, segments, cache):
+        seen = so_far(tokens, cache)
+        return model(source, source_segments, seen, torch.ones_like(seen))
+
+    for road in (alone, searched(without_cache, *sources, max_new_tokens=12)):
+        assert [found.tokens for found in road] == [found.tokens for found in together]
+        assert [found.score for found in road] == pytest.approx([found.score for found in together], abs=1e-5)
+
+
+@pytest.mark.parametrize(("length_penalty", "tokens", "score"), [(0, [], math.log(0.4)), (0.6, [1, 2, 3], math.log(0.36) / 1.5**0.6)])
+def test_the_length_penalty_by_hand(length_penalty, tokens, score):
+    """Nothing at all has 0.4; 1, 2, 3 has 0.6 x 0.6, and four tokens with its stop: ((5 + 4) / 6) ** 0.6."""
+    chain = Chain([[0.4, 0.6, 0, 0], [0.2, 0, 0.6, 0.2], [0, 0, 0, 1], [1, 0, 0, 0]])
+    (found,) = searched(chain, [5], length_penalty=length_penalty)
+    assert found == (tokens, pytest.approx(score))
+
+
+def test_a_source_leaves_the_batch_when_nothing_can_beat_its_best():
+    sure = Chain([[0.9, 0.1], [0.1, 0.9]])  # behind 0.9 for nothing at all, 0.1 can reach log(0.1) / (30 / 6) ** 0.6 = -0.88
+    assert searched(sure, [5], [6], max_new_tokens=25) == [([], pytest.approx(math.log(0.9)))] * 2
+    assert sure.rows_shown == [2]
+    lengths_differ = Chain([[0, 1], [0.5, 0.5]])
+    searched(lengths_differ, [5], [6, 6, 6], length_penalty=0, beam_size=2)
+    assert lengths_differ.rows_shown[:2] == [2, 4]
+
+
+def test_a_target_that_does_not_end_is_cut_at_its_longest():
+    endless = Chain([[0, 1, 0], [0, 0.4, 0.6], [0, 0.4, 0.6]])
+    two, three = searched(endless, [5, 6], [5, 6, 7], sequence_length=100)
+    assert two.tokens == [1] + [2] * 51 and three.tokens == [1] + [2] * 52  # source + 50
+    assert [len(found.tokens) for found in searched(endless, [5, 6], max_new_tokens=7)] == [7]
+    assert [len(found.tokens) for found in searched(endless, [5, 6], sequence_length=9)] == [9]
+
+
+def test_ids_beyond_the_tokenizer_are_in_no_target():
+    endless = Chain([[0, 0.1, 0.9], [0.5, 0, 0.5], [0, 0, 1]])
+    assert searched(endless, [5], vocab_size=2)[0].tokens == [1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [
+        ("beam_size", 0, "beam_size is 0; it must be at least 1"),
+        ("length_penalty", -0.5, "length_penalty is -0.5; it must be at least 0"),
+        ("length_penalty", math.nan, "length_penalty is nan; it must be at least 0"),
+        ("max_new_tokens", 0, "max_new_tokens is 0; it must be at least 1."),
+    ],
+)
+def test_a_bad_search_is_refused(setting, value, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        searched(Dice(4), [5], **{setting: value})
+
+
+def test_each_mask_gets_the_likeliest_ids_in_order():
+    probabilities = torch.tensor([[0.1, 0.2, 0.7, 0.0], [0.5, 0.3, 0.1, 0.1], [0.0, 0.1, 0.2, 0.7]])
+    with_classes = lambda tokens, segments: (probabilities.log()[tokens.cumsum(dim=1) % 3], torch.zeros(len(tokens), 2))  # noqa: E731
+    tokens = torch.tensor([[3, 1, 3], [1, 3, 1]])  # places of the table: 0 1 1, 1 1 2
+    filled = fill_mask(with_classes, tokens, torch.ones_like(tokens), mask=3, top_k=2)
+    assert filled.ids.tolist() == [[2, 1], [0, 1], [0, 1]]
+    torch.testing.assert_close(filled.probabilities, torch.tensor([[0.7, 0.2], [0.5, 0.3], [0.5, 0.3]]))
+    assert fill_mask(with_classes, tokens, torch.ones_like(tokens), mask=3, top_k=9, vocab_size=2).ids.shape == (3, 2)

@@ -5,11 +5,55 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.t5.modeling_t5 import T5Attention
 
-from model.layers import Attention, Block, FeedForward, LayerNorm, Positions, RMSNorm, rotate
+from model.layers import (
+    Attention,
+    Block,
+    FeedForward,
+    KeyValueCache,
+    LayerNorm,
+    Positions,
+    RMSNorm,
+    alibi_slopes,
+    distances,
+    relative_buckets,
+    rotate,
+)
 from model.transformer import Transformer, layers
 
-KINDS_OF_POSITIONS = ("learned", "sinusoidal", "rotary")
+KINDS_OF_POSITIONS = ("learned", "sinusoidal", "rotary", "alibi")
+BERT = {
+    "architecture": "encoder",
+    "norm": "layernorm",
+    "norm_position": "post",
+    "positions": "learned",
+    "activation": "gelu",
+    "biases": True,
+    "token_types": 2,
+}
+MODERN_BERT = {"architecture": "encoder", "norm": "layernorm", "activation": "geglu"}
+TRANSFORMER = {
+    "architecture": "encoder_decoder",
+    "norm": "layernorm",
+    "norm_position": "post",
+    "positions": "sinusoidal",
+    "activation": "relu",
+    "biases": True,
+    "num_decoder_layers": 1,
+}
+T5 = {"architecture": "encoder_decoder", "positions": "relative", "activation": "geglu", "tie_embeddings": False, "head_size": 6}
+SOURCE = torch.tensor([[11, 12, 13, 21, 22, 0, 0]])
+SOURCE_SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 0, 0]])
+TARGET = torch.tensor([[1, 31, 32, 1, 41, 42, 43, 44, 0]])
+TARGET_SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2, 0]])
+
+
+def moved(model, inputs: tuple, which: int, place: int) -> list[int]:
+    """The places of the output that another token at one place of an input changes, in the first row."""
+    changed = [tensor.clone() for tensor in inputs]
+    changed[which][0, place] = 60
+    return (model(*inputs) != model(*changed))[0].any(dim=1).nonzero().flatten().tolist()
 
 
 def attention_in_numpy(x: np.ndarray, weights: dict[str, np.ndarray], heads: int, key_value_heads: int) -> np.ndarray:
@@ -53,8 +97,31 @@ def test_sinusoidal_positions_are_the_formula(tiny):
     for place in range(5):
         for pair in range(3):
             angle = place / 10000 ** (2 * pair / 6)
-            assert added[0, place, 2 * pair].item() == pytest.approx(math.sin(angle), abs=1e-6)
-            assert added[0, place, 2 * pair + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+            assert added[0, place, pair].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert added[0, place, 3 + pair].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_slopes_of_alibi_are_the_papers():
+    assert alibi_slopes(8).tolist() == [2.0**-power for power in range(1, 9)]
+    assert alibi_slopes(6).tolist() == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
+
+
+def test_alibi_is_a_penalty_on_distance(tiny, randomise):
+    attention = randomise(Attention(tiny(positions="alibi"), 0, seed=0)).double()
+    with torch.no_grad():
+        attention.query.weight.zero_()  # all scores alike but for the penalty
+    hidden = torch.randn(1, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value = attention.value(hidden).view(5, 4, 8)
+    weights = torch.stack([(-slope * torch.arange(4, -1, -1.0, dtype=torch.float64)).softmax(dim=0) for slope in alibi_slopes(4)])
+    by_hand = attention.output(torch.einsum("hk,khd->hd", weights, value).flatten())
+    torch.testing.assert_close(attention(hidden, torch.ones(1, 5, dtype=torch.long))[0, -1], by_hand)
+
+
+@pytest.mark.parametrize("both_sides", [True, False])
+def test_buckets_of_distances_are_those_of_t5(both_sides):
+    distance = distances(300, 300, torch.device("cpu"))
+    theirs = T5Attention._relative_position_bucket(distance, bidirectional=both_sides, num_buckets=32, max_distance=128)
+    assert torch.equal(relative_buckets(distance, both_sides), theirs)
 
 
 def test_norms_by_hand():
@@ -80,9 +147,10 @@ def test_feed_forward_by_hand(tiny, randomise):
         module = randomise(FeedForward(tiny(activation=activation, biases=True), 0, seed=0))
         by_hand = function(x @ module.up.weight.T + module.up.bias) @ module.down.weight.T + module.down.bias
         torch.testing.assert_close(module(x), by_hand)
-    module = randomise(FeedForward(tiny(activation="swiglu"), 0, seed=0))
-    gate = x @ module.gate.weight.T
-    torch.testing.assert_close(module(x), (gate * torch.sigmoid(gate) * (x @ module.up.weight.T)) @ module.down.weight.T)
+    for activation, function in {"swiglu": lambda gate: gate * torch.sigmoid(gate), "geglu": inner["gelu_tanh"]}.items():
+        module = randomise(FeedForward(tiny(activation=activation), 0, seed=0))
+        gate = x @ module.gate.weight.T
+        torch.testing.assert_close(module(x), (function(gate) * (x @ module.up.weight.T)) @ module.down.weight.T)
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
@@ -134,22 +202,120 @@ def test_documents_of_a_packed_sample_do_not_touch(tiny, network, positions):
     torch.testing.assert_close(logits[:, 4:9], alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_a_sliding_window_shows_so_many_tokens(tiny, network, window):
+    model, tokens = network(tiny(sliding_window=window, num_layers=1)), torch.arange(12)[None]
+    assert moved(model, (tokens, torch.ones_like(tokens)), 0, 4) == list(range(4, min(12, 4 + window)))
+
+
+def test_an_encoders_window_has_half_on_each_side(tiny, network):
+    model, tokens = network(tiny(**MODERN_BERT, sliding_window=5, num_layers=1)), torch.arange(12)[None]
+    assert moved(model, (tokens, torch.ones_like(tokens)), 0, 4) == [2, 3, 4, 5, 6]
+
+
+def test_the_tokens_of_a_prefix_see_one_another(tiny, network):
+    model = network(tiny(prefix_attention=True, document_mask=True))
+    tokens, segments = torch.arange(10)[None], torch.tensor([[-1, -1, -1, 1, 1, -2, -2, 2, 2, 0]])
+    assert moved(model, (tokens, segments), 0, 2) == [0, 1, 2, 3, 4]
+    assert moved(model, (tokens, segments), 0, 3) == [3, 4]
+    assert moved(model, (tokens, segments), 0, 6) == [5, 6, 7, 8]
+
+
+def test_a_window_reaches_back_into_a_prefix_no_further_than_elsewhere(tiny, network):
+    model = network(tiny(prefix_attention=True, sliding_window=3, num_layers=1))
+    tokens, segments = torch.arange(9)[None], torch.tensor([[-1, -1, -1, -1, -1, 1, 1, 1, 1]])
+    assert moved(model, (tokens, segments), 0, 4) == [0, 1, 2, 3, 4, 5, 6]
+    assert moved(model, (tokens, segments), 0, 1) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_prefix_is_read_into_the_cache_whole(tiny, network, window):
+    model, tokens = network(tiny(prefix_attention=True, sliding_window=window)), torch.arange(9)[None]
+    segments = torch.tensor([[-1, -1, -1, -1, 1, 1, 1, 1, 1]])
+    cache = KeyValueCache()
+    read = [model(tokens[:, some], segments[:, some], cache=cache) for some in (slice(0, 4), slice(4, 7), slice(7, 8), slice(8, 9))]
+    torch.testing.assert_close(torch.cat(read, dim=1), model(tokens, segments))
+
+
+@pytest.mark.parametrize("options", [BERT, MODERN_BERT], ids=["bert", "modern"])
+def test_a_token_of_an_encoder_sees_all_of_its_document_and_no_padding(tiny, network, options):
+    model = network(tiny(**options, document_mask=True))
+    tokens, segments = torch.arange(10)[None], torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 0, 0]])
+    inputs = (tokens, segments) + ((torch.zeros_like(tokens),) if "token_types" in options else ())
+    assert moved(model, inputs, 0, 1) == [0, 1, 2, 3]
+    assert moved(model, inputs, 0, 6) == [4, 5, 6, 7]
+    assert moved(model, inputs, 0, 8) == [8, 9]
+
+
+def test_a_token_type_counts_and_so_does_each_class_of_a_sample(tiny, network):
+    model = network(tiny(**BERT, num_classes=3))
+    tokens, types = torch.arange(8).view(2, 4), torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    logits, classes = model(tokens, torch.ones_like(tokens), types)
+    assert (logits.shape, classes.shape) == ((2, 4, 61), (2, 3))
+    other_logits, other_classes = model(tokens, torch.ones_like(tokens), torch.zeros_like(types))
+    assert (logits != other_logits).any() and (classes != other_classes).all()
+    headless = network(tiny(**BERT, num_classes=3, token_head=False))
+    assert headless(tokens, torch.ones_like(tokens), types)[1].shape == (2, 3)
+    assert not any(parameter.shape == (61,) for parameter in headless.parameters())
+
+
+@pytest.mark.parametrize("options", [TRANSFORMER, T5], ids=["transformer", "t5"])
+def test_a_target_sees_its_past_and_its_own_source(tiny, network, options):
+    model = network(tiny(**options))
+    inputs = SOURCE, SOURCE_SEGMENTS, TARGET, TARGET_SEGMENTS
+    assert moved(model, inputs, 0, 2)[:3] == [0, 1, 2] and not set(moved(model, inputs, 0, 2)) & set(range(3, 8))
+    assert set(moved(model, inputs, 0, 3)) - {8} == set(range(3, 8))
+    assert not set(moved(model, inputs, 0, 6)) & set(range(8))  # padding
+    assert moved(model, inputs, 2, 4) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("options", [TRANSFORMER, T5], ids=["transformer", "t5"])
+def test_pairs_in_one_sample_are_as_good_as_alone(tiny, network, options):
+    model = network(tiny(**options))
+    packed = model(SOURCE, SOURCE_SEGMENTS, TARGET, TARGET_SEGMENTS)
+    alone = model(SOURCE[:, 3:5], torch.ones(1, 2, dtype=torch.long), TARGET[:, 3:8], torch.ones(1, 5, dtype=torch.long))
+    torch.testing.assert_close(packed[:, 3:8], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [TRANSFORMER, T5], ids=["transformer", "t5"])
+def test_a_target_read_piece_by_piece_from_the_cache_is_the_whole_one(tiny, network, options):
+    model = network(tiny(**options))
+    source, source_segments = SOURCE.repeat(2, 1), torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])
+    target = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 7, 8, 9, 10, 11]])
+    whole, cache, rows = model(source, source_segments, target, torch.ones_like(target)), KeyValueCache(), torch.tensor([1, 0, 1])
+    for some in (slice(0, 1), slice(1, 2), slice(2, 4)):
+        read = model(source, source_segments, target[:, some], torch.ones_like(target[:, some]), cache=cache)
+        torch.testing.assert_close(read, whole[:, some], rtol=0, atol=1e-5)
+    cache.select(rows)
+    last = target[rows, 4:]
+    read = model(source[rows], source_segments[rows], last, torch.ones_like(last), cache=cache)
+    torch.testing.assert_close(read, whole[rows, 4:], rtol=0, atol=1e-5)
+
+
+def test_a_capped_logit_stays_within_its_bound(tiny, network):
+    tokens = torch.arange(8)[None]
+    for tied in (True, False):
+        free, capped = (network(tiny(tie_embeddings=tied, logit_softcap=cap))(tokens, torch.ones_like(tokens)) for cap in (None, 0.3))
+        torch.testing.assert_close(capped, 0.3 * torch.tanh(free / 0.3))
+
+
 def test_without_a_document_mask_the_segments_are_not_read(tiny, network):
     model, tokens = network(tiny()), torch.arange(8)[None]
     assert torch.equal(model(tokens, torch.ones_like(tokens)), model(tokens, torch.tensor([[1, 1, 1, 2, 2, 2, 0, 0]])))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("document_mask", [False, True])
-def test_recomputation_changes_no_bit_of_loss_or_gradient(tiny, dropout, document_mask):
-    config = tiny(dropout=dropout, document_mask=document_mask)
+@pytest.mark.parametrize("options", [{}, {"document_mask": True}, MODERN_BERT, T5], ids=["plain", "masked", "encoder", "t5"])
+def test_recomputation_changes_no_bit_of_loss_or_gradient(tiny, dropout, options):
+    config = tiny(dropout=dropout, **options)
     tokens = torch.arange(20).view(2, 10)
     segments = torch.tensor([[1] * 5 + [2] * 5] * 2)
+    inputs = (tokens, segments) * (2 if config.architecture == "encoder_decoder" else 1)
     answers = []
     for recompute in (False, True):
         model = Transformer(config, recompute=recompute).train()
         torch.manual_seed(3)
-        loss = F.cross_entropy(model(tokens, segments).flatten(0, 1), tokens.flatten())
+        loss = F.cross_entropy(model(*inputs).flatten(0, 1), tokens.flatten())
         loss.backward()
         answers.append((loss, {name: parameter.grad for name, parameter in model.named_parameters()}))
     (plain_loss, plain), (recomputed_loss, recomputed) = answers
@@ -157,9 +323,13 @@ def test_recomputation_changes_no_bit_of_loss_or_gradient(tiny, dropout, documen
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
-@pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_weights_do_not_depend_on_the_order_of_building(tiny, tie_embeddings):
-    config = tiny(positions="learned", tie_embeddings=tie_embeddings)
+@pytest.mark.parametrize(
+    "options",
+    [{"tie_embeddings": False}, {"tie_embeddings": True}, BERT | {"num_classes": 2}, T5],
+    ids=["untied", "tied", "bert", "t5"],
+)
+def test_weights_do_not_depend_on_the_order_of_building(tiny, options):
+    config = tiny(**{"positions": "learned"} | options)
     state = Transformer(config, seed=7).state_dict()
     torch.manual_seed(99)  # nor on the global generator
     for number, layer in reversed(list(enumerate(layers(config, seed=7)))):
@@ -168,8 +338,9 @@ def test_weights_do_not_depend_on_the_order_of_building(tiny, tie_embeddings):
             assert torch.equal(state[f"{place}.{name}"], parameter)
 
 
-def test_every_matrix_has_numbers_of_its_own(tiny):
-    config = tiny(positions="learned", tie_embeddings=False, sequence_length=61)
+@pytest.mark.parametrize("options", [{}, BERT | {"num_classes": 61}, TRANSFORMER | {"positions": "learned"}, T5], ids=str)
+def test_every_matrix_has_numbers_of_its_own(tiny, options):
+    config = tiny(**{"positions": "learned", "tie_embeddings": False, "sequence_length": 61} | options)
     matrices = {
         f"{seed} {name}": weight for seed in (0, 1) for name, weight in Transformer(config, seed).named_parameters() if weight.ndim == 2
     }

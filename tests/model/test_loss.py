@@ -79,3 +79,31 @@ def test_token_losses_are_zero_where_ignored():
     targets = torch.tensor([[1, IGNORED, 2]])
     losses = token_losses(random_logits(1, 3, 5), targets)
     assert losses[0, 1] == 0 and (losses[0, ::2] > 0).all()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.02])
+def test_smoothing_and_z_loss_are_their_formulas_and_so_is_the_gradient(label_smoothing, z_loss):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 11, (3, 5), generator=generator)
+    targets[1] = IGNORED
+    ours = (4 * torch.randn(3, 5, 11, generator=generator)).requires_grad_()
+    plain = ours.detach().clone().requires_grad_()
+    loss = training_loss(ours, (targets, torch.tensor(7.0)), label_smoothing, z_loss)
+    by_torch = F.cross_entropy(
+        plain.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
+    )
+    by_torch = (by_torch + z_loss * (plain.logsumexp(dim=2).square() * (targets != IGNORED)).sum()) / 7
+    torch.testing.assert_close(loss, by_torch)
+    loss.backward()
+    by_torch.backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_classes_add_a_loss_of_their_own():
+    logits, class_logits = torch.zeros(2, 3, 4), torch.zeros(2, 5)
+    labels = torch.tensor([[1, 2, IGNORED], [IGNORED] * 3]), torch.tensor(2.0), torch.tensor([4, IGNORED]), torch.tensor(1.0)
+    loss = training_loss((logits, class_logits), labels, label_smoothing=0.1)
+    assert loss.item() == pytest.approx(math.log(4) + math.log(5))
+    nothing = torch.full((2, 3), IGNORED)  # of a network without a head for tokens the first output says nothing
+    assert training_loss((torch.randn(2, 3, 8), class_logits), (nothing, *labels[1:])).item() == pytest.approx(math.log(5))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from model.config import ModelConfig, count_parameters
 from model.huggingface import counterparts, load
 from model.transformer import Transformer
+from tests.model.both_sides import our_logits, random_inputs, their_logits, without_padding
 
 transformers = pytest.importorskip("transformers", reason="the independent reference is transformers")
 
@@ -22,6 +23,45 @@ LLAMA = {
     "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,
+}
+LONGER = {"factor": 4.0, "original_max_position_embeddings": 6, "rope_theta": 500.0}
+BERT = {
+    "vocab_size": 61,
+    "max_position_embeddings": 24,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": 3,
+    "pad_token_id": None,  # whose row would get no gradient
+}
+MARIAN = {
+    "vocab_size": 61,
+    "max_position_embeddings": 24,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "dropout": 0.0,
+    "scale_embedding": True,
+    "pad_token_id": None,
+    "decoder_start_token_id": 60,
+}
+T5 = {
+    "vocab_size": 61,
+    "n_positions": 24,
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
 }
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS = {
@@ -41,12 +81,37 @@ MODELS = {
     "llama, biases": lambda: transformers.LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
     "qwen3": lambda: transformers.Qwen3Config(**(LLAMA | {"num_key_value_heads": 2}), head_dim=10),
     "qwen3, tied": lambda: transformers.Qwen3Config(**(LLAMA | {"hidden_size": 30}), head_dim=8, tie_word_embeddings=True),
+    "llama, linear": lambda: transformers.LlamaConfig(**LLAMA, rope_parameters=LONGER | {"rope_type": "linear"}),
+    "llama, yarn": lambda: transformers.LlamaConfig(**LLAMA, rope_parameters=LONGER | {"rope_type": "yarn"}),
+    "llama, llama3": lambda: transformers.LlamaConfig(
+        **LLAMA, rope_parameters=LONGER | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    ),
+    "qwen3, window": lambda: transformers.Qwen3Config(**LLAMA, head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=0),
+    "bert": lambda: transformers.BertConfig(**BERT, architectures=["BertForMaskedLM"]),
+    "bert, next sentence, gelu_new": lambda: transformers.BertConfig(**BERT, architectures=["BertForPreTraining"], hidden_act="gelu_new"),
+    "bert, classes, relu": lambda: transformers.BertConfig(**BERT, architectures=["BertForSequenceClassification"], hidden_act="relu"),
+    "marian": lambda: transformers.MarianConfig(**MARIAN, architectures=["MarianMTModel"]),
+    "marian, relu": lambda: transformers.MarianConfig(**MARIAN, architectures=["MarianMTModel"], activation_function="relu"),
+    "t5": lambda: transformers.T5Config(**T5, architectures=["T5ForConditionalGeneration"]),
+    "t5, gated": lambda: transformers.T5Config(
+        **T5, architectures=["T5ForConditionalGeneration"], feed_forward_proj="gated-gelu", tie_word_embeddings=False
+    ),
 }
+
+
+def untied(model: torch.nn.Module) -> torch.nn.Module:
+    """T5's class ties its head whatever the configuration says; of version 1.1, which is not scaled, it is read from files untied."""
+    if not getattr(model.config, "scale_decoder_outputs", True):
+        model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(61, 32, generator=torch.Generator().manual_seed(1)))
+        model.all_tied_weights_keys.pop("lm_head.weight")
+    return model
 
 
 @pytest.fixture(params=MODELS)
 def theirs(request, randomise):
-    return randomise(transformers.AutoModelForCausalLM.from_config(MODELS[request.param](), dtype=torch.float32))
+    config = MODELS[request.param]()
+    model = getattr(transformers, config.architectures[0]) if config.architectures else transformers.AutoModelForCausalLM.from_config
+    return randomise(untied(model(config).float()))
 
 
 def read(folder) -> tuple[ModelConfig, Transformer]:
@@ -59,15 +124,16 @@ def read(folder) -> tuple[ModelConfig, Transformer]:
 def test_logits_and_gradients_are_those_of_transformers(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "saved")
     config, ours = read(tmp_path / "saved")
-    assert count_parameters(config) == theirs.num_parameters()
-    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(0))
-    our_logits, their_logits = ours(tokens, torch.ones_like(tokens)), theirs(tokens).logits
+    assert count_parameters(config) == sum(parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad)
+    inputs = random_inputs(config)
+    ours_said = without_padding(our_logits(ours(*inputs), config), config, inputs)
+    theirs_said = without_padding(their_logits(theirs, config, inputs), config, inputs)
     # Float32 sums in another order differ by about 1e-6 here; 1e-4 is what we promise.
-    torch.testing.assert_close(our_logits, their_logits, rtol=0, atol=1e-5)
-    for logits in (our_logits, their_logits):
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.testing.assert_close(ours_said, theirs_said, rtol=0, atol=1e-5)
+    for said in (ours_said, theirs_said):
+        sum(F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1]) for logits in said).backward()
     our_gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     for entry in counterparts(config):
         stacked = torch.cat([our_gradients.pop(name) for name in entry.ours])
         torch.testing.assert_close(stacked.T if entry.transposed else stacked, their_gradients.pop(entry.theirs), rtol=1e-4, atol=1e-6)

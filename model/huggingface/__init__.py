@@ -1,0 +1,26 @@
+"""Our networks as Hugging Face checkpoints, and back, with no code of ours needed to load them.
+
+GPT-2, Llama and Qwen3 are our decoder, BERT is our encoder, Marian and T5 are our encoder-decoder. A folder holds config.json,
+generation_config.json and safetensors files (https://github.com/huggingface/safetensors#format).
+"""
+
+from model.huggingface.architecture import Counterpart, SpecialTokens
+from model.huggingface.choice import architecture, auto_class, counterparts, from_huggingface, model_type, to_huggingface
+from model.huggingface.folder import State, decoder_start, export, load
+from model.huggingface.verification import verify
+
+__all__ = [
+    "Counterpart",
+    "SpecialTokens",
+    "State",
+    "architecture",
+    "auto_class",
+    "counterparts",
+    "decoder_start",
+    "export",
+    "from_huggingface",
+    "load",
+    "model_type",
+    "to_huggingface",
+    "verify",
+]

@@ -1,0 +1,249 @@
+"""The folder of a Hugging Face checkpoint: written tensor by tensor, and read so."""
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.huggingface.architecture import NO_TOKENS, Counterpart, SpecialTokens
+from model.huggingface.choice import ARCHITECTURES, architecture, counterparts, from_huggingface, model_type, to_huggingface
+from model.transformer import Transformer
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def export(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    folder: str | os.PathLike,
+    tokens: SpecialTokens = NO_TOKENS,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 5_000_000_000,
+    complete: Callable[[Path], object] | None = None,
+) -> None:
+    """Write `state`, by our names, as a Hugging Face checkpoint into the new `folder`.
+
+    One tensor of `state` is asked for at a time, so a Mapping that reads lazily never holds the model. All is written beside
+    `folder` and renamed at the end; `complete` is called with the unfinished folder, to add a tokenizer or to check it.
+    Raises ValueError where `folder` exists, where the architecture has no counterpart, and where `state` is not the model's.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; an export is written to a new folder.")
+    if dtype not in _DTYPE_NAMES:
+        raise ValueError(f"Cannot export as {dtype}; there are: {', '.join(str(known) for known in _DTYPE_NAMES)}.")
+    stated = to_huggingface(config, tokens, dtype)
+    shapes = _shapes(config)
+    _check_names(set(state), set(shapes), "The model's state")
+    shards = _split(list(counterparts(config)), shapes, dtype.itemsize, max_shard_bytes)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        unfinished.chmod(0o755)  # mkdtemp's own is for its owner alone
+        index: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write_shard(unfinished / file, shard, state, shapes, dtype)
+            index |= {entry.theirs: file for entry in shard}
+        if len(shards) > 1:
+            total = sum(torch.Size(_their_shape(entry, shapes)).numel() for shard in shards for entry in shard) * dtype.itemsize
+            _write_json(unfinished / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+        _write_json(unfinished / "config.json", stated)
+        if config.architecture != "encoder":
+            keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+            _write_json(unfinished / "generation_config.json", {key: stated[key] for key in keys if stated.get(key) is not None})
+        if complete is not None:
+            complete(unfinished)
+        os.rename(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+class State(Mapping[str, Tensor]):
+    """The tensors of a Hugging Face folder by our names and in our shapes, each read when it is asked for.
+
+    Raises ValueError where a tensor is missing, unknown, not what it is said to be a copy of, or of another shape than `config` says.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig):
+        theirs = ARCHITECTURES[architecture(config)]
+        self._files = {theirs.current_name(name): (path, name) for name, path in _files_of_tensors(folder).items()}
+        self._entries = {ours: (entry, place) for entry in counterparts(config) for place, ours in enumerate(entry.ours)}
+        wanted = {entry.theirs for entry, _ in self._entries.values()}
+        given = {name for name in self._files if name in wanted or not name.endswith(theirs.constants)}
+        for copy, original in theirs.copies(config).items():
+            if copy in given - wanted and original in given & wanted:
+                if not torch.equal(self._read(copy), self._read(original)):
+                    raise ValueError(f"{folder}: {copy} differs from {original}, which it must be a copy of.")
+                given.remove(copy)
+        for name in given & set(theirs.zeros):
+            if self._read(name).any():
+                raise ValueError(f"{folder}: {name} is not zero; only zeros are supported.")
+            given.remove(name)
+        _check_names(given, wanted, str(folder))
+        shapes = _shapes(config)
+        for entry, _ in self._entries.values():
+            path, name = self._files[entry.theirs]
+            with safe_open(path, framework="pt") as file:
+                shape = tuple(file.get_slice(name).get_shape())
+            if shape != (right := _their_shape(entry, shapes)):
+                raise ValueError(f"{folder}: {entry.theirs} is {list(shape)}; config.json says {list(right)}.")
+
+    def _read(self, theirs: str) -> Tensor:
+        path, name = self._files[theirs]
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry, place = self._entries[name]
+        tensor = self._read(entry.theirs)
+        tensor = tensor.T if entry.transposed else tensor
+        return tensor.chunk(len(entry.ours))[place].contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def load(folder: str | os.PathLike) -> tuple[ModelConfig, State]:
+    """The configuration and the weights, by our names and read lazily, of a folder of an architecture that we have.
+
+    Raises ValueError naming what is not there, what we do not have, and pickled weights, which are code.
+    """
+    folder = Path(folder)
+    stated, files = _stated(folder), _files_of_tensors(folder)
+    try:
+        theirs = ARCHITECTURES[model_type(stated)]
+        tensors = {theirs.current_name(name): path for name, path in files.items()}
+        config = from_huggingface(theirs.seen_with(stated, tensors))
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: values of other types than these keys have
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    return config, State(folder, config)
+
+
+def decoder_start(folder: str | os.PathLike) -> int | None:
+    """The id that a folder says a decoder's target begins with: in published T5 and Marian models padding, in ours end of text."""
+    return _stated(Path(folder)).get("decoder_start_token_id")
+
+
+def _stated(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; a Hugging Face checkpoint has one.")
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(stated, dict):
+        raise ValueError(f"{path} holds no mapping.")
+    return stated
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
+
+
+def _their_shape(entry: Counterpart, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    if not entry.ours:
+        return entry.zeros
+    stacked = (sum(shapes[name][0] for name in entry.ours), *shapes[entry.ours[0]][1:])
+    return stacked[::-1] if entry.transposed else stacked
+
+
+def _their_tensor(entry: Counterpart, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    if not entry.ours:
+        return torch.zeros(entry.zeros, dtype=dtype)
+    stacked = torch.cat([state[name].detach().to("cpu", dtype) for name in entry.ours])
+    return (stacked.T if entry.transposed else stacked).contiguous()
+
+
+def _check_names(given: set[str], wanted: set[str], what: str) -> None:
+    for problem, names in (("lacks", wanted - given), ("has unknown tensors", given - wanted)):
+        if names:
+            raise ValueError(f"{what} {problem}: {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}.")
+
+
+def _split(entries: list[Counterpart], shapes: Mapping[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> list[list[Counterpart]]:
+    """The entries in order, as many to a shard as fit in max_bytes, at least one."""
+    shards: list[list[Counterpart]] = [[]]
+    used_bytes = 0
+    for entry in entries:
+        entry_bytes = torch.Size(_their_shape(entry, shapes)).numel() * item_bytes
+        if shards[-1] and used_bytes + entry_bytes > max_bytes:
+            shards.append([])
+            used_bytes = 0
+        shards[-1].append(entry)
+        used_bytes += entry_bytes
+    return shards
+
+
+def _write_shard(
+    path: Path, entries: list[Counterpart], state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    """A safetensors file, tensor by tensor, where the library's own writer would need all of them at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        shape = _their_shape(entry, shapes)
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[entry.theirs] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for entry in entries:
+            tensor = _their_tensor(entry, state, dtype)
+            if tuple(tensor.shape) != (right := _their_shape(entry, shapes)):
+                raise ValueError(f"{' + '.join(entry.ours)} would be {list(tensor.shape)}; the configuration says {list(right)}.")
+            file.write(tensor.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    with open(path, "w") as file:
+        file.write(json.dumps(contents, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _files_of_tensors(folder: Path) -> dict[str, Path]:
+    """Which safetensors file holds which tensor."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files = {"model.safetensors"}
+    elif index.is_file():
+        try:
+            files = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors files.") from error
+    elif any(folder.glob("*.bin")):
+        raise ValueError(f"{folder} has only pickled weights (.bin), which can run code when read. Save it as safetensors first.")
+    else:
+        raise ValueError(f"{folder} has no model.safetensors and no model.safetensors.index.json.")
+    place: dict[str, Path] = {}
+    for name in sorted(files):
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise ValueError(f"{index} names {name}, which is not a file of {folder}.")
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except Exception as error:  # safetensors' own error class has moved between versions
+                raise ValueError(f"{path} is not a safetensors file: {error}") from error
+            place |= dict.fromkeys(file.keys(), path)
+    return place

@@ -1,0 +1,66 @@
+"""One network on both sides: inputs that ours reads, and the logits that transformers gives for them."""
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu_tanh", "biases": True}
+BERT = {
+    "architecture": "encoder",
+    "norm": "layernorm",
+    "norm_position": "post",
+    "norm_epsilon": 1e-12,
+    "positions": "learned",
+    "activation": "gelu",
+    "biases": True,
+    "token_types": 2,
+}
+MARIAN = {
+    "architecture": "encoder_decoder",
+    "norm": "layernorm",
+    "norm_position": "post",
+    "positions": "sinusoidal",
+    "activation": "relu",
+    "biases": True,
+}
+T5 = {"architecture": "encoder_decoder", "positions": "relative", "activation": "geglu", "tie_embeddings": False, "norm_epsilon": 1e-6}
+
+
+def random_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
+    """Three rows; those that an encoder reads have 0, 5 and 9 places of padding behind them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 3, config.sequence_length
+    tokens, segments = torch.randint(config.vocab_size, shape, generator=generator), torch.ones(shape, dtype=torch.long)
+    if config.architecture == "decoder":
+        return tokens, segments
+    segments[1, -5:] = segments[2, -9:] = 0
+    if config.architecture == "encoder":
+        types = (torch.arange(shape[1]) > 7).long().expand(shape)
+        return (tokens, segments, types) if config.token_types else (tokens, segments)
+    target = torch.randint(config.vocab_size, (3, config.sequence_length - 6), generator=generator)
+    return tokens, segments, target, torch.ones_like(target)
+
+
+def our_logits(outputs: Tensor | tuple[Tensor, Tensor], config: ModelConfig) -> list[Tensor]:
+    """Those of tokens, those of classes, or both, of what our network gives."""
+    if not config.num_classes:
+        return [outputs]
+    return list(outputs) if config.token_head else [outputs[1]]
+
+
+def their_logits(model: torch.nn.Module, config: ModelConfig, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    tokens, segments, *others = inputs
+    asked = {"input_ids": tokens, "attention_mask": (segments != 0).long()}
+    if config.architecture == "encoder_decoder":
+        asked["decoder_input_ids"] = others[0]
+    elif others:
+        asked["token_type_ids"] = others[0]
+    output = model(**asked)
+    return [output.prediction_logits, output.seq_relationship_logits] if "prediction_logits" in output else [output.logits]
+
+
+def without_padding(logits: list[Tensor], config: ModelConfig, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """What is said of padding is nothing."""
+    segments = inputs[3 if config.architecture == "encoder_decoder" else 1]
+    return [one[segments != 0] if one.ndim == 3 else one for one in logits]
