@@ -1,6 +1,6 @@
 """Samples -> batches: which rows a rank reads at a step, and the fixed order of an evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,23 +10,48 @@ from torch import Tensor
 
 from data.command_line import UserError
 from data.order import Blend, rank_share
-from data.packing import IGNORED, PackedSamples, Sample, Samples, empty_sample
+from data.packing import IGNORED, PackedSamples, Sample, Samples, padding_like
 from data.shards import TokenStream
 
 
 class Batch(NamedTuple):
-    """One micro-batch, each field [micro_batch_size, sequence_length] int64."""
+    """One micro-batch: the fields of Sample, a row a sample, int64; None for what the objective does not have."""
 
     tokens: Tensor
+    """[micro_batch_size, sequence_length], or [micro_batch_size, target_length] where there is a source"""
     segments: Tensor
-    """The number of the document inside the sample, from 1; 0 for padding; all 1 where documents are not told apart."""
+    """As `tokens`."""
     targets: Tensor
-    """The token that comes next, or IGNORED."""
+    """As `tokens`."""
+    token_types: Tensor | None = None
+    """As `tokens`."""
+    source: Tensor | None = None
+    """[micro_batch_size, sequence_length]"""
+    source_segments: Tensor | None = None
+    """[micro_batch_size, sequence_length]"""
+    classes: Tensor | None = None
+    """[micro_batch_size]"""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the network is called with, in its order."""
+        if self.source is not None:
+            return self.source, self.source_segments, self.tokens, self.segments
+        return (self.tokens, self.segments) if self.token_types is None else (self.tokens, self.segments, self.token_types)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Each tensor changed."""
+        return Batch(*(None if field is None else function(field) for field in self))
 
 
 def target_tokens(batches: list[Batch]) -> int:
     """How many targets count."""
     return sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+
+
+def target_classes(batches: list[Batch]) -> int:
+    """How many classes count."""
+    return sum(int((batch.classes != IGNORED).sum()) for batch in batches if batch.classes is not None)
 
 
 class TrainingBatches:
@@ -93,19 +118,41 @@ def evaluation_batches(
     if len(stream) == 0:
         raise UserError("The split to evaluate on has 0 tokens: no document was held out. Prepare with a larger --held_out.")
     stride = stride or sequence_length
+    packed = PackedSamples(stream, sequence_length, end_of_text, document_mask)
     num_samples = num_evaluation_samples(len(stream), sequence_length, stride)
+    for numbers in _evenly_spread(num_samples, limit_samples, micro_batch_size, rank, world):
+        rows = _rows(lambda number: packed.window(number * stride), numbers)
+        for number, row in zip(numbers, rows, strict=True):
+            if number > 0:
+                row.targets[: sequence_length - stride] = IGNORED  # the sample before has counted them
+        yield _stack(rows)
+
+
+def held_out_batches(
+    samples: Samples, micro_batch_size: int, rank: int = 0, world: int = 1, limit_samples: int | None = None
+) -> Iterator[Batch]:
+    """Samples of any objective in a fixed order, drawn as in epoch 0.
+
+    Each rank gets the same number of batches, the last ones padding where there is nothing left, because ranks must call the
+    model together. `limit_samples` takes so many samples, evenly spread.
+    """
+    for numbers in _evenly_spread(samples.num_samples, limit_samples, micro_batch_size, rank, world):
+        yield _stack(_rows(lambda number: samples.sample(number, 0), numbers))
+
+
+def _evenly_spread(num_samples: int, limit_samples: int | None, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """The samples of each of a rank's micro-batches; -1 for padding.  -> [batches][micro_batch_size]"""
     taken = min(num_samples, limit_samples or num_samples)
     samples = np.arange(taken, dtype=np.int64) * num_samples // taken
     padding = np.full(-taken % (micro_batch_size * world), -1, dtype=np.int64)
-    packed = PackedSamples(stream, sequence_length, end_of_text, document_mask)
-    for numbers in rank_share(np.concatenate([samples, padding]), micro_batch_size, rank, world).tolist():
-        rows = [empty_sample(sequence_length) if number < 0 else packed.window(number * stride) for number in numbers]
-        for number, (_, _, targets) in zip(numbers, rows, strict=True):
-            if number > 0:
-                targets[: sequence_length - stride] = IGNORED  # the sample before has counted them
-        yield _stack(rows)
+    return rank_share(np.concatenate([samples, padding]), micro_batch_size, rank, world).tolist()
+
+
+def _rows(read: Callable[[int], Sample], numbers: list[int]) -> list[Sample]:
+    """Samples, with padding of their shape for -1."""
+    return [padding_like(read(0)) if number < 0 else read(number) for number in numbers]
 
 
 def _stack(samples: list[Sample]) -> Batch:
     """Samples [sequence_length] as the rows of a micro-batch."""
-    return Batch(*(torch.from_numpy(np.stack(rows)) for rows in zip(*samples, strict=True)))
+    return Batch(*(None if rows[0] is None else torch.from_numpy(np.stack(rows)) for rows in zip(*samples, strict=True)))

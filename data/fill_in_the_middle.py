@@ -68,10 +68,3 @@ class FillInTheMiddle:
         if generator.random() < 0.5:
             return np.concatenate([[self.prefix], before, [self.suffix], after, [self.middle], middle, end])
         return np.concatenate([[self.prefix, self.suffix], after, [self.middle], before, middle, end])
-
-
-def sample_generator(seed: int, epoch: int, sample: int, source: int = 0) -> np.random.Generator:
-    """The draws of one sample of a source: the same on any rank and after any resume, others in the next epoch."""
-    # The two low words of the counter are left to the draws.
-    key, counter = [seed % 2**64, epoch], [0, 0, sample, source]
-    return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64)))

@@ -138,6 +138,13 @@ def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int, sour
     return shuffled.astype(np.int64)
 
 
+def sample_generator(seed: int, epoch: int, sample: int, source: int = 0) -> np.random.Generator:
+    """The draws of one sample of a source: the same on any rank and after any resume, others in the next epoch."""
+    # The two low words of the counter are left to the draws.
+    key, counter = [seed % 2**64, epoch], [0, 0, sample, source]
+    return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64)))
+
+
 def _shares(sizes: Sequence[int], weights: Sequence[float] | None) -> list[Fraction]:
     """What each source is of the whole: exactly the decimals that were written."""
     assert len(sizes) and all(size > 0 for size in sizes), sizes

@@ -110,7 +110,9 @@ class Preparation:
             raise UserError(f"There is no text to learn a tokenizer from. {problem}.")
         texts = itertools.chain([] if first is None else [first], texts)
         path = self.whole / "tokenizer.model"
-        train_sentencepiece(texts, path, settings.vocab_size, settings.tokenizer_kind, settings.special_tokens)
+        train_sentencepiece(
+            texts, path, settings.vocab_size, settings.tokenizer_kind, settings.special_tokens, settings.pieces_within_words
+        )
         copy_tokenizer(load_tokenizer(path), self.whole)
         return load_tokenizer(self.whole)
 

@@ -72,6 +72,9 @@ class PrepareSettings:
     """Ids of the tokenizer to learn, the 256 bytes among them."""
     tokenizer_kind: Literal["bpe", "unigram"] = "bpe"
     """How the tokenizer is learnt: bpe packs tighter and learns faster, unigram tokenizes faster."""
+    pieces_within_words: bool = False
+    """Pieces of the tokenizer to learn do not go on behind a space or from a letter to another sign: for translation, and where whole
+    words are to be masked. Off: text of the same length has fewer tokens."""
     tokenizer_characters: int = 20_000_000
     """Characters of text to learn the tokenizer from, taken from the beginning of files all over the corpus."""
     special_tokens: tuple[str, ...] = ()
@@ -194,6 +197,8 @@ def _check(settings: PrepareSettings) -> None:
         raise UserError("--input and --dataset are both given; the text comes from one of them.")
     if settings.tokenizer and settings.vocab_size != PrepareSettings.vocab_size:
         raise UserError(f"--vocab_size {settings.vocab_size} is for a tokenizer to learn; --tokenizer {settings.tokenizer} has its own.")
+    if settings.tokenizer and settings.pieces_within_words:
+        raise UserError(f"--pieces_within_words is for a tokenizer to learn; --tokenizer {settings.tokenizer} has its own.")
     if settings.tokenizer and settings.special_tokens:
         raise UserError(f"--special_tokens is for a tokenizer to learn; --tokenizer {settings.tokenizer} has its own.")
     if settings.end_of_text and not settings.tokenizer:

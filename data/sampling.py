@@ -10,9 +10,14 @@ from data.shards import PreparedData
 
 if TYPE_CHECKING:
     from data.fill_in_the_middle import FillInTheMiddle
+    from data.objectives import Objective
     from data.order import Blend
     from data.packing import Samples
     from data.tokenizer import Tokenizer
+
+
+ObjectiveName = Literal["causal", "prefix", "masked", "span_corruption", "pairs", "classification"]
+Architecture = Literal["decoder", "encoder", "encoder_decoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,30 @@ class SamplingSettings:
     A document is one piece if it lies in one sample, and several if samples divide it."""
     fim_tokens: tuple[str, ...] = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
     """Special tokens of the tokenizer before prefix, suffix and middle of such a document."""
+    objective: ObjectiveName | None = None
+    """What a sample asks for (default: causal for a decoder, masked for an encoder, span_corruption for an encoder_decoder). causal: the
+    next token; prefix: the same behind a prefix whose tokens see one another; masked: tokens that were hidden; span_corruption: spans
+    that were cut out; pairs: the second text of each document, given the first; classification: its label (--pair_field of
+    data/prepare.py)."""
+    mask_rate: float = 0.15
+    """Share of the tokens that masked hides (ModernBERT: 0.3) or span_corruption cuts out, above 0 and below 1."""
+    whole_words: bool = False
+    """masked hides all tokens of a word or none."""
+    next_sentence: bool = False
+    """Beside masked: whether the second part of a sample follows the first, or is from another document, is its class (1: another)."""
+    span_length: float = 3.0
+    """Tokens of a span that span_corruption cuts out, on average; at least 1."""
+    target_length: int | None = None
+    """Tokens of the second texts in a sample of pairs (default: model.sequence_length, which is that of the first texts)."""
+    labels: tuple[str, ...] = ()
+    """Labels of classification, as they stand in the data; a label's place, from 0, is its class."""
+    start_token: str | None = None
+    """Special token that a decoder reads before the first target of span_corruption and pairs (default: the one that ends a text).
+    Weights of published T5 and Marian models need <pad>."""
+    class_token: str = "[CLS]"
+    """Special token before each text that an encoder reads."""
+    mask_token: str = "[MASK]"
+    """Special token in the place of a hidden one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +70,7 @@ class Sampling:
     blend: "Blend"
     tokenizer: "Tokenizer"
     fill: "FillInTheMiddle | None"
+    objective: ObjectiveName
 
     @property
     def names(self) -> list[str]:
@@ -52,8 +82,20 @@ class Sampling:
         return next(iter(self.folders.values())).end_of_text
 
     @property
-    def bytes_per_token(self) -> float:
-        """Of the text that the blend reads, in UTF-8."""
+    def target_length(self) -> int | None:
+        """Tokens that the decoder of an encoder-decoder reads of a sample; None elsewhere."""
+        return self.samples[0].target_length
+
+    @property
+    def start_token(self) -> int | None:
+        """The id that the decoder of an encoder-decoder reads first; None elsewhere."""
+        return self.samples[0].start_token
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the text that the blend reads, in UTF-8; None where the objective does not ask for every token behind those before it."""
+        if self.objective != "causal":
+            return None
         streams = [folder.splits["train"] for folder in self.folders.values()]
         return sum(float(share) * stream.num_bytes / len(stream) for share, stream in zip(self.blend.shares, streams, strict=True))
 
@@ -91,41 +133,53 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 
 def open_sampling(
-    folders: dict[str, PreparedData], settings: SamplingSettings, sequence_length: int, document_mask: bool, seed: int
+    folders: dict[str, PreparedData],
+    settings: SamplingSettings,
+    sequence_length: int,
+    document_mask: bool,
+    seed: int,
+    architecture: Architecture = "decoder",
+    token_types: int = 0,
 ) -> Sampling:
-    """Cut the training split of each folder into samples and blend them. Raises UserError where the settings do not fit them."""
+    """Cut the training split of each folder into samples and blend them.
+
+    What is behind `settings` is the model's; `token_types` is how many it tells apart. Raises UserError where the settings do not
+    fit it or the folders.
+    """
     from data.order import Blend
-    from data.packing import BestFitSamples, PackedSamples
+
+    tokenizer, objective = _open_objective(folders, settings, sequence_length, document_mask, architecture, token_types)
+    empty = [folder.folder for folder in folders.values() if not len(folder.splits["train"])]
+    if empty:
+        raise UserError(f"{empty[0]} has no tokens to train on.")
+    samples = [objective.samples(folder, "train", seed, source) for source, folder in enumerate(folders.values())]
+    blend = Blend([one.num_samples for one in samples], settings.weights or None, seed)
+    return Sampling(folders, samples, blend, tokenizer, objective.fill, objective.name)
+
+
+def open_held_out(
+    folders: dict[str, PreparedData],
+    settings: SamplingSettings,
+    sequence_length: int,
+    document_mask: bool,
+    architecture: Architecture = "decoder",
+    token_types: int = 0,
+    split: str = "validation",
+) -> "dict[str, Samples]":
+    """The samples of a split of each folder that has one, by the folder's name; as in open_sampling, but the same for every seed."""
+    _, objective = _open_objective(folders, settings, sequence_length, document_mask, architecture, token_types)
+    return {name: objective.held_out(folder, split) for name, folder in folders.items() if len(folder.splits[split])}
+
+
+def _open_objective(
+    folders: dict[str, PreparedData], settings: SamplingSettings, *of_model: int | bool | str
+) -> "tuple[Tokenizer, Objective]":
+    from data.objectives import Objective
     from data.tokenizer import load_tokenizer
 
     first = next(iter(folders.values()))
     tokenizer = load_tokenizer(first.tokenizer_path)
-    fill = _fill_in_the_middle(settings, tokenizer, first.end_of_text)
-    kind = {"packed": PackedSamples, "best_fit": BestFitSamples}[settings.packing]
-    empty = [folder.folder for folder in folders.values() if not len(folder.splits["train"])]
-    if empty:
-        raise UserError(f"{empty[0]} has no tokens to train on.")
-    samples = [
-        kind(folder.splits["train"], sequence_length, folder.end_of_text, document_mask, fill, seed, source)
-        for source, folder in enumerate(folders.values())
-    ]
-    return Sampling(folders, samples, Blend([one.num_samples for one in samples], settings.weights or None, seed), tokenizer, fill)
-
-
-def _fill_in_the_middle(settings: SamplingSettings, tokenizer: "Tokenizer", end_of_text: int) -> "FillInTheMiddle | None":
-    from data.fill_in_the_middle import FillInTheMiddle
-
-    if settings.fim_rate == 0:
-        return None
-    if len(settings.fim_tokens) != 3:
-        raise UserError(f"data.fim_tokens has {len(settings.fim_tokens)} tokens; it must be three: before prefix, suffix and middle.")
-    fill = FillInTheMiddle(settings.fim_rate, *(tokenizer.special_token_id(token) for token in settings.fim_tokens))
-    if len({fill.prefix, fill.suffix, fill.middle, end_of_text}) != 4:
-        raise UserError(
-            f"data.fim_tokens is {' '.join(settings.fim_tokens)}; it must be three different tokens, "
-            f"none of them the one that ends a document (number {end_of_text})."
-        )
-    return fill
+    return tokenizer, Objective(settings, *of_model, tokenizer, first.end_of_text)
 
 
 def _difference(prepared: PreparedData, first: PreparedData) -> str:

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -150,6 +150,21 @@ class Shard:
         starts[inside] = self._offsets[sequences[inside]]
         return np.diff(starts) // self.tokens.itemsize
 
+    def sequences(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First token and number of tokens of both sequences of documents, each of which has two.  [n] -> [n, 2], [n, 2]"""
+        numbers = self._boundaries[documents][:, None] + np.arange(2)
+        return self._offsets[numbers] // self.tokens.itemsize, self._lengths[numbers].astype(np.int64)
+
+    @property
+    def sequence_lengths(self) -> NDArray[np.int32]:
+        """Tokens of both sequences of documents, each of which has two.  -> [documents, 2]"""
+        return self._lengths.reshape(-1, 2)
+
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether each document has two sequences."""
+        return all((np.diff(part) == 2).all() for part in _overlapping(self._boundaries))
+
     def _read_index(self, path: str) -> None:
         if len(self._index) < _HEADER.size:
             raise UserError(f"{path} is {len(self._index)} bytes long; the header alone has {_HEADER.size}: it is cut off.")
@@ -223,9 +238,7 @@ class TokenStream:
         assert start >= 0 and start + count <= len(self), f"tokens {start} to {start + count} of {len(self)}"
         parts = [shard.tokens[first:last] for shard, first, last, _ in self._touched(start, count)]
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self._vocab_size is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
-            prefixes = ", ".join(shard.prefix for shard, *_ in self._touched(start, count))
-            raise UserError(f"{prefixes}.bin is damaged: it holds a token outside the {self._vocab_size} ids of the tokenizer.")
+        self._check(tokens, lambda: [shard.prefix for shard, *_ in self._touched(start, count)])
         return tokens
 
     def document_starts(self, start: int, count: int) -> NDArray[np.int64]:
@@ -234,14 +247,63 @@ class TokenStream:
         return np.unique(np.concatenate(parts))  # a document without tokens starts where the next one does
 
     def document_start(self, document: int) -> int:
-        """The place of the first token of a document, counted from 0."""
+        """The place of the first token of a document, counted from 0; one past the last token for the number of documents."""
+        if document == self.num_documents:
+            return len(self)
         number = bisect.bisect_right(self.first_documents, document) - 1
         return self._starts[number] + self.shards[number].document_start(document - self.first_documents[number])
+
+    def document_lengths(self, first: int, last: int) -> NDArray[np.int64]:
+        """The tokens of each document, of those with first <= number < last.  -> [documents]"""
+        parts = [np.zeros(0, np.int64)]
+        number = bisect.bisect_right(self.first_documents, first) - 1
+        while first < min(last, self.num_documents):
+            before, after = self.first_documents[number : number + 2]
+            parts.append(self.shards[number].document_lengths(first - before, min(last, after) - before))
+            first, number = after, number + 1
+        return np.concatenate(parts)
+
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether each document has two sequences, as data/prepare.py writes them with --pair_field."""
+        return all(shard.holds_pairs for shard in self.shards)
+
+    @property
+    def sequence_lengths(self) -> NDArray[np.int32]:
+        """Tokens of both sequences of all documents of pairs.  -> [documents, 2]"""
+        return np.concatenate([shard.sequence_lengths for shard in self.shards])
+
+    def sequences(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First token and number of tokens of both sequences of documents of pairs.  [n] -> [n, 2], [n, 2]"""
+        numbers = np.searchsorted(self.first_documents, documents, side="right") - 1
+        starts, lengths = np.empty((2, len(documents), 2), np.int64)
+        for number in np.unique(numbers).tolist():
+            chosen = numbers == number
+            inside, lengths[chosen] = self.shards[number].sequences(documents[chosen] - self.first_documents[number])
+            starts[chosen] = inside + self._starts[number]
+        return starts, lengths
+
+    def gather(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The tokens at any places.  [n] -> [n]"""
+        numbers = np.searchsorted(self._starts, places, side="right") - 1
+        tokens = np.empty(len(places), np.int64)
+        for number in np.unique(numbers).tolist():
+            chosen = numbers == number
+            tokens[chosen] = self.shards[number].tokens[places[chosen] - self._starts[number]]
+        self._check(tokens, lambda: {self.shards[number].prefix for number in numbers.tolist()})
+        return tokens
 
     def document_at(self, place: int) -> int:
         """Which document, counted from 0, the token at this place belongs to."""
         number = bisect.bisect_right(self._starts, place) - 1
         return self.first_documents[number] + self.shards[number].documents_before(place - self._starts[number] + 1) - 1
+
+    def _check(self, tokens: NDArray, prefixes: Callable[[], Iterable[str]]) -> None:
+        """Raise UserError where a token is none of the vocabulary."""
+        if self._vocab_size is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            raise UserError(
+                f"{', '.join(sorted(prefixes()))}.bin is damaged: it holds a token outside the {self._vocab_size} ids of the tokenizer."
+            )
 
     def _touched(self, start: int, count: int) -> Iterator[tuple[Shard, int, int, int]]:
         """(shard, first and one past the last token in it, its own place in the stream) of each shard that these tokens lie in."""

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.command_line import UserError, flatten, read_settings, run_door
-from data.sampling import Sampling, SamplingSettings, open_folders, open_sampling
-from data.shards import TokenStream
+from data.sampling import Architecture, Sampling, SamplingSettings, open_folders, open_sampling
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from data.batches import Batch
+    from data.packing import Piece
 
 _ALWAYS_GIVEN = ("run", "step", "rank", "characters")
 """What no run.json says."""
@@ -23,6 +25,10 @@ class ModelSettings:
     """Tokens of a sample."""
     document_mask: bool = False
     """Documents of a sample do not see one another."""
+    architecture: Architecture = "decoder"
+    """What the objective follows from, where data.objective does not say."""
+    token_types: int = 0
+    """Texts of a sample that an encoder tells apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,51 +81,75 @@ def show(settings: ShowSettings) -> Iterator[str]:
     if settings.run and (changes := _changes_of_run(settings.run)):
         yield f"The run went on with changes: {'; '.join(changes)}; steps before that were read otherwise."
     model, batch = settings.model, settings.batch
-    sampling = open_sampling(open_folders(settings.data.path), settings.data, model.sequence_length, model.document_mask, settings.seed)
+    of_model = (model.sequence_length, model.document_mask, settings.seed, model.architecture, model.token_types)
+    sampling = open_sampling(open_folders(settings.data.path), settings.data, *of_model)
     size = batch.micro_batch_size or max(1, batch.global_batch_size // settings.world_size)
     batches = TrainingBatches(sampling.samples, sampling.blend, batch.global_batch_size, size, settings.rank, settings.world_size)
+    way = [settings.data.packing if sampling.objective == "causal" else sampling.objective]
+    if sampling.objective in ("causal", "prefix", "masked"):
+        way.append(f"documents {'apart by mask' if model.document_mask else 'seeing one another'}")
     yield (
-        f"step {settings.step}, rank {settings.rank} of {settings.world_size}: samples of {model.sequence_length} tokens, "
-        f"{settings.data.packing}, documents {'apart by mask' if model.document_mask else 'seeing one another'}, seed {settings.seed}"
+        f"step {settings.step}, rank {settings.rank} of {settings.world_size}: samples of {model.sequence_length}"
+        f"{f' and {sampling.target_length}' if sampling.target_length else ''} tokens, {', '.join(way)}, seed {settings.seed}"
     )
     micro_batches = zip(batches.step_samples(settings.step - 1).tolist(), batches.step(settings.step - 1), strict=True)
     for number, (samples, micro_batch) in enumerate(micro_batches):
         for row, (source, epoch, sample) in enumerate(samples):
             yield f"micro-batch {number}, row {row}: {sampling.names[source]}, epoch {epoch}, sample {sample}"
-            yield from _row(sampling, source, sample, micro_batch.targets[row].numpy(), settings.characters)
+            read = micro_batch.map(lambda field, row=row: field[row])
+            tell = _causal_row if sampling.objective == "causal" else _row
+            yield from tell(sampling, source, sample, read, settings.characters)
 
 
-def _row(sampling: Sampling, source: int, sample: int, targets: "NDArray", characters: int) -> Iterator[str]:
-    """A line or two for each document of a sample, and one for its padding.  [sequence_length]"""
+def _causal_row(sampling: Sampling, source: int, sample: int, read: "Batch", characters: int) -> Iterator[str]:
+    """A line or two for each document of a sample, and one for its padding."""
     from data.fill_in_the_middle import MARKS
 
-    folder, samples = list(sampling.folders.values())[source], sampling.samples[source]
-    place = 0
-    for piece in samples.documents(sample):
+    targets, place = read.targets, 0
+    for piece in sampling.samples[source].documents(sample):
         transformed = sampling.fill is not None and targets[place] == sampling.fill.prefix
-        length = _length(samples.stream, piece.document)
-        taken = f"all {length} tokens" if piece.count == length else f"tokens {piece.first} to {piece.first + piece.count - 1} of {length}"
-        yield f"  {folder.place_of('train', piece.document)}: {taken}{', filled in the middle' if transformed else ''}"
+        yield f"{_taken(sampling, source, piece)}{', filled in the middle' if transformed else ''}"
         end = place + piece.count + (MARKS if transformed else 0)
-        yield f"    {_shortened(_spelt(sampling, targets[place:end].tolist()), characters)}"
+        yield f"    {_shortened(_spelt(sampling, targets[place:end]), characters)}"
         place = end
     if place < len(targets):
         yield f"  {len(targets) - place} positions of padding"
 
 
-def _length(stream: TokenStream, document: int) -> int:
-    end = stream.document_start(document + 1) if document + 1 < stream.num_documents else len(stream)
-    return end - stream.document_start(document)
+def _row(sampling: Sampling, source: int, sample: int, read: "Batch", characters: int) -> Iterator[str]:
+    """A line for each document of a sample, and what is read and asked for, segment by segment."""
+    from data.packing import IGNORED
+
+    for piece in sampling.samples[source].documents(sample):
+        yield _taken(sampling, source, piece)
+    for number in range(1, int(read.segments.abs().max()) + 1):
+        shown = {"source": read.source[read.source_segments == number]} if read.source is not None else {}
+        mine = read.segments.abs() == number
+        shown |= {"prefix": read.tokens[read.segments == -number], "read": read.tokens[read.segments == number]}
+        shown["asked for"] = read.targets[mine & (read.targets != IGNORED)]
+        for name, tokens in shown.items():
+            if len(tokens):
+                yield f"    {name}: {_shortened(_spelt(sampling, tokens), characters)}"
+    if read.classes is not None:
+        yield f"    class: {int(read.classes)}"
+    padding = sum(int((segments == 0).sum()) for segments in (read.segments, read.source_segments) if segments is not None)
+    if padding:
+        yield f"  {padding} positions of padding"
 
 
-def _spelt(sampling: Sampling, ids: list[int]) -> str:
-    """The text of the ids in one line of Python's spelling, end of text and the marks of fill-in-the-middle by their names."""
-    tokenizer, fill = sampling.tokenizer, sampling.fill
-    named = {sampling.end_of_text: tokenizer.end_of_text_token}
-    if fill:
-        named |= {token: name for name, token in tokenizer.special_tokens.items() if token in (fill.prefix, fill.suffix, fill.middle)}
+def _taken(sampling: Sampling, source: int, piece: "Piece") -> str:
+    """Where a document came from, and which of its tokens a sample has."""
+    folder, stream = list(sampling.folders.values())[source], sampling.samples[source].stream
+    length = stream.document_start(piece.document + 1) - stream.document_start(piece.document)
+    taken = f"all {length} tokens" if piece.count == length else f"tokens {piece.first} to {piece.first + piece.count - 1} of {length}"
+    return f"  {folder.place_of('train', piece.document)}: {taken}"
+
+
+def _spelt(sampling: Sampling, ids: "Tensor") -> str:
+    """The text of the ids in one line of Python's spelling, special tokens by their names.  [n]"""
+    tokenizer, named = sampling.tokenizer, sampling.tokenizer.special_names
     parts, ordinary = [], []
-    for token in [*ids, None]:
+    for token in [*ids.tolist(), None]:
         if token is not None and token not in named:
             ordinary.append(token)
             continue
@@ -151,7 +181,11 @@ def _of_run(given: dict) -> dict:
         recipe["world_size"] = recipe["batch.global_batch_size"] // (
             recipe["batch.micro_batch_size"] * merged["gradient_accumulation_steps"]
         )
-        return {name: recipe[name] for name in flatten(dataclasses.asdict(ShowSettings())) if name not in _ALWAYS_GIVEN}
+        known = {name: default for name, default in flatten(dataclasses.asdict(ShowSettings())).items() if name not in _ALWAYS_GIVEN}
+        # An earlier version wrote nothing of objectives, and did what the defaults say.
+        return {
+            name: recipe.get(name, default) if name.startswith(("data.", "model.")) else recipe[name] for name, default in known.items()
+        }
     except UserError:
         raise
     except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:

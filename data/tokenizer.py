@@ -24,7 +24,7 @@ SPACE = "\u2581"  # what SentencePiece writes for a space; a real one in the tex
 _SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 _PAGE_CHARACTERS = 4000  # of one training sentence, so that a newline and what follows it can be one piece
 _END_OF_TEXT = "<|endoftext|>"
-_KNOWN_ENDS = (_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+_KNOWN_ENDS = (_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _UNIGRAM_PAGES = 500
 _FILE_NAMES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 _CONFIGURATION = "tokenizer_config.json"
@@ -65,6 +65,29 @@ class Tokenizer:
             hint = nearest(token, list(self.special_tokens))
             raise UserError(f'{self.path} has no special token "{token}".{hint} It has: {", ".join(self.special_tokens) or "none"}.')
         return self.special_tokens[token]
+
+    @property
+    def special_names(self) -> dict[int, str]:
+        """Of special tokens and what ends a document, by id."""
+        return {token: name for name, token in self.special_tokens.items()} | {self.end_of_text: self.end_of_text_token}
+
+    def start_token_id(self, token: str | None) -> int:
+        """Of what a decoder behind an encoder reads before its first target; None: of what ends a document."""
+        return self.end_of_text if token is None else self.special_token_id(token)
+
+    def word_edges(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which ids begin a word, and behind which another word begins whatever comes: at spaces and line ends.  -> [vocab], [vocab]
+
+        A space alone belongs to what follows. Of WordPiece a word begins where ## does not stand. A script that is written without
+        spaces has no words here.
+        """
+        spelt = self._spellings()
+        begins, ends = ([text[place].isspace() for text in spelt] for place in (slice(1), slice(-1, None)))
+        return np.array(begins), np.array(ends) & np.array([text.strip(" ") != "" for text in spelt])
+
+    def _spellings(self) -> Sequence[str]:
+        """What each id stands for, with a space at its beginning where a word begins there.  [vocab]"""
+        raise NotImplementedError
 
     def _encode_each(self, texts: Sequence[str]) -> Iterable[Sequence[int] | NDArray]:
         return map(self.encode, texts)
@@ -127,6 +150,13 @@ class SentencePieceTokenizer(Tokenizer):
         encoded = self._model.encode(list(texts), num_threads=self._threads)
         return (self.encode(text) if SPACE in text else ids for text, ids in zip(texts, encoded, strict=True))
 
+    def _spellings(self) -> list[str]:
+        pieces = [self._model.id_to_piece(token).replace(SPACE, " ") for token in range(self.vocab_size)]
+        return [
+            bytes.fromhex(piece[3:5]).decode("ascii", "replace") if self._model.is_byte(token) else piece
+            for token, piece in enumerate(pieces)
+        ]
+
     def _spell_space(self, text: str) -> list[int]:
         first, *others = self._model.encode(text.split(SPACE), num_threads=1)
         return first + [token for part in others for token in self._space + part]
@@ -165,6 +195,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._threads == 1:  # the library encodes the texts of a batch on as many threads as there are cores
             return map(self.encode, texts)
         return (encoding.ids for encoding in self._encode_batch(list(texts)))
+
+    def _spellings(self) -> list[str]:
+        names = [self._model.id_to_token(token) or "" for token in range(self.vocab_size)]
+        if isinstance(self._model.model, tokenizers.models.WordPiece):
+            prefix = self._model.model.continuing_subword_prefix
+            return [name.removeprefix(prefix) if name.startswith(prefix) else f" {name}" for name in names]
+        spell = self._model.decoder.decode if self._model.decoder else "".join
+        return [spell(["a", name, "a"])[1:-1] for name in names]  # a decoder may take a space from the ends of a text
 
     def _encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
         try:
@@ -210,6 +248,9 @@ class TiktokenTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self._bytes.get(int(token), b"") for token in ids).decode("utf-8", errors="replace")
+
+    def _spellings(self) -> list[str]:
+        return [self._bytes.get(token, b"").decode("utf-8", "replace") for token in range(self.vocab_size)]
 
     def _encode_each(self, texts: Sequence[str]) -> Iterable[NDArray]:
         return (self._model.encode_to_numpy(text, disallowed_special=()) for text in texts)
@@ -280,7 +321,12 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
 
 
 def train_sentencepiece(
-    texts: Iterable[str], path: str | Path, vocab_size: int, kind: str = "bpe", special_tokens: Sequence[str] = ()
+    texts: Iterable[str],
+    path: str | Path,
+    vocab_size: int,
+    kind: str = "bpe",
+    special_tokens: Sequence[str] = (),
+    within_words: bool = False,
 ) -> None:
     """Learn a vocabulary from texts and write it to `path`; kind is "bpe" or "unigram".
 
@@ -288,7 +334,8 @@ def train_sentencepiece(
 
     Whatever is no piece is spelt in bytes, and nothing is normalised, so every text comes back as it was. Pieces may hold
     spaces and newlines ("return self.", a line's end with the next one's indentation): a token of source code is then 4.2
-    bytes long instead of 3.5 at 4,096 pieces (cf. SuperBPE, Liu et al. 2025, arXiv 2503.13423).
+    bytes long instead of 3.5 at 4,096 pieces (cf. SuperBPE, Liu et al. 2025, arXiv 2503.13423). With `within_words` none goes on
+    behind a space, or from a letter to a digit or another sign.
     """
     pages = _pages(texts, num_characters=(vocab_size - 258) // 2)
     if kind == "unigram":  # what it takes grows faster than the text: ten seconds for these, five minutes for ten times as many
@@ -307,8 +354,8 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            split_by_whitespace=False,
-            split_by_unicode_script=False,
+            split_by_whitespace=within_words,
+            split_by_unicode_script=within_words,
             max_sentencepiece_length=32,
             max_sentence_length=4 * _PAGE_CHARACTERS,
             required_chars=string.ascii_letters + string.digits + string.punctuation,  # else a rare capital is in no piece

@@ -37,7 +37,8 @@ def test_an_epoch_of_one_source_comes_in_the_order_of_the_permutation(stream, co
     assert batch.targets.tolist() == [[[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10] + [IGNORED] * 4][number] for number in order]
     assert batch.tokens.tolist() == [[[END, 0, 1, 2, 3], [4, 5, 6, 7, 8], [9, 0, 0, 0, 0]][number] for number in order]
     assert batch.segments.tolist() == [[[1] * 5, [1] * 5, [1, 0, 0, 0, 0]][number] for number in order]
-    assert all(field.dtype == torch.int64 for field in batch)
+    assert all(field.dtype == torch.int64 for field in (*batch.inputs, batch.targets))
+    assert batch.inputs == (batch.tokens, batch.segments) and batch[3:] == (None, None, None, None)
     assert target_tokens([batch]) == 11
 
 
@@ -72,7 +73,7 @@ def test_a_blend_reads_its_sources_by_weight_and_says_which_row_is_whose(stream,
         for batch, told in zip(batches.step(step), rows.tolist(), strict=True):
             for row, (source, epoch, number) in enumerate(told):
                 expected = sources[source].sample(number, epoch)
-                assert all(np.array_equal(field[row], wanted) for field, wanted in zip(batch, expected, strict=True))
+                assert all(np.array_equal(field[row], wanted) for field, wanted in zip(batch[:3], expected[:3], strict=True))
     assert batches.step_samples(5)[..., 1].max() == 3, "samples 30 to 35 of the first, which has 10"
 
 
@@ -132,7 +133,7 @@ def test_a_split_without_tokens_is_no_evaluation(stream):
 
 def test_one_token_is_an_evaluation(stream):
     (batch,) = evaluation_batches(stream([[7]]), 3, 1, END)
-    assert [field.tolist() for field in batch] == [[[END, 0, 0]], [[1, 0, 0]], [[7, IGNORED, IGNORED]]]
+    assert [field.tolist() for field in batch[:3]] == [[[END, 0, 0]], [[1, 0, 0]], [[7, IGNORED, IGNORED]]]
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused_with_the_nearest_that_can(stream, counted):

@@ -147,6 +147,17 @@ def test_a_tokenizer_json_is_copied(tmp_path):
     assert all(read(text)["input_ids"] == ours.encode(text) for text in [*HARD, "a <eos> in the text"])
 
 
+def test_gpt2s_two_files_become_one(tmp_path):
+    for folder in ("from", "to"):
+        (tmp_path / folder).mkdir()
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    theirs.save_model(str(tmp_path / "from"))
+    write_tokenizer(tmp_path / "from", tmp_path / "to", model_max_length=77)
+    ours, read = load_tokenizer(tmp_path / "from"), their_tokenizer(tmp_path / "to", "gpt2")
+    assert all(read(text)["input_ids"] == ours.encode(text) for text in HARD)
+
+
 @pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
 def test_a_tiktoken_vocabulary_is_rewritten_with_its_ids(tmp_path, name):
     rank_file(tmp_path / "own.tiktoken", TEXTS, published_pattern(name))

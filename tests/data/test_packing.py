@@ -18,7 +18,8 @@ SHARDS = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(an
 
 
 def rows(samples, epoch=0):
-    return [samples.sample(number, epoch) for number in range(samples.num_samples)]
+    """Tokens, segments and targets of each sample."""
+    return [samples.sample(number, epoch)[:3] for number in range(samples.num_samples)]
 
 
 def split_into_shards(documents, lengths_of_shards):
@@ -174,7 +175,7 @@ def logits_of_documents(model, samples):
     """Document number -> the logits of its targets, piece by piece.  [tokens, vocab]"""
     found = {}
     for number in range(samples.num_samples):
-        tokens, segments, _ = (torch.from_numpy(field)[None] for field in samples.sample(number, 0))
+        tokens, segments = (torch.from_numpy(field)[None] for field in samples.sample(number, 0)[:2])
         with torch.no_grad():
             (logits,) = model(tokens, segments)
         for segment, piece in enumerate(samples.documents(number), start=1):

@@ -274,3 +274,50 @@ def test_sources_are_called_by_as_much_of_their_path_as_tells_them_apart():
     assert names_of(["a/x/prepared", "b/x/prepared"]) == ["a/x/prepared", "b/x/prepared"]
     with pytest.raises(UserError, match=r"/a twice; name a folder once and give it a larger share in data\.weights"):
         names_of(["a", "b", "./a"])
+
+
+OBJECTIVES = {
+    "prefix": ["--data.objective", "prefix"],
+    "masked": ["--model.architecture", "encoder", "--data.mask_rate", "0.5"],
+    "next_sentence": ["--model.architecture", "encoder", "--data.next_sentence", "--model.token_types", "2"],
+    "span_corruption": ["--model.architecture", "encoder_decoder", "--data.span_length", "6"],
+    "pairs": ["--data.objective", "pairs", "--model.architecture", "encoder_decoder"],
+    "classification": ["--data.objective", "classification", "--model.architecture", "encoder", "--data.labels", "odd", "even"],
+}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> str:
+    """Texts with labels, in a folder whose tokenizer has the special tokens of all objectives."""
+    root = tmp_path_factory.mktemp("labelled")
+    records = [{"text": f"fish number {number} swims", "label": ("even", "odd")[number % 2]} for number in range(40)]
+    (root / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    texts = [record["text"] for record in records] + ["even", "odd"]
+    train_sentencepiece(texts, root / "tokenizer.model", 370, special_tokens=("[CLS]", "[MASK]", "<extra_id_0>"))
+    output, tokenizer = str(root / "prepared"), str(root / "tokenizer.model")
+    prepare(PrepareSettings((str(root / "text.jsonl"),), pair_field="label", output=output, tokenizer=tokenizer, workers=1))
+    return output
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_shows_what_is_read_and_what_is_asked_for(labelled, capsys, objective):
+    lines = shown(capsys, labelled, *OBJECTIVES[objective])
+    assert len(rows_of(lines)) == 8
+    names = [line.split(":")[0].strip() for line in lines if line.startswith("    ")]
+    assert {
+        "prefix": {"prefix", "asked for"},
+        "masked": {"read", "asked for"},
+        "next_sentence": {"read", "asked for", "class"},
+        "span_corruption": {"source", "read", "asked for"},
+        "pairs": {"source", "read", "asked for"},
+        "classification": {"read", "class"},
+    }[objective] <= set(names)
+    text = "\n".join(lines)
+    marks = {"masked": "[MASK]", "next_sentence": "[CLS]", "span_corruption": "<extra_id_0>", "classification": "[CLS]"}
+    assert marks.get(objective, "") in text and all(
+        "text.jsonl, byte" in line for line in lines if line.startswith("  ") and "tokens" in line
+    )
+    if objective == "pairs":
+        source = next(place for place, line in enumerate(lines) if line.startswith("    source"))
+        number = int(re.search(r"number (\d+) swims", lines[source])[1])
+        assert f"'{('even', 'odd')[number % 2]}' <|endoftext|>" in lines[source + 2]

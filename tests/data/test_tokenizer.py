@@ -2,6 +2,7 @@
 
 import base64
 import importlib.metadata
+import itertools
 import json
 from pathlib import Path
 
@@ -150,13 +151,13 @@ def test_a_copy_is_the_same_tokenizer(trained, kind, tmp_path):
 
 
 def test_the_end_of_text_that_was_chosen_stays_with_the_copy(tmp_path):
-    bytes_alone(["[SEP]", "<|im_end|>"]).save(str(tmp_path / "own.json"))
+    bytes_alone(["[END]", "<|im_end|>"]).save(str(tmp_path / "own.json"))
     with pytest.raises(UserError, match="Say with --end_of_text"):
         load_tokenizer(tmp_path / "own.json")
-    with pytest.raises(UserError, match=r'no token "\[SEP" .* Did you mean "\[SEP\]"'):
-        load_tokenizer(tmp_path / "own.json", "[SEP")
+    with pytest.raises(UserError, match=r'no token "\[END" .* Did you mean "\[END\]"'):
+        load_tokenizer(tmp_path / "own.json", "[END")
     (tmp_path / "copy").mkdir()
-    copy_tokenizer(load_tokenizer(tmp_path / "own.json", "[SEP]"), tmp_path / "copy")
+    copy_tokenizer(load_tokenizer(tmp_path / "own.json", "[END]"), tmp_path / "copy")
     assert load_tokenizer(tmp_path / "copy").end_of_text == 256
 
 
@@ -288,3 +289,52 @@ def test_gpt2s_two_files_are_the_tokenizer_that_they_would_be_as_one(tmp_path):
     assert copy_tokenizer(two, tmp_path / "copy").name == "tokenizer.json"
     assert load_tokenizer(tmp_path / "copy").encode(SOURCES[0]) == one.encode(SOURCES[0])
     assert fastest(load_tokenizer(tmp_path / "two" / "mine-vocab.json"), SOURCES)[0].engine.startswith("gigatoken")
+
+
+def test_pieces_within_words_hold_a_space_at_their_beginning_alone(tmp_path):
+    train_sentencepiece(SOURCES, tmp_path / "words.model", 600, within_words=True)
+    tokenizer = load_tokenizer(tmp_path / "words.model")
+    words = words_of(tokenizer, "return the first of them, 25 times")
+    assert [word.strip() for word in words] == ["return", "the", "first", "of", "them,", "25", "times"]
+
+
+def words_of(tokenizer, text):
+    """The text of each word, by the tokenizer's edges."""
+    ids = np.array(tokenizer.encode(text))
+    begins, ends = tokenizer.word_edges()
+    assert len(begins) == len(ends) == tokenizer.vocab_size
+    edges = [place for place in range(1, len(ids)) if begins[ids[place]] or ends[ids[place - 1]]]
+    return [tokenizer.decode(part.tolist()) for part in np.split(ids, edges)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_begin_at_spaces_and_line_ends_alone(trained, kind):
+    text = "return the whole naïve\nHaus, for x in 汉字 y"
+    words = words_of(trained[kind], text)
+    assert "".join(words) == text and len(words) > 3
+    assert all(before[-1].isspace() or word[0].isspace() for before, word in itertools.pairwise(words))
+    if kind == "tokenizer":  # of single bytes, each space and line end one of them
+        assert [word.strip() for word in words if word.strip()] == text.split()
+
+
+def test_a_word_of_wordpiece_goes_on_where_it_says_so(tmp_path):
+    pieces = ["[UNK]", "[SEP]", "play", "##ing", "##s", "the", ",", "dog"]
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    model.decoder = tokenizers.decoders.WordPiece()
+    model.add_special_tokens(["[SEP]"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    assert words_of(load_tokenizer(tmp_path, "[SEP]"), "the dogs,playing") == ["the", "dogs", ",", "playing"]
+
+
+def test_a_letter_that_is_a_space_to_another_kind_of_tokenizer_is_a_letter(tmp_path):
+    """Byte-level BPE writes a carriage return as U+010D, which is a letter of Czech."""
+    pieces = ["<unk>", "</s>", "<0x0A>", "\u2581pla", "\u010di", "ce\u010d", "ek", "\u2581"]
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram([(piece, -float(number)) for number, piece in enumerate(pieces)], 0, True))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    decoders = tokenizers.decoders
+    model.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    model.add_special_tokens(["</s>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    begins, ends = load_tokenizer(tmp_path, "</s>").word_edges()
+    assert np.flatnonzero(begins).tolist() == [2, 3, 7] and np.flatnonzero(ends).tolist() == [2]
