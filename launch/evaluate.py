@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data.command_line import UserError, read_settings, run_door
+from data.sampling import ObjectiveName, SamplingSettings
+from launch.training.score import Score, perplexity
 
 if TYPE_CHECKING:
     from data.batches import Batch
+    from data.shards import PreparedData
+    from launch.training.weights import TrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,39 +26,69 @@ class EvaluateSettings:
     """Folder that data/prepare.py wrote (default: the one the run was trained on; of a blend each)."""
     split: Literal["validation", "train"] = "validation"
     """Which documents of it."""
+    objective: ObjectiveName | None = None
+    """What is asked of the model, as data.objective in a recipe (default: what the run was trained for, with its other settings of
+    data; of an exported folder what fits the model)."""
+    labels: tuple[str, ...] = ()
+    """Labels of the classes, in their order, as data.labels in a recipe (default: the run's)."""
     sequence_length: int | None = None
-    """Tokens of a window (default: the model's context)."""
+    """Tokens of a window, or of a sample (default: the model's context)."""
     stride: int | None = None
     """Tokens that a window moves on; below sequence_length each token sees at least sequence_length - stride tokens before it
-    (default: sequence_length, windows side by side)."""
+    (default: sequence_length, windows side by side). Of causal models alone."""
     micro_batch_size: int = 16
     """Windows at a time."""
     precision: Literal["float32", "bf16"] = "float32"
     """Type of weights and activations; the losses are float32 either way."""
+    average: int = 1
+    """Checkpoints of the run, the newest ones, of whose weights the mean is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Of all the tokens of a split, each predicted once; the first of all, and with document_mask of each document, from end of text."""
+    """Of a split. A causal model predicts all its tokens, each once; the first of all, and with document_mask of each document, from end
+    of text. Another predicts what its objective asks for: of masked tokens, spans and prefixes the same ones each time.
+    """
 
-    loss: float
-    """Nats per token, weighted by token."""
-    perplexity: float
-    bits_per_byte: float
-    """Over all UTF-8 bytes of the text."""
-    tokens: int
-    bytes: int
+    score: Score
+    bytes: int | None
+    """UTF-8 bytes of all of the text; None where the model is not asked for all of it."""
     seconds: float
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        num_bytes = None if self.bytes is None or other.bytes is None else self.bytes + other.bytes
+        return Evaluation(self.score + other.score, num_bytes, self.seconds + other.seconds)
+
+    @property
+    def loss(self) -> float:
+        """Mean nats a token, and, where there are classes, mean nats a class beside it."""
+        return self.score.loss
+
+    @property
+    def tokens(self) -> int:
+        """That were predicted."""
+        return self.score.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """A token."""
+        return perplexity(self.score.token_loss / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Over all bytes of the text."""
+        assert self.bytes is not None, "the model was not asked for all of the text"
+        return self.score.token_loss / math.log(2) / self.bytes
 
 
 def evaluate(settings: EvaluateSettings, show_progress: bool = True) -> Evaluation:
-    """Over all sources together, weighted by token."""
+    """Over all sources together, weighted by token and by class."""
     return together(list(evaluate_sources(settings, show_progress).values()))
 
 
 def together(evaluations: Sequence[Evaluation]) -> Evaluation:
-    tokens, num_bytes = (sum(getattr(one, count) for one in evaluations) for count in ("tokens", "bytes"))
-    return _evaluation(sum(one.loss * one.tokens for one in evaluations), tokens, num_bytes, sum(one.seconds for one in evaluations))
+    first, *others = evaluations
+    return sum(others, first)
 
 
 def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> dict[str, Evaluation]:
@@ -62,56 +96,100 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
     import torch
     from tqdm import tqdm
 
-    from data.batches import evaluation_batches, num_evaluation_samples
-    from data.sampling import open_folders
+    from data.batches import evaluation_batches, held_out_batches, num_evaluation_samples
+    from data.sampling import open_folders, open_held_out
     from launch.training.processes import device_name, keep_freed_memory
     from launch.training.weights import load_model
 
     keep_freed_memory()
-    trained = load_model(settings.model)
-    folders = open_folders([settings.data] if settings.data else _data_of_run(settings.model, trained.folder))
-    context = trained.config.sequence_length
-    length = context if settings.sequence_length is None else settings.sequence_length
+    trained = load_model(settings.model, settings.average)
+    recipe = _recipe_of(settings.model, trained.folder)
+    folders = open_folders(_paths(settings, recipe))
+    sampling = _sampling(settings, trained, recipe)
+    config = trained.config
+    length = config.sequence_length if settings.sequence_length is None else settings.sequence_length
     stride = length if settings.stride is None else settings.stride
+    is_causal = sampling.objective == "causal"
     for prepared in folders.values():
-        _refuse_impossible(settings, trained, prepared, length, stride)
-    streams = {name: prepared.splits[settings.split] for name, prepared in folders.items()}
+        _refuse_impossible(settings, trained, prepared, length, stride, is_causal)
     # Where all are empty the first is read all the same, and says so.
-    streams = {name: stream for name, stream in streams.items() if len(stream)} or dict(list(streams.items())[:1])
-    device = device_name()
+    chosen = {name: folder for name, folder in folders.items() if len(folder.splits[settings.split])} or dict(list(folders.items())[:1])
+    device, size = device_name(), settings.micro_batch_size
     model = trained.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
-    end_of_text, mask = next(iter(folders.values())).end_of_text, trained.config.document_mask
     evaluations = {}
-    for name, stream in streams.items():
-        windows = evaluation_batches(stream, length, settings.micro_batch_size, end_of_text, document_mask=mask, stride=stride)
-        count = math.ceil(num_evaluation_samples(len(stream), length, stride) / settings.micro_batch_size)
-        shown = tqdm(windows, total=count, unit="batch", disable=None if show_progress else True, leave=False)
-        evaluations[name] = _evaluate_batches(model, shown, stream.num_bytes, device)
+    if not is_causal:
+        held_out = open_held_out(chosen, sampling, length, config.document_mask, config.architecture, config.token_types, settings.split)
+        if not held_out:
+            raise UserError(f"{settings.split} of {', '.join(chosen)} has no document: prepare with a larger --held_out.")
+    for name, folder in chosen.items():
+        stream = folder.splits[settings.split]
+        if is_causal:
+            batches = evaluation_batches(stream, length, size, folder.end_of_text, document_mask=config.document_mask, stride=stride)
+            count = num_evaluation_samples(len(stream), length, stride)
+        else:
+            batches, count = held_out_batches(held_out[name], size), held_out[name].num_samples
+        shown = tqdm(batches, total=math.ceil(count / size), unit="batch", disable=None if show_progress else True, leave=False)
+        evaluations[name] = _evaluate_batches(model, shown, stream.num_bytes if is_causal else None, device)
     return evaluations
 
 
-def _evaluate_batches(model, batches: "Iterable[Batch]", num_bytes: int, device: str) -> Evaluation:
+def _evaluate_batches(model, batches: "Iterable[Batch]", num_bytes: int | None, device: str) -> Evaluation:
     import torch
 
-    from data.packing import IGNORED
-    from model.loss import token_losses
+    from data.batches import target_classes, target_tokens
+    from launch.training.score import sums_of
 
     start = time.perf_counter()
-    total, predicted = torch.zeros((), dtype=torch.float64), 0
+    sums, tokens, classes = torch.zeros(3, dtype=torch.float64), 0, 0
     with torch.no_grad():
         for batch in batches:
-            tokens, segments, targets = (tensor.to(device) for tensor in batch)
-            total += token_losses(model(tokens, segments), targets).double().sum().cpu()
-            predicted += int((targets != IGNORED).sum())
-    return _evaluation(float(total), predicted, num_bytes, time.perf_counter() - start)
+            there = batch.map(lambda tensor: tensor.to(device))
+            sums += sums_of(model(*there.inputs), there.targets, there.classes).cpu()
+            tokens, classes = tokens + target_tokens([batch]), classes + target_classes([batch])
+    token_loss, class_loss, right = sums.tolist()
+    return Evaluation(Score(token_loss, tokens, class_loss, classes, round(right)), num_bytes, time.perf_counter() - start)
 
 
-def _evaluation(nats: float, tokens: int, num_bytes: int, seconds: float) -> Evaluation:
-    return Evaluation(nats / tokens, math.exp(nats / tokens), nats / math.log(2) / num_bytes, tokens, num_bytes, seconds)
+def _sampling(settings: EvaluateSettings, trained: "TrainedModel", recipe: dict | None) -> SamplingSettings:
+    """What samples ask for: as the run's did, or as the model of an exported folder can answer, and what is given over both."""
+    fields = {field.name for field in dataclasses.fields(SamplingSettings)}
+    config, data = trained.config, recipe["data"] if recipe else {}
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name in fields}
+    known |= {"path": (), "weights": ()} | ({"objective": settings.objective} if settings.objective else {})
+    known |= {"labels": settings.labels} if settings.labels else {}
+    if not known.get("objective"):
+        encoder = "masked" if config.token_head else "classification"
+        decoder = "prefix" if config.prefix_attention else "causal"
+        known["objective"] = {"decoder": decoder, "encoder": encoder, "encoder_decoder": "span_corruption"}[config.architecture]
+    if not recipe:
+        known["next_sentence"] = known["objective"] == "masked" and config.num_classes == 2
+        known["start_token"] = _start_token(trained) if config.architecture == "encoder_decoder" else None
+    sampling = SamplingSettings(**known)
+    if sampling.objective == "classification" and len(sampling.labels) != config.num_classes:
+        raise UserError(
+            f"labels are {len(sampling.labels)}; {settings.model} tells {config.num_classes} classes apart. Give --labels, in their order."
+        )
+    return sampling
 
 
-def _refuse_impossible(settings: EvaluateSettings, trained, prepared, length: int, stride: int) -> None:
+def _start_token(trained: "TrainedModel") -> str | None:
+    """What data.start_token is to be for the decoder of an exported folder."""
     from data.tokenizer import load_tokenizer
+
+    if trained.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(trained.tokenizer)
+    start = trained.start_token(tokenizer)
+    if start not in tokenizer.special_names:
+        raise UserError(f"{trained.folder}/config.json: decoder_start_token_id {start} is no special token of {tokenizer.path}.")
+    return None if start == tokenizer.end_of_text else tokenizer.special_names[start]
+
+
+def _refuse_impossible(
+    settings: EvaluateSettings, trained: "TrainedModel", prepared: "PreparedData", length: int, stride: int, is_causal: bool
+) -> None:
+    from data.tokenizer import load_tokenizer
+    from launch.training.data import tokenized_otherwise
 
     context, vocab_size = trained.config.sequence_length, trained.config.vocab_size
     complaints = []
@@ -119,6 +197,8 @@ def _refuse_impossible(settings: EvaluateSettings, trained, prepared, length: in
         complaints.append(f"sequence_length {length} is outside 1 ... {context}, the model's context.")
     if not 1 <= stride <= length:
         complaints.append(f"stride {stride} is outside 1 ... {length}, the window.")
+    if settings.stride is not None and not is_causal:
+        complaints.append(f"stride {stride} is for windows of causal models; samples of another objective do not overlap.")
     if settings.micro_batch_size < 1:
         complaints.append(f"micro_batch_size is {settings.micro_batch_size}; it must be at least 1.")
     if prepared.vocab_size > vocab_size:
@@ -131,17 +211,38 @@ def _refuse_impossible(settings: EvaluateSettings, trained, prepared, length: in
             complaints.append(
                 f"{prepared.folder} was tokenized with other settings beside {other.name} than {settings.model} was trained with."
             )
+    elif tokenizer and not complaints and tokenized_otherwise(prepared, tokenizer):
+        complaints.append(
+            f"{prepared.folder} was tokenized by {other.name}, which gives other ids than {settings.model}'s {tokenizer.name}."
+        )
     if complaints:
         raise UserError("\n".join(complaints))
 
 
-def _data_of_run(model: str, checkpoint: Path) -> list[str]:
-    from launch.training.run_folder import paths_of
-
+def _recipe_of(model: str, checkpoint: Path) -> dict | None:
+    """Of the run that a model is from, where its record lies beside it."""
     for folder in (Path(model), checkpoint.resolve().parent.parent):
         if (folder / "run.json").is_file():
-            return paths_of(json.loads((folder / "run.json").read_text())["recipe"])
-    raise UserError(f"{model} does not say which data it was trained on: give --data.")
+            return json.loads((folder / "run.json").read_text())["recipe"]
+    return None
+
+
+def _paths(settings: EvaluateSettings, recipe: dict | None) -> list[str]:
+    from launch.training.run_folder import paths_of
+
+    if settings.data:
+        return [settings.data]
+    if recipe is None:
+        raise UserError(f"{settings.model} does not say which data it was trained on: give --data.")
+    return paths_of(recipe)
+
+
+def _said(one: Evaluation) -> str:
+    parts = [f"loss: {one.loss:.5f} nats/{'token' if one.tokens else 'class'}"]
+    parts += [f"perplexity: {one.perplexity:.3f}"] if one.tokens else []
+    parts += [f"bits per byte: {one.bits_per_byte:.4f}"] if one.bytes is not None else []
+    parts += [f"accuracy: {one.score.accuracy:.2%} of {one.score.classes:,}"] if one.score.accuracy is not None else []
+    return " | ".join(parts)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -149,10 +250,11 @@ def main(arguments: Sequence[str]) -> int:
     sources = evaluate_sources(settings)
     for name, one in sources.items():
         if len(sources) > 1:
-            print(f"{name}: {one.loss:.5f} nats/token | {one.bits_per_byte:.4f} bits per byte | {one.tokens:,} tokens")
+            print(f"{name}: {_said(one)} | {one.tokens:,} tokens")
     result = together(list(sources.values()))
-    print(f"loss: {result.loss:.5f} nats/token | perplexity: {result.perplexity:.3f} | bits per byte: {result.bits_per_byte:.4f}")
-    print(f"{result.tokens:,} tokens, {result.bytes:,} bytes of text, {result.seconds:.1f} s")
+    print(_said(result))
+    text = f", {result.bytes:,} bytes of text" if result.bytes is not None else ""
+    print(f"{result.tokens:,} tokens{text}, {result.seconds:.1f} s")
     return 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import flatten, run_door
-from data.shards import TokenStream
+from data.packing import Samples
 from launch.training.config import RunSettings, read_run_settings
 from launch.training.stopping import StopRequest, leave
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         ready = get_ready(settings, arguments)
         if ready.process.is_first:
-            print(plan(ready.settings, ready.merged_json, ready.layout, ready.device, ready.data), flush=True)
+            print(plan(ready.settings, ready.merged_json, ready.layout, ready.device, ready.data, ready.initial), flush=True)
         return 0 if settings.dry_run else _run(ready, stop)
     except FloatingPointError as error:  # so would the next start end
         print(error, file=sys.stderr)
@@ -48,17 +48,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(ready, stop: StopRequest) -> int:
-    from data.batches import TrainingBatches, evaluation_batches
+    from data.batches import TrainingBatches, held_out_batches
     from launch.training import checkpoint, run_folder
+    from launch.training.initial import InitialWeights
     from launch.training.layout import describe
     from launch.training.loop import Figures, train
     from launch.training.monitor import Monitor
     from launch.training.pipeline import engine_for
-    from launch.training.plan import peak_flops
-    from model.config import flops_per_token
+    from launch.training.plan import flops_per_counted_token, peak_flops
 
     settings, process, layout, data, start = ready.settings, ready.process, ready.layout, ready.data, ready.start
-    tokenizer, held_out = data.sampling.tokenizer, data.held_out
+    tokenizer, held_out, model = data.sampling.tokenizer, data.held_out, settings.model
     if process.is_first:
         run_folder.record(settings, ready.merged_json, start, data.fingerprint, data.tokenizer_path)
     batches = TrainingBatches(
@@ -92,6 +92,12 @@ def _run(ready, stop: StopRequest) -> int:
         there = manifest.get("converted_from", manifest)["layout"]
         read = f"read in {time.perf_counter() - begun:.1f} s"
         read += "" if there == layout_now else f", converted from {describe(there)} to {describe(layout_now)}"
+    elif settings.init:
+        read_from = engine.begin_from(
+            ready.initial or InitialWeights(settings.init, model)
+        )  # None: this rank saw a checkpoint, rank 0 none
+        if process.is_first:
+            run_folder.note_beginning(settings, read_from)
     monitor, peak = None, 1.0
     if process.is_first:
         monitor = Monitor(Path(settings.output), first_step, settings.steps, settings.batch.global_batch_size)
@@ -110,35 +116,38 @@ def _run(ready, stop: StopRequest) -> int:
         "versions": run_folder.versions(),
     }
 
-    def validation_batches(stream: TokenStream):
-        return evaluation_batches(
-            stream,
-            settings.model.sequence_length,
+    def validation_batches(samples: Samples):
+        return held_out_batches(
+            samples,
             settings.batch.micro_batch_size,
-            data.sampling.end_of_text,
             layout.data_rank(process.rank),
             layout.data_parallel_size,
             math.ceil(settings.log.validation_samples / len(held_out)) or None,
-            settings.model.document_mask,
         )
 
     def sample(step: int) -> str:
-        prompt = tokenizer.encode(settings.log.sample_prompt) or [tokenizer.end_of_text]
-        drawn = engine.sample(prompt, max(1, min(128, settings.model.sequence_length // 2)), 0.8, step, tokenizer.vocab_size)
-        end = drawn.index(tokenizer.end_of_text) if tokenizer.end_of_text in drawn else len(drawn)
-        return tokenizer.decode(prompt + drawn[:end])
+        text, end = tokenizer.encode(settings.log.sample_prompt), tokenizer.end_of_text
+        new_tokens = max(1, min(128, (data.sampling.target_length or model.sequence_length) // 2))
+        if model.architecture == "encoder_decoder":
+            source = [*text[: model.sequence_length - 1], end]
+            drawn, shown = engine.sample([data.sampling.start_token], new_tokens, 0.0, step, tokenizer.vocab_size, source), []
+        else:
+            shown = text or [end]
+            drawn = engine.sample(shown, new_tokens, 0.8, step, tokenizer.vocab_size)
+        return tokenizer.decode(shown + drawn[: drawn.index(end) if end in drawn else len(drawn)])
 
     figures = Figures(
-        flops_per_token(settings.model),
+        flops_per_counted_token(model, data.sampling.target_length),
         peak,
         process.world_size,
         lambda steps: data.sampling.epochs(steps * settings.batch.global_batch_size),
         data.sampling.bytes_per_token,
-        {name: stream.num_bytes / len(stream) for name, stream in held_out.items()},
+        {name: samples.stream.num_bytes / len(samples.stream) for name, samples in held_out.items()},
     )
-    validated = {name: functools.partial(validation_batches, stream) for name, stream in held_out.items()}
+    validated = {name: functools.partial(validation_batches, samples) for name, samples in held_out.items()}
+    write_sample = None if model.architecture == "encoder" else sample
     try:
-        status = train(settings, stop, engine, batches.step, validated, sample, first_step, about, monitor, figures)
+        status = train(settings, stop, engine, batches.step, validated, write_sample, first_step, about, monitor, figures)
     except RuntimeError as error:
         error.add_note(f"in step {engine.step_in_hand + 1}")
         raise

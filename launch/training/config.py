@@ -1,7 +1,9 @@
 """Settings of a run, from recipe and command line, and the batch arithmetic that follows from them."""
 
+import contextlib
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,18 @@ from model.config import ModelConfig, named_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
+NOT_IN_THE_WEIGHTS = (
+    "dropout",
+    "document_mask",
+    "initializer_range",
+    "prefix_attention",
+    "sliding_window",
+    "rope_theta",
+    "rope_scaling",
+    "rope_factor",
+    "rope_original_length",
+)
+"""Settings of the model with which the same weights can go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +68,16 @@ class ScheduleSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LossSettings:
+    label_smoothing: float = 0.0
+    """Share of each target's probability that is spread over the whole vocabulary (Szegedy et al. 2015, arXiv 1512.00567, section 7;
+    Vaswani et al. 2017 used 0.1). Losses of training contain it, those of validation never do."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of softmax's divisor, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5,
+    used 1e-4). In training alone, as label_smoothing."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings(SamplingSettings):
     path: tuple[str, ...] = ("prepared",)
     """Folder that data/prepare.py wrote, or several to blend. Where the default is missing, the embedded corpus is prepared into it."""
@@ -72,9 +96,9 @@ class LogSettings:
     validation_samples: int = 64
     """Sequences of the held-out split in a validation, always the same ones; 0: all of it. Of a blend each source has its part."""
     sample_interval: int = 500
-    """Steps between samples of generated text in TensorBoard; 0: none."""
+    """Steps between samples of generated text in TensorBoard; 0: none. An encoder writes none."""
     sample_prompt: str = "def "
-    """What those samples start with."""
+    """What those samples start with; of an encoder-decoder the source, for which the likeliest target is written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +119,19 @@ class RunSettings:
     """Folder of the run: curves, log, checkpoints. A second start with the same one goes on."""
     size: str | None = None
     """Named size the model settings start from, such as gpt2-124m or llama3-8b; on the command line it replaces those of the recipe."""
+    init: str | None = None
+    """Hugging Face folder, or run folder or checkpoint of ours, whose weights training starts from; the model settings come from it."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     batch: BatchSettings = dataclasses.field(default_factory=BatchSettings)
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = dataclasses.field(default_factory=ScheduleSettings)
+    loss: LossSettings = dataclasses.field(default_factory=LossSettings)
     train_steps: int | None = None
     """Length of training in optimizer steps; give this or train_tokens."""
     train_tokens: float | None = None
-    """Length of training in tokens, rounded down to whole steps."""
+    """Length of training in tokens, rounded down to whole steps. As everywhere, each place of a sample counts, padding too; in an
+    encoder-decoder the places of the source alone."""
     precision: Literal["bf16", "fp16", "float32"] = "bf16"
     """Type of weights and activations; bf16 and fp16 keep float32 master weights in the optimizer."""
     seed: int = 1
@@ -149,17 +177,17 @@ class RunSettings:
 
 
 def read_run_settings(arguments: Sequence[str]) -> RunSettings:
-    """Settings from the command line over the recipe over the defaults; with neither recipe nor size, over the demo recipe.
+    """Settings from the command line over the recipe over the defaults; with neither recipe nor model, over the demo recipe.
 
     Raises UserError, with every complaint about their combination at once.
     """
     words = without_local_rank(arguments)
-    if not _says(words, "--config") and not _says(words, "--size"):
+    if not any(_says(words, name) for name in ("--config", "--size", "--init")):
         words = ["--config", str(DEMO_RECIPE), *words]
     aliases = {"--deepspeed_config": "--deepspeed", "--data": "--data.path"}
     try:
         words = [*_words_of_size(words), *_words_of_length(words), *words]
-        settings = read_settings(RunSettings, words, "Train a transformer with DeepSpeed.", aliases=aliases, defaults=_defaults_of_size)
+        settings = read_settings(RunSettings, words, "Train a transformer with DeepSpeed.", aliases=aliases, defaults=_model_defaults)
     except UserError:
         raise
     except ValueError as error:  # the model's own complaints
@@ -200,9 +228,29 @@ def _says(words: list[str], name: str) -> bool:
     return any(word == name or word.startswith(f"{name}=") for word in words)
 
 
-def _defaults_of_size(given: dict) -> dict:
-    written = _defaults_as_written() | (named_size(given["size"]) if given.get("size") else {})
+def _model_defaults(given: dict) -> dict:
+    """Those of the weights that training starts from, of a size, or of every model."""
+    if given.get("init") and given.get("size"):
+        raise UserError(f"size {given['size']} and init {given['init']} both say what the model is; keep one of them.")
+    if given.get("init"):
+        written = dataclasses.asdict(_model_of_init(given["init"], given.get("output", RunSettings.output)))
+    else:
+        written = _defaults_as_written() | (named_size(given["size"]) if given.get("size") else {})
     return {f"model.{name}": value for name, value in written.items()}
+
+
+def _model_of_init(path: str, output: str) -> ModelConfig:
+    """The model whose weights lie at `path`. Raises UserError where there is none, or one that is not ours to build.
+
+    A run that has started from there is the model of its record: the weights may be gone by then.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        recipe = json.loads((Path(output) / "run.json").read_text(encoding="utf-8"))["recipe"]
+        if recipe["init"] == path:
+            return ModelConfig(**recipe["model"])
+    from launch.training.initial import opened  # and with it torch, which a start without init imports later
+
+    return opened(path).config
 
 
 def _defaults_as_written() -> dict:
@@ -218,6 +266,7 @@ def _refuse_impossible(settings: RunSettings) -> None:
     ]
     if complaints:
         raise UserError("\n".join(complaints))
+    complaints += _other_than_in_init(settings)
     if settings.train_steps is None and settings.train_tokens is None:
         complaints.append("Give train_steps or train_tokens, the length of training.")
     elif settings.train_steps is not None and settings.train_tokens is not None:
@@ -249,11 +298,15 @@ def _refuse_impossible(settings: RunSettings) -> None:
         "log.validation_samples": settings.log.validation_samples,
         "log.sample_interval": settings.log.sample_interval,
         "checkpoint.interval": settings.checkpoint.interval,
+        "loss.z_loss": settings.loss.z_loss,
     }
     complaints += [f"{name} is {value}; it may not be negative." for name, value in not_negative.items() if value < 0]
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(settings.optimizer, name) < 1:
-            complaints.append(f"optimizer.{name} is {getattr(settings.optimizer, name)}; it must be at least 0 and below 1.")
+    below_one = {
+        "optimizer.beta1": settings.optimizer.beta1,
+        "optimizer.beta2": settings.optimizer.beta2,
+        "loss.label_smoothing": settings.loss.label_smoothing,
+    }
+    complaints += [f"{name} is {value}; it must be at least 0 and below 1." for name, value in below_one.items() if not 0 <= value < 1]
     if not 0 < settings.schedule.decay_fraction <= 1:
         complaints.append(f"schedule.decay_fraction is {settings.schedule.decay_fraction}; it must be above 0 and at most 1.")
     if settings.schedule.min_learning_rate > settings.optimizer.learning_rate and settings.schedule.kind != "constant":
@@ -272,6 +325,20 @@ def _refuse_impossible(settings: RunSettings) -> None:
         )
     if complaints:
         raise UserError("\n".join(complaints))
+
+
+def _other_than_in_init(settings: RunSettings) -> list[str]:
+    """Why the weights that training starts from do not fit the model that is asked for."""
+    if settings.init is None:
+        return []
+    there, here = (dataclasses.asdict(model) for model in (_model_of_init(settings.init, settings.output), settings.model))
+    # A pretrained encoder becomes a classifier so.
+    free = (*NOT_IN_THE_WEIGHTS, "num_classes", "token_head", *(["sequence_length"] if settings.model.positions != "learned" else []))
+    return [
+        f"model.{name} is {here[name]}; in init {settings.init} it is {there[name]}. Leave it out, or start from other weights."
+        for name in here
+        if name not in free and here[name] != there[name]
+    ]
 
 
 def share_the_batch(settings: RunSettings, layout: Layout) -> RunSettings:

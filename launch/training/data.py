@@ -8,11 +8,14 @@ from pathlib import Path
 
 from data.command_line import UserError
 from data.order import Blend
+from data.packing import Samples
 from data.prepare import PrepareSettings, prepare
-from data.sampling import Sampling, open_folders, open_sampling
-from data.shards import TokenStream
+from data.sampling import Sampling, open_folders, open_held_out, open_sampling
+from data.shards import PreparedData
+from data.tokenizer import load_tokenizer
 from launch.training.config import DataSettings, RunSettings
 
+_COMPARED_TOKENS = 100_000  # of text that two tokenizers are to encode alike
 _HASHED_AT_START = 4 << 30  # bytes that are hashed in two or three seconds; above, sizes and indexes are checked, and ids while reading
 
 
@@ -20,15 +23,11 @@ _HASHED_AT_START = 4 << 30  # bytes that are hashed in two or three seconds; abo
 class RunData:
     sampling: Sampling
     """What is trained on."""
+    held_out: dict[str, Samples]
+    """Of the validation split of each source that has one, by the source's name."""
     tokenizer_path: Path
     fingerprint: str
     """One hash for all tokens of all sources, in their order."""
-
-    @property
-    def held_out(self) -> dict[str, TokenStream]:
-        """The validation split of each source that has one, by the source's name."""
-        splits = {name: folder.splits["validation"] for name, folder in self.sampling.folders.items()}
-        return {name: stream for name, stream in splits.items() if len(stream)}
 
 
 def open_data(settings: RunSettings) -> RunData:
@@ -43,11 +42,50 @@ def open_data(settings: RunSettings) -> RunData:
             f"model.vocab_size {settings.model.vocab_size} is too small for {first.folder}: its tokens go up to {first.vocab_size - 1}.\n"
             f"Nearest: {first.vocab_size}, or {-(-first.vocab_size // 128) * 128} for round matrices."
         )
-    sampling = open_sampling(folders, settings.data, settings.model.sequence_length, settings.model.document_mask, settings.seed)
+    model = settings.model
+    of_model = {"architecture": model.architecture, "token_types": model.token_types}
+    sampling = open_sampling(folders, settings.data, model.sequence_length, model.document_mask, settings.seed, **of_model)
+    _refuse_unfit_outputs(settings, sampling.objective)
+    held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, **of_model)
     _refuse_too_many_epochs(settings, sampling)
     fingerprints = [folder.fingerprint for folder in folders.values()]
     together = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
-    return RunData(sampling, first.tokenizer_path, together)
+    return RunData(sampling, held_out, first.tokenizer_path, together)
+
+
+def _refuse_unfit_outputs(settings: RunSettings, objective: str) -> None:
+    """Raise UserError where the model does not say what the objective asks for, or says what is never asked for."""
+    model, data = settings.model, settings.data
+    complaints = []
+    if (objective == "prefix") != model.prefix_attention:
+        complaints.append(
+            f"data.objective is {objective} and model.prefix_attention {str(model.prefix_attention).lower()}; "
+            "a prefix is seen whole and never predicted: set both or neither."
+        )
+    wanted = {"classification": len(data.labels), "masked": 2 if data.next_sentence else 0}.get(objective, 0)
+    if model.num_classes != wanted:
+        reason = {"classification": f"data.labels are {wanted}", "masked": f"data.next_sentence is {str(data.next_sentence).lower()}"}
+        reason = reason.get(objective, f"data.objective is {objective}")
+        complaints.append(f"model.num_classes is {model.num_classes}; {reason}, so it must be {wanted}.")
+    if model.architecture == "encoder" and model.token_head != (objective == "masked"):
+        complaints.append(
+            f"model.token_head is {str(model.token_head).lower()}; data.objective {objective} "
+            f"{'predicts tokens: set it true' if objective == 'masked' else 'trains none: set it false'}."
+        )
+    if complaints:
+        raise UserError("\n".join(complaints))
+
+
+def tokenized_otherwise(folder: PreparedData, tokenizer: Path) -> bool:
+    """Whether a folder's tokens are others than this tokenizer makes: of the same file never, of another one as its first texts tell."""
+    there, here = load_tokenizer(folder.tokenizer_path), load_tokenizer(tokenizer)
+    if there.settings == here.settings and there.file_bytes() == here.file_bytes():
+        return False
+    if (there.vocab_size, there.end_of_text) != (here.vocab_size, here.end_of_text):
+        return True
+    stream = next((stream for stream in folder.splits.values() if len(stream)), None)
+    text = there.decode(stream.read(0, min(len(stream), _COMPARED_TOKENS)).tolist()) if stream is not None else ""
+    return there.encode(text) != here.encode(text)
 
 
 def _refuse_too_many_epochs(settings: RunSettings, sampling: Sampling) -> None:

@@ -282,6 +282,18 @@ def _impossible_in_zero_plus_plus(merged: dict, path: str, layout: Layout, devic
 def _impossible_to_share(settings: RunSettings, layout: Layout) -> list[str]:
     """Why the model's heads or tokens do not divide among the ranks of a group."""
     model, tensor, sequence = settings.model, layout.tensor_parallel_size, layout.sequence_parallel_size
+    asked = " and ".join(
+        f"{name} {size}" for name, size in (("tensor_parallel_size", tensor), ("sequence_parallel_size", sequence)) if size > 1
+    )
+    others = "Nearest: 1, with ZeRO (ds_configs/zero3.json) or pipeline_stages instead."
+    if asked and model.architecture == "encoder_decoder":
+        return [f"{asked} with model.architecture encoder_decoder: not proved here. {others}"]
+    if asked and model.positions in ("alibi", "relative"):
+        return [f"{asked} with model.positions {model.positions}: each rank would need the numbers of its own heads alone. {others}"]
+    if sequence > 1 and model.num_classes:
+        return [
+            f"sequence_parallel_size {sequence} with model.num_classes {model.num_classes}: one rank alone has the first token. {others}"
+        ]
     complaints = [
         f"tensor_parallel_size {tensor} does not divide model.{name} {count}. Nearest: {math.gcd(tensor, model.num_key_value_heads)}."
         for name, count in (("num_attention_heads", model.num_attention_heads), ("num_key_value_heads", model.num_key_value_heads))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from launch.training.initial import InitialWeights
 from launch.training.state import KINDS, Box, SavedState, Stretch
 
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -68,8 +69,8 @@ class LiveState:
         return {name: getattr(scaler, name) for name in _LOSS_SCALER} if getattr(scaler, "dynamic", False) else None
 
     @torch.no_grad()
-    def read(self, saved: SavedState) -> None:
-        """Take this rank's stretches from a checkpoint, one at a time. Raises UserError where it lacks one."""
+    def read(self, saved: SavedState | InitialWeights) -> None:
+        """Take this rank's stretches from a checkpoint or from another model, one at a time. Raises UserError where it lacks one."""
         for stretch, values in self.visit(self.stretches, keep_changes=True):
             for kind, into in values.items():
                 saved.read(stretch, kind, into)

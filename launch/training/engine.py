@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -24,16 +24,18 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.nn.utils import get_total_norm
 
-from data.batches import Batch, target_tokens
+from data.batches import Batch, target_classes, target_tokens
 from data.command_line import UserError
 from launch.training import checkpoint, parallel, state
 from launch.training.config import OptimizerSettings, RunSettings
 from launch.training.deepspeed_state import LiveState
+from launch.training.initial import InitialWeights
 from launch.training.layout import Layout
 from launch.training.processes import Process, device_name, device_number
+from launch.training.score import Score, sums_of
 from model.generation import generate
 from model.layers import Block, KeyValueCache
-from model.loss import token_losses, training_loss
+from model.loss import training_loss
 from model.transformer import Transformer
 
 
@@ -42,7 +44,7 @@ class StepReport:
     """What one optimizer step did; the same on every rank but for the times."""
 
     loss: float
-    """Mean nats per target token of the global batch."""
+    """Mean nats per target token of the global batch, and beside it, where it has classes, per class; with smoothing and z-loss."""
     gradient_norm: float
     """Of the whole gradient, before clipping."""
     skipped: bool
@@ -84,6 +86,7 @@ class Engine:
         self.device = torch.device(device_name(), device_number(process)) if device_name() == "cuda" else torch.device("cpu")
         self.zero_stage = merged_json["zero_optimization"].get("stage", 0)
         self._seed = settings.seed
+        self._loss = settings.loss
         self.step_in_hand = 0
         self._micro_batches_seen: dict[int, int] = {}  # by each layer, in this step
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the pipeline's parts, and its memory use at every turn
@@ -120,10 +123,11 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         micro_batches = [self._part_of(batch) for batch in micro_batches]
-        num_targets = self._sum_over_ranks([target_tokens(micro_batches)])[0] / self.layout.num_copies
-        divisor = torch.tensor(max(1, num_targets) / (len(micro_batches) * self.layout.zero_size), device=self.device)
+        counts = self._sum_over_ranks([target_tokens(micro_batches), target_classes(micro_batches)])
+        parts = len(micro_batches) * self.layout.zero_size
+        divisors = [torch.tensor(max(1, count / self.layout.num_copies) / parts, device=self.device) for count in counts]
         watch = Stopwatch(self.device)
-        loss, gradient_norm, skipped = self._step_on(micro_batches, divisor, watch)
+        loss, gradient_norm, skipped = self._step_on(micro_batches, divisors, watch)
         loss_sum, stops = self._sum_over_ranks([loss, float(stop_asked)])
         return StepReport(
             loss=loss_sum / self.process.world_size,
@@ -134,15 +138,15 @@ class Engine:
             seconds=watch.seconds(),
         )
 
-    def _step_on(self, micro_batches: list[Batch], divisor: Tensor, watch: "Stopwatch") -> tuple[float, float, bool]:
+    def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: "Stopwatch") -> tuple[float, float, bool]:
         """The loss of this rank (its mean over all ranks is the step's), the gradient norm, and whether the update was left out."""
         engine = self._deepspeed
         engine.train()
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:
-            tokens, segments, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
             with watch.measure("forward"):
-                loss = training_loss(engine(tokens, segments), (targets, divisor))
+                loss = self._training_loss(engine(*batch.inputs), labels_of(batch, divisors))
                 total += loss.detach()
             with watch.measure("backward"):
                 engine.backward(loss)
@@ -152,40 +156,58 @@ class Engine:
                 engine.step()
         return (float(total) / len(micro_batches), *self._norm_and_overflow())
 
+    def _training_loss(self, outputs: Tensor | tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
+        return training_loss(outputs, labels, self._loss.label_smoothing, self._loss.z_loss)
+
     def _norm_and_overflow(self) -> tuple[float, bool]:
         norm = float(self._deepspeed.get_global_grad_norm())
         return norm, bool(getattr(self._deepspeed.optimizer, "overflow", False)) or not math.isfinite(norm)
 
     @torch.no_grad()
-    def validate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Summed loss in nats and number of target tokens over all data ranks' batches; each gives equally many."""
+    def validate(self, batches: Iterable[Batch]) -> Score:
+        """Of all data ranks' batches together; each gives equally many."""
         self._deepspeed.eval()
-        loss_sum, num_targets = torch.zeros((), dtype=torch.float64), 0
+        sums, counts = torch.zeros(3, dtype=torch.float64), [0, 0]
         for batch in map(self._part_of, batches):
-            tokens, segments, targets = (tensor.to(self.device) for tensor in batch)
-            loss_sum += token_losses(self._model(tokens, segments), targets).double().sum().cpu()
-            num_targets += target_tokens([batch])
-        total, count = self._sum_over_ranks([float(loss_sum), num_targets])
-        return total / self.layout.num_copies, int(count) // self.layout.num_copies
+            there = batch.map(lambda tensor: tensor.to(self.device))
+            sums += sums_of(self._model(*there.inputs), there.targets, there.classes).cpu()
+            counts = [counts[0] + target_tokens([batch]), counts[1] + target_classes([batch])]
+        return self._score(sums, counts, self.layout.num_copies)
 
-    def sample(self, prompt: list[int], new_tokens: int, temperature: float, seed: int, vocab_size: int) -> list[int]:
-        """Token ids below `vocab_size` that follow `prompt`, always so many: under ZeRO-3 every rank must take every step."""
+    def _score(self, sums: Tensor, counts: list[int], num_copies: int) -> Score:
+        """From each rank's share, which so many ranks have alike."""
+        *sums, tokens, classes = (total / num_copies for total in self._sum_over_ranks([*sums.tolist(), *counts]))
+        token_loss, class_loss, right = sums
+        return Score(token_loss, round(tokens), class_loss, round(classes), round(right))
+
+    def sample(
+        self, prompt: list[int], new_tokens: int, temperature: float, seed: int, vocab_size: int, source: list[int] | None = None
+    ) -> list[int]:
+        """Token ids below `vocab_size` that follow `prompt`, always so many: under ZeRO-3 every rank must take every step.
+
+        An encoder-decoder writes the target of `source` so, behind a prompt that is its start token.
+        """
         self._deepspeed.eval()
         tokens = torch.tensor([prompt], device=self.device)
+        read = self._read
+        if source is not None:
+            sources = torch.tensor([source], device=self.device)
+            read = functools.partial(self._read, sources, torch.ones_like(sources))
         drawn: Iterator[Tensor] = generate(
-            self._read,
+            read,
             tokens,
             new_tokens,
             temperature=temperature,
             seed=seed,
             sequence_length=self.config.sequence_length,
             vocab_size=vocab_size,
+            prefix_attention=self.config.prefix_attention,
         )
         return [int(ids[0]) for ids in drawn]
 
-    def _read(self, tokens: Tensor, segments: Tensor, cache: KeyValueCache) -> Tensor:
+    def _read(self, *inputs: Tensor, cache: KeyValueCache) -> Tensor:
         """What `generate` asks for: logits [1, seq, vocab] of tokens that follow those in the cache."""
-        return self._model(tokens, segments, cache)
+        return self._model(*inputs, cache=cache)
 
     def save(self, root: Path, step: int, about: dict) -> str | None:
         """Write and publish the checkpoint of `step`. Returns what went wrong, the same sentence on every rank, or None.
@@ -216,6 +238,15 @@ class Engine:
             state.write(file, self._state.written, self._state.visit(self._state.written))
             written[file.path.name] = file.finish()
         checkpoint.write_part(folder, self.process.rank, written)
+
+    def begin_from(self, weights: InitialWeights) -> str:
+        """Take weights of another model, before the first step; a hash of what all ranks have then. Raises UserError on every rank."""
+        attempt = Attempt()
+        attempt.to(lambda: self._state.read(weights))
+        if not self.agree(attempt.failure is None):
+            raise UserError(self.first_sentence(attempt.failure) or "")
+        self._state.begin_from(0, None)
+        return hashlib.sha256(repr(self._checksums()).encode()).hexdigest()
 
     def load(self, folder: Path) -> None:
         """Take weights, moments and loss scale from a checkpoint of any layout.
@@ -257,9 +288,11 @@ class Engine:
 
     def _part_of(self, batch: Batch) -> Batch:
         """The tokens and targets that this rank has of each sequence; segments stay whole, for attention sees them all."""
+        if self.layout.sequence_parallel_size == 1:
+            return batch
         size = batch.tokens.shape[1] // self.layout.sequence_parallel_size
         start = self.layout.sequence_place(self.process.rank) * size
-        return Batch(batch.tokens[:, start : start + size], batch.segments, batch.targets[:, start : start + size])
+        return batch.map(lambda tensor: tensor[:, start : start + size])._replace(segments=batch.segments)
 
     def agree(self, claim: bool) -> bool:
         """True where the claim holds on every rank."""
@@ -318,6 +351,11 @@ class Engine:
         self._deepspeed.step()
         del self._deepspeed.optimizer.step
         return norm, True
+
+
+def labels_of(batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What the loss is measured against: targets and classes, each with the number that its sum is divided by."""
+    return (batch.targets, divisors[0]) + (() if batch.classes is None else (batch.classes, divisors[1]))
 
 
 def _adamw(model: nn.Module, numbers: OptimizerSettings) -> torch.optim.AdamW:

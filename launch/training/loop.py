@@ -10,8 +10,9 @@ from data.batches import Batch
 from launch.training import checkpoint
 from launch.training.config import RunSettings
 from launch.training.engine import Engine, StepReport
-from launch.training.monitor import Monitor, perplexity
+from launch.training.monitor import Monitor
 from launch.training.schedule import learning_rate
+from launch.training.score import Score, perplexity
 from launch.training.stopping import StopRequest
 
 SAVED_AND_UNFINISHED = 85
@@ -26,7 +27,7 @@ def train(
     engine: Engine,
     batches_of_step: Callable[[int], list[Batch]],
     validation_batches: Mapping[str, Callable[[], Iterable[Batch]]],
-    sample: Callable[[int], str],
+    sample: Callable[[int], str] | None,
     first_step: int,
     about: dict,
     monitor: Monitor | None,
@@ -35,7 +36,7 @@ def train(
     """Train from step `first_step` to the end of the recipe; the exit status: 0 done, 85 told to stop and saved.
 
     `validation_batches` are those of each source's held-out split, by its name; `sample` writes a text after a step, on all ranks
-    together; `monitor` is rank 0's; `about` goes into every manifest.
+    together, where the model writes; `monitor` is rank 0's; `about` goes into every manifest.
     """
     root = Path(settings.output) / "checkpoints"
     saved_step = first_step if first_step else None
@@ -77,7 +78,7 @@ def train(
         last = done == settings.steps
         if validation_batches and (last or (settings.log.validation_interval and done % settings.log.validation_interval == 0)):
             _validate(engine, validation_batches, monitor, figures, done)
-        if settings.log.sample_interval and (last or done % settings.log.sample_interval == 0):
+        if sample and settings.log.sample_interval and (last or done % settings.log.sample_interval == 0):
             text = sample(done)
             if monitor:
                 monitor.text("samples", text, done)
@@ -99,16 +100,17 @@ class Figures:
         peak_flops: float,
         world_size: int,
         epochs: Callable[[int], dict[str, float]],
-        train_bytes_per_token: float,
+        train_bytes_per_token: float | None,
         validation_bytes_per_token: dict[str, float],
     ):
         self.flops_per_token = flops_per_token
+        """Of a token as RunSettings.tokens_per_step counts them."""
         self.peak_flops = peak_flops
         self.world_size = world_size
         self.epochs = epochs
         """Of each source, by name, after so many steps."""
         self.train_bytes_per_token = train_bytes_per_token
-        """In the blend."""
+        """In the blend; None where no token is predicted from all those before it, and so the text is given no probability."""
         self.validation_bytes_per_token = validation_bytes_per_token
         """Of each source's held-out split, by name."""
 
@@ -162,8 +164,6 @@ def _show_step(
     at_interval = done % settings.log.interval == 0 or done == settings.steps
     if at_interval:
         scalars |= {
-            "perplexity/train": perplexity(report.loss),
-            "bits_per_byte/train": bits_per_byte(report.loss, figures.train_bytes_per_token),
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tflops_per_device": used / 1e12,
             "throughput/utilization": used / figures.peak_flops,
@@ -172,6 +172,10 @@ def _show_step(
             "time/step": seconds,
             "time/data": data_seconds,
         } | {f"time/{part}": part_seconds for part, part_seconds in report.seconds.items()}
+        if not (settings.model.num_classes or settings.loss.label_smoothing or settings.loss.z_loss):  # else it is more than nats a token
+            scalars["perplexity/train"] = perplexity(report.loss)
+            if figures.train_bytes_per_token is not None:
+                scalars["bits_per_byte/train"] = bits_per_byte(report.loss, figures.train_bytes_per_token)
     monitor.step(done, scalars, seconds)
     if at_interval:
         monitor.console(done, report.loss, rate, report.gradient_norm, tokens_per_second, used / figures.peak_flops)
@@ -189,26 +193,29 @@ def _validate(
     figures: Figures,
     step: int,
 ) -> None:
-    """Each source on its own, and all of them together, weighted by token."""
+    """Each source on its own, and all of them together, weighted by token and by class."""
     start = time.perf_counter()
-    sums = {source: engine.validate(batches()) for source, batches in batches_of_source.items()}
+    scores = {source: engine.validate(batches()) for source, batches in batches_of_source.items()}
     if not monitor:
         return
-    loss_sum, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
-    num_bytes = sum(tokens * figures.validation_bytes_per_token[source] for source, (_, tokens) in sums.items())
-    loss, bits = loss_sum / tokens, bits_per_byte(loss_sum / tokens, num_bytes / tokens)
-    losses = {source: loss_sum / tokens for source, (loss_sum, tokens) in sums.items()}
-    scalars = {
-        "loss/validation": loss,
-        "perplexity/validation": perplexity(loss),
-        "bits_per_byte/validation": bits,
-        "time/validation": time.perf_counter() - start,
-    }
+    score = sum(scores.values(), Score())
+    losses = {source: one.loss for source, one in scores.items()}
+    scalars, shown = {"loss/validation": score.loss, "time/validation": time.perf_counter() - start}, [f"validation loss: {score.loss:.4f}"]
+    if score.tokens:
+        nats = score.token_loss / score.tokens
+        scalars["perplexity/validation"] = perplexity(nats)
+        shown.append(f"perplexity: {perplexity(nats):.2f}")
+        if figures.train_bytes_per_token is not None:
+            num_bytes = sum(one.tokens * figures.validation_bytes_per_token[source] for source, one in scores.items())
+            scalars["bits_per_byte/validation"] = bits = bits_per_byte(nats, num_bytes / score.tokens)
+            shown.append(f"bits per byte: {bits:.4f}")
+    if score.accuracy is not None:
+        scalars["accuracy/validation"] = score.accuracy
+        shown.append(f"accuracy: {score.accuracy:.2%}")
+    counts = [f"{count:,} {what}" for count, what in ((score.tokens, "tokens"), (score.classes, "samples with a class")) if count]
+    shown.append(f"over {' and '.join(counts)}")
     monitor.scalars(step, scalars | _by_source("loss/validation", losses))
-    monitor.say(
-        f"step: {step} | validation loss: {loss:.4f} | perplexity: {perplexity(loss):.2f} | bits per byte: {bits:.4f} | "
-        f"over {tokens:,} tokens" + "".join(f" | {source}: {loss:.4f}" for source, loss in losses.items() if len(losses) > 1)
-    )
+    monitor.say(f"step: {step} | " + " | ".join(shown + [f"{source}: {loss:.4f}" for source, loss in losses.items() if len(losses) > 1]))
     monitor.flush()
 
 

@@ -112,11 +112,6 @@ class Monitor:
             print(f"The run's curves and log cannot be written any more ({error.strerror or error}). Training goes on.", file=sys.stderr)
 
 
-def perplexity(loss: float) -> float:
-    """exp(nats), or infinity."""
-    return math.inf if loss >= 700 else math.exp(loss)
-
-
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -64,7 +64,8 @@ def spread_sequences(model: nn.Module, sequence_length: int, layout: Layout, ran
 def _mix_over_ranks(mix, size: int, group: dist.ProcessGroup):
     exchange = DistributedAttention(mix, group, scatter_idx=2, gather_idx=1)
 
-    def mixed(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache=None) -> Tensor:
+    def mixed(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache=None, table=None) -> Tensor:
+        assert table is None, "a row of relative positions' table is a head's, and each rank has other heads"
         if cache is not None:  # generation: every rank has the whole text
             return mix(query, key, value, segments, cache)
         if key.shape[2] < size:  # each rank needs a key

@@ -1,6 +1,7 @@
 """The engine whose layers are spread over stages: DeepSpeed's pipeline over the same list of layers, the same loss, the same verbs."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -11,14 +12,15 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSp
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from data.batches import Batch, target_tokens
+from data.batches import Batch, target_classes, target_tokens
 from launch.training import parallel
-from launch.training.engine import Engine, Stopwatch
+from launch.training.engine import Engine, Stopwatch, labels_of
 from launch.training.layout import Layout
+from launch.training.score import Score, sums_of
 from launch.training.state import Box, Stretch
 from model.layers import KeyValueCache, Passed
-from model.loss import IGNORED, training_loss
-from model.transformer import layers
+from model.loss import IGNORED
+from model.transformer import layers, outputs_of
 
 _STAND_IN = "stand_in_"
 PART_OF = {
@@ -54,51 +56,64 @@ class PipelinedEngine(Engine):
             for layer in layers(self.config, self._seed, recompute)
         ]
         topology = PipeModelDataParallelTopology(self.layout.pipeline_stages, self.layout.tensor_parallel_size, self.layout.zero_size)
-        module = kind(specs, topology=topology, loss_fn=_loss, partition_method=section["partition"])
+        module = kind(specs, topology=topology, loss_fn=self._loss_of, partition_method=section["partition"])
         if self.layout.tensor_parallel_size > 1:
             parallel.split_matrices(module, self.layout.tensor_parallel_size, module.mpu().get_slice_parallel_group())
         return module
 
-    def _step_on(self, micro_batches: list[Batch], divisor: Tensor, watch: Stopwatch) -> tuple[float, float, bool]:
-        engine = self._deepspeed
+    def _loss_of(self, outputs: Passed, labels: tuple[Tensor, ...]) -> Tensor:
+        """What the last stage makes of a micro-batch: in training its loss, else sums_of it.  -> scalar or [3]"""
+        if torch.is_grad_enabled():
+            return self._training_loss(outputs_of(outputs), labels)
+        return sums_of(outputs_of(outputs), *labels[::2])
+
+    def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
+        engine, self._shaped_like = self._deepspeed, micro_batches[0]
         methods = type(engine)._INSTRUCTION_MAP
         engine._INSTRUCTION_MAP = {instruction: _timed(method, watch, PART_OF[instruction]) for instruction, method in methods.items()}
         for name, parameter in self._model.named_parameters():
             if name.startswith(_STAND_IN):  # without a gradient, a stage whose weights all count elsewhere has no norm at all
                 parameter.grad = torch.zeros_like(parameter)
-        return (float(engine.train_batch(_fed(micro_batches, divisor))), *self._norm_and_overflow())
+        return (float(engine.train_batch(_fed(micro_batches, divisors))), *self._norm_and_overflow())
 
     @torch.no_grad()
-    def validate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+    def validate(self, batches: Iterable[Batch]) -> Score:
         batches = [self._part_of(batch) for batch in batches]
         size = self._at_once or len(batches)
-        mine = [0.0, 0]
+        sums, counts = torch.zeros(3, dtype=torch.float64), [0, 0]
         for some in (batches[first : first + size] for first in range(0, len(batches), size)):
-            filled = some + [_nothing(some[0])] * (size - len(some))
-            losses = self._deepspeed.eval_batch(
-                _fed(filled, torch.ones((), device=self.device)), reduce_output=None, bcast_loss=False, num_micro_batches=size
-            )
+            losses, _ = self._evaluate(some + [_nothing(some[0])] * (size - len(some)))
             if losses:  # the last stage's
-                mine = [mine[0] + float(torch.stack(losses).double().sum()), mine[1] + target_tokens(some)]
-        total, count = self._sum_over_ranks(mine)
-        return total / self.layout.tensor_parallel_size, int(count) // self.layout.tensor_parallel_size
+                sums += torch.stack(losses).sum(dim=0).cpu()
+                counts = [counts[0] + target_tokens(some), counts[1] + target_classes(some)]
+        return self._score(sums, counts, self.layout.tensor_parallel_size)
 
-    @torch.no_grad()
-    def _read(self, tokens: Tensor, segments: Tensor, cache: KeyValueCache) -> Tensor:
-        """The logits behind the last token. A pipeline keeps no keys: everything so far is read again, in the shape of a micro-batch."""
-        self._so_far = torch.cat((self._so_far, tokens), dim=1) if cache.length else tokens
-        cache.length = length = self._so_far.shape[1]
-        shape = self._deepspeed.train_micro_batch_size_per_gpu(), self.config.sequence_length
-        padded = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        padded[0, :length] = self._so_far[0]
-        batch = self._part_of(Batch(padded, torch.ones_like(padded), torch.full_like(padded, IGNORED)))
-        _, outputs = self._deepspeed.eval_batch(
-            _fed([batch] * (self._at_once or 1), torch.ones((), device=self.device)),
-            return_logits=True,
+    def _evaluate(self, batches: list[Batch], keep_outputs: bool = False) -> tuple[list[Tensor], Passed | None]:
+        """The sums of each of the batches and the outputs of the last one, on the last stage; elsewhere nothing."""
+        self._deepspeed.total_loss = None  # of training: a scalar, to which DeepSpeed would add
+        evaluated = self._deepspeed.eval_batch(
+            _fed(batches, [torch.ones((), device=self.device)] * 2),
+            return_logits=keep_outputs,
             reduce_output=None,
             bcast_loss=False,
-            num_micro_batches=self._at_once or 1,
+            num_micro_batches=len(batches),
         )
+        losses, outputs = evaluated if keep_outputs else (evaluated, None)
+        return losses or [], outputs
+
+    @torch.no_grad()
+    def _read(self, *inputs: Tensor, cache: KeyValueCache) -> Tensor:
+        """The logits behind the last token. A pipeline keeps no keys: everything so far is read again, in the shape of a micro-batch."""
+        *of_source, tokens, segments = inputs
+        if cache.length:
+            tokens, segments = (torch.cat(both, dim=1) for both in zip(self._so_far, (tokens, segments), strict=True))
+        self._so_far = tokens, segments
+        cache.length = length = tokens.shape[1]
+        batch = _nothing(self._shaped_like)._replace(tokens=torch.zeros_like(self._shaped_like.segments))
+        for whole, row in zip(batch.inputs, (*of_source, tokens, segments), strict=True):
+            whole[:1, : row.shape[1]] = row
+        batch = self._part_of(batch)
+        _, outputs = self._evaluate([batch] * (self._at_once or 1), keep_outputs=True)
         row, rank = torch.zeros(self.config.vocab_size, device=self.device), self.process.rank
         part, place = divmod(length - 1, batch.tokens.shape[1])
         is_speaker = (self.layout.data_rank(rank), self.layout.sequence_place(rank), self.layout.tensor_place(rank)) == (0, part, 0)
@@ -120,7 +135,40 @@ class PipelinedEngine(Engine):
 
 
 class _Mended:
-    """What DeepSpeed's modules need for stages of any cut."""
+    """What DeepSpeed's modules need for stages of any cut, and between any two layers."""
+
+    def forward(self, inputs: Passed) -> Passed:
+        """Between two stages all floating tensors of a tuple are one, with a list of their places and shapes behind it.
+
+        Of several DeepSpeed 0.19.8 runs a backward pass each, wants a gradient of each (no layer behind the last cross-attention
+        uses the source's encoding), and receives them into buffers of any type that are large enough.
+        """
+        if self._local_start > 0:  # type: ignore[has-type]
+            inputs = self._unpacked(inputs)
+        outputs = super().forward(inputs)  # type: ignore[misc]
+        return outputs if self._local_stop == self._num_layers else self._packed(outputs)  # type: ignore[attr-defined]
+
+    def _packed(self, passed: Passed) -> Passed:
+        """(Floating tensors as one [numbers], their places and shapes [tensors, 4], the others); with a single one what came."""
+        places = [place for place, tensor in enumerate(passed) if tensor.is_floating_point()]
+        if len(places) == 1:
+            return passed
+        if self._local_stop not in self._sent:
+            rows = [[place, *passed[place].shape] for place in places]
+            self._sent[self._local_stop] = torch.tensor([row + [-1] * (4 - len(row)) for row in rows], device=passed[0].device)
+        flat = torch.cat([passed[place].flatten() for place in places])
+        return flat, self._sent[self._local_stop], *(tensor for tensor in passed if not tensor.is_floating_point())
+
+    def _unpacked(self, passed: Passed) -> Passed:
+        if passed[0].dim() > 1:
+            return passed
+        flat, table, *whole = passed
+        if self._local_start not in self._received:  # read from the device once: between two stages it is always the same
+            self._received[self._local_start] = [(row[0], [size for size in row[1:] if size >= 0]) for row in table.tolist()]
+        rows = self._received[self._local_start]
+        for (place, shape), numbers in zip(rows, flat.split([math.prod(shape) for _, shape in rows]), strict=True):
+            whole.insert(place, numbers.view(shape))
+        return tuple(whole)
 
     def _count_layer_params(self) -> list[int]:
         """DeepSpeed builds every layer on every rank to count its parameters; shapes are enough for that."""
@@ -132,6 +180,8 @@ class _Mended:
         stages, and hangs where they have not equally many: each stage gets both kinds, if need be a zero that nothing uses.
         """
         super()._build()  # type: ignore[misc]
+        self._sent: dict[int, Tensor] = {}  # places and shapes, by the layer before which the tuple passes
+        self._received: dict[int, list[tuple[int, list[int]]]] = {}
         for shape in ((1, 1), (1,)):
             if not any(min(own.dim(), 2) == len(shape) for own in self.parameters()):
                 parameter = nn.Parameter(torch.zeros(shape))
@@ -147,17 +197,16 @@ class _DualPipeV(_Mended, DualPipeVModule):
     pass
 
 
-def _loss(outputs: Passed, labels: tuple[Tensor, Tensor]) -> Tensor:
-    return training_loss(outputs[0], labels)
-
-
-def _fed(batches: list[Batch], divisor: Tensor) -> Iterator[tuple]:
+def _fed(batches: list[Batch], divisors: Sequence[Tensor]) -> Iterator[tuple]:
     """What DeepSpeed's pipeline reads: (inputs of the first layer, labels of the loss)."""
-    return (((batch.tokens, batch.segments), (batch.targets, divisor)) for batch in batches)
+    return ((batch.inputs, labels_of(batch, divisors)) for batch in batches)
 
 
 def _nothing(like: Batch) -> Batch:
-    return Batch(torch.zeros_like(like.tokens), torch.zeros_like(like.segments), torch.full_like(like.targets, IGNORED))
+    """Padding alone."""
+    padding = like.map(torch.zeros_like)
+    classes = None if like.classes is None else torch.full_like(like.classes, IGNORED)
+    return padding._replace(targets=torch.full_like(like.targets, IGNORED), classes=classes)
 
 
 def _timed(method, watch: Stopwatch, part: str):

@@ -70,18 +70,34 @@ def model_state_bytes(parameters: float, stage: int, data_parallel_size: int, pr
 
 def parameters_per_rank(model: ModelConfig, layout: Layout, schedule: str = "1f1b") -> float:
     """Mean over the stages. Tensor parallelism cuts the blocks alone; a tied embedding is in the first stage and in the last, which
-    DualPipeV has on one rank.
+    DualPipeV has on one rank, and that of an encoder-decoder also where its decoder begins.
     """
-    one, two = (count_parameters(dataclasses.replace(model, num_layers=blocks)) for blocks in (1, 2))
-    in_blocks = model.num_layers * (two - one)
-    outside = count_parameters(model) - in_blocks
-    if layout.pipeline_stages > 1 and model.tie_embeddings and schedule == "1f1b":
-        outside += model.vocab_size * model.hidden_size
+    outside = _outside_of_blocks(model)
+    in_blocks = count_parameters(model) - outside
+    if layout.pipeline_stages > 1:
+        stages = {0} if model.architecture != "encoder_decoder" else {0, layout.pipeline_stages // 2}
+        if model.tie_embeddings and model.token_head and schedule == "1f1b":
+            stages.add(layout.pipeline_stages - 1)
+        outside += (len(stages) - 1) * model.vocab_size * model.hidden_size
     return (in_blocks / layout.tensor_parallel_size + outside) / layout.pipeline_stages
 
 
-def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, data) -> str:
-    """The whole plan, as lines to print. `data` is the RunData, or None where it would be prepared first."""
+def _outside_of_blocks(model: ModelConfig) -> int:
+    """Parameters of a network of this shape without its blocks."""
+    stacks = {"num_layers": model.num_layers} | ({"num_decoder_layers": model.num_decoder_layers} if model.num_decoder_layers else {})
+    smallest = dataclasses.replace(model, **dict.fromkeys(stacks, 1))
+    least = count_parameters(smallest)
+    return least - sum(count_parameters(dataclasses.replace(smallest, **{stack: 2})) - least for stack in stacks)
+
+
+def flops_per_counted_token(model: ModelConfig, target_length: int | None) -> float:
+    """Of a token as RunSettings.tokens_per_step counts them: of an encoder-decoder, of one of the source and its share of the target."""
+    per_source = 1 + (target_length or 0) / model.sequence_length
+    return flops_per_token(model, target_length=target_length) * per_source
+
+
+def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, data, initial=None) -> str:
+    """The whole plan, as lines to print. `data` is the RunData, or None where it would be prepared first; `initial` the InitialWeights."""
     model, batch = settings.model, settings.batch
     parameters = count_parameters(model)
     zero = merged_json["zero_optimization"]
@@ -93,7 +109,7 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
         states["weights again (hpZ)"] = states["weights"] * layout.zero_size / hpz
     accumulation = accumulation_steps(batch, layout.data_parallel_size)
     tokens = settings.steps * settings.tokens_per_step
-    flops = flops_per_token(model)
+    flops = flops_per_counted_token(model, data.sampling.target_length if data else None)
     offload = [
         f"{part.removeprefix('offload_')} on {zero[part]['device']}"
         for part in ("offload_optimizer", "offload_param")
@@ -106,11 +122,12 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
     rows = [
         (
             "model",
-            f"{parameters:,} parameters: {model.num_layers} blocks, hidden {model.hidden_size}, "
+            f"{parameters:,} parameters: {_stacks(model)}, hidden {model.hidden_size}, "
             f"{model.num_attention_heads} heads ({model.num_key_value_heads} key/value), {feed}, {model.norm} {model.norm_position}, "
             f"{model.positions} positions, vocabulary {model.vocab_size:,}, context {model.sequence_length:,}",
         ),
-        ("work", f"{flops:,.0f} FLOPs a token, forward and backward, causal attention counted; {flops * tokens:.3g} in all"),
+        *([("init", str(initial))] if initial else []),
+        ("work", f"{flops:,.0f} FLOPs a {_counted(model)}, forward and backward, {_attention(model)} counted; {flops * tokens:.3g} in all"),
         *(
             _data_rows(settings, data)
             if data
@@ -166,16 +183,50 @@ def _data_rows(settings: RunSettings, data) -> list[tuple[str, str]]:
             warnings.append(("warning", f"the {len(train):,} tokens of {path} do not fill one sample of {length:,}: it is mostly padding"))
     number = sum(samples.num_samples for samples in sampling.samples)
     padding = sum(float(share) * samples.padding_share for share, samples in zip(sampling.blend.shares, sampling.samples, strict=True))
-    way = {"packed": "documents joined and cut", "best_fit": "documents packed by best fit, none cut that fits"}[settings.data.packing]
-    text = f"{number:,} of {length:,} tokens: {way}, {'apart by mask' if model.document_mask else 'seeing one another'}, "
-    text += f"{padding:.2%} padding"
+    target = f" and {sampling.target_length:,} target" if sampling.target_length else ""
+    text = f"{number:,} of {length:,}{' source' if target else ''}{target} tokens: {_objective(settings, sampling)}, {padding:.2%} padding"
     if sampling.fill:
         filled = sum(float(share) * samples.filled_share for share, samples in zip(sampling.blend.shares, sampling.samples, strict=True))
         text += f" and marks; {filled:.1%} of the pieces filled in the middle"
+    if cut := sum(samples.num_cut for samples in sampling.samples):
+        warnings.append(("warning", f"{cut:,} documents are longer than a sample: what is behind its end is never read"))
     rows += [("samples", text), *warnings]
     if settings.data.packing == "best_fit" and not model.document_mask:
         rows.append(("note", "best-fit packing keeps documents whole, but without model.document_mask they see their neighbours"))
     return rows
+
+
+def _stacks(model: ModelConfig) -> str:
+    if model.architecture == "encoder_decoder":
+        return f"encoder of {model.num_layers} blocks, decoder of {model.num_decoder_layers}"
+    return f"{'encoder of ' if model.architecture == 'encoder' else ''}{model.num_layers} blocks"
+
+
+def _counted(model: ModelConfig) -> str:
+    return "source token with its share of the target" if model.architecture == "encoder_decoder" else "token"
+
+
+def _attention(model: ModelConfig) -> str:
+    return {"decoder": "causal attention", "encoder": "attention to both sides"}.get(model.architecture, "all attention")
+
+
+def _objective(settings: RunSettings, sampling) -> str:
+    """How documents become samples, and what is asked of these."""
+    data, apart = settings.data, "apart by mask" if settings.model.document_mask else "seeing one another"
+    way = {"packed": "documents joined and cut", "best_fit": "documents packed by best fit, none cut that fits"}[data.packing]
+    if sampling.objective == "prefix":
+        return f"{way}, {apart}, each behind a prefix that is given"
+    if sampling.objective == "masked":
+        way = "two pieces of documents, half of them from another one" if data.next_sentence else f"{way}, {apart}"
+        return f"{way}, {data.mask_rate:.3g} of the tokens masked{' by whole words' if data.whole_words else ''}"
+    if sampling.objective == "span_corruption":
+        return f"documents joined and cut, {data.mask_rate:.3g} of the tokens cut out in spans of {data.span_length:g} on average"
+    if sampling.objective == "pairs":
+        pairs = sum(folder.splits["train"].num_documents for folder in sampling.folders.values())
+        return f"{pairs / sum(samples.num_samples for samples in sampling.samples):.1f} pairs packed into one on average, apart by mask"
+    if sampling.objective == "classification":
+        return f"a text and one of {len(data.labels)} labels"
+    return f"{way}, {apart}"
 
 
 def _epochs(settings: RunSettings, data) -> str:

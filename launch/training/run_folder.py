@@ -23,7 +23,8 @@ from typing import BinaryIO
 
 from data.command_line import UserError, flatten
 from launch.training import checkpoint
-from launch.training.config import REPOSITORY, DataSettings, RunSettings
+from launch.training.config import NOT_IN_THE_WEIGHTS, REPOSITORY, RunSettings
+from model.config import ModelConfig
 
 # What may differ when a run goes on: it changes no number but by rounding, and, under dropout, by which ones are dropped.
 _HARMLESS = (
@@ -64,9 +65,6 @@ _MATHEMATICAL_KEYS = (
     "fp16.",
     "zero_optimization.zero_quantized_",
 )
-
-# Settings of the model that --allow_changes may change: the same weights go on.
-_NOT_IN_THE_WEIGHTS = ("dropout", "document_mask", "initializer_range")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +169,7 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     changes = before.get("changes", []) if start.goes_on else []
     changes += [{"time": now, "lines": list(start.changes)}] if start.changes else []
-    about = {
+    about = {name: before[name] for name in ("init_fingerprint",) if start.goes_on and name in before} | {
         "run_id": start.run_id,
         "recipe": dataclasses.asdict(settings),
         "deepspeed": merged_json,
@@ -190,6 +188,12 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
         beside = folder / f"{path.name}.tmp"
         shutil.copyfile(path, beside)
         os.replace(beside, folder / path.name)
+
+
+def note_beginning(settings: RunSettings, fingerprint: str) -> None:
+    """Add to run.json what a run that starts from other weights has read: a hash of its parameters' checksums."""
+    path = Path(settings.output) / "run.json"
+    checkpoint.write_durably(path, json.dumps(json.loads(path.read_text()) | {"init_fingerprint": fingerprint}, indent=1))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -213,8 +217,7 @@ def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json:
     changed = []
     if "data.packing" not in old:  # by a version that had none
         changed.append("the samples: they began one token later, and the first token of the data was never predicted")
-        defaults = dataclasses.asdict(DataSettings())
-        old |= json.loads(json.dumps({f"data.{name}": value for name, value in defaults.items() if f"data.{name}" not in old}))
+    old = flatten(json.loads(json.dumps(dataclasses.asdict(RunSettings())))) | old  # what a version had no setting for
     changed += [
         f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if not name.startswith(_HARMLESS) and old.get(name) != value
     ]
@@ -240,11 +243,9 @@ def _newest_manifest(root: Path) -> tuple[Path, dict] | None:
 
 
 def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings) -> None:
-    model = dataclasses.asdict(settings.model)
+    there, here = (dataclasses.asdict(model) for model in (ModelConfig(**manifest["model"]), settings.model))
     differences = [
-        f"{name}: {manifest['model'].get(name)} there, {value} now"
-        for name, value in model.items()
-        if name not in _NOT_IN_THE_WEIGHTS and manifest["model"].get(name) != value
+        f"{name}: {there[name]} there, {here[name]} now" for name in here if name not in NOT_IN_THE_WEIGHTS and there[name] != here[name]
     ]
     if differences:
         raise UserError(f"{folder} is a checkpoint of another model:\n" + "\n".join(f"  {line}" for line in differences))

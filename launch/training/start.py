@@ -13,7 +13,8 @@ import torch.distributed as dist
 from data.command_line import UserError
 from launch.training import deepspeed_config, preflight, processes, rendezvous, run_folder
 from launch.training.config import RunSettings, share_the_batch, without_local_rank
-from launch.training.data import RunData, open_data, prepare_embedded_corpus, wait_for, will_be_prepared
+from launch.training.data import RunData, open_data, prepare_embedded_corpus, tokenized_otherwise, wait_for, will_be_prepared
+from launch.training.initial import InitialWeights
 from launch.training.layout import Layout
 from launch.training.processes import Process
 
@@ -35,6 +36,8 @@ class Ready:
     """None in a dry run for which the data would be prepared first."""
     start: run_folder.Start | None
     """None likewise."""
+    initial: InitialWeights | None
+    """What a run with --init that has no checkpoint yet starts from."""
     held: BinaryIO | None
     """The lock on the run's folder, on rank 0 of a run that trains; held until the process ends."""
 
@@ -56,11 +59,11 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     if settings.dry_run:
         data = None if will_be_prepared(settings) else open_data(settings)
         start = run_folder.inspect(settings, data.fingerprint, merged) if data else None
-        return Ready(settings, process, device, layout, merged, data, start, None)
+        return Ready(settings, process, device, layout, merged, data, start, _initial_weights(settings, data, start), None)
     store = rendezvous.meet(process, settings.rendezvous_seconds, without_local_rank(arguments))
     compare = preflight_alone or (settings.preflight and (process.spans_nodes or "SLURM_JOB_ID" in os.environ))
     _prepare_where_missing(settings, store, process)
-    data, start, reports = _look_and_agree(settings, merged, layout, process, device, store, compare)
+    data, start, initial, reports = _look_and_agree(settings, merged, layout, process, device, store, compare)
     held = None
     if not preflight_alone:
         held, start = _hold_the_folder(settings, merged, process, data, start, store)
@@ -72,7 +75,38 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
         compared = preflight.compare_speeds(store, process, layout, device, reports)
         if process.is_first:
             print(compared, flush=True)
-    return Ready(settings, process, device, layout, merged, data, start, held)
+    return Ready(settings, process, device, layout, merged, data, start, initial, held)
+
+
+def _initial_weights(settings: RunSettings, data: RunData | None, start: run_folder.Start | None) -> InitialWeights | None:
+    """Of a run that has no checkpoint yet. Raises UserError where they do not fit the model or the data."""
+    if settings.init is None or (start and start.goes_on):
+        return None
+    initial = InitialWeights(settings.init, settings.model)
+    if data and initial.tokenizer:
+        first = next(iter(data.sampling.folders.values()))
+        if tokenized_otherwise(first, initial.tokenizer):
+            raise UserError(
+                f"{first.folder} was tokenized by {first.tokenizer_path}, which gives other ids than {initial.tokenizer} of init "
+                f"{settings.init}. Prepare the text again with --tokenizer {initial.tokenizer}."
+            )
+    if data and settings.model.architecture == "encoder_decoder":
+        _refuse_other_start(settings, data, initial)
+    return initial
+
+
+def _refuse_other_start(settings: RunSettings, data: RunData, initial: InitialWeights) -> None:
+    """Raise UserError where the targets of the run begin with another token than those that the weights know."""
+    tokenizer = data.sampling.tokenizer
+    there = initial.opened.start_token(tokenizer)
+    if there == data.sampling.start_token:
+        return
+    names = tokenizer.special_names
+    here = f"data.start_token is {settings.data.start_token or f'not given, which is {tokenizer.end_of_text_token}'}"
+    advice = f"Give --data.start_token '{names[there]}'." if there in names else f"It is no special token of {tokenizer.path}."
+    if there == tokenizer.end_of_text:
+        advice = "Leave data.start_token out."
+    raise UserError(f"{here}; a target of init {settings.init} begins with {names.get(there, f'token {there}')}. {advice}")
 
 
 def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Process) -> None:
@@ -93,8 +127,8 @@ def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Pr
 
 def _look_and_agree(
     settings: RunSettings, merged: dict, layout: Layout, process: Process, device: str, store: dist.Store, compare: bool
-) -> tuple[RunData, run_folder.Start, list[dict]]:
-    """This rank's data and start, and, on rank 0, all ranks' reports. Raises UserError on all where one of them cannot or differs."""
+) -> tuple[RunData, run_folder.Start, InitialWeights | None, list[dict]]:
+    """What this rank begins with, and, on rank 0, all ranks' reports. Raises UserError on all where one of them cannot or differs."""
     probe = preflight.probe_of(settings.output, process)
     report = {"rank": process.rank, "host": processes.host_name()}
     try:
@@ -102,6 +136,7 @@ def _look_and_agree(
             processes.device_number(process)
         data = open_data(settings)
         start = run_folder.inspect(settings, data.fingerprint, merged)
+        initial = _initial_weights(settings, data, start)
         if compare:
             report |= preflight.look(settings, merged, layout, process, device, data, probe)
     except UserError as error:
@@ -124,7 +159,7 @@ def _look_and_agree(
         if process.is_first and all("data" in report for report in reports):
             print(preflight.table(reports), flush=True)
         raise UserError(verdict)
-    return data, start, reports
+    return data, start, initial, reports
 
 
 def _hold_the_folder(

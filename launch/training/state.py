@@ -39,6 +39,10 @@ class Stretch:
     """The first number of the stretch, in that part laid out flat."""
     count: int
 
+    def of(self, whole: Tensor) -> Tensor:
+        """Its numbers in the whole parameter.  -> [count]"""
+        return whole[_slices(self.box)].reshape(-1)[self.start : self.start + self.count]
+
 
 def whole_box(shape: Iterable[int]) -> Box:
     return tuple((0, size) for size in shape)
@@ -128,8 +132,7 @@ class SavedState:
         if all(there.box == wanted.box for there, _ in self._found[wanted.name]):
             self._copy(self._found[wanted.name], kind, wanted.start, into)
         else:
-            part = self.whole(wanted.name, kind)[_slices(wanted.box)]
-            into.copy_(part.reshape(-1)[wanted.start : wanted.start + wanted.count])
+            into.copy_(wanted.of(self.whole(wanted.name, kind)))
 
     def whole(self, name: str, kind: str = "weight") -> Tensor:
         """A whole parameter, float32, in its shape."""

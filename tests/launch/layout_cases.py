@@ -9,7 +9,44 @@ GPT2 = {
     "activation": "gelu_tanh",
     "biases": True,
 }
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2}
+BERT = GPT2 | {
+    "architecture": "encoder",
+    "tie_embeddings": True,
+    "norm_position": "post",
+    "activation": "gelu",
+    "token_types": 2,
+    "num_classes": 2,
+}
+MODERN_BERT = {
+    "architecture": "encoder",
+    "tie_embeddings": True,
+    "num_attention_heads": 4,
+    "norm": "layernorm",
+    "activation": "geglu",
+    "sliding_window": 9,
+}
+TRANSFORMER = {
+    "architecture": "encoder_decoder",
+    "tie_embeddings": True,
+    "num_attention_heads": 4,
+    "norm": "layernorm",
+    "norm_position": "post",
+    "positions": "sinusoidal",
+    "activation": "relu",
+    "biases": True,
+}
+T5 = {
+    "architecture": "encoder_decoder",
+    "tie_embeddings": False,
+    "num_attention_heads": 4,
+    "num_decoder_layers": 3,
+    "positions": "relative",
+    "activation": "geglu",
+}
+FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "bert": BERT, "modern_bert": MODERN_BERT, "transformer": TRANSFORMER, "t5": T5}
+DECODERS = ("llama", "gpt2")
+LOSSES = {"transformer": {"label_smoothing": 0.1}, "t5": {"z_loss": 0.01}}
+"""Settings of the loss that a family is trained with."""
 
 TENSOR, SEQUENCE, STAGES = {"tensor_parallel_size": 2}, {"sequence_parallel_size": 2}, {"pipeline_stages": 2}
 
@@ -29,10 +66,21 @@ LAYOUTS = [
     *((4, json, STAGES | TENSOR) for json in ("pipeline_zero1", "pipeline_dualpipev")),
     *((4, json, STAGES | SEQUENCE) for json in ("pipeline_zero1", "pipeline_dualpipev")),
 ]
+_ALONE = [
+    *((2, json, {}) for json in ("zero1", "zero2", "zero3")),
+    *((2, json, STAGES) for json in ("pipeline_zero1", "pipeline_dualpipev")),
+]
+FAMILY_LAYOUTS = {
+    "bert": [*_ALONE, (2, "zero1", TENSOR)],
+    "modern_bert": [(2, "zero1", TENSOR), (2, "zero1", SEQUENCE), (2, "zero3", SEQUENCE)],
+    "transformer": _ALONE,
+    "t5": _ALONE,
+}
+"""Those of the families that are no decoders."""
 
 
 def case_of(json: str, sizes: dict, family: str, **more) -> dict:
-    case = {"json": json, "layout": sizes, "model": FAMILIES[family]} | more
+    case = {"json": json, "layout": sizes, "model": FAMILIES[family], "loss": LOSSES.get(family, {})} | more
     if json == "pipeline_dualpipev":  # wants many micro-batches
         case |= {"micro_batch": 1}
     if json == "zero3_hierarchical":  # the part of ZeRO++ that needs no GPU

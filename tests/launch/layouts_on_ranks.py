@@ -1,6 +1,7 @@
 """One rank of the equality tests: trains a tiny model under each job of a JSON list, answers with losses and gradient norms.
 
-A job is {"case": what to train and in which layout, "first": step, "load": a checkpoint or null, "save": a folder or null}.
+A job is {"case": what to train and in which layout, "first": step, "load": a checkpoint or null, "init": likewise, "save": a folder
+or null}.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ STEPS = 20
 GLOBAL_BATCH = 8
 MICRO_BATCH = 2
 SEQUENCE = 16
+TARGET_LENGTH = 12
 VOCABULARY = 64
 
 
@@ -43,43 +45,67 @@ def run_settings(case: dict) -> RunSettings:
     words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5)), "--optimizer.learning_rate", "1e-3"]
     words += ["--precision", case.get("precision", "float32"), "--recompute", str(case.get("recompute", False)).lower()]
     words += ["--compile", str(case.get("compile", False)).lower()]
+    words += [f"--loss.{name}={value}" for name, value in case.get("loss", {}).items()]
     words += [f"--{name}={size}" for name, size in case.get("layout", {}).items()]
     return dataclasses.replace(read_run_settings(words), model=model_config(case))
 
 
-def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and targets [8, 16] of a step; a third of the targets are left out, unevenly over the samples."""
+def global_batch(step: int, config: ModelConfig) -> Batch:
+    """What the ranks share out at a step; a third of the targets are left out, unevenly over the samples."""
     generator = torch.Generator().manual_seed(step)
-    drawn = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+    length = TARGET_LENGTH if config.architecture == "encoder_decoder" else SEQUENCE
+    drawn = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, length + 1), generator=generator)
     share = torch.linspace(0.0, 0.7, GLOBAL_BATCH)[:, None]
-    left_out = torch.rand((GLOBAL_BATCH, SEQUENCE), generator=generator) < share
-    return drawn[:, :-1], drawn[:, 1:].masked_fill(left_out, IGNORED)
+    left_out = torch.rand((GLOBAL_BATCH, length), generator=generator) < share
+    batch = Batch(drawn[:, :-1], segments(length, generator), drawn[:, 1:].masked_fill(left_out, IGNORED))
+    if config.architecture == "decoder":
+        return batch
+    batch = batch._replace(segments=batch.segments.masked_fill(torch.arange(length) >= length - 1 - torch.arange(8)[:, None] % 3, 0))
+    batch = batch._replace(targets=batch.targets.masked_fill(batch.segments == 0, IGNORED))
+    if config.architecture == "encoder_decoder":
+        source = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE), generator=generator)
+        of_source = segments(SEQUENCE, generator).masked_fill(torch.arange(SEQUENCE) >= SEQUENCE - torch.arange(8)[:, None] % 4, 0)
+        return batch._replace(source=source, source_segments=of_source)
+    if not config.token_head:
+        batch = batch._replace(targets=torch.full_like(batch.targets, IGNORED))
+    if config.num_classes:
+        classes = batch.tokens[:, 0] % config.num_classes
+        batch = batch._replace(classes=classes.masked_fill(torch.arange(GLOBAL_BATCH) % 5 == 1, IGNORED))
+    return batch._replace(token_types=(batch.segments == 2).long()) if config.token_types else batch
 
 
-def segments(step: int) -> torch.Tensor:
-    """Two documents in each sample [8, 16], told apart where the case has a document mask."""
-    cuts = torch.randint(1, SEQUENCE, (GLOBAL_BATCH, 1), generator=torch.Generator().manual_seed(step))
-    return 1 + (torch.arange(SEQUENCE) >= cuts).long()
+def segments(length: int, generator: torch.Generator) -> torch.Tensor:
+    """Two documents in each sample [8, length], told apart where the model does so."""
+    cuts = torch.randint(1, length, (GLOBAL_BATCH, 1), generator=generator)
+    return 1 + (torch.arange(length) >= cuts).long()
 
 
-def micro_batches(step: int, layout: Layout, rank: int, size: int) -> list[Batch]:
-    tokens, targets = global_batch(step)
+def micro_batches(step: int, config: ModelConfig, layout: Layout, rank: int, size: int) -> list[Batch]:
     starts = range(layout.data_rank(rank) * size, GLOBAL_BATCH, layout.data_parallel_size * size)
-    rows = [slice(start, start + size) for start in starts]
-    return [Batch(tokens[row], segments(step)[row], targets[row]) for row in rows]
+    return [global_batch(step, config).map(lambda whole, start=start: whole[start : start + size]) for start in starts]
+
+
+def counts_of(batch: Batch) -> list[torch.Tensor]:
+    """How many targets and classes count."""
+    return [(labels != IGNORED).sum() for labels in (batch.targets, batch.classes) if labels is not None]
 
 
 def rate(step: int, settings: RunSettings) -> float:
     return settings.optimizer.learning_rate * (step + 1) / (2 * STEPS)
 
 
-def train_plain(case: dict, steps: int = 2 * STEPS) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+def train_plain(
+    case: dict, steps: int = 2 * STEPS, initial: dict[str, torch.Tensor] | None = None
+) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """The reference: one process, the whole batch at once, torch's own optimizer and clipping.
 
     Losses and gradient norms of all steps, and the weights as they were after STEPS.
     """
+    from launch.training.engine import labels_of
+
     settings = run_settings(case)
     model = Transformer(settings.model, settings.seed).train()
+    model.load_state_dict(initial or {}, strict=False)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -94,8 +120,8 @@ def train_plain(case: dict, steps: int = 2 * STEPS) -> tuple[list[tuple[float, f
         if step == case.get("poison"):  # as if the step had never been asked for
             history.append((float("nan"), float("nan")))
             continue
-        tokens, targets = global_batch(step)
-        loss = training_loss(model(tokens, segments(step)), (targets, (targets != IGNORED).sum()))
+        batch = global_batch(step, settings.model)
+        loss = training_loss(model(*batch.inputs), labels_of(batch, counts_of(batch)), **case.get("loss", {}))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping or float("inf"))
@@ -127,35 +153,42 @@ def build_engine(case: dict, process: Process):
 @contextlib.contextmanager
 def poisoned(here: bool):
     """Within it, a loss on this rank is not a number."""
-    from launch.training import engine, pipeline
+    from launch.training import engine
 
     whole = engine.training_loss
     if here:
-        engine.training_loss = pipeline.training_loss = lambda logits, labels: whole(logits, labels) * float("nan")
+        engine.training_loss = lambda *arguments: whole(*arguments) * float("nan")
     yield
-    engine.training_loss = pipeline.training_loss = whole
+    engine.training_loss = whole
 
 
 def train_under_deepspeed(job: dict, process: Process) -> dict:
+    from launch.training.initial import InitialWeights
+
     case, first = job["case"], job["first"]
     engine, settings = build_engine(case, process)
     if job["load"]:
         engine.load(Path(job["load"]))
+    if job["init"]:
+        engine.begin_from(InitialWeights(job["init"], settings.model))
     reports, answers = [], {}
     for step in range(first, first + STEPS):
-        batches = micro_batches(step, engine.layout, process.rank, micro_batch_of(case))
+        batches = micro_batches(step, settings.model, engine.layout, process.rank, micro_batch_of(case))
         with poisoned(step == case.get("poison") and engine.layout.data_rank(process.rank) == 0):
             reports.append(engine.train_step(batches, rate(step, settings), step))
         if case.get("samples") and step == 3:  # must leave nothing behind in the weights that ZeRO-3 gathered
-            drawn = engine.sample([1, 2, 3], 4, 1.0, step, VOCABULARY)
-            loss_sum, num_targets = engine.validate(batches)
-            answers |= {"drawn": drawn, "validated": loss_sum / num_targets}
-            first_sum, first_targets = engine.validate(batches[:1])
-            assert 0 < first_sum < loss_sum and 0 < first_targets < num_targets
+            if settings.model.architecture != "encoder":
+                source = [5, 6, 7, 8, 9] if settings.model.architecture == "encoder_decoder" else None
+                answers["drawn"] = engine.sample([1, 2, 3], 4, 0.0 if source else 1.0, step, VOCABULARY, source)
+            score = engine.validate(batches)
+            answers["validated"] = [score.loss, score.tokens, score.classes, score.right]
+            first = engine.validate(batches[:1])
+            assert 0 < first.token_loss < score.token_loss and 0 < first.tokens < score.tokens
     assert [step for step, report in enumerate(reports) if report.skipped] == [step for step in [case.get("poison")] if step is not None]
     if job["save"]:
         root = Path(job["save"])
-        complaint = engine.save(root, STEPS, {"run_id": "test", "layout": {"world_size": process.world_size}, "model": {}})
+        about = {"run_id": "test", "layout": {"world_size": process.world_size}, "model": dataclasses.asdict(settings.model)}
+        complaint = engine.save(root, STEPS, about)
         assert complaint is None, complaint
     return answers | {"history": [(report.loss, report.gradient_norm) for report in reports]}
 

@@ -250,8 +250,8 @@ def test_validation_samples_are_shared_by_the_sources(finished, tmp_path):
     shutil.rmtree(copy / "checkpoints" / "step_00000008")
     finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), "--log.validation_samples", "3", OMP_NUM_THREADS="1"))
     trained, data = load_model(str(copy)), open_data(read_run_settings(words))
-    for name, stream in data.held_out.items():
-        batches = evaluation_batches(stream, 32, 2, data.sampling.end_of_text, limit_samples=2, document_mask=True)
+    for name, samples in data.held_out.items():
+        batches = evaluation_batches(samples.stream, 32, 2, data.sampling.end_of_text, limit_samples=2, document_mask=True)
         nats = [token_losses(trained.model(batch.tokens, batch.segments), batch.targets) for batch in batches]
         counted = sum(int((losses != 0).sum()) for losses in nats)
         expected = sum(float(losses.detach().sum()) for losses in nats) / counted

@@ -116,11 +116,11 @@ def test_all_complaints_come_at_once():
     lines = refusal(
         *("--batch.global_batch_size", "0", "--train_steps", "null", "--train_tokens", "-1", "--optimizer.beta2", "1"),
         *("--optimizer.weight_decay", "-0.1", "--schedule.decay_fraction", "0", "--checkpoint.keep", "1", "--peak_tflops", "0"),
-        *("--schedule.min_learning_rate", "1"),
+        *("--schedule.min_learning_rate", "1", "--loss.label_smoothing", "1", "--loss.z_loss", "-1e-4"),
     )
     begun = {line.split()[0] for line in lines}
     named = {"batch.global_batch_size", "train_tokens", "optimizer.beta2", "optimizer.weight_decay", "schedule.decay_fraction"}
-    assert begun == named | {"checkpoint.keep", "peak_tflops", "schedule.min_learning_rate"}
+    assert begun == named | {"checkpoint.keep", "peak_tflops", "schedule.min_learning_rate", "loss.label_smoothing", "loss.z_loss"}
     assert len(lines) == len(begun)
 
 

@@ -546,6 +546,36 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
 WITHOUT_FAULT = {"zero_optimization": {"stage": 3, "overlap_comm": True}}
 
 
+NEAREST = "Nearest: 1, with ZeRO (ds_configs/zero3.json) or pipeline_stages instead."
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "sentence"),
+    [
+        (
+            {"architecture": "encoder_decoder"},
+            {"tensor_parallel_size": 2, "sequence_parallel_size": 2},
+            "tensor_parallel_size 2 and sequence_parallel_size 2 with model.architecture encoder_decoder: not proved here.",
+        ),
+        (
+            {"positions": "alibi"},
+            {"tensor_parallel_size": 2},
+            "tensor_parallel_size 2 with model.positions alibi: each rank would need the numbers of its own heads alone.",
+        ),
+        (
+            {"architecture": "encoder", "num_classes": 2},
+            {"sequence_parallel_size": 2},
+            "sequence_parallel_size 2 with model.num_classes 2: one rank alone has the first token.",
+        ),
+    ],
+)
+def test_a_family_that_cannot_be_shared_so_is_refused_with_what_can(refusal, merge, model, sizes, sentence):
+    settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, **model))
+    assert refusal(ZERO_1, settings=settings, ranks=4, **sizes) == [f"{sentence} {NEAREST}"]
+    merge(ZERO_1, settings=settings, ranks=4)
+    merge(PIPELINE, settings=settings, ranks=4)
+
+
 @pytest.mark.parametrize(
     ("written", "stages", "wrong", "right", "what"),
     [

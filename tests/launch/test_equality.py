@@ -9,7 +9,20 @@ import pytest
 
 from launch.training.checkpoint import name_of as folder_of
 from launch.training.weights import read_weights
-from tests.launch.layout_cases import FAMILIES, GPT2, LAYOUTS, LLAMA, SEQUENCE, STAGES, TENSOR, case_of, name_of
+from tests.launch.layout_cases import (
+    BERT,
+    DECODERS,
+    FAMILIES,
+    FAMILY_LAYOUTS,
+    GPT2,
+    LAYOUTS,
+    LLAMA,
+    SEQUENCE,
+    STAGES,
+    TENSOR,
+    case_of,
+    name_of,
+)
 from tests.launch.layouts_on_ranks import STEPS, train_plain
 from tests.ranks import answers_of_ranks
 
@@ -22,8 +35,12 @@ TRAINED = {
         case_of(json_name, sizes, family, **({} if sizes or ranks < 4 else {"micro_batch": 1})),  # so that there is accumulation
     )
     for number, (ranks, json_name, sizes) in enumerate(LAYOUTS)
-    for which, family in enumerate(FAMILIES)
+    for which, family in enumerate(DECODERS)
     if ranks == 2 or number % 2 == which
+} | {
+    name_of(ranks, json_name, sizes, family): (ranks, case_of(json_name, sizes, family, samples=True))
+    for family, layouts in FAMILY_LAYOUTS.items()
+    for ranks, json_name, sizes in layouts
 }
 OTHERS = {
     "clipping off": (2, {"json": "zero2", "model": GPT2, "clipping": 0.0}),
@@ -82,14 +99,19 @@ IN_BF16 = {
 } | {"bf16, not a number": (4, {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "precision": "bf16", "poison": 5})}
 # Dropout's numbers are a function of seed, step, micro-batch and layer: data parallelism and stages do not matter to them.
 WITH_DROPOUT = {
-    f"dropout {ranks} {json_name}": (ranks, {"json": json_name, "layout": sizes, "model": LLAMA | {"dropout": 0.1}, "recompute": recompute})
-    for ranks, json_name, sizes, recompute in (
-        (1, "zero1", {}, False),
-        (1, "zero3", {}, True),
-        (2, "zero2", {}, False),
-        (2, "pipeline_zero1", STAGES, True),
-        (2, "pipeline_dualpipev", STAGES, False),
-        (4, "pipeline_zero1", STAGES, False),
+    f"dropout {ranks} {json_name} {family}": (
+        ranks,
+        {"json": json_name, "layout": sizes, "model": FAMILIES[family] | {"dropout": 0.1}, "recompute": recompute},
+    )
+    for ranks, json_name, sizes, recompute, family in (
+        (1, "zero1", {}, False, "llama"),
+        (1, "zero3", {}, True, "llama"),
+        (2, "zero2", {}, False, "llama"),
+        (2, "pipeline_zero1", STAGES, True, "llama"),
+        (2, "pipeline_dualpipev", STAGES, False, "llama"),
+        (4, "pipeline_zero1", STAGES, False, "llama"),
+        (1, "zero1", {}, False, "transformer"),
+        (2, "pipeline_zero1", STAGES, True, "transformer"),
     )
 }
 
@@ -130,8 +152,8 @@ def first_half(saved) -> Ranks:
     return Ranks(jobs | more)
 
 
-def job(case: dict, first: int = 0, load: str | None = None, save: str | None = None) -> dict:
-    return {"case": case, "first": first, "load": load, "save": save}
+def job(case: dict, first: int = 0, load: str | None = None, init: str | None = None, save: str | None = None) -> dict:
+    return {"case": case, "first": first, "load": load, "init": init, "save": save}
 
 
 @functools.cache
@@ -141,7 +163,7 @@ def _plain(case: str) -> tuple:
 
 def plain(case: dict) -> tuple:
     """Losses, gradient norms and weights of the reference, worked out once for all layouts."""
-    return _plain(json.dumps({key: case[key] for key in ("model", "clipping", "poison") if key in case} | {"json": ""}))
+    return _plain(json.dumps({key: case[key] for key in ("model", "loss", "clipping", "poison") if key in case} | {"json": ""}))
 
 
 def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: float) -> None:
@@ -176,35 +198,57 @@ def test_a_text_and_a_validation_between_steps_are_the_same_and_leave_nothing_be
     assert answer["validated"] == pytest.approx(reference["validated"], abs=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name, (_, case) in TRAINED.items() if "samples" in case])
+def test_so_they_are_in_every_family(name, first_half):
+    family = name.rpartition("-")[2]
+    answer, reference = (first_half.answer(one) for one in (name, next(one for one in TRAINED if one.endswith(f"-{family}"))))
+    assert answer.get("drawn") == reference.get("drawn") and ("drawn" in answer) == (family in ("transformer", "t5"))
+    assert answer["validated"] == pytest.approx(reference["validated"], abs=1e-5)
+    assert (min(answer["validated"][2:]) > 0) == (family == "bert"), "classes are counted where there are some"
+
+
 @pytest.mark.parametrize("name", IN_BF16)
 def test_bf16_stays_near_float32(name, first_half):
     assert_equal(first_half.answer(name), plain(IN_BF16[name][1])[0][:STEPS], 1e-3, 1e-2)
 
 
-@pytest.mark.parametrize("name", list(WITH_DROPOUT)[1:])
+@pytest.mark.parametrize("name", [name for name in WITH_DROPOUT if "1 zero1" not in name])
 def test_dropout_is_the_same_under_data_parallelism_and_in_pipelines(name, first_half):
-    reference = first_half.answer(next(iter(WITH_DROPOUT)))["history"]
+    family = name.rpartition(" ")[2]
+    reference = first_half.answer(f"dropout 1 zero1 {family}")["history"]
     assert_equal(first_half.answer(name), reference, 1e-5, 1e-5)
-    assert max(abs(loss - without) for (loss, _), (without, _) in zip(reference, plain(case_of("", {}, "llama"))[0], strict=False)) > 1e-3
+    without = train_plain({"json": "", "model": FAMILIES[family]}, STEPS)[0]
+    assert max(abs(loss - other) for (loss, _), (other, _) in zip(reference, without, strict=True)) > 1e-3
 
 
 # Who goes on from whom: within a family, from the checkpoint of the layout that stands some places further on.
 GOES_ON_FROM = {
     name: others[(others.index(name) + 8) % len(others)]
     for family in FAMILIES
-    for others in [[name for name in TRAINED if name.endswith(family)]]
+    for others in [[name for name in TRAINED if name.endswith(f"-{family}")]]
     for name in others
+}
+
+
+# Which start anew from whose weights: the same model, or one with other outputs, which has an embedding of its own name.
+CLASSIFIER = {"model": BERT | {"num_classes": 3, "token_head": False}}
+STARTED = {
+    "zero3-llama": (case_of("zero3", {}, "llama"), "2-zero1-llama"),
+    "tensor-llama": (case_of("zero1", TENSOR, "llama"), "2-zero3-llama"),
+    "pipeline-transformer": (case_of("pipeline_zero1", STAGES, "transformer"), "2-zero2-transformer"),
+    "zero2-classifier": (case_of("zero2", {}, "bert") | CLASSIFIER, "2-zero3-bert"),
+    "dualpipev-classifier": (case_of("pipeline_dualpipev", STAGES, "bert") | CLASSIFIER, "2-zero1-bert"),
 }
 
 
 @pytest.fixture(scope="module")
 def second_half(first_half, saved) -> Ranks:
-    return Ranks(
-        {
-            name: (ranks, job(case, first=STEPS, load=str(saved / GOES_ON_FROM[name] / folder_of(STEPS))))
-            for name, (ranks, case) in TRAINED.items()
-        }
-    )
+    going_on = {
+        name: (ranks, job(case, first=STEPS, load=str(saved / GOES_ON_FROM[name] / folder_of(STEPS))))
+        for name, (ranks, case) in TRAINED.items()
+    }
+    starting = {name: (2, job(case, init=str(saved / origin / folder_of(STEPS)))) for name, (case, origin) in STARTED.items()}
+    return Ranks(going_on | starting)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -212,6 +256,18 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other_with_the_numbers_of_a_r
     for ranks in {TRAINED[other][0] for other in TRAINED}:  # all checkpoints are there
         first_half.answer(next(other for other in TRAINED if TRAINED[other][0] == ranks))
     assert_equal(second_half.answer(name), plain(TRAINED[name][1])[0][STEPS:], 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_a_run_starts_from_the_weights_of_another_layout_as_plain_pytorch_does(name, first_half, second_half):
+    case, origin = STARTED[name]
+    first_half.answer(origin)
+    _, weights = plain(TRAINED[origin][1])
+    if name.endswith("classifier"):
+        weights = {name: weight for name, weight in weights.items() if name.startswith(("1.", "2.", "3.", "4.", "5.", "6.pooler."))} | {
+            "0.weight": weights["tied_modules.embedding.weight"]
+        }
+    assert_equal(second_half.answer(name), train_plain(case, STEPS, weights)[0], 1e-5, 1e-5)
 
 
 def test_nobody_goes_on_from_its_own_layout():
@@ -237,6 +293,9 @@ def test_compiled_blocks_give_the_same_numbers(ranks):
 WITHOUT_WEIGHTS = GPT2 | {"tie_embeddings": True, "positions": "sinusoidal", "norm_position": "post"}  # a stage of its five
 MANY_RANKS = {
     "stages, tensors and sequences shared at once": (8, case_of("pipeline_zero1", STAGES | TENSOR | SEQUENCE, "llama")),
+    "an encoder-decoder in stages that receive and send": (4, case_of("pipeline_zero1", {"pipeline_stages": 4}, "t5")),
+    "an encoder-decoder in eight parts": (4, case_of("pipeline_dualpipev", {"pipeline_stages": 4}, "t5")),
+    "an encoder-decoder in four stages with one embedding": (4, case_of("pipeline_zero1", {"pipeline_stages": 4}, "transformer")),
     "as many stages as layers": (5, case_of("pipeline_zero1", {"pipeline_stages": 5}, "llama", pipeline={"partition": "uniform"})),
     "a stage without weights": (
         5,

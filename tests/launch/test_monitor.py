@@ -9,7 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from launch.training.monitor import Monitor, perplexity
+from launch.training.monitor import Monitor
+from launch.training.score import perplexity
 
 
 def curves(folder) -> dict[str, list[tuple[int, float]]]:

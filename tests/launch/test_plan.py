@@ -12,8 +12,8 @@ from data.order import Blend
 from data.sampling import Sampling
 from launch.training.config import BatchSettings, DataSettings, RunSettings, ScheduleSettings, share_the_batch
 from launch.training.layout import Layout
-from launch.training.plan import model_state_bytes, parameters_per_rank, peak_flops, plan
-from model.config import ModelConfig, count_parameters
+from launch.training.plan import flops_per_counted_token, model_state_bytes, parameters_per_rank, peak_flops, plan
+from model.config import ModelConfig, count_parameters, flops_per_token
 from model.transformer import Transformer, layers
 
 # Bytes a parameter of weights, gradients and optimizer (with its master copy), before anything is divided over the ranks.
@@ -48,12 +48,14 @@ def stream(tokens: int, documents: int):
 TRAIN, HELD_OUT = stream(409_600, 1234), stream(5_000, 12)
 
 
-def data_of(weights: tuple[float, ...] = (), padding: float = 0.0, filled: float = 0.0, fill: object = None, **streams) -> SimpleNamespace:
-    """RunData of training streams by name."""
+def data_of(weights: tuple[float, ...] = (), fill: object = None, objective: str = "causal", **streams_and_more) -> SimpleNamespace:
+    """RunData of training streams by name; what is no stream is said of their samples."""
+    streams = {name: value for name, value in streams_and_more.items() if hasattr(value, "num_documents")}
+    about = {"padding_share": 0.0, "filled_share": 0.0, "target_length": None, "num_cut": 0} | streams_and_more
     folders = {name: SimpleNamespace(splits={"train": train, "validation": HELD_OUT}) for name, train in streams.items()}
-    samples = [SimpleNamespace(num_samples=-(-len(train) // 128), padding_share=padding, filled_share=filled) for train in streams.values()]
+    samples = [SimpleNamespace(**about | {"num_samples": -(-len(train) // 128)}) for train in streams.values()]
     blend = Blend([one.num_samples for one in samples], weights or None, seed=1)
-    return SimpleNamespace(sampling=Sampling(folders, samples, blend, None, fill), tokenizer_path=Path("tokenizer.model"))
+    return SimpleNamespace(sampling=Sampling(folders, samples, blend, None, fill, objective), tokenizer_path=Path("tokenizer.model"))
 
 
 def lines(settings: RunSettings, zero: dict, layout: Layout = FOUR, device: str = "cpu", **more) -> dict[str, str]:
@@ -89,7 +91,7 @@ def rows(settings: RunSettings, data: SimpleNamespace) -> list[str]:
 def test_the_plan_of_a_blend_has_a_line_for_each_source():
     """100 steps of 64 samples: 4,800 of the 3,200 of one, 1,600 of the 640 of the other."""
     settings = dataclasses.replace(SETTINGS, data=DataSettings(path=("a/web", "b/code"), weights=(3, 1)))
-    shown = rows(settings, data_of((3, 1), 0.25, web=TRAIN, code=stream(81_920, 77)))
+    shown = rows(settings, data_of((3, 1), padding_share=0.25, web=TRAIN, code=stream(81_920, 77)))
     assert [row for row in shown if row.startswith("data: ")] == [
         "data: a/web: 409,600 training tokens in 1,234 documents, 5,000 held out; tokenizer.model; "
         "75.000% of the samples, which reads its 3,200 samples 1.50 times",
@@ -104,7 +106,9 @@ def test_the_plan_says_how_samples_are_made_and_what_is_odd_about_them():
     def shown(mask: bool, **data) -> list[str]:
         settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, document_mask=mask), data=DataSettings(**data))
         return [
-            row for row in rows(settings, data_of(prepared=stream(100, 3), padding=28 / 128)) if row.startswith(("sam", "note", "warn"))
+            row
+            for row in rows(settings, data_of(prepared=stream(100, 3), padding_share=28 / 128))
+            if row.startswith(("sam", "note", "warn"))
         ]
 
     best_fit = "samples: 1 of 128 tokens: documents packed by best fit, none cut that fits, "
@@ -117,10 +121,87 @@ def test_the_plan_says_how_samples_are_made_and_what_is_odd_about_them():
     ]
 
 
+ENCODER = {"architecture": "encoder", "token_types": 2, "num_classes": 2}
+PAIR = {"architecture": "encoder_decoder", "num_decoder_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "about", "blocks", "sample"),
+    [
+        (
+            {"prefix_attention": True},
+            {"objective": "prefix"},
+            {},
+            "2 blocks",
+            "128 tokens: documents joined and cut, seeing one another, each behind a prefix that is given, 0.00% padding",
+        ),
+        (
+            ENCODER | {"num_classes": 0},
+            {"objective": "masked", "mask_rate": 0.3, "whole_words": True},
+            {},
+            "encoder of 2 blocks",
+            "128 tokens: documents joined and cut, seeing one another, 0.3 of the tokens masked by whole words, 0.00% padding",
+        ),
+        (
+            ENCODER,
+            {"objective": "masked", "next_sentence": True},
+            {"padding_share": 0.015},
+            "encoder of 2 blocks",
+            "128 tokens: two pieces of documents, half of them from another one, 0.15 of the tokens masked, 1.50% padding",
+        ),
+        (
+            ENCODER | {"token_head": False},
+            {"objective": "classification", "labels": ("good", "bad")},
+            {"padding_share": 0.5},
+            "encoder of 2 blocks",
+            "128 tokens: a text and one of 2 labels, 50.00% padding",
+        ),
+        (
+            PAIR,
+            {"objective": "span_corruption"},
+            {"target_length": 31},
+            "encoder of 2 blocks, decoder of 3",
+            "128 source and 31 target tokens: documents joined and cut, 0.15 of the tokens cut out in spans of 3 on average, 0.00% padding",
+        ),
+        (
+            PAIR,
+            {"objective": "pairs", "target_length": 64},
+            {"target_length": 64},
+            "encoder of 2 blocks, decoder of 3",
+            "128 source and 64 target tokens: 7.5 pairs packed into one on average, apart by mask, 0.00% padding",
+        ),
+    ],
+    ids=lambda value: value.get("objective", "") if isinstance(value, dict) else "",
+)
+def test_the_plan_says_what_an_objective_asks_for(model, data, about, blocks, sample):
+    settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, **model), data=DataSettings(**data))
+    shown = rows(settings, data_of(objective=data["objective"], prepared=stream(409_600, 24_000), **about))
+    assert any(f" parameters: {blocks}, hidden 64, " in row for row in shown)
+    assert f"samples: 3,200 of {sample}" in shown
+    assert not any(row.startswith("warning") for row in shown)
+
+
+def test_the_plan_counts_documents_that_are_cut():
+    settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, **PAIR), data=DataSettings(objective="pairs"))
+    shown = rows(settings, data_of(objective="pairs", target_length=128, num_cut=1017, prepared=TRAIN))
+    assert "warning: 1,017 documents are longer than a sample: what is behind its end is never read" in shown
+
+
+def test_the_plan_says_where_weights_come_from():
+    shown = plan(SETTINGS, {"zero_optimization": {}}, FOUR, "cpu", None, "bert: 3 of 4 parameters; fresh: 9.classes.weight")
+    assert "    init: bert: 3 of 4 parameters; fresh: 9.classes.weight" in shown.splitlines()
+
+
+def test_the_work_of_an_encoder_decoder_is_that_of_its_source_and_target_together():
+    model = dataclasses.replace(SETTINGS.model, **PAIR)
+    assert flops_per_counted_token(model, 32) * 128 == pytest.approx(flops_per_token(model, target_length=32) * (128 + 32))
+    assert flops_per_counted_token(SETTINGS.model, None) == flops_per_token(SETTINGS.model)
+
+
 def test_the_plan_says_what_share_is_filled_in_the_middle():
     settings = dataclasses.replace(SETTINGS, data=DataSettings(fim_rate=0.5))
     row = "samples: 3,200 of 128 tokens: documents joined and cut, seeing one another, 12.00% padding and marks; "
-    data = data_of(padding=0.12, filled=0.421, fill=object(), prepared=TRAIN)
+    data = data_of(padding_share=0.12, filled_share=0.421, fill=object(), prepared=TRAIN)
     assert row + "42.1% of the pieces filled in the middle" in rows(settings, data)
 
 
@@ -174,18 +255,34 @@ def test_too_few_micro_batches_get_a_warning_whose_advice_makes_more(global_batc
         assert "warning" in shown(global_batch_size=int(enough[1]) - layout.data_parallel_size), "and no fewer are"
 
 
-@pytest.mark.parametrize("model", [{"tie_embeddings": True}, {"tie_embeddings": False, "positions": "learned", "biases": True}], ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"tie_embeddings": True},
+        {"tie_embeddings": False, "positions": "learned", "biases": True},
+        ENCODER,
+        ENCODER | {"token_head": False},
+        PAIR | {"tie_embeddings": True},
+        PAIR | {"tie_embeddings": False, "positions": "relative"},
+    ],
+    ids=str,
+)
 def test_the_parameters_of_a_rank_are_those_of_the_layers(model):
     model = dataclasses.replace(SETTINGS.model, num_layers=4, **model)
     built = dict(Transformer(model).named_parameters())
     norms_and_biases = sum(parameter.numel() for parameter in built.values() if parameter.dim() == 1)
-    in_blocks = sum(parameter.numel() for name, parameter in built.items() if ".attention." in name or ".feed_forward." in name)
+    cut = (".attention.", ".cross_attention.", ".feed_forward.")
+    in_blocks = sum(parameter.numel() for name, parameter in built.items() if any(part in name for part in cut))
     assert parameters_per_rank(model, Layout(4)) == count_parameters(model) == sum(parameter.numel() for parameter in built.values())
     cut = parameters_per_rank(model, Layout(4, 1, 2))
     assert cut == pytest.approx(count_parameters(model) - in_blocks / 2, abs=norms_and_biases)
-    twice = sum(layer.tied_key is not None for layer in layers(model)) // 2 * model.vocab_size * model.hidden_size
-    assert parameters_per_rank(model, Layout(4, 2)) == (count_parameters(model) + twice) / 2, "the tied embedding is in two stages"
-    assert parameters_per_rank(model, Layout(4, 2), "dualpipev") == count_parameters(model) / 2, "which DualPipeV has on one rank"
+    uses = max(1, sum(layer.tied_key is not None for layer in layers(model)))
+    embedding, in_the_middle = model.vocab_size * model.hidden_size, model.architecture == "encoder_decoder"
+    again = lambda stages: (min(uses, stages) - 1) * embedding  # noqa: E731
+    assert parameters_per_rank(model, Layout(4, 2)) == (count_parameters(model) + again(2)) / 2, "a tied embedding is in two stages"
+    assert parameters_per_rank(model, Layout(4, 4)) == (count_parameters(model) + again(4)) / 4, "and where a decoder begins"
+    on_both = in_the_middle * embedding
+    assert parameters_per_rank(model, Layout(4, 2), "dualpipev") == (count_parameters(model) + on_both) / 2, "DualPipeV's ends are one rank"
 
 
 PLUS_PLUS = {"stage": 3, "zero_hpz_partition_size": 8, "zero_quantized_weights": True, "zero_quantized_gradients": True}

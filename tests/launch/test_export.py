@@ -1,0 +1,189 @@
+"""The door to Hugging Face: every family as a folder that transformers' own classes, tokenizers and pipelines read."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.command_line import UserError
+from data.tokenizer import load_tokenizer, train_sentencepiece
+from launch import export
+from launch.training import checkpoint, state
+from launch.training.weights import load_model, open_model
+from model.config import ModelConfig
+from model.transformer import Transformer
+from tests.model.both_sides import BERT, MARIAN, T5
+
+transformers = pytest.importorskip("transformers", reason="the independent reference is transformers")
+
+TEXT = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000]
+SPECIAL = ("[CLS]", "[MASK]", "<extra_id_0>", "<extra_id_1>")
+SMALL = {"vocab_size": 600, "sequence_length": 48, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4}
+PROMPT = "the parser adds an argument"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece([TEXT], path, vocab_size=600, special_tokens=SPECIAL)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer_file):
+    """A run folder with a checkpoint of fresh weights at each of the given steps."""
+
+    def build(*steps: int, data: dict | None = None, **options) -> Path:
+        folder = tmp_path / "run"
+        config = ModelConfig(**SMALL | options)
+        recipe = {
+            "model": dataclasses.asdict(config),
+            "data": {"path": ["/somewhere/prepared"], "objective": None, "mask_rate": 0.15} | (data or {}),
+            "batch": {"global_batch_size": 8},
+        }
+        for step in steps:
+            beside = checkpoint.begin(folder / "checkpoints", step, "id")
+            file = checkpoint.HashingFile(beside / "rank_00000.safetensors")
+            weights = dict(Transformer(config, seed=step).named_parameters())
+            whole = [state.Stretch(name, tuple(w.shape), state.whole_box(w.shape), 0, w.numel()) for name, w in weights.items()]
+            numbers = ((one, dict.fromkeys(state.KINDS, weights[one.name].detach().flatten())) for one in whole)
+            state.write(file, whole, numbers)
+            checkpoint.write_part(beside, 0, {file.path.name: file.finish()})
+            about = {"layout": {"world_size": 1}, "model": recipe["model"], "recipe": recipe, "checksums": {}}
+            about |= {"data": {"fingerprint": "f" * 64}, "versions": {"megabatch": "0.0"}}
+            checkpoint.publish(beside, step, about)
+        (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+        (folder / "run.json").write_text(json.dumps({"recipe": recipe, "commit": "abc123"}))
+        metrics = [{"step": 5, "loss/validation": 2.5}, {"step": 10, "loss/validation": 2.25}, {"step": 99, "loss/validation": 1.0}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+        return folder
+
+    return build
+
+
+def exported(folder: Path, *words: str) -> Path:
+    output = folder.parent / f"hf{len(words)}"
+    assert export.main([str(folder), "--output", str(output), *words]) == 0
+    return output
+
+
+def test_a_decoder_generates_text_in_their_pipeline(run):
+    folder = run(10)
+    pipeline = transformers.pipeline("text-generation", model=str(exported(folder)))
+    (written,) = pipeline(PROMPT, max_new_tokens=5, do_sample=False)
+    trained = load_model(str(folder))
+    ids = load_tokenizer(trained.tokenizer).encode(PROMPT)
+    for _ in range(5):
+        logits = trained.model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+        ids.append(int(logits[0, -1].argmax()))
+    assert written["generated_text"] == load_tokenizer(trained.tokenizer).decode(ids)
+
+
+def test_an_encoder_fills_masks_in_their_pipeline(run):
+    folder = run(10, **BERT)
+    output = exported(folder)
+    found = transformers.pipeline("fill-mask", model=str(output), top_k=3)("the parser [MASK] an argument")
+    trained = load_model(str(folder))
+    ours = load_tokenizer(trained.tokenizer)
+    ids = [ours.special_tokens["[CLS]"], *ours.encode("the parser"), ours.special_tokens["[MASK]"], *ours.encode(" an argument")]
+    tokens = torch.tensor([[*ids, ours.end_of_text]])
+    said = trained.model(tokens, torch.ones_like(tokens), torch.zeros_like(tokens))[0, ids.index(ours.special_tokens["[MASK]"])]
+    likeliest = said.softmax(-1).topk(3)
+    assert [one["token"] for one in found] == likeliest.indices.tolist()
+    assert [one["score"] for one in found] == pytest.approx(likeliest.values.tolist(), rel=1e-4)
+    pair = transformers.AutoTokenizer.from_pretrained(output)("parser", " argument")
+    first, second = ours.encode("parser"), ours.encode(" argument")
+    assert pair["input_ids"] == [ours.special_tokens["[CLS]"], *first, ours.end_of_text, *second, ours.end_of_text]
+    assert pair["token_type_ids"] == [0] * (2 + len(first)) + [1] * (1 + len(second))
+
+
+def test_a_classifier_tells_classes_by_their_labels_in_their_pipeline(run):
+    folder = run(10, **BERT, num_classes=2, token_head=False, data={"labels": ["bad", "good"], "objective": "classification"})
+    (found,) = transformers.pipeline("text-classification", model=str(exported(folder)))(PROMPT)
+    assert found["label"] in ("bad", "good")
+
+
+@pytest.mark.parametrize(("options", "start"), [(MARIAN, None), (T5, "[CLS]")], ids=["marian", "t5"])
+def test_an_encoder_decoder_answers_several_texts_at_once(run, options, start):
+    """Transformers 5 has no pipeline for it any more; this is what the last one did."""
+    folder = run(10, **options, data={"start_token": start})
+    output = exported(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(output)
+    texts = [PROMPT, "def parser"]
+    together = theirs.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=8, num_beams=2)
+    trained = load_model(str(folder))
+    ours = load_tokenizer(trained.tokenizer)
+    for text, written in zip(texts, together, strict=True):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == [*ours.encode(text), ours.end_of_text]
+        alone = theirs.generate(torch.tensor([ids]), max_new_tokens=8, num_beams=2)[0]
+        assert written[: len(alone)].tolist() == alone.tolist() and written[0] == ours.start_token_id(start)
+    assert [open_model(str(path)).start_token(ours) for path in (folder, output)] == [ours.start_token_id(start)] * 2
+    if options is T5:
+        assert tokenizer("the <extra_id_0> argument", add_special_tokens=False)["input_ids"] == [
+            *ours.encode("the"),
+            ours.special_tokens["<extra_id_0>"],
+            *ours.encode(" argument"),
+        ]
+
+
+def test_the_card_says_what_is_known_of_the_run(run, capsys):
+    output = exported(run(10, **BERT))
+    card = (output / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
+    for row in (
+        "| step | 10 |",
+        "| tokens | 3,840 |",
+        "| data | prepared, fingerprint ffffffffffff |",
+        "| objective | masked, 0.15 of the tokens |",
+        "| validation loss | 2.2500 nats a target token |",
+        "| commit | abc123 |",
+        "| written by | megabatch 0.0 |",
+    ):
+        assert row in card
+    assert "logits differ from ours by at most" in card and "AutoModelForMaskedLM" in card
+    again = exported(output, "--precision", "bf16")  # of a folder without its run it says less
+    assert "| tokens |" not in (again / "README.md").read_text()
+
+
+def test_the_mean_of_checkpoints_is_exported(run):
+    folder = run(1, 2, 3)
+    mean = load_model(str(exported(folder, "--average", "2"))).model.state_dict()
+    two = [Transformer(ModelConfig(**SMALL), seed=step).state_dict() for step in (2, 3)]
+    assert all(torch.allclose(tensor, (two[0][name] + two[1][name]) / 2, atol=1e-7) for name, tensor in mean.items())
+    newest = open_model(str(folder))
+    assert newest.step == 3 and all(torch.equal(newest.state[name], tensor) for name, tensor in two[1].items())
+    with pytest.raises(UserError, match=r"--average 4: .* holds 3 whole checkpoints"):
+        open_model(str(folder), average=4)
+    with pytest.raises(UserError, match="--average 2 needs a run folder"):
+        open_model(str(folder / "checkpoints" / checkpoint.name_of(3)), average=2)
+
+
+def test_a_damaged_checkpoint_is_named_on_standard_error(run, capsys):
+    folder = run(5, 10)
+    next((folder / "checkpoints" / checkpoint.name_of(10)).glob("*.safetensors")).write_bytes(b"")
+    assert open_model(str(folder)).step == 5
+    said = capsys.readouterr()
+    assert said.out == "" and "Damaged checkpoint: " in said.err
+
+
+def test_files_of_no_size_are_refused(run):
+    with pytest.raises(UserError, match="--max_shard_gib is 0; it must be above 0"):
+        exported(run(10), "--max_shard_gib", "0")
+
+
+def test_another_models_tokenizer_is_refused(run):
+    folder = run(10, vocab_size=599)
+    with pytest.raises(UserError, match="has 600 ids, more than the vocabulary of 599"):
+        export.main([str(folder), "--output", str(folder.parent / "hf")])
+
+
+def test_an_encoder_without_a_class_token_is_refused(run):
+    folder = run(10, **BERT, data={"class_token": "<class>"})
+    with pytest.raises(UserError, match='has no special token "<class>"'):
+        export.main([str(folder), "--output", str(folder.parent / "hf")])
+    assert not (folder.parent / "hf").exists()

@@ -1,0 +1,49 @@
+"""The original Transformer learns to translate: the recipe of Multi30k, from two text files to BLEU, through the doors alone."""
+
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sacrebleu
+
+from tests.ranks import REPOSITORY
+
+CORPUS = REPOSITORY.parent / "shared" / "corpora" / "multi30k-en-de"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CORPUS.is_dir(), reason=f"{CORPUS.name} is not beside the repository"),
+]
+
+
+def run(*words: object) -> None:
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def prepare_pairs(folder: Path) -> Path:
+    """The training pairs, English TAB German."""
+    english, german = (gzip.open(CORPUS / f"train.{language}.gz", "rt", encoding="utf-8").read().split("\n") for language in ("en", "de"))
+    pairs = folder / "pairs.tsv"
+    lines = ["\t".join(line.replace("\t", " ") for line in pair) for pair in zip(english, german, strict=True)]
+    pairs.write_text("\n".join(lines), encoding="utf-8")
+    return pairs
+
+
+def test_a_third_of_the_recipe_translates(tmp_path):
+    """The whole recipe is README's; a third of its steps, the rate's way down among them, is enough to tell whether it learns."""
+    pairs, prepared, run_folder = prepare_pairs(tmp_path), tmp_path / "prepared", tmp_path / "run"
+    columns = ("--columns", "en", "de", "--text_field", "en", "--pair_field", "de")
+    run("data/prepare.py", "--input", pairs, *columns, "--vocab_size", 8000, "--pieces_within_words", "--output", prepared)
+    recipe = ("--config", "launch/recipes/multi30k-en-de.yaml", "--train_steps", 1000, "--log.validation_interval", 0)
+    run("launch/pretrain.py", *recipe, "--data", prepared, "--output", run_folder)
+    translated = tmp_path / "translated.de"
+    source = CORPUS / "test_2016_flickr.en"
+    run("launch/generate.py", run_folder, "--input", source, "--output", translated, "--beam_size", 5, "--average", 3)
+    bleu = sacrebleu.corpus_bleu(
+        translated.read_text(encoding="utf-8").splitlines(),
+        [(CORPUS / "test_2016_flickr.de").read_text(encoding="utf-8").splitlines()],
+    )
+    assert bleu.score > 25, bleu
