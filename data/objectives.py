@@ -86,6 +86,11 @@ class Objective:
             raise UserError(f"{folder.folder} holds single texts; data.objective {self.name} needs pairs: prepare it with --pair_field.")
         if self.name == "pairs":
             target_length = length if settings.target_length is None else settings.target_length
+            if target_length > length:
+                raise UserError(
+                    f"data.target_length is {target_length}; it must be at most model.sequence_length {length}, the longest target that "
+                    "the network knows."
+                )
             return PairSamples(stream, length, target_length, end, start, seed, source)
         return ClassificationSamples(stream, length, self._classes(folder, split), self._class_token, end, self._token_types)
 

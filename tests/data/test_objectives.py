@@ -577,6 +577,13 @@ WRONG = {
         "target_length": 0,
         "folder": "labels",
     },
+    "data.target_length is 25; it must be at most model.sequence_length 24": {
+        "objective": "pairs",
+        "architecture": "encoder_decoder",
+        "target_length": 25,
+        "sequence_length": 24,
+        "folder": "labels",
+    },
     "must be two tokens, neither of them the one that ends": {"architecture": "encoder", "class_token": "[MASK]"},
     r"needs 5 sentinels for model.sequence_length 96, <extra_id_0> to <extra_id_4>; .* has 4 of them": {
         "architecture": "encoder_decoder",

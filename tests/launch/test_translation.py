@@ -25,19 +25,20 @@ def run(*words: object) -> None:
 
 def prepare_pairs(folder: Path) -> Path:
     """The training pairs, English TAB German."""
-    english, german = (gzip.open(CORPUS / f"train.{language}.gz", "rt", encoding="utf-8").read().split("\n") for language in ("en", "de"))
+    english, german = (
+        gzip.decompress((CORPUS / f"train.{language}.gz").read_bytes()).decode().replace("\t", " ").split("\n") for language in ("en", "de")
+    )
     pairs = folder / "pairs.tsv"
-    lines = ["\t".join(line.replace("\t", " ") for line in pair) for pair in zip(english, german, strict=True)]
-    pairs.write_text("\n".join(lines), encoding="utf-8")
+    pairs.write_text("\n".join(map("\t".join, zip(english, german, strict=True))), encoding="utf-8")
     return pairs
 
 
-def test_a_third_of_the_recipe_translates(tmp_path):
-    """The whole recipe is README's; a third of its steps, the rate's way down among them, is enough to tell whether it learns."""
+def test_a_fifth_of_the_recipe_translates(tmp_path):
+    """The whole recipe is README's; a fifth of its steps, the rate's way down among them, is enough to tell whether it learns."""
     pairs, prepared, run_folder = prepare_pairs(tmp_path), tmp_path / "prepared", tmp_path / "run"
     columns = ("--columns", "en", "de", "--text_field", "en", "--pair_field", "de")
     run("data/prepare.py", "--input", pairs, *columns, "--vocab_size", 8000, "--pieces_within_words", "--output", prepared)
-    recipe = ("--config", "launch/recipes/multi30k-en-de.yaml", "--train_steps", 1000, "--log.validation_interval", 0)
+    recipe = ("--config", "launch/recipes/multi30k-en-de.yaml", "--train_steps", 700, "--log.validation_interval", 0)
     run("launch/pretrain.py", *recipe, "--data", prepared, "--output", run_folder)
     translated = tmp_path / "translated.de"
     source = CORPUS / "test_2016_flickr.en"
