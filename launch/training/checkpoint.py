@@ -152,9 +152,15 @@ def read_manifest(folder: Path) -> dict:
 
 
 def refuse_earlier_format(folder: Path, manifest: dict) -> None:
-    """Raise UserError for a checkpoint that Megabatch before 0.2 wrote, in files of DeepSpeed's own."""
+    """Raise UserError for a checkpoint that Megabatch before 0.2 wrote, in files of DeepSpeed's own, or before 0.4 with other waves."""
     if "checksums" not in manifest:
         raise UserError(f"{folder} was written by Megabatch before 0.2, in DeepSpeed's own files; go on with that version, or train anew.")
+    model = manifest.get("model", {})
+    if model.get("positions") == "sinusoidal" and "architecture" not in model:
+        raise UserError(
+            f"{folder} was written by Megabatch before 0.4, whose sinusoidal positions had sines and cosines in other columns; go on with "
+            "that version, or train anew."
+        )
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:

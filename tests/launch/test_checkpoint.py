@@ -307,3 +307,10 @@ def test_a_checkpoint_under_any_name_is_read(tmp_path):
     folder = save(tmp_path, 2).rename(tmp_path / "best")
     assert damage(folder) is None
     assert json.loads((folder / "manifest.json").read_text())["step"] == 2
+
+
+def test_a_checkpoint_with_the_waves_of_before_is_refused(tmp_path):
+    model = {"positions": "sinusoidal", "hidden_size": 8}
+    with pytest.raises(UserError, match="whose sinusoidal positions had sines and cosines in other columns"):
+        checkpoint.refuse_earlier_format(tmp_path, {"checksums": {}, "model": model})
+    checkpoint.refuse_earlier_format(tmp_path, {"checksums": {}, "model": model | {"architecture": "decoder"}})
