@@ -109,7 +109,8 @@ class PipelinedEngine(Engine):
             tokens, segments = (torch.cat(both, dim=1) for both in zip(self._so_far, (tokens, segments), strict=True))
         self._so_far = tokens, segments
         cache.length = length = tokens.shape[1]
-        batch = _nothing(self._shaped_like)._replace(tokens=torch.zeros_like(self._shaped_like.segments))
+        empty = torch.zeros_like(self._shaped_like.segments)  # whole, where tokens and targets are a part of the sequence
+        batch = _nothing(self._shaped_like)._replace(tokens=empty, targets=torch.full_like(empty, IGNORED))
         for whole, row in zip(batch.inputs, (*of_source, tokens, segments), strict=True):
             whole[:1, : row.shape[1]] = row
         batch = self._part_of(batch)
