@@ -38,11 +38,20 @@ def test_a_seventh_of_the_recipe_translates(tmp_path):
     pairs, prepared, run_folder = prepare_pairs(tmp_path), tmp_path / "prepared", tmp_path / "run"
     columns = ("--columns", "en", "de", "--text_field", "en", "--pair_field", "de")
     run("data/prepare.py", "--input", pairs, *columns, "--vocab_size", 8000, "--pieces_within_words", "--output", prepared)
-    recipe = ("--config", "launch/recipes/multi30k-en-de.yaml", "--train_steps", 500, "--log.validation_interval", 0)
+    recipe = (
+        "--config",
+        "launch/recipes/multi30k-en-de.yaml",
+        "--train_steps",
+        500,
+        "--schedule.warmup_steps",
+        150,
+        "--log.validation_interval",
+        0,
+    )
     run("launch/pretrain.py", *recipe, "--data", prepared, "--output", run_folder)
     translated = tmp_path / "translated.de"
     source = CORPUS / "test_2016_flickr.en"
-    run("launch/generate.py", run_folder, "--input", source, "--output", translated, "--beam_size", 5, "--average", 3)
+    run("launch/generate.py", run_folder, "--input", source, "--output", translated, "--beam_size", 5)
     bleu = sacrebleu.corpus_bleu(
         translated.read_text(encoding="utf-8").splitlines(),
         [(CORPUS / "test_2016_flickr.de").read_text(encoding="utf-8").splitlines()],
