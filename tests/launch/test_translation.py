@@ -33,8 +33,8 @@ def prepare_pairs(folder: Path) -> Path:
     return pairs
 
 
-def test_a_seventh_of_the_recipe_translates(tmp_path):
-    """The whole recipe is README's; a seventh of its steps, the rate's way down among them, is enough to tell whether it learns."""
+def test_a_ninth_of_the_recipe_translates(tmp_path):
+    """The whole recipe is README's; a ninth of its steps, the rate's way down among them, is enough to tell whether it learns."""
     pairs, prepared, run_folder = prepare_pairs(tmp_path), tmp_path / "prepared", tmp_path / "run"
     columns = ("--columns", "en", "de", "--text_field", "en", "--pair_field", "de")
     run("data/prepare.py", "--input", pairs, *columns, "--vocab_size", 8000, "--pieces_within_words", "--output", prepared)
@@ -42,7 +42,7 @@ def test_a_seventh_of_the_recipe_translates(tmp_path):
         "--config",
         "launch/recipes/multi30k-en-de.yaml",
         "--train_steps",
-        500,
+        400,
         "--schedule.warmup_steps",
         150,
         "--log.validation_interval",
@@ -56,4 +56,4 @@ def test_a_seventh_of_the_recipe_translates(tmp_path):
         translated.read_text(encoding="utf-8").splitlines(),
         [(CORPUS / "test_2016_flickr.de").read_text(encoding="utf-8").splitlines()],
     )
-    assert bleu.score > 20, bleu  # at so many steps of the whole recipe, its rate still high, 24.8
+    assert bleu.score > 15, bleu  # the whole recipe has 24.8 at step 500, its rate still high
