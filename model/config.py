@@ -303,6 +303,8 @@ SIZES: dict[str, dict] = {
 
 RELATIVE_BUCKETS = 32
 """Rows of T5's table of distances."""
+RELATIVE_DISTANCE = 128
+"""From where on they tell no distances apart, tokens."""
 
 
 def named_size(name: str) -> dict:

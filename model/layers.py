@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import RELATIVE_BUCKETS, ModelConfig, is_gated
+from model.config import RELATIVE_BUCKETS, RELATIVE_DISTANCE, ModelConfig, is_gated
 
 Passed = tuple[Tensor, ...]
 
 LONGEST_PLAIN_ATTENTION = 1024
 """Tokens up to which training on a CPU multiplies the attention out: there the fused kernel's backward takes twice as long."""
-_RELATIVE_DISTANCE = 128  # from where on T5's buckets tell no distances apart
 
 
 class KeyValueCache:
@@ -198,7 +197,7 @@ def relative_buckets(distance: Tensor, both_sides: bool) -> Tensor:
     buckets = RELATIVE_BUCKETS // 2 if both_sides else RELATIVE_BUCKETS
     size = distance.abs() if both_sides else -distance.clamp(max=0)
     own = buckets // 2
-    spread = math.log(_RELATIVE_DISTANCE / own)
+    spread = math.log(RELATIVE_DISTANCE / own)
     shared = own + ((size.clamp(min=1).float() / own).log() / spread * (buckets - own)).long()
     bucket = torch.where(size < own, size, shared.clamp(max=buckets - 1))
     return bucket + buckets * (distance > 0) if both_sides else bucket

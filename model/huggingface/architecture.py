@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from model.config import ModelConfig
+from model.layers import Block, Head, TokenEmbedding
 from model.transformer import Layer, layers
 
 
@@ -118,6 +119,18 @@ class Architecture:
 
     def counterparts(self, config: ModelConfig) -> Iterator[Counterpart]:
         """Every tensor of theirs, in the order of our list of layers. A tied head is the embedding, and not named again."""
+        block = 0
+        for ours, layer in first_uses(config):
+            if layer.module is TokenEmbedding:
+                yield Counterpart(self.embedding, (f"{ours}.weight",))
+            elif layer.module is Head:
+                yield Counterpart("lm_head.weight", (f"{ours}.weight",))
+            else:
+                yield from self.of_layer(config, layer.module, ours, block)
+            block += layer.module is Block
+
+    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        """Their tensors of one layer, neither embedding nor head; behind so many blocks, our names begin with `ours`."""
         raise NotImplementedError
 
     def copies(self, config: ModelConfig) -> dict[str, str]:
@@ -143,13 +156,18 @@ def first_uses(config: ModelConfig) -> Iterator[tuple[str, Layer]]:
             yield name, layer
 
 
-def linear(theirs: str, ours: str, bias: bool, zeros: int = 0) -> Iterator[Counterpart]:
-    """Weight and bias of a linear layer or norm; where theirs has a bias and ours none, `zeros` is its length."""
-    yield Counterpart(f"{theirs}.weight", (f"{ours}.weight",))
+def linear(theirs: str, *ours: str, bias: bool, zeros: int = 0, transposed: bool = False) -> Iterator[Counterpart]:
+    """Weight and bias of a linear layer or norm, of several stacked; where theirs has a bias and ours none, `zeros` is its length."""
+    yield Counterpart(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), transposed)
     if bias:
-        yield Counterpart(f"{theirs}.bias", (f"{ours}.bias",))
+        yield Counterpart(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours))
     elif zeros:
         yield Counterpart(f"{theirs}.bias", (), zeros=(zeros,))
+
+
+def side_of(config: ModelConfig, block: int) -> tuple[str, int]:
+    """The part of an encoder-decoder that a block is in, and its number there."""
+    return ("encoder", block) if block < config.num_layers else ("decoder", block - config.num_layers)
 
 
 def whole_heads(config: ModelConfig, label: str) -> Iterator[str]:

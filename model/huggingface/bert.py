@@ -1,6 +1,6 @@
 """BERT: Devlin et al. 2018, arXiv 1810.04805. Bidirectional, LayerNorm behind each part, learned positions, two token types."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from model.config import ModelConfig
@@ -9,17 +9,17 @@ from model.huggingface.architecture import (
     Counterpart,
     SpecialTokens,
     all_alike,
-    first_uses,
     linear,
     one_of,
     ours_of,
     whole_heads,
 )
-from model.layers import Block, Classifier, EmbeddingNorm, HeadBias, Positions, TokenEmbedding, TokenTransform, TokenTypes
+from model.layers import Block, Classifier, EmbeddingNorm, HeadBias, Positions, TokenTransform, TokenTypes
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 _DROPOUTS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 _TOKEN_HEAD, _BOTH_HEADS, _CLASSES = "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification"
+_TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 _PARTS = {
     "attention.self.query": "attention.query",
     "attention.self.key": "attention.key",
@@ -127,32 +127,30 @@ class Bert(Architecture):
         )
 
     def counterparts(self, config: ModelConfig) -> Iterator[Counterpart]:
-        hidden, block = config.hidden_size, 0
         if not config.token_types:
-            zeros = _their_token_types(config), hidden
-            yield Counterpart("bert.embeddings.token_type_embeddings.weight", (), zeros=zeros)
-        for ours, layer in first_uses(config):
-            if layer.module is TokenEmbedding:
-                yield Counterpart(self.embedding, (f"{ours}.weight",))
-            elif layer.module is TokenTypes:
-                yield Counterpart("bert.embeddings.token_type_embeddings.weight", (f"{ours}.weight",))
-            elif layer.module is Positions:
-                yield Counterpart("bert.embeddings.position_embeddings.weight", (f"{ours}.weight",))
-            elif layer.module is EmbeddingNorm:
-                yield from linear("bert.embeddings.LayerNorm", f"{ours}.norm", config.biases, hidden)
-            elif layer.module is Block:
-                for theirs, name in _PARTS.items():
-                    width = config.intermediate_size if theirs == "intermediate.dense" else hidden
-                    yield from linear(f"bert.encoder.layer.{block}.{theirs}", f"{ours}.{name}", config.biases, width)
-                block += 1
-            elif layer.module is Classifier:
-                yield from linear("bert.pooler.dense", f"{ours}.pooler", bias=True)
-                yield from linear("cls.seq_relationship" if config.token_head else "classifier", f"{ours}.classes", bias=True)
-            elif layer.module is TokenTransform:
-                yield from linear("cls.predictions.transform.dense", f"{ours}.dense", config.biases, hidden)
-                yield from linear("cls.predictions.transform.LayerNorm", f"{ours}.norm", config.biases, hidden)
-            elif layer.module is HeadBias:
-                yield Counterpart("cls.predictions.bias", (f"{ours}.weight",))
+            yield Counterpart(_TOKEN_TYPES, (), zeros=(_their_token_types(config), config.hidden_size))
+        yield from super().counterparts(config)
+
+    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        biases = {"bias": config.biases, "zeros": config.hidden_size}
+        if kind is TokenTypes:
+            yield Counterpart(_TOKEN_TYPES, (f"{ours}.weight",))
+        elif kind is Positions:
+            yield Counterpart("bert.embeddings.position_embeddings.weight", (f"{ours}.weight",))
+        elif kind is EmbeddingNorm:
+            yield from linear("bert.embeddings.LayerNorm", f"{ours}.norm", **biases)
+        elif kind is Block:
+            for theirs, name in _PARTS.items():
+                inner = {"zeros": config.intermediate_size} if theirs == "intermediate.dense" else {}
+                yield from linear(f"bert.encoder.layer.{block}.{theirs}", f"{ours}.{name}", **biases | inner)
+        elif kind is Classifier:
+            yield from linear("bert.pooler.dense", f"{ours}.pooler", bias=True)
+            yield from linear("cls.seq_relationship" if config.token_head else "classifier", f"{ours}.classes", bias=True)
+        elif kind is TokenTransform:
+            yield from linear("cls.predictions.transform.dense", f"{ours}.dense", **biases)
+            yield from linear("cls.predictions.transform.LayerNorm", f"{ours}.norm", **biases)
+        elif kind is HeadBias:
+            yield Counterpart("cls.predictions.bias", (f"{ours}.weight",))
 
     def copies(self, config: ModelConfig) -> dict[str, str]:
         return {"cls.predictions.decoder.weight": self.embedding, "cls.predictions.decoder.bias": "cls.predictions.bias"}

@@ -1,6 +1,6 @@
 """GPT-2: Radford et al. 2019. LayerNorm before each part, learned positions, biases, linear weights [in, out]."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from model.config import ModelConfig
@@ -9,12 +9,12 @@ from model.huggingface.architecture import (
     Counterpart,
     SpecialTokens,
     all_alike,
-    first_uses,
+    linear,
     one_of,
     ours_of,
     whole_heads,
 )
-from model.layers import Block, FinalNorm, Head, Positions, TokenEmbedding
+from model.layers import Block, FinalNorm, Positions
 
 _ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 _DROPOUTS = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)
@@ -67,42 +67,26 @@ class GPT2(Architecture):
             initializer_range=stated.get("initializer_range", 0.02),
         )
 
-    def counterparts(self, config: ModelConfig) -> Iterator[Counterpart]:
-        block = 0
-        for ours, layer in first_uses(config):
-            if layer.module is TokenEmbedding:
-                yield Counterpart(self.embedding, (f"{ours}.weight",))
-            elif layer.module is Positions:
-                yield Counterpart("transformer.wpe.weight", (f"{ours}.weight",))
-            elif layer.module is Block:
-                yield from _block(config, ours, f"transformer.h.{block}")
-                block += 1
-            elif layer.module is FinalNorm:
-                yield from _module("transformer.ln_f", f"{ours}.norm", config, config.hidden_size)
-            elif layer.module is Head:
-                yield Counterpart("lm_head.weight", (f"{ours}.weight",))
+    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        if kind is Positions:
+            yield Counterpart("transformer.wpe.weight", (f"{ours}.weight",))
+        elif kind is Block:
+            yield from _block(config, ours, f"transformer.h.{block}")
+        elif kind is FinalNorm:
+            yield from linear("transformer.ln_f", f"{ours}.norm", bias=config.biases, zeros=config.hidden_size)
 
     def current_name(self, name: str) -> str:
         """The first checkpoints were saved without the outer module's name."""
         return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
-def _module(theirs: str, ours: str | tuple[str, ...], config: ModelConfig, out_size: int, linear: bool = False) -> Iterator[Counterpart]:
-    """Weight and bias; GPT-2 keeps linear weights [in, out]."""
-    names = (ours,) if isinstance(ours, str) else ours
-    yield Counterpart(f"{theirs}.weight", tuple(f"{name}.weight" for name in names), transposed=linear)
-    if config.biases:
-        yield Counterpart(f"{theirs}.bias", tuple(f"{name}.bias" for name in names))
-    else:
-        yield Counterpart(f"{theirs}.bias", (), zeros=(out_size,))
-
-
 def _block(config: ModelConfig, ours: str, theirs: str) -> Iterator[Counterpart]:
-    hidden = config.hidden_size
-    fused = tuple(f"{ours}.attention.{name}" for name in ("query", "key", "value"))
-    yield from _module(f"{theirs}.ln_1", f"{ours}.attention_norm", config, hidden)
-    yield from _module(f"{theirs}.attn.c_attn", fused, config, 3 * hidden, linear=True)
-    yield from _module(f"{theirs}.attn.c_proj", f"{ours}.attention.output", config, hidden, linear=True)
-    yield from _module(f"{theirs}.ln_2", f"{ours}.feed_forward_norm", config, hidden)
-    yield from _module(f"{theirs}.mlp.c_fc", f"{ours}.feed_forward.up", config, config.intermediate_size, linear=True)
-    yield from _module(f"{theirs}.mlp.c_proj", f"{ours}.feed_forward.down", config, hidden, linear=True)
+    """GPT-2 keeps linear weights [in, out]."""
+    hidden, bias = config.hidden_size, config.biases
+    fused = [f"{ours}.attention.{name}" for name in ("query", "key", "value")]
+    yield from linear(f"{theirs}.ln_1", f"{ours}.attention_norm", bias=bias, zeros=hidden)
+    yield from linear(f"{theirs}.attn.c_attn", *fused, bias=bias, zeros=3 * hidden, transposed=True)
+    yield from linear(f"{theirs}.attn.c_proj", f"{ours}.attention.output", bias=bias, zeros=hidden, transposed=True)
+    yield from linear(f"{theirs}.ln_2", f"{ours}.feed_forward_norm", bias=bias, zeros=hidden)
+    yield from linear(f"{theirs}.mlp.c_fc", f"{ours}.feed_forward.up", bias=bias, zeros=config.intermediate_size, transposed=True)
+    yield from linear(f"{theirs}.mlp.c_proj", f"{ours}.feed_forward.down", bias=bias, zeros=hidden, transposed=True)

@@ -1,12 +1,12 @@
 """Llama: Touvron et al. 2023, arXiv 2302.13971. RMSNorm before each part, rotary positions, SwiGLU."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from model.config import ModelConfig
-from model.huggingface.architecture import Architecture, Counterpart, SpecialTokens, first_uses, linear
-from model.layers import Block, FinalNorm, Head, TokenEmbedding
+from model.huggingface.architecture import Architecture, Counterpart, SpecialTokens, linear
+from model.layers import Block, FinalNorm
 
 _LINEAR = {
     "self_attn.q_proj": "attention.query",
@@ -68,19 +68,12 @@ class Llama(Architecture):
     def read(self, stated: Mapping[str, Any]) -> ModelConfig:
         return ModelConfig(**_read_shape(stated), head_size=stated.get("head_dim"), biases=stated.get("attention_bias", False))
 
-    def counterparts(self, config: ModelConfig) -> Iterator[Counterpart]:
-        block = 0
-        for ours, layer in first_uses(config):
-            if layer.module is TokenEmbedding:
-                yield Counterpart(self.embedding, (f"{ours}.weight",))
-            elif layer.module is Block:
-                for theirs, name in (self.norms | _LINEAR).items():
-                    yield from linear(f"model.layers.{block}.{theirs}", f"{ours}.{name}", config.biases and theirs in _LINEAR)
-                block += 1
-            elif layer.module is FinalNorm:
-                yield Counterpart("model.norm.weight", (f"{ours}.norm.weight",))
-            elif layer.module is Head:
-                yield Counterpart("lm_head.weight", (f"{ours}.weight",))
+    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        if kind is Block:
+            for theirs, name in (self.norms | _LINEAR).items():
+                yield from linear(f"model.layers.{block}.{theirs}", f"{ours}.{name}", bias=config.biases and theirs in _LINEAR)
+        elif kind is FinalNorm:
+            yield Counterpart("model.norm.weight", (f"{ours}.norm.weight",))
 
 
 class Qwen3(Llama):

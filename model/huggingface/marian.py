@@ -1,6 +1,6 @@
 """Marian: Junczys-Dowmunt et al. 2018, arXiv 1804.00344. The original Transformer of Vaswani et al. 2017, arXiv 1706.03762."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from model.config import ModelConfig
@@ -9,13 +9,13 @@ from model.huggingface.architecture import (
     Counterpart,
     SpecialTokens,
     all_alike,
-    first_uses,
     linear,
     one_of,
     ours_of,
+    side_of,
     whole_heads,
 )
-from model.layers import Block, TokenEmbedding
+from model.layers import Block
 
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 _PARTS = {
@@ -132,19 +132,14 @@ class Marian(Architecture):
             initializer_range=stated.get("init_std", 0.02),
         )
 
-    def counterparts(self, config: ModelConfig) -> Iterator[Counterpart]:
-        block = 0
-        for ours, layer in first_uses(config):
-            if layer.module is TokenEmbedding:
-                yield Counterpart(self.embedding, (f"{ours}.weight",))
-            elif layer.module is Block:
-                in_decoder = block >= config.num_layers
-                side, number = ("decoder", block - config.num_layers) if in_decoder else ("encoder", block)
-                for theirs, name in _PARTS.items():
-                    if in_decoder or not theirs.startswith("encoder_attn"):
-                        width = config.intermediate_size if theirs == "fc1" else config.hidden_size
-                        yield from linear(f"model.{side}.layers.{number}.{theirs}", f"{ours}.{name}", config.biases, width)
-                block += 1
+    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        if kind is not Block:
+            return
+        side, number = side_of(config, block)
+        for theirs, name in _PARTS.items():
+            if side == "decoder" or not theirs.startswith("encoder_attn"):
+                width = config.intermediate_size if theirs == "fc1" else config.hidden_size
+                yield from linear(f"model.{side}.layers.{number}.{theirs}", f"{ours}.{name}", bias=config.biases, zeros=width)
 
     def copies(self, config: ModelConfig) -> dict[str, str]:
         return dict.fromkeys(("lm_head.weight", *(f"model.{side}.embed_tokens.weight" for side in _SIDES)), self.embedding)

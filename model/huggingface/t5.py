@@ -3,12 +3,12 @@
 RMSNorm before each part, buckets of distances, no biases. Version 1.0 scales what enters its tied head; 1.1 has a head of its own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from model.config import RELATIVE_BUCKETS, ModelConfig, is_gated
-from model.huggingface.architecture import Architecture, Counterpart, SpecialTokens, first_uses, one_of, ours_of
-from model.layers import Block, FinalNorm, Head, RelativePositions, TokenEmbedding
+from model.config import RELATIVE_BUCKETS, RELATIVE_DISTANCE, ModelConfig, is_gated
+from model.huggingface.architecture import Architecture, Counterpart, SpecialTokens, one_of, ours_of, side_of
+from model.layers import Block, FinalNorm, RelativePositions
 
 _ACTIVATIONS = {"relu": "relu", "geglu": "gated-gelu", "swiglu": "gated-silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 _LINEAR = {"q": "query", "k": "key", "v": "value", "o": "output"}
@@ -23,7 +23,7 @@ class T5(Architecture):
     classes = ("T5ForConditionalGeneration",)
     allowed = {"positions": ("relative",), "norm": ("rmsnorm",), "activation": tuple(_ACTIVATIONS), "biases": (False,)}
     needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-    supported = {"relative_attention_num_buckets": RELATIVE_BUCKETS, "relative_attention_max_distance": 128}
+    supported = {"relative_attention_num_buckets": RELATIVE_BUCKETS, "relative_attention_max_distance": RELATIVE_DISTANCE}
     # Old files hold a table for attention to the source, which nothing reads.
     constants = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
     embedding = "shared.weight"
@@ -49,7 +49,7 @@ class T5(Architecture):
             "num_decoder_layers": config.num_decoder_layers,
             "num_heads": config.num_attention_heads,
             "relative_attention_num_buckets": RELATIVE_BUCKETS,
-            "relative_attention_max_distance": 128,
+            "relative_attention_max_distance": RELATIVE_DISTANCE,
             "feed_forward_proj": _ACTIVATIONS[config.activation],
             "layer_norm_epsilon": config.norm_epsilon,
             "dropout_rate": config.dropout,
@@ -83,24 +83,15 @@ class T5(Architecture):
             initializer_range=stated.get("initializer_range", 0.02),
         )
 
-    def counterparts(self, config: ModelConfig) -> Iterator[Counterpart]:
-        block = 0
-        for ours, layer in first_uses(config):
-            in_decoder = block >= config.num_layers
-            if layer.module is TokenEmbedding:
-                yield Counterpart(self.embedding, (f"{ours}.weight",))
-            elif layer.module is RelativePositions:
-                side = "decoder" if in_decoder else "encoder"
-                yield Counterpart(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (f"{ours}.weight",))
-            elif layer.module is Block:
-                side, number = ("decoder", block - config.num_layers) if in_decoder else ("encoder", block)
-                yield from _block(config, ours, f"{side}.block.{number}", in_decoder)
-                block += 1
-            elif layer.module is FinalNorm:
-                side = "encoder" if block == config.num_layers else "decoder"
-                yield Counterpart(f"{side}.final_layer_norm.weight", (f"{ours}.norm.weight",))
-            elif layer.module is Head:
-                yield Counterpart("lm_head.weight", (f"{ours}.weight",))
+    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        side, number = side_of(config, block)
+        if kind is RelativePositions:
+            yield Counterpart(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (f"{ours}.weight",))
+        elif kind is Block:
+            yield from _block(config, ours, f"{side}.block.{number}", is_decoder=side == "decoder")
+        elif kind is FinalNorm:
+            side, _ = side_of(config, block - 1)
+            yield Counterpart(f"{side}.final_layer_norm.weight", (f"{ours}.norm.weight",))
 
     def copies(self, config: ModelConfig) -> dict[str, str]:
         return super().copies(config) | dict.fromkeys((f"{side}.embed_tokens.weight" for side in ("encoder", "decoder")), self.embedding)
