@@ -18,7 +18,6 @@ from data.command_line import UserError
 from data.tokenizer import SPACE, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 
 _PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
-_SENTINEL = re.compile(r"<extra_id_\d+>")
 _PADDING = ("[PAD]", "<pad>")
 _NEVER_CHOSEN = -1000.0  # below the least likely piece, for a byte's or a special token's name standing in a text
 _TEXTS = (
@@ -113,7 +112,7 @@ def _blanks(tokenizer: Tokenizer, architecture: str, mask_token: str) -> list[st
     """Special tokens that stand in a text for something to be filled in."""
     if architecture == "encoder":
         return [mask_token] if mask_token in tokenizer.special_tokens else []
-    return [name for name in tokenizer.special_tokens if _SENTINEL.fullmatch(name)] if architecture == "encoder_decoder" else []
+    return list(tokenizer.sentinels) if architecture == "encoder_decoder" else []
 
 
 def _frame(path: Path, tokenizer: Tokenizer, class_token: str | None, blanks: list[str]) -> None:

@@ -10,17 +10,11 @@ from data.masking import ClassificationSamples, MaskedSamples, Masking, NextSent
 from data.packing import BestFitSamples, PackedSamples, Samples
 from data.pairs import PairSamples
 from data.prefix import PrefixSamples
-from data.sampling import Architecture, SamplingSettings
+from data.sampling import OBJECTIVES, Architecture, SamplingSettings
 from data.shards import PreparedData, TokenStream
 from data.span_corruption import SpanCorruptionSamples, num_noise, text_length
 from data.tokenizer import Tokenizer
 
-_OF_ARCHITECTURE = {
-    "decoder": ("causal", "prefix"),
-    "encoder": ("masked", "classification"),
-    "encoder_decoder": ("span_corruption", "pairs"),
-}
-"""The first is the default."""
 _MEANT_FOR = {
     "packing": ("causal", "prefix", "masked"),
     "fim_rate": ("causal",),
@@ -53,7 +47,7 @@ class Objective:
         tokenizer: Tokenizer,
         end_of_text: int,
     ) -> None:
-        self.name = settings.objective or _OF_ARCHITECTURE[architecture][0]
+        self.name = settings.objective or OBJECTIVES[architecture][0]
         self._settings, self._tokenizer, self._end_of_text = settings, tokenizer, end_of_text
         self._sequence_length, self._document_mask, self._token_types = sequence_length, document_mask, token_types > 0
         _refuse(settings, self.name, architecture, document_mask, token_types)
@@ -131,8 +125,8 @@ class Objective:
 def _refuse(settings: SamplingSettings, objective: str, architecture: Architecture, document_mask: bool, token_types: int) -> None:
     """Raise UserError where settings contradict one another or the model, with all that is wrong."""
     complaints = []
-    if objective not in _OF_ARCHITECTURE[architecture]:
-        allowed = " or ".join(_OF_ARCHITECTURE[architecture])
+    if objective not in OBJECTIVES[architecture]:
+        allowed = " or ".join(OBJECTIVES[architecture])
         complaints.append(f"data.objective is {objective}; a model.architecture {architecture} learns {allowed}.")
     defaults = {field.name: field.default for field in dataclasses.fields(SamplingSettings)}
     for name, objectives in _MEANT_FOR.items():
@@ -181,16 +175,16 @@ def _masking(settings: SamplingSettings, tokenizer: Tokenizer, end_of_text: int)
 def _sentinels(settings: SamplingSettings, sequence_length: int, tokenizer: Tokenizer) -> list[int]:
     """The ids of as many as a sample has spans, as T5 names them."""
     needed = num_noise(text_length(sequence_length, settings.mask_rate, settings.span_length), settings.mask_rate, settings.span_length)[1]
-    names = [f"<extra_id_{number}>" for number in range(needed)]
-    there = [name in tokenizer.special_tokens for name in names]
-    if not all(there):
+    known = tokenizer.sentinels
+    there = [known[name] for number in range(needed) if (name := f"<extra_id_{number}>") in known]
+    if len(there) < needed:
         last = needed - 1
         raise UserError(
             f"data.objective span_corruption needs {needed} sentinels for model.sequence_length {sequence_length}, <extra_id_0> to "
-            f"<extra_id_{last}>; {tokenizer.path} has {sum(there)} of them. Prepare with T5's tokenizer, which has 100, or have one learnt "
+            f"<extra_id_{last}>; {tokenizer.path} has {len(there)} of them. Prepare with T5's tokenizer, which has 100, or have one learnt "
             f"with --special_tokens '<extra_id_'{{0..{last}}}'>'; or set a larger data.span_length."
         )
-    return [tokenizer.special_tokens[name] for name in names]
+    return there
 
 
 def _fill_in_the_middle(settings: SamplingSettings, tokenizer: Tokenizer, end_of_text: int) -> FillInTheMiddle | None:

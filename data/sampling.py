@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 ObjectiveName = Literal["causal", "prefix", "masked", "span_corruption", "pairs", "classification"]
 Architecture = Literal["decoder", "encoder", "encoder_decoder"]
+OBJECTIVES: dict[Architecture, tuple[ObjectiveName, ObjectiveName]] = {
+    "decoder": ("causal", "prefix"),
+    "encoder": ("masked", "classification"),
+    "encoder_decoder": ("span_corruption", "pairs"),
+}
+"""What each architecture can be asked for; the first is the default."""
 
 
 @dataclasses.dataclass(frozen=True)

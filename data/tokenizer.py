@@ -25,6 +25,7 @@ _SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 _PAGE_CHARACTERS = 4000  # of one training sentence, so that a newline and what follows it can be one piece
 _END_OF_TEXT = "<|endoftext|>"
 _KNOWN_ENDS = (_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_SENTINEL = re.compile(r"<extra_id_\d+>")
 _UNIGRAM_PAGES = 500
 _FILE_NAMES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 _CONFIGURATION = "tokenizer_config.json"
@@ -70,6 +71,11 @@ class Tokenizer:
     def special_names(self) -> dict[int, str]:
         """Of special tokens and what ends a document, by id."""
         return {token: name for name, token in self.special_tokens.items()} | {self.end_of_text: self.end_of_text_token}
+
+    @property
+    def sentinels(self) -> dict[str, int]:
+        """T5's names of what was cut out of a text, <extra_id_0> and so on, as far as they are special tokens, by name."""
+        return {name: token for name, token in self.special_tokens.items() if _SENTINEL.fullmatch(name)}
 
     def start_token_id(self, token: str | None) -> int:
         """Of what a decoder behind an encoder reads before its first target; None: of what ends a document."""

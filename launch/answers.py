@@ -3,10 +3,8 @@
 import dataclasses
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,10 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.command_line import UserError
 from data.tokenizer import Tokenizer
+from launch.training.run_folder import json_in
 from launch.training.weights import TrainedModel
 from model.generation import beam_search, fill_mask, generate
 
-SENTINEL = re.compile(r"<extra_id_\d+>")
 _SORTED_BATCHES = 100  # whose texts are in memory at a time
 
 
@@ -34,8 +32,8 @@ def names_of(trained: TrainedModel) -> Names:
     """From the files of a Hugging Face folder, or from the recipe of the run."""
     found: dict
     if trained.step is None:
-        labels = _read(trained.folder / "config.json").get("id2label", {})
-        special = _read(trained.folder / "tokenizer_config.json")
+        labels = json_in(trained.folder / "config.json").get("id2label", {})
+        special = json_in(trained.folder / "tokenizer_config.json")
         named = lambda key: token["content"] if isinstance(token := special.get(key), dict) else token  # noqa: E731
         found = {
             "class_token": named("cls_token"),
@@ -46,10 +44,6 @@ def names_of(trained: TrainedModel) -> Names:
         found = trained.recipe.get("data", {})
     known: dict = {field.name: found[field.name] for field in dataclasses.fields(Names) if found.get(field.name)}
     return Names(**known | {"labels": tuple(known.get("labels", ()))})
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 class Answers:
@@ -109,11 +103,10 @@ class Targets(Answers):
         super().__init__(trained, tokenizer, device)
         self.search, self.drawing = search, drawing
         self.num_batches = 0
-        self.sentinels = {name: id for name, id in tokenizer.special_tokens.items() if SENTINEL.fullmatch(name)}
         self.start = trained.start_token(tokenizer)
 
     def ids(self, text: str) -> list[int]:
-        return self._framed(text, self.sentinels)
+        return self._framed(text, self.tokenizer.sentinels)
 
     def lines(self, rows: Sequence[Sequence[int]]) -> list[str]:
         source, segments = self._padded(rows)
@@ -131,7 +124,7 @@ class Targets(Answers):
         return [self._text(itertools.takewhile(lambda id: id != end, row)) for row in written]
 
     def _text(self, ids: Iterable[int]) -> str:
-        names = {id: name for name, id in self.sentinels.items()}
+        names = {id: name for name, id in self.tokenizer.sentinels.items()}
         runs = itertools.groupby(ids, key=lambda id: id in names)
         return "".join("".join(names[id] for id in run) if is_name else self.tokenizer.decode(list(run)) for is_name, run in runs)
 

@@ -1,19 +1,16 @@
 """Measure a model on held-out text: python launch/evaluate.py runs/demo [--data prepared]"""
 
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from data.command_line import UserError, read_settings, run_door
-from data.sampling import ObjectiveName, SamplingSettings
+from data.sampling import OBJECTIVES, ObjectiveName, SamplingSettings
 from launch.training.score import Score, perplexity
 
 if TYPE_CHECKING:
-    from data.batches import Batch
     from data.shards import PreparedData
     from launch.training.weights import TrainedModel
 
@@ -99,13 +96,13 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
     from data.batches import evaluation_batches, held_out_batches, num_evaluation_samples
     from data.sampling import open_folders, open_held_out
     from launch.training.processes import device_name, keep_freed_memory
+    from launch.training.score import measure
     from launch.training.weights import load_model
 
     keep_freed_memory()
     trained = load_model(settings.model, settings.average)
-    recipe = _recipe_of(settings.model, trained.folder)
-    folders = open_folders(_paths(settings, recipe))
-    sampling = _sampling(settings, trained, recipe)
+    folders = open_folders(_paths(settings, trained.recipe))
+    sampling = _sampling(settings, trained)
     config = trained.config
     length = config.sequence_length if settings.sequence_length is None else settings.sequence_length
     stride = length if settings.stride is None else settings.stride
@@ -129,39 +126,23 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
         else:
             batches, count = held_out_batches(held_out[name], size), held_out[name].num_samples
         shown = tqdm(batches, total=math.ceil(count / size), unit="batch", disable=None if show_progress else True, leave=False)
-        evaluations[name] = _evaluate_batches(model, shown, stream.num_bytes if is_causal else None, device)
+        start = time.perf_counter()
+        score = measure(model, shown, device)
+        evaluations[name] = Evaluation(score, stream.num_bytes if is_causal else None, time.perf_counter() - start)
     return evaluations
 
 
-def _evaluate_batches(model, batches: "Iterable[Batch]", num_bytes: int | None, device: str) -> Evaluation:
-    import torch
-
-    from data.batches import target_classes, target_tokens
-    from launch.training.score import sums_of
-
-    start = time.perf_counter()
-    sums, tokens, classes = torch.zeros(3, dtype=torch.float64), 0, 0
-    with torch.no_grad():
-        for batch in batches:
-            there = batch.map(lambda tensor: tensor.to(device))
-            sums += sums_of(model(*there.inputs), there.targets, there.classes).cpu()
-            tokens, classes = tokens + target_tokens([batch]), classes + target_classes([batch])
-    token_loss, class_loss, right = sums.tolist()
-    return Evaluation(Score(token_loss, tokens, class_loss, classes, round(right)), num_bytes, time.perf_counter() - start)
-
-
-def _sampling(settings: EvaluateSettings, trained: "TrainedModel", recipe: dict | None) -> SamplingSettings:
+def _sampling(settings: EvaluateSettings, trained: "TrainedModel") -> SamplingSettings:
     """What samples ask for: as the run's did, or as the model of an exported folder can answer, and what is given over both."""
     fields = {field.name for field in dataclasses.fields(SamplingSettings)}
-    config, data = trained.config, recipe["data"] if recipe else {}
+    config, data = trained.config, trained.recipe.get("data", {})
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name in fields}
     known |= {"path": (), "weights": ()} | ({"objective": settings.objective} if settings.objective else {})
     known |= {"labels": settings.labels} if settings.labels else {}
     if not known.get("objective"):
-        encoder = "masked" if config.token_head else "classification"
-        decoder = "prefix" if config.prefix_attention else "causal"
-        known["objective"] = {"decoder": decoder, "encoder": encoder, "encoder_decoder": "span_corruption"}[config.architecture]
-    if not recipe:
+        default, other = OBJECTIVES[config.architecture]
+        known["objective"] = other if config.prefix_attention or not config.token_head else default
+    if not trained.recipe:
         known["next_sentence"] = known["objective"] == "masked" and config.num_classes == 2
         known["start_token"] = _start_token(trained) if config.architecture == "encoder_decoder" else None
     sampling = SamplingSettings(**known)
@@ -219,20 +200,12 @@ def _refuse_impossible(
         raise UserError("\n".join(complaints))
 
 
-def _recipe_of(model: str, checkpoint: Path) -> dict | None:
-    """Of the run that a model is from, where its record lies beside it."""
-    for folder in (Path(model), checkpoint.resolve().parent.parent):
-        if (folder / "run.json").is_file():
-            return json.loads((folder / "run.json").read_text())["recipe"]
-    return None
-
-
-def _paths(settings: EvaluateSettings, recipe: dict | None) -> list[str]:
+def _paths(settings: EvaluateSettings, recipe: dict) -> list[str]:
     from launch.training.run_folder import paths_of
 
     if settings.data:
         return [settings.data]
-    if recipe is None:
+    if not recipe:
         raise UserError(f"{settings.model} does not say which data it was trained on: give --data.")
     return paths_of(recipe)
 

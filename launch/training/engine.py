@@ -32,7 +32,7 @@ from launch.training.deepspeed_state import LiveState
 from launch.training.initial import InitialWeights
 from launch.training.layout import Layout
 from launch.training.processes import Process, device_name, device_number
-from launch.training.score import Score, sums_of
+from launch.training.score import Score, measure
 from model.generation import generate
 from model.layers import Block, KeyValueCache
 from model.loss import training_loss
@@ -163,21 +163,15 @@ class Engine:
         norm = float(self._deepspeed.get_global_grad_norm())
         return norm, bool(getattr(self._deepspeed.optimizer, "overflow", False)) or not math.isfinite(norm)
 
-    @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> Score:
         """Of all data ranks' batches together; each gives equally many."""
         self._deepspeed.eval()
-        sums, counts = torch.zeros(3, dtype=torch.float64), [0, 0]
-        for batch in map(self._part_of, batches):
-            there = batch.map(lambda tensor: tensor.to(self.device))
-            sums += sums_of(self._model(*there.inputs), there.targets, there.classes).cpu()
-            counts = [counts[0] + target_tokens([batch]), counts[1] + target_classes([batch])]
-        return self._score(sums, counts, self.layout.num_copies)
+        return self._over_ranks(measure(self._model, map(self._part_of, batches), self.device), self.layout.num_copies)
 
-    def _score(self, sums: Tensor, counts: list[int], num_copies: int) -> Score:
+    def _over_ranks(self, mine: Score, num_copies: int) -> Score:
         """From each rank's share, which so many ranks have alike."""
-        *sums, tokens, classes = (total / num_copies for total in self._sum_over_ranks([*sums.tolist(), *counts]))
-        token_loss, class_loss, right = sums
+        summed = self._sum_over_ranks(list(dataclasses.astuple(mine)))
+        token_loss, tokens, class_loss, classes, right = (total / num_copies for total in summed)
         return Score(token_loss, round(tokens), class_loss, round(classes), round(right))
 
     def sample(

@@ -27,11 +27,10 @@ class InitialWeights:
         self.path = path
         self.opened: OpenedModel = opened(path)
         there = {role: name for name, role in _roles(self.opened.config).items()}
+        here = _roles(config)
         same_outputs = all(getattr(self.opened.config, name) == getattr(config, name) for name in ("num_classes", "token_head"))
-        self._names = {
-            name: there[role] for name, role in _roles(config).items() if role in there and (same_outputs or ".classes." not in role)
-        }
-        self.fresh = [name for name in _roles(config) if name not in self._names]
+        self._names = {name: there[role] for name, role in here.items() if role in there and (same_outputs or ".classes." not in role)}
+        self.fresh = [name for name in here if name not in self._names]
         """Parameters of this model that the other has not: they stay as they were drawn. Classes of another task are not taken over."""
         self.unused = sorted(set(self.opened.state) - set(self._names.values()))
         """Parameters of the other that this model has not."""

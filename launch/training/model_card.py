@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from data.command_line import flatten
+from data.sampling import OBJECTIVES
 from launch.training import checkpoint
-from launch.training.run_folder import paths_of, versions
+from launch.training.run_folder import json_in, paths_of, versions
 from launch.training.weights import OpenedModel
 from model import huggingface
 from model.config import ModelConfig, count_parameters
@@ -27,7 +28,6 @@ _NUMBERS = {
     "precision": "precision",
     "seed": "seed",
 }
-_OBJECTIVES = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}  # where a recipe names none
 _TASKS = {
     "gpt2": "text-generation",
     "llama": "text-generation",
@@ -72,7 +72,7 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
     mean = f", mean of the newest {average} checkpoints" if average > 1 else ""
     yield "step", f"{opened.step:,}{mean}"
     manifest = checkpoint.read_manifest(opened.folder)
-    record = _json(opened.folder.parent.parent / "run.json")
+    record = json_in(opened.folder.parent.parent / "run.json")
     if opened.recipe:
         numbers = flatten(opened.recipe)
         tokens = opened.step * numbers["batch.global_batch_size"] * numbers["model.sequence_length"]
@@ -81,7 +81,7 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
             "data",
             ", ".join(Path(path).name for path in paths_of(opened.recipe)) + f", fingerprint {manifest['data']['fingerprint'][:12]}",
         )
-        objective = numbers.get("data.objective") or _OBJECTIVES[opened.config.architecture]
+        objective = numbers.get("data.objective") or OBJECTIVES[opened.config.architecture][0]
         rate = f", {numbers['data.mask_rate']:g} of the tokens" if objective in ("masked", "span_corruption") else ""
         yield "objective", objective.replace("_", " ") + rate
         for setting, what in _NUMBERS.items():
@@ -102,7 +102,3 @@ def _validation_loss(metrics: Path, step: int) -> float | None:
             entry = json.loads(line)
             found = entry["loss/validation"] if entry["step"] <= step else found
     return found
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

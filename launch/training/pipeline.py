@@ -12,11 +12,11 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSp
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from data.batches import Batch, target_classes, target_tokens
+from data.batches import Batch
 from launch.training import parallel
 from launch.training.engine import Engine, Stopwatch, labels_of
 from launch.training.layout import Layout
-from launch.training.score import Score, sums_of
+from launch.training.score import Score, scored, sums_of
 from launch.training.state import Box, Stretch
 from model.layers import KeyValueCache, Passed
 from model.loss import IGNORED
@@ -64,8 +64,8 @@ class PipelinedEngine(Engine):
     def _loss_of(self, outputs: Passed, labels: tuple[Tensor, ...]) -> Tensor:
         """What the last stage makes of a micro-batch: in training its loss, else sums_of it.  -> scalar or [3]"""
         if torch.is_grad_enabled():
-            return self._training_loss(outputs_of(outputs), labels)
-        return sums_of(outputs_of(outputs), *labels[::2])
+            return self._training_loss(outputs_of(self.config, outputs), labels)
+        return sums_of(outputs_of(self.config, outputs), *labels[::2])
 
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         engine, self._shaped_like = self._deepspeed, micro_batches[0]
@@ -80,13 +80,12 @@ class PipelinedEngine(Engine):
     def validate(self, batches: Iterable[Batch]) -> Score:
         batches = [self._part_of(batch) for batch in batches]
         size = self._at_once or len(batches)
-        sums, counts = torch.zeros(3, dtype=torch.float64), [0, 0]
+        mine = Score()
         for some in (batches[first : first + size] for first in range(0, len(batches), size)):
             losses, _ = self._evaluate(some + [_nothing(some[0])] * (size - len(some)))
             if losses:  # the last stage's
-                sums += torch.stack(losses).sum(dim=0).cpu()
-                counts = [counts[0] + target_tokens(some), counts[1] + target_classes(some)]
-        return self._score(sums, counts, self.layout.tensor_parallel_size)
+                mine += scored(torch.stack(losses).sum(dim=0), some)
+        return self._over_ranks(mine, self.layout.tensor_parallel_size)
 
     def _evaluate(self, batches: list[Batch], keep_outputs: bool = False) -> tuple[list[Tensor], Passed | None]:
         """The sums of each of the batches and the outputs of the last one, on the last stage; elsewhere nothing."""

@@ -118,6 +118,11 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed), tuple(changed))
 
 
+def json_in(path: Path) -> dict:
+    """What a file holds; nothing where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def paths_of(recipe: dict) -> list[str]:
     """The folders of data in a recipe that was written down; versions before blends wrote one, as text."""
     path = recipe["data"]["path"]

@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from data.batches import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,3 +60,23 @@ def sums_of(outputs: "Tensor | tuple[Tensor, Tensor]", targets: "Tensor", classe
         sums[1] = token_losses(class_logits[:, None], classes[:, None]).double().sum()
         sums[2] = (class_logits.argmax(dim=-1) == classes).sum()  # IGNORED is no class
     return sums
+
+
+def scored(sums: "Tensor", batches: "list[Batch]") -> Score:
+    """From what sums_of says of some batches, and what these ask for.  [3]"""
+    from data.batches import target_classes, target_tokens
+
+    token_loss, class_loss, right = sums.tolist()
+    return Score(token_loss, target_tokens(batches), class_loss, target_classes(batches), round(right))
+
+
+def measure(network: Callable, batches: "Iterable[Batch]", device: "torch.device | str") -> Score:
+    """Of a network over batches, which it is asked for one at a time."""
+    import torch
+
+    total = Score()
+    with torch.no_grad():
+        for batch in batches:
+            there = batch.map(lambda tensor: tensor.to(device))
+            total += scored(sums_of(network(*there.inputs), there.targets, there.classes), [batch])
+    return total

@@ -119,11 +119,6 @@ def load_model(path: str, average: int = 1) -> TrainedModel:
     return TrainedModel(**known, model=model.eval())
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Parameter name -> float32 tensor, whatever layout wrote the checkpoint."""
-    return dict(Averaged([folder]))
-
-
 def _checked(opened: OpenedModel) -> OpenedModel:
     num_ids = 0
     if opened.tokenizer is not None:

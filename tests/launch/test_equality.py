@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.training.checkpoint import name_of as folder_of
-from launch.training.weights import read_weights
+from launch.training.weights import Averaged
 from tests.launch.layout_cases import (
     BERT,
     DECODERS,
@@ -179,7 +179,7 @@ def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: 
 def test_a_layout_gives_the_losses_gradient_norms_and_weights_of_plain_pytorch(name, first_half, saved):
     history, weights = plain(TRAINED[name][1])
     assert_equal(first_half.answer(name), history[:STEPS], 1e-5, 1e-5)
-    ours = read_weights(saved / name / folder_of(STEPS))
+    ours = Averaged([saved / name / folder_of(STEPS)])
     assert ours.keys() == weights.keys()
     for parameter, tensor in weights.items():  # 20 steps of AdamW may blow a rounding up to a part of its rate
         assert float((ours[parameter] - tensor).abs().max()) < 1e-5, parameter

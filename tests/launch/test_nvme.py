@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.training.checkpoint import name_of as folder_of
-from launch.training.weights import read_weights
+from launch.training.weights import Averaged
 from tests.launch.layout_cases import case_of
 from tests.launch.layouts_on_ranks import STEPS, train_plain
 from tests.ranks import answers_of_ranks
@@ -45,5 +45,5 @@ def test_state_on_nvme_gives_the_numbers_of_plain_pytorch_and_goes_on_in_memory_
         for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], history[each["first"] : each["first"] + STEPS], strict=True):
             assert loss == pytest.approx(plain_loss, abs=1e-5)
             assert norm == pytest.approx(plain_norm, rel=1e-5)
-    ours = read_weights(tmp_path / "saved" / "nvme" / folder_of(STEPS))
+    ours = Averaged([tmp_path / "saved" / "nvme" / folder_of(STEPS)])
     assert all(float((ours[name] - tensor).abs().max()) < 1e-5 for name, tensor in weights.items())

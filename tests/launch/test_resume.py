@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch import evaluate
 from launch.training import checkpoint
 from launch.training.loop import SAVED_AND_UNFINISHED
-from launch.training.weights import read_weights
+from launch.training.weights import Averaged
 from tests.ranks import finish, start_ranks
 
 DOOR = Path(__file__).with_name("pretrain_with_faults.py")
@@ -67,7 +67,7 @@ def board_curve(folder: Path) -> list[tuple[int, float]]:
 def assert_same_run(one: Path, other: Path) -> None:
     assert curves(one) == curves(other)
     assert board_curve(one) == board_curve(other)
-    ours, theirs = (read_weights(checkpoint.published(folder / "checkpoints")[0]) for folder in (one, other))
+    ours, theirs = (Averaged(checkpoint.published(folder / "checkpoints")[:1]) for folder in (one, other))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
