@@ -78,8 +78,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "sequence_length", "hidden_size", "num_layers", "num_attention_heads")
-        derived = ("num_key_value_heads", "head_size", "intermediate_size", "num_decoder_layers")
-        optional = ("rope_original_length", "sliding_window")
+        derived = ("num_key_value_heads", "head_size", "intermediate_size")
+        optional = ("num_decoder_layers", "rope_original_length", "sliding_window")
         complaints = [
             f"model.{name} is {getattr(self, name)}; it must be at least 1."
             for name in sizes + derived + optional
@@ -97,7 +97,7 @@ class ModelConfig:
                 f"{self.num_attention_heads}. Nearest number of heads: {heads}; or set model.head_size."
             )
         defaults = self.num_attention_heads, max(1, self.hidden_size // self.num_attention_heads), 4 * self.hidden_size
-        for name, value in zip(derived, defaults, strict=False):
+        for name, value in zip(derived, defaults, strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.architecture == "encoder_decoder" and self.num_decoder_layers is None:

@@ -185,8 +185,8 @@ def alibi_slopes(num_heads: int) -> Tensor:
     of the power above.
     """
     power = 2 ** math.floor(math.log2(num_heads))
-    exponents = [8 * (head + 1) / power for head in range(power)] + [8 * (2 * head + 1) / (2 * power) for head in range(num_heads - power)]
-    return 2.0 ** -torch.tensor(exponents, device="cpu")
+    exponents = 8 * (_count(power) + 1) / power, 4 * (2 * _count(num_heads - power) + 1) / power
+    return 2.0 ** -torch.cat(exponents)
 
 
 def relative_buckets(distance: Tensor, both_sides: bool) -> Tensor:
@@ -250,14 +250,12 @@ class TokenEmbedding(nn.Module):
         self.scale = math.sqrt(config.hidden_size) if config.positions == "sinusoidal" else None
         self.head_scale = config.hidden_size**-0.5 if config.positions == "relative" else None
         self.softcap = config.logit_softcap
-        self.has_encoding = config.architecture == "encoder_decoder"
 
     def forward(self, inputs: Passed, cache: KeyValueCache | None = None, use: str = "tokens") -> Passed:
         if use == "head":
-            hidden, segments, *others = inputs
+            hidden, *others = inputs
             hidden = hidden if self.head_scale is None else hidden * self.head_scale
-            logits = softcapped(F.linear(hidden, self.weight), self.softcap)
-            return (logits, segments) if self.has_encoding else (logits, segments, *others)
+            return softcapped(F.linear(hidden, self.weight), self.softcap), *others
         if use == "target":
             encoding, source_segments, tokens, segments = inputs[:4]
             return self.embed(tokens), segments, encoding, source_segments
@@ -582,12 +580,10 @@ class Head(nn.Module):
         super().__init__()
         self.weight = fresh_weight((config.vocab_size, config.hidden_size), config.initializer_range, seed, "head")
         self.softcap = config.logit_softcap
-        self.has_encoding = config.architecture == "encoder_decoder"
 
     def forward(self, inputs: Passed, cache: KeyValueCache | None = None) -> Passed:
-        hidden, segments, *others = inputs
-        logits = softcapped(F.linear(hidden, self.weight), self.softcap)
-        return (logits, segments) if self.has_encoding else (logits, segments, *others)
+        hidden, *others = inputs
+        return softcapped(F.linear(hidden, self.weight), self.softcap), *others
 
 
 class HeadBias(nn.Module):

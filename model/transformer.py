@@ -84,9 +84,9 @@ def _blocks(config: ModelConfig, seed: int, recompute: bool, numbers: range, is_
     return [*stack, Layer(FinalNorm, (config,))] if config.norm_position == "pre" else stack
 
 
-def outputs_of(passed: Passed) -> Tensor | tuple[Tensor, Tensor]:
+def outputs_of(config: ModelConfig, passed: Passed) -> Tensor | tuple[Tensor, Tensor]:
     """What the network says, from the tuple behind its last layer: logits of tokens, with those of classes where there are some."""
-    return passed[0] if len(passed) == 2 else (passed[0], passed[2])
+    return (passed[0], passed[2]) if config.num_classes else passed[0]
 
 
 class Transformer(nn.Module):
@@ -102,6 +102,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: int = 0, recompute: bool = False):
         super().__init__()
+        self.config = config
         self.tied_modules = nn.ModuleDict()
         self._steps: list[tuple[str, Callable | None]] = []
         for number, layer in enumerate(layers(config, seed, recompute)):
@@ -116,12 +117,12 @@ class Transformer(nn.Module):
 
     def forward(self, *inputs: Tensor, cache: KeyValueCache | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if cache is None:
-            return outputs_of(self._run(self._steps, inputs))
+            return outputs_of(self.config, self._run(self._steps, inputs))
         if self._first_of_decoder:  # the source is read once
             if cache.encoding is None:
                 cache.encoding = self._run(self._steps[: self._first_of_decoder], inputs)[0]
             inputs = cache.encoding, *inputs[1:]
-        outputs = outputs_of(self._run(self._steps[self._first_of_decoder :], inputs, cache))
+        outputs = outputs_of(self.config, self._run(self._steps[self._first_of_decoder :], inputs, cache))
         cache.length += inputs[-2].shape[1]
         return outputs
 

@@ -72,8 +72,8 @@ def _ours(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype, 
         module.eval()
         passed = module(passed) if layer.forward is None else layer.forward(module, passed)
     if not config.num_classes:
-        return [outputs_of(passed)]
-    return list(outputs_of(passed)) if config.token_head else [outputs_of(passed)[1]]
+        return [outputs_of(config, passed)]
+    return list(outputs_of(config, passed)) if config.token_head else [outputs_of(config, passed)[1]]
 
 
 def _theirs(folder: Path, config: ModelConfig, inputs: tuple[Tensor, ...]) -> list[Tensor]:
