@@ -1,7 +1,7 @@
 """The ordered list of layers for a config, and the same list built as one module."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -71,6 +71,16 @@ def layers(config: ModelConfig, seed: int = 0, recompute: bool = False) -> list[
     if config.architecture == "encoder":
         entries.append(Layer(HeadBias, (config,)))
     return entries
+
+
+def first_uses(config: ModelConfig) -> Iterator[tuple[str, Layer]]:
+    """Each module of the list once, behind what its parameters' names begin with."""
+    seen = set()
+    for number, layer in enumerate(layers(config)):
+        name = f"tied_modules.{layer.tied_key}" if layer.tied_key else str(number)
+        if name not in seen:
+            seen.add(name)
+            yield name, layer
 
 
 def _positions(config: ModelConfig, seed: int, is_decoder: bool) -> list[Layer]:

@@ -26,6 +26,7 @@ class InitialWeights:
     def __init__(self, path: str, config: ModelConfig):
         self.path = path
         self.opened: OpenedModel = opened(path)
+        self.opened.refuse_quantized("a run starts from weights that are not")
         there = {role: name for name, role in _roles(self.opened.config).items()}
         here = _roles(config)
         same_outputs = all(getattr(self.opened.config, name) == getattr(config, name) for name in ("num_classes", "token_head"))

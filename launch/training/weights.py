@@ -16,6 +16,8 @@ from launch.training import checkpoint
 from launch.training.run_folder import tokenizer_in
 from launch.training.state import SavedState
 from model import huggingface
+from model.compression.activations import quantize_activations
+from model.compression.packed import Scheme
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -38,6 +40,17 @@ class OpenedModel:
     recipe: dict
     """What the run was told, as the checkpoint says; of a Hugging Face folder empty."""
 
+    @property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """How weights are quantized; empty where none is."""
+        return self.state.schemes if isinstance(self.state, huggingface.State) else {}
+
+    def refuse_quantized(self, asked: str) -> None:
+        """Raise UserError where weights are quantized, with what `asked` for others."""
+        if self.schemes:
+            kinds = "; ".join(dict.fromkeys(map(str, self.schemes.values())))
+            raise UserError(f"{self.folder} is quantized ({kinds}): {asked}. Give the model that it was made from.")
+
     def start_token(self, tokenizer: Tokenizer) -> int:
         """The id that a decoder behind an encoder begins with, as the run or the Hugging Face folder has it."""
         stated = huggingface.decoder_start(self.folder) if self.step is None else None
@@ -49,7 +62,7 @@ class TrainedModel(OpenedModel):
     """A model read from disk, and what is known about it."""
 
     model: Transformer
-    """In float32 on the CPU, and in its eval mode."""
+    """In float32 on the CPU, and in its eval mode; of a quantized folder with what the codes stand for, its inputs rounded as it says."""
 
 
 class Averaged(Mapping[str, Tensor]):
@@ -115,6 +128,7 @@ def load_model(path: str, average: int = 1) -> TrainedModel:
     with torch.device("meta"):
         model = Transformer(opened.config)
     model.load_state_dict({name: tensor.float() for name, tensor in opened.state.items()}, assign=True)
+    quantize_activations(model, {name.removesuffix(".weight"): scheme.activations for name, scheme in opened.schemes.items()})
     known = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
     return TrainedModel(**known, model=model.eval())
 

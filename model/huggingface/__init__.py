@@ -6,8 +6,8 @@ generation_config.json and safetensors files (https://github.com/huggingface/saf
 
 from model.huggingface.architecture import Counterpart, SpecialTokens
 from model.huggingface.choice import architecture, auto_class, counterparts, from_huggingface, model_type, to_huggingface
-from model.huggingface.folder import State, decoder_start, export, load
-from model.huggingface.verification import verify
+from model.huggingface.folder import State, decoder_start, export, load, quantization_config
+from model.huggingface.verification import perplexity_by_transformers, verify
 
 __all__ = [
     "Counterpart",
@@ -21,6 +21,8 @@ __all__ = [
     "from_huggingface",
     "load",
     "model_type",
+    "perplexity_by_transformers",
+    "quantization_config",
     "to_huggingface",
     "verify",
 ]

@@ -5,9 +5,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from model.compression import packed
 from model.config import ModelConfig
 from model.layers import Block, Head, TokenEmbedding
-from model.transformer import Layer, layers
+from model.transformer import first_uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Counterpart:
     ours: tuple[str, ...]
     transposed: bool = False
     zeros: tuple[int, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Whose tensor it is."""
+        return self.theirs.rpartition(".")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +102,13 @@ class Architecture:
 
     def unknown_features(self, stated: Mapping[str, Any]) -> Iterator[str]:
         """A sentence for each feature of a config.json that we do not have."""
-        for key in ("auto_map", "quantization_config"):
-            if stated.get(key):
-                yield f'"{key}" is not supported.'
+        if stated.get("auto_map"):
+            yield '"auto_map" is not supported.'
+        if quantization := stated.get("quantization_config"):
+            try:
+                packed.understood(quantization)
+            except ValueError as error:
+                yield str(error)
         if len(classes := stated.get("architectures") or [self.classes[0]]) != 1 or classes[0] not in self.classes:
             yield f"architectures is {classes}; only {' or '.join(self.classes)} is supported."
         for key, value in self.supported.items():
@@ -144,16 +154,6 @@ class Architecture:
     def seen_with(self, stated: Mapping[str, Any], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a config.json states, made true by what the files hold."""
         return stated
-
-
-def first_uses(config: ModelConfig) -> Iterator[tuple[str, Layer]]:
-    """Each module of the list once, behind what its parameters' names begin with."""
-    seen = set()
-    for number, layer in enumerate(layers(config)):
-        name = f"tied_modules.{layer.tied_key}" if layer.tied_key else str(number)
-        if name not in seen:
-            seen.add(name)
-            yield name, layer
 
 
 def linear(theirs: str, *ours: str, bias: bool, zeros: int = 0, transposed: bool = False) -> Iterator[Counterpart]:

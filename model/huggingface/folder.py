@@ -6,7 +6,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +14,59 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from model.compression import packed
+from model.compression.grids import Quantized
+from model.compression.packed import Scheme
 from model.config import ModelConfig
 from model.huggingface.architecture import NO_TOKENS, Counterpart, SpecialTokens
 from model.huggingface.choice import ARCHITECTURES, architecture, counterparts, from_huggingface, model_type, to_huggingface
 from model.transformer import Transformer
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type and shape of tensors by name."""
 
 
 def export(
     config: ModelConfig,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor | Quantized],
     folder: str | os.PathLike,
     tokens: SpecialTokens = NO_TOKENS,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5_000_000_000,
     complete: Callable[[Path], object] | None = None,
+    schemes: Mapping[str, Scheme] | None = None,
 ) -> None:
     """Write `state`, by our names, as a Hugging Face checkpoint into the new `folder`.
 
+    What has a scheme is Quantized in `state`, its scales of `dtype`, and is written as compressed-tensors stores it; the rest as `dtype`.
     One tensor of `state` is asked for at a time, so a Mapping that reads lazily never holds the model. All is written beside
     `folder` and renamed at the end; `complete` is called with the unfinished folder, to add a tokenizer or to check it.
     Raises ValueError where `folder` exists, where the architecture has no counterpart, and where `state` is not the model's.
     """
-    folder = Path(folder)
+    folder, schemes = Path(folder), schemes or {}
     if folder.exists():
         raise ValueError(f"{folder} exists already; an export is written to a new folder.")
-    if dtype not in _DTYPE_NAMES:
-        raise ValueError(f"Cannot export as {dtype}; there are: {', '.join(str(known) for known in _DTYPE_NAMES)}.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"Cannot export as {dtype}; there are: {', '.join(str(known) for known in _DTYPES)}.")
     stated = to_huggingface(config, tokens, dtype)
     shapes = _shapes(config)
     _check_names(set(state), set(shapes), "The model's state")
-    shards = _split(list(counterparts(config)), shapes, dtype.itemsize, max_shard_bytes)
+    if schemes:
+        stated["quantization_config"] = quantization_config(config, schemes, dtype)
+    layouts = {entry: _layout(entry, shapes, schemes, dtype) for entry in counterparts(config)}
+    shards = _split(layouts, max_shard_bytes)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -53,10 +74,13 @@ def export(
         index: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_shard(unfinished / file, shard, state, shapes, dtype)
-            index |= {entry.theirs: file for entry in shard}
+            layout = _together(layouts[entry] for entry in shard)
+            _write_shard(
+                unfinished / file, layout, (tensor for entry in shard for tensor in _tensors(entry, layouts[entry], state, schemes))
+            )
+            index |= dict.fromkeys(layout, file)
         if len(shards) > 1:
-            total = sum(torch.Size(_their_shape(entry, shapes)).numel() for shard in shards for entry in shard) * dtype.itemsize
+            total = _num_bytes(_together(layouts.values()))
             _write_json(unfinished / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
         _write_json(unfinished / "config.json", stated)
         if config.architecture != "encoder":
@@ -70,17 +94,52 @@ def export(
         raise
 
 
+def quantization_config(config: ModelConfig, schemes: Mapping[str, Scheme], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What config.json says of weights, by our names, that are quantized beside others of `dtype`.
+
+    Raises ValueError for what the format, or transformers, has no place for, naming the weight.
+    """
+    theirs, shapes = ARCHITECTURES[architecture(config)], _shapes(config)
+    entries = list(counterparts(config))
+    of_ours = {ours: entry for entry in entries for ours in entry.ours}
+    for name, scheme in schemes.items():
+        if of_ours[name].transposed:
+            raise ValueError(f"{theirs.label} keeps linear weights [in, out], which compressed-tensors has no place for; GGUF has one.")
+        if theirs.label == "T5" and scheme.is_packed:
+            raise ValueError(f"{scheme} in T5: transformers cannot load packed weights of it, only int8 with activations int8, and fp8.")
+        if config.architecture == "encoder_decoder" and scheme.is_unpacked_to_bfloat16:
+            raise ValueError(f"{scheme} in {theirs.label}: it runs in bfloat16, to which transformers would round its positions too.")
+        if scheme.is_unpacked_to_bfloat16 and dtype != torch.bfloat16:
+            raise ValueError(f"{scheme.grid.kind} beside weights of {dtype}: it must be torch.bfloat16, to which transformers unpacks it.")
+        _layout(of_ours[name], shapes, schemes, dtype)
+    by_module = {of_ours[name].module: scheme for name, scheme in schemes.items()}
+    matrices = [entry.module for entry in entries if entry.theirs.endswith(".weight") and len(_their_shape(entry, shapes)) == 2]
+    copies = [copy.removesuffix(".weight") for copy in theirs.copies(config) if copy.endswith(".weight")]
+    return packed.configuration(by_module, [name for name in (*matrices, *copies) if name not in by_module])
+
+
 class State(Mapping[str, Tensor]):
     """The tensors of a Hugging Face folder by our names and in our shapes, each read when it is asked for.
 
+    A quantized one is what its codes stand for, in float32.
     Raises ValueError where a tensor is missing, unknown, not what it is said to be a copy of, or of another shape than `config` says.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig):
+    def __init__(self, folder: Path, config: ModelConfig, quantization: packed.Stated | None = None):
         theirs = ARCHITECTURES[architecture(config)]
         self._files = {theirs.current_name(name): (path, name) for name, path in _files_of_tensors(folder).items()}
         self._entries = {ours: (entry, place) for entry in counterparts(config) for place, ours in enumerate(entry.ours)}
-        wanted = {entry.theirs for entry, _ in self._entries.values()}
+        self.schemes: dict[str, Scheme] = {}
+        """Of the weights that are quantized."""
+        if quantization is not None:
+            for ours, (entry, _) in self._entries.items():
+                scheme = quantization.of(entry.module)
+                if scheme is not None and f"{entry.module}.weight_scale" in self._files and entry.theirs.endswith(".weight"):
+                    self.schemes[ours] = scheme
+        shapes = _shapes(config)
+        self._layouts = {entry: _layout(entry, shapes, self.schemes, torch.float32) for entry, _ in self._entries.values()}
+        layout = _together(self._layouts.values())
+        wanted = set(layout)
         given = {name for name in self._files if name in wanted or not name.endswith(theirs.constants)}
         for copy, original in theirs.copies(config).items():
             if copy in given - wanted and original in given & wanted:
@@ -92,13 +151,16 @@ class State(Mapping[str, Tensor]):
                 raise ValueError(f"{folder}: {name} is not zero; only zeros are supported.")
             given.remove(name)
         _check_names(given, wanted, str(folder))
-        shapes = _shapes(config)
-        for entry, _ in self._entries.values():
-            path, name = self._files[entry.theirs]
+        for tensor, (dtype, right) in layout.items():
+            path, name = self._files[tensor]
             with safe_open(path, framework="pt") as file:
-                shape = tuple(file.get_slice(name).get_shape())
-            if shape != (right := _their_shape(entry, shapes)):
-                raise ValueError(f"{folder}: {entry.theirs} is {list(shape)}; config.json says {list(right)}.")
+                given_as = file.get_slice(name)
+                shape, kind = tuple(given_as.get_shape()), given_as.get_dtype()
+            if shape != right:
+                raise ValueError(f"{folder}: {tensor} is {list(shape)}; config.json says {list(right)}.")
+            kinds = [_DTYPE_NAMES[known] for known in (_DTYPES if dtype in _DTYPES else (dtype,))]
+            if kind not in kinds:
+                raise ValueError(f"{folder}: {tensor} is of type {kind}; it must be {' or '.join(kinds)}.")
 
     def _read(self, theirs: str) -> Tensor:
         path, name = self._files[theirs]
@@ -106,10 +168,18 @@ class State(Mapping[str, Tensor]):
             return file.get_tensor(name)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self.schemes:
+            return self.quantized(name).weight()
         entry, place = self._entries[name]
         tensor = self._read(entry.theirs)
         tensor = tensor.T if entry.transposed else tensor
         return tensor.chunk(len(entry.ours))[place].contiguous()
+
+    def quantized(self, name: str) -> Quantized:
+        """A weight that has a scheme, as it is stored."""
+        entry, _ = self._entries[name]
+        tensors = {tensor.removeprefix(f"{entry.module}."): self._read(tensor) for tensor in self._layouts[entry]}
+        return packed.unpacked(tensors, self.schemes[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -129,9 +199,10 @@ def load(folder: str | os.PathLike) -> tuple[ModelConfig, State]:
         theirs = ARCHITECTURES[model_type(stated)]
         tensors = {theirs.current_name(name): path for name, path in files.items()}
         config = from_huggingface(theirs.seen_with(stated, tensors))
+        quantization = packed.understood(stated["quantization_config"]) if stated.get("quantization_config") else None
     except (ValueError, TypeError, AttributeError) as error:  # the last two: values of other types than these keys have
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return config, State(folder, config)
+    return config, State(folder, config, quantization)
 
 
 def decoder_start(folder: str | os.PathLike) -> int | None:
@@ -164,11 +235,47 @@ def _their_shape(entry: Counterpart, shapes: Mapping[str, tuple[int, ...]]) -> t
     return stacked[::-1] if entry.transposed else stacked
 
 
-def _their_tensor(entry: Counterpart, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    if not entry.ours:
-        return torch.zeros(entry.zeros, dtype=dtype)
-    stacked = torch.cat([state[name].detach().to("cpu", dtype) for name in entry.ours])
-    return (stacked.T if entry.transposed else stacked).contiguous()
+def _layout(entry: Counterpart, shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme], dtype: torch.dtype) -> Layout:
+    """What a file holds of an entry: the tensor itself, or what a quantized one is made of."""
+    shape = _their_shape(entry, shapes)
+    if (scheme := _scheme_of(entry, schemes)) is None:
+        return {entry.theirs: (dtype, shape)}
+    try:
+        parts = packed.layout(scheme, shape, dtype)
+    except ValueError as error:
+        raise ValueError(f"{entry.theirs} {list(shape)}: {error}") from error
+    return {f"{entry.module}.{part}": kind for part, kind in parts.items()}
+
+
+def _scheme_of(entry: Counterpart, schemes: Mapping[str, Scheme]) -> Scheme | None:
+    return schemes.get(entry.ours[0]) if entry.ours else None
+
+
+def _together(layouts: Iterable[Layout]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: kind for layout in layouts for name, kind in layout.items()}
+
+
+def _num_bytes(layout: Layout) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
+
+
+def _tensors(
+    entry: Counterpart, layout: Layout, state: Mapping[str, Tensor | Quantized], schemes: Mapping[str, Scheme]
+) -> Iterator[Tensor]:
+    """What `layout` says of an entry, in its order."""
+    if (scheme := _scheme_of(entry, schemes)) is not None:
+        tensors = {f"{entry.module}.{part}": tensor for part, tensor in packed.packed(state[entry.ours[0]], scheme).items()}
+    else:
+        [(dtype, shape)] = layout.values()
+        stacked = (
+            torch.cat([state[name].detach().to("cpu", dtype) for name in entry.ours]) if entry.ours else torch.zeros(shape, dtype=dtype)
+        )
+        tensors = {entry.theirs: (stacked.T if entry.transposed else stacked).contiguous()}
+    for name, (dtype, shape) in layout.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{' + '.join(entry.ours)} would be {list(tensors[name].shape)}; the configuration says {list(shape)}.")
+        assert tensors[name].dtype == dtype, f"{name} is {tensors[name].dtype} and not {dtype}"
+        yield tensors[name]
 
 
 def _check_names(given: set[str], wanted: set[str], what: str) -> None:
@@ -177,12 +284,12 @@ def _check_names(given: set[str], wanted: set[str], what: str) -> None:
             raise ValueError(f"{what} {problem}: {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}.")
 
 
-def _split(entries: list[Counterpart], shapes: Mapping[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> list[list[Counterpart]]:
+def _split(layouts: Mapping[Counterpart, Layout], max_bytes: int) -> list[list[Counterpart]]:
     """The entries in order, as many to a shard as fit in max_bytes, at least one."""
     shards: list[list[Counterpart]] = [[]]
     used_bytes = 0
-    for entry in entries:
-        entry_bytes = torch.Size(_their_shape(entry, shapes)).numel() * item_bytes
+    for entry, layout in layouts.items():
+        entry_bytes = _num_bytes(layout)
         if shards[-1] and used_bytes + entry_bytes > max_bytes:
             shards.append([])
             used_bytes = 0
@@ -191,25 +298,19 @@ def _split(entries: list[Counterpart], shapes: Mapping[str, tuple[int, ...]], it
     return shards
 
 
-def _write_shard(
-    path: Path, entries: list[Counterpart], state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> None:
+def _write_shard(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> None:
     """A safetensors file, tensor by tensor, where the library's own writer would need all of them at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for entry in entries:
-        shape = _their_shape(entry, shapes)
+    for name, (dtype, shape) in layout.items():
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[entry.theirs] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for entry in entries:
-            tensor = _their_tensor(entry, state, dtype)
-            if tuple(tensor.shape) != (right := _their_shape(entry, shapes)):
-                raise ValueError(f"{' + '.join(entry.ours)} would be {list(tensor.shape)}; the configuration says {list(right)}.")
-            file.write(tensor.view(torch.uint8).numpy().data)
+        for tensor in tensors:
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

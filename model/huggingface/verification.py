@@ -1,38 +1,67 @@
-"""An exported folder as transformers reads it, compared with our network."""
+"""A written folder as transformers reads it, compared with our network."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.compression.activations import rounding_inputs
+from model.compression.grids import Quantized
+from model.compression.packed import Scheme
 from model.config import ModelConfig
 from model.huggingface.choice import auto_class
-from model.transformer import layers, outputs_of
+from model.loss import IGNORED, token_losses
+from model.walk import outputs
 
 _MOST_TOKENS = 4096  # of a sequence that is compared: attention over 131,072 tokens would take a CPU hours
 
 
-def verify(folder: str | os.PathLike, config: ModelConfig, state: Mapping[str, Tensor], tolerance: float = 1e-4) -> float:
-    """Compare an exported folder, as transformers reads it, with our network on random sequences, in float32.
+def verify(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    state: Mapping[str, Tensor | Quantized],
+    tolerance: float = 1e-4,
+    schemes: Mapping[str, Scheme] | None = None,
+) -> float:
+    """Compare a written folder, as transformers reads it, with our network on random sequences, in float32.
 
     The sequences are of full length (at most 4,096 tokens), one of them with padding, with token types where there are some.
-    `state` is rounded as the folder's weights were; our network is filled and run layer by layer, so that beside theirs, which
-    transformers holds whole, memory takes a layer and the logits. Returns the largest difference of a logit; raises RuntimeError
-    where it is above `tolerance` x the largest logit (at least 1), or where transformers misses a tensor or finds one too many.
+    `state` and `schemes` are those that were written; what is not Quantized is rounded as the folder's weights were. Our network is
+    filled and run layer by layer, so that beside theirs, which transformers holds whole, memory takes a layer and the logits. Returns
+    the largest difference of a logit, where inputs are rounded that without rounding them; raises RuntimeError where it is above
+    `tolerance` x the largest logit (at least 1), or where transformers misses a tensor or finds one too many.
     """
-    folder = Path(folder)
-    dtype = getattr(torch, json.loads((folder / "config.json").read_text())["torch_dtype"])
+    folder, schemes = Path(folder), schemes or {}
+    model = _read_by_transformers(folder, config)
+    dtype = json.loads((folder / "config.json").read_text())["torch_dtype"]
+    stored = _AsStored(state, getattr(torch, dtype))
+    if any(scheme.activations != "none" for scheme in schemes.values()):
+        # The last bit of float32, in which no two implementations agree, decides to which of two codes a number between them is
+        # rounded: Marian's logits differ by 0.7 % of the largest between transformers' own two ways of attention. So this says
+        # that inputs are rounded in both; without it they are compared as closely as any others.
+        _compare(folder, model, config, stored, schemes, 0.1)
+        for module in model.modules():
+            module.quantization_enabled = False  # type: ignore[assignment]
+    return _compare(folder, model, config, stored, {}, tolerance)
+
+
+def _compare(
+    folder: Path, model: nn.Module, config: ModelConfig, state: Mapping[str, Tensor], schemes: Mapping[str, Scheme], tolerance: float
+) -> float:
+    """The largest difference of a logit between their network and ours, whose inputs are rounded as `schemes` say."""
     inputs = _random_inputs(config)
     is_padding = inputs[-1 if config.architecture == "encoder_decoder" else 1] == 0
     differences = []
     with torch.inference_mode():
-        wanted = _theirs(folder, config, inputs)
-        ours = _ours(config, state, dtype, inputs)
-        for our_logits, their_logits in zip(ours, wanted, strict=True):
+        for our_logits, their_logits in zip(_ours(config, state, schemes, inputs), _theirs(model, config, inputs), strict=True):
             if our_logits.ndim == 3:  # what is said of padding is nothing
                 our_logits[is_padding] = 0
                 their_logits[is_padding] = 0
@@ -44,6 +73,46 @@ def verify(folder: str | os.PathLike, config: ModelConfig, state: Mapping[str, T
                     f"more than {tolerance:g} x {largest:.3g}, the largest of them."
                 )
     return max(differences)
+
+
+def perplexity_by_transformers(
+    folder: str | os.PathLike, config: ModelConfig, samples: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
+) -> float:
+    """Of a decoder in a folder as transformers reads it, in float32: exp of the mean loss of a target.
+
+    Each of `samples` is (tokens, targets), [batch, seq] both, the target IGNORED where there is none; a row is one text to them, as it
+    is to ours without a document mask. Raises RuntimeError where transformers misses a tensor or finds one too many.
+    """
+    model = _read_by_transformers(Path(folder), config).to(device)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    with torch.inference_mode():
+        for tokens, targets in samples:
+            logits = model(input_ids=tokens.to(device), use_cache=False).logits
+            total += token_losses(logits, targets.to(device)).double().sum().cpu()
+            count += int((targets != IGNORED).sum())
+    return math.exp(total / count)
+
+
+class _AsStored(Mapping[str, Tensor]):
+    """What transformers makes of what was written, by our names, in float32."""
+
+    def __init__(self, state: Mapping[str, Tensor | Quantized], dtype: torch.dtype):
+        self._state, self._dtype = state, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._state[name]
+        if not isinstance(stored, Quantized):
+            return stored.to("cpu", self._dtype).float()
+        weight = stored.weight()
+        if stored.grid.kind == "nvfp4":  # the one product of E2M1 that bfloat16, to which it is unpacked, cannot hold
+            return weight.bfloat16().float()
+        return weight if stored.zero_point is None else weight.to(self._dtype).float()  # multiplied out in the type of the scales
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def _random_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
@@ -61,36 +130,51 @@ def _random_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
     return (tokens, segments, draw(config.token_types, length)) if config.token_types else (tokens, segments)
 
 
-def _ours(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    passed = inputs
-    for number, layer in enumerate(layers(dataclasses.replace(config, document_mask=False, dropout=0.0))):
-        name = f"tied_modules.{layer.tied_key}" if layer.tied_key else str(number)
-        with torch.device("meta"):
-            module = layer.module(*layer.arguments)
-        weights = {weight: state[f"{name}.{weight}"].to("cpu", dtype).float() for weight, _ in module.named_parameters()}
-        module.load_state_dict(weights, assign=True)
-        module.eval()
-        passed = module(passed) if layer.forward is None else layer.forward(module, passed)
-    if not config.num_classes:
-        return [outputs_of(config, passed)]
-    return list(outputs_of(config, passed)) if config.token_head else [outputs_of(config, passed)[1]]
+def _ours(config: ModelConfig, state: Mapping[str, Tensor], schemes: Mapping[str, Scheme], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    [said] = outputs(dataclasses.replace(config, document_mask=False), state, [inputs], prepare=rounding_inputs(schemes))
+    if not isinstance(said, tuple):
+        return [said]
+    return list(said) if config.token_head else [said[1]]
 
 
-def _theirs(folder: Path, config: ModelConfig, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    import transformers  # here, because it takes seconds to import and nothing else needs it
-
-    loader = getattr(transformers, auto_class(config))
-    model, report = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report.get(kind):
-            raise RuntimeError(f"{folder}: transformers reports {kind} {sorted(map(str, report[kind]))}.")
+def _theirs(model: nn.Module, config: ModelConfig, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     tokens, segments, *others = inputs
     asked = {"input_ids": tokens, "attention_mask": (segments != 0).long()}
     if config.architecture == "encoder_decoder":
         asked["decoder_input_ids"] = others[0]
     elif others:
         asked["token_type_ids"] = others[0]
-    output = model.eval()(**asked)
+    output = model(**asked)
     if config.token_head and config.num_classes:
         return [output.prediction_logits, output.seq_relationship_logits]
     return [output.logits]
+
+
+def _read_by_transformers(folder: Path, config: ModelConfig) -> nn.Module:
+    """In float32 and in its eval mode; RuntimeError where a tensor is missing, or is one too many."""
+    import transformers  # here, because it takes seconds to import and nothing else needs it
+
+    stated = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    weights = [group["weights"] for group in getattr(stated, "quantization_config", {}).get("config_groups", {}).values()]
+    # Compressed-tensors unpacks E2M1 to bfloat16 whatever the network is, so that only a network of bfloat16 runs.
+    is_bfloat16 = any((one["type"], one["num_bits"]) == ("float", 4) for one in weights)
+    if not all(one["symmetric"] for one in weights):
+        # It makes no place for zero points that are packed: transformers reads them only where it multiplies the weights out at once.
+        stated.quantization_config["dequantize"] = True
+    # Bars fill a log with lines.
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        model, report = getattr(transformers, auto_class(config)).from_pretrained(
+            folder,
+            config=stated,
+            dtype=torch.bfloat16 if is_bfloat16 else torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        if weights:  # unpacked when it is first asked
+            first = torch.zeros(1, 1, dtype=torch.long)
+            with torch.no_grad():
+                model(input_ids=first, **({"decoder_input_ids": first} if config.architecture == "encoder_decoder" else {}))
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(kind):
+            raise RuntimeError(f"{folder}: transformers reports {kind} {sorted(map(str, report[kind]))}.")
+    return nn.Module.float(model.eval()) if is_bfloat16 else model.eval()  # its own float() refuses what was quantized

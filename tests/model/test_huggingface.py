@@ -319,7 +319,7 @@ def test_verification_finds_a_tensor_missing_or_too_many(llama, tmp_path, change
     [
         ({"model_type": "mistral"}, 'model_type "mistral" is not one of gpt2, llama, qwen3, bert, marian, t5.'),
         ({"auto_map": {"AutoModel": "code.Model"}}, '"auto_map" is not supported.'),
-        ({"quantization_config": {"quant_method": "gptq"}}, '"quantization_config" is not supported.'),
+        ({"quantization_config": {"quant_method": "gptq"}}, 'quant_method "gptq" is not supported, only "compressed-tensors"'),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM is supported"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; only "silu" is supported'),
         ({"attention_bias": True}, "mlp_bias is false; only true is supported beside that attention_bias"),

@@ -1,0 +1,290 @@
+"""Quantized weights as tensors of a safetensors file, and back, as compressed-tensors stores them.
+
+https://github.com/vllm-project/compressed-tensors, version 0.20.0, whose compressors are the only statement of these formats.
+What a linear layer M has beside its bias, in place of M.weight [out, in]:
+
+pack-quantized         weight_packed int32 [out, in bits / 32], weight_scale [out, groups], weight_shape int64 [2]; where zero is no
+                       code's middle weight_zero_point int32 [out bits / 32, groups]
+int-quantized          weight int8 [out, in], weight_scale [out, 1]
+float-quantized        weight E4M3 [out, in], weight_scale [out, 1]
+nvfp4-pack-quantized   weight_packed uint8 [out, in / 2], weight_scale E4M3 [out, in / 16], weight_global_scale float32 [1]
+mxfp4-pack-quantized   weight_packed uint8 [out, in / 2], weight_scale E8M0 as uint8 [out, in / 32]
+
+An int32 holds codes side by side from its lowest bit on, plus 2^(bits-1) so that none is negative, and a code may begin in one and
+end in the next; an uint8 holds an even column in its low half. Scales of the first three have the type of the file's other weights.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model.compression.grids import Grid, Quantized
+
+Activations = Literal["none", "int8", "fp8"]
+
+_VERSION = "0.20.0"
+_SCALE_TYPES = {"nvfp4": torch.float8_e4m3fn, "mxfp4": torch.uint8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a linear layer is quantized; raises ValueError for what the format has no place for."""
+
+    grid: Grid
+    activations: Activations = "none"
+    """What its inputs are rounded to, each token with a scale of its own that is worked out while the network runs."""
+
+    def __post_init__(self) -> None:
+        if self.activations == "int8" and self.grid != Grid("int", 8, None):
+            raise ValueError(
+                f"activations int8 go with kind int, 8 bits, one scale a row (no group_size), symmetric; given is {self.grid}."
+            )
+        if self.activations == "fp8" and self.grid.kind != "fp8":
+            raise ValueError(f"activations fp8 go with kind fp8; given is {self.grid}.")
+
+    @property
+    def format(self) -> str:
+        if self.grid.kind != "int":
+            return "float-quantized" if self.grid.kind == "fp8" else f"{self.grid.kind}-pack-quantized"
+        return "pack-quantized" if self.activations == "none" else "int-quantized"
+
+    @property
+    def is_packed(self) -> bool:
+        """Several codes to an entry of a tensor that has another name than the weight."""
+        return self.format.endswith("pack-quantized")
+
+    @property
+    def is_unpacked_to_bfloat16(self) -> bool:
+        """By compressed-tensors, whatever the rest of the network is: such layers run in a network of bfloat16 alone."""
+        return self.grid.kind in ("nvfp4", "mxfp4")
+
+    def __str__(self) -> str:
+        width = f"int{self.grid.bits}" if self.grid.kind == "int" else self.grid.kind
+        per = "a scale a row" if self.grid.group_size is None else f"a scale each {self.grid.group_size}"
+        inputs = "" if self.activations == "none" else f", inputs {self.activations}"
+        return f"{width}, {per}{'' if self.grid.symmetric else ', asymmetric'}{inputs}"
+
+
+def layout(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor of a weight [out, in], by its name behind that of the layer, beside others of `dtype`.
+
+    Raises ValueError for groups that do not divide a row.
+    """
+    grid, (rows, columns) = scheme.grid, shape
+    groups = grid.num_groups(columns)
+    scale = {"weight_scale": (_SCALE_TYPES.get(grid.kind, dtype), (rows, groups))}
+    if scheme.is_unpacked_to_bfloat16:
+        whole = {"weight_global_scale": (torch.float32, (1,))} if grid.kind == "nvfp4" else {}
+        return {"weight_packed": (torch.uint8, (rows, columns // 2)), **scale, **whole}
+    if scheme.format != "pack-quantized":
+        return {"weight": (torch.int8 if grid.kind == "int" else torch.float8_e4m3fn, shape), **scale}
+    words = lambda codes: math.ceil(codes * grid.bits / 32)  # noqa: E731
+    zeros = {} if grid.symmetric else {"weight_zero_point": (torch.int32, (words(rows), groups))}
+    return {"weight_packed": (torch.int32, (rows, words(columns))), **scale, "weight_shape": (torch.int64, (2,)), **zeros}
+
+
+def packed(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors that `layout` names."""
+    assert quantized.grid == scheme.grid, f"a weight on {quantized.grid} was to be {scheme}"
+    codes, bits = quantized.codes, quantized.grid.bits
+    tensors = {"weight_scale": quantized.scale}
+    if scheme.is_unpacked_to_bfloat16:
+        tensors["weight_packed"] = codes[:, ::2] | codes[:, 1::2] << 4
+        if quantized.global_scale is not None:
+            tensors["weight_global_scale"] = quantized.global_scale
+    elif scheme.format == "pack-quantized":
+        tensors |= {"weight_packed": _pack(codes, bits), "weight_shape": torch.tensor(codes.shape)}
+        if quantized.zero_point is not None:
+            tensors["weight_zero_point"] = _pack(quantized.zero_point.T, bits).T
+    else:
+        tensors["weight"] = codes
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def unpacked(tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
+    """What `packed` was given."""
+    grid, scale = scheme.grid, tensors["weight_scale"]
+    if scheme.is_unpacked_to_bfloat16:
+        pairs = tensors["weight_packed"]
+        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+        return Quantized(grid, codes, scale, global_scale=tensors.get("weight_global_scale"))
+    if scheme.format != "pack-quantized":
+        return Quantized(grid, tensors["weight"], scale)
+    rows, columns = tensors["weight_shape"].tolist()
+    codes = _unpack(tensors["weight_packed"], grid.bits, columns)
+    zeros = None if grid.symmetric else _unpack(tensors["weight_zero_point"].T, grid.bits, rows).T.contiguous()
+    return Quantized(grid, codes, scale, zeros)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """[rows, codes] int8 -> [rows, words] int32: 32 codes fill as many words as a code has bits."""
+    count = codes.shape[1]
+    above_zero = codes.int() + 2 ** (bits - 1)
+    above_zero = torch.nn.functional.pad(above_zero, (0, -count % 32)).unflatten(1, (-1, 32))
+    words = above_zero.new_zeros(*above_zero.shape[:2], bits)
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        words[..., word] |= above_zero[..., place] << shift
+        if shift + bits > 32:
+            words[..., word + 1] |= above_zero[..., place] >> (32 - shift)
+    return words.flatten(1)[:, : math.ceil(count * bits / 32)]
+
+
+def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """[rows, words] int32 -> [rows, count] int8"""
+    without_sign = words.long() & 0xFFFFFFFF
+    without_sign = torch.nn.functional.pad(without_sign, (0, -words.shape[1] % bits)).unflatten(1, (-1, bits))
+    codes = torch.empty(*without_sign.shape[:2], 32, dtype=torch.int8, device=words.device)
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        code = without_sign[..., word] >> shift
+        if shift + bits > 32:
+            code |= without_sign[..., word + 1] << (32 - shift)
+        codes[..., place] = (code & (2**bits - 1)) - 2 ** (bits - 1)
+    return codes.flatten(1)[:, :count].contiguous()
+
+
+def configuration(schemes: Mapping[str, Scheme], others: Iterable[str]) -> dict[str, Any]:
+    """What config.json says under quantization_config: of each linear layer of theirs its scheme, and which others have none.
+
+    Where all have one scheme it is "Linear"'s, as llm-compressor writes it. Else the layers of a block that are alike stand as one
+    pattern: engines that join query, key and value look all three up.
+    """
+    kinds = list(dict.fromkeys(schemes.values()))
+    if len(kinds) > 1 and not all(kind.grid.symmetric for kind in kinds):
+        raise ValueError(f"{'; '.join(map(str, kinds))}: asymmetric is for all or for none; transformers reads no mixture with it.")
+    groups = {}
+    for number, kind in enumerate(kinds):
+        targets = ["Linear"] if len(kinds) == 1 else list(_patterns(schemes, kind))
+        inputs = None if kind.activations == "none" else _stated_activations(kind.activations)
+        groups[f"group_{number}"] = {
+            "format": kind.format,
+            "targets": targets,
+            "weights": _stated_weights(kind.grid),
+            "input_activations": inputs,
+            "output_activations": None,
+        }
+    formats = {kind.format for kind in kinds}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": _VERSION,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(others),
+        "kv_cache_scheme": None,
+    }
+
+
+def _patterns(schemes: Mapping[str, Scheme], kind: Scheme) -> Iterator[str]:
+    blocks: dict[str, list[str]] = {}
+    for name in schemes:
+        blocks.setdefault(re.match(r".*?\.\d+\.|", name)[0], []).append(name)  # type: ignore[index]
+    for block, names in blocks.items():
+        if all(schemes[name] == kind for name in names):
+            yield f"re:{re.escape(block)}.*"
+        else:
+            yield from (name for name in names if schemes[name] == kind)
+
+
+def _stated_weights(grid: Grid) -> dict[str, Any]:
+    strategy = "channel" if grid.group_size is None else "tensor_group" if grid.kind == "nvfp4" else "group"
+    stated = {
+        "num_bits": grid.bits,
+        "type": "int" if grid.kind == "int" else "float",
+        "symmetric": grid.symmetric,
+        "strategy": strategy,
+        "group_size": grid.group_size,
+        "dynamic": False,
+    }
+    return stated | ({"scale_dtype": str(_SCALE_TYPES[grid.kind])} if grid.kind in _SCALE_TYPES else {})
+
+
+def _stated_activations(activations: Activations) -> dict[str, Any]:
+    kind = "int" if activations == "int8" else "float"
+    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """A quantization_config that was understood."""
+
+    schemes: tuple[tuple[tuple[str, ...], Scheme], ...]
+    """Each with its targets: "Linear", names of linear layers, or patterns behind "re:"."""
+    ignore: tuple[str, ...]
+
+    def of(self, layer: str) -> Scheme | None:
+        """The scheme of a linear layer by their name for it."""
+        if any(_matches(layer, name) for name in self.ignore):
+            return None
+        return next((scheme for targets, scheme in self.schemes if any(_matches(layer, target) for target in targets)), None)
+
+
+def _matches(layer: str, target: str) -> bool:
+    return re.match(target[3:], layer) is not None if target.startswith("re:") else target in ("Linear", layer)
+
+
+def understood(stated: Mapping[str, Any]) -> Stated:
+    """Of a config.json's quantization_config, ours or that of whoever writes the same; raises ValueError naming what we do not have."""
+    if (method := stated.get("quant_method")) != "compressed-tensors":
+        raise ValueError(f'quantization_config: quant_method "{method}" is not supported, only "compressed-tensors".')
+    if (status := stated.get("quantization_status", "compressed")) != "compressed":
+        raise ValueError(f'quantization_config: quantization_status "{status}" is not supported, only "compressed".')
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
+        if stated.get(key) and stated[key] != {"format": "dense"}:
+            raise ValueError(f"quantization_config: {key} is not supported.")
+    schemes = []
+    for name, group in (stated.get("config_groups") or {}).items():
+        if not isinstance(group, Mapping):
+            raise ValueError(f"quantization_config: {name} names a preset; only groups that are written out are supported.")
+        scheme = _scheme_of(name, group)
+        if (kept_as := group.get("format") or stated.get("format")) != scheme.format:
+            raise ValueError(f'quantization_config: format "{kept_as}" of {name} is not supported; {scheme} is "{scheme.format}".')
+        schemes.append((tuple(group["targets"]), scheme))
+    if not schemes:
+        raise ValueError("quantization_config has no config_groups.")
+    return Stated(tuple(schemes), tuple(stated.get("ignore") or ()))
+
+
+def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
+    inputs = group.get("input_activations")
+    activations: Activations = "none"
+    if inputs is not None:
+        activations = "int8" if inputs.get("type", "int") == "int" else "fp8"
+        _refuse_others(f"{name}.input_activations", inputs, _stated_activations(activations))
+    if group.get("output_activations"):
+        raise ValueError(f"quantization_config: {name}.output_activations is not supported.")
+    weights = group.get("weights")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"quantization_config: {name} has no weights.")
+    bits, size, symmetric = weights.get("num_bits", 8), weights.get("group_size"), weights.get("symmetric", True)
+    if weights.get("type", "int") == "int":
+        kind: Any = "int"
+    elif bits == 8:
+        kind = "fp8"
+    else:
+        kind = "nvfp4" if weights.get("strategy") == "tensor_group" else "mxfp4"
+    try:
+        scheme = Scheme(Grid(kind, bits, None if size == -1 else size, symmetric), activations)
+    except ValueError as error:
+        raise ValueError(f"quantization_config: {name} is not supported: {error}") from error
+    _refuse_others(f"{name}.weights", weights, _stated_weights(scheme.grid))
+    if weights.get("actorder") in ("group", "dynamic"):
+        raise ValueError(f'quantization_config: {name}.weights has actorder "{weights["actorder"]}", which is not supported.')
+    return scheme
+
+
+def _refuse_others(where: str, stated: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+    defaults = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+    for key, value in supported.items():
+        given = stated.get(key, defaults.get(key))
+        if given != value and not (key == "group_size" and given == -1) and not (key == "scale_dtype" and given is None):
+            raise ValueError(
+                f"quantization_config: {key} of {where} is {json.dumps(given)}; beside the rest only {json.dumps(value)} is supported."
+            )

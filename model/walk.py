@@ -1,0 +1,91 @@
+"""The list of layers, walked one layer at a time: what is in memory is one layer and what passes through it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.layers import Block, Passed
+from model.transformer import Layer, layers, outputs_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One layer of the walk, with its weights."""
+
+    name: str
+    """What the names of its parameters begin with; a tied module comes again under the same name."""
+    layer: Layer
+    module: nn.Module
+    """In its eval mode."""
+    blocks_before: int
+    """Blocks of the list that come before it."""
+
+    def __call__(self, passed: Passed) -> Passed:
+        with torch.no_grad():
+            return self.module(passed) if self.layer.forward is None else self.layer.forward(self.module, passed)
+
+    @property
+    def block(self) -> int | None:
+        """Its number, from 0, where it is a block."""
+        return self.blocks_before if self.layer.module is Block else None
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """By their names in the whole network."""
+        return {f"{self.name}.{name}": parameter.data for name, parameter in self.module.named_parameters()}
+
+
+def walk(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    stored_as: torch.dtype = torch.float32,
+) -> Iterator[Step]:
+    """Every layer of the list, built with the weights that `state` has for it, each read when it is its turn.
+
+    The weights are rounded to `stored_as`, as a file keeps them, and are float32 then. A caller that keeps no step keeps no layer.
+    """
+    blocks = 0
+    for number, layer in enumerate(layers(dataclasses.replace(config, dropout=0.0))):
+        yield _built(f"tied_modules.{layer.tied_key}" if layer.tied_key else str(number), layer, state, device, stored_as, blocks)
+        blocks += layer.module is Block
+
+
+def outputs(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    samples: Sequence[Passed],
+    device: torch.device | str = "cpu",
+    stored_as: torch.dtype = torch.float32,
+    prepare: Callable[[Step], object] = lambda step: None,
+) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+    """What the network says of each sample, in their order; a sample is what its first layer takes.
+
+    Beside one block memory holds the hidden states of all samples, then what lies behind the last block and one sample's logits.
+    `prepare` is called with each step before anything passes through it.
+    """
+    passed, behind = list(samples), []
+    for step in walk(config, state, device, stored_as):
+        prepare(step)
+        if step.blocks_before < config.total_blocks:
+            for number, sample in enumerate(passed):
+                passed[number] = step(sample)
+        else:
+            behind.append(step)
+    for sample in passed:
+        for step in behind:
+            sample = step(sample)
+        yield outputs_of(config, sample)
+
+
+def _built(name: str, layer: Layer, state: Mapping[str, Tensor], device: torch.device | str, stored_as: torch.dtype, blocks: int) -> Step:
+    with torch.device("meta"):
+        module = layer.module(*layer.arguments)
+    weights = {own: state[f"{name}.{own}"].to(device, stored_as).float() for own, _ in module.named_parameters()}
+    module.load_state_dict(weights, assign=True)
+    for buffer in module.buffers():  # tables of positions are real even where weights are only shapes
+        buffer.data = buffer.data.to(device)
+    return Step(name, layer, module.eval().requires_grad_(False), blocks)

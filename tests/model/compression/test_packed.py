@@ -1,0 +1,282 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.compression.activations import quantize_activations
+from model.compression.grids import Grid, Quantized, round_to
+from model.compression.packed import Scheme, layout, packed, understood, unpacked
+from model.config import ModelConfig
+from model.huggingface import export, load, perplexity_by_transformers, quantization_config, verify
+from model.layers import Block, Linear
+from model.loss import IGNORED, token_losses
+from model.transformer import Transformer
+from tests.model.both_sides import BERT, GPT2, MARIAN, T5
+
+transformers = pytest.importorskip("transformers", reason="the independent reference is transformers")
+
+INT4, INT3, ASYMMETRIC = Scheme(Grid("int", 4, 32)), Scheme(Grid("int", 3, None)), Scheme(Grid("int", 4, 16, symmetric=False))
+W8A8, FP8 = Scheme(Grid("int", 8, None), "int8"), Scheme(Grid("fp8", 8, None), "fp8")
+NVFP4, MXFP4 = Scheme(Grid("nvfp4", 4, 16)), Scheme(Grid("mxfp4", 4, 32))
+PRESETS = {
+    "W3A16": Scheme(Grid("int", 3, 128)),
+    "W4A16": Scheme(Grid("int", 4, 128)),
+    "W8A16": Scheme(Grid("int", 8, 128)),
+    "W4A16_ASYM": Scheme(Grid("int", 4, 128, symmetric=False)),
+    "W8A8": W8A8,
+    "FP8_DYNAMIC": FP8,
+    "NVFP4A16": NVFP4,
+    "MXFP4A16": MXFP4,
+}
+"""llm-compressor's names of schemes that are ours too."""
+
+
+def network(randomise, **options) -> Transformer:
+    sizes = {"vocab_size": 61, "sequence_length": 24, "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4}
+    return randomise(Transformer(ModelConfig(**sizes | options)))
+
+
+@pytest.fixture
+def llama(randomise):
+    return network(randomise)
+
+
+def linears(model: Transformer) -> list[str]:
+    """Weights that are quantized: of all linear layers in blocks."""
+    return [
+        f"{name}.{inner}.weight"
+        for name, block in model.named_modules()
+        if isinstance(block, Block)
+        for inner, module in block.named_modules()
+        if isinstance(module, Linear)
+    ]
+
+
+def rounded(model: Transformer, schemes: dict[str, Scheme], dtype: torch.dtype) -> dict[str, torch.Tensor | Quantized]:
+    return {name: round_to(tensor, schemes[name].grid, dtype) if name in schemes else tensor for name, tensor in model.state_dict().items()}
+
+
+def written(model: Transformer, folder, scheme: Scheme, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | Quantized]:
+    schemes = dict.fromkeys(linears(model), scheme)
+    state = rounded(model, schemes, dtype)
+    export(model.config, state, folder, dtype=dtype, schemes=schemes)
+    return state
+
+
+def same(one: Quantized, other: Quantized) -> bool:
+    """In every bit and in type; torch.equal holds 0 and -0 for the same."""
+    bits = [[None if part is None else part.contiguous().view(torch.uint8) for part in parts(each)] for each in (one, other)]
+    kinds = [[None if part is None else part.dtype for part in parts(each)] for each in (one, other)]
+    equal = (a is b is None or torch.equal(a, b) for a, b in zip(*bits, strict=True))
+    return one.grid == other.grid and kinds[0] == kinds[1] and all(equal)
+
+
+def parts(quantized: Quantized) -> tuple:
+    return quantized.codes, quantized.scale, quantized.zero_point, quantized.global_scale
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("columns", [32, 50])
+def test_integers_are_packed_as_the_library_packs_them(bits, columns):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (6, columns), dtype=torch.int8)
+    zeros = torch.randint(-half, half, (6, 1), dtype=torch.int8)
+    quantized = Quantized(Grid("int", bits, None, symmetric=False), codes, torch.rand(6, 1), zeros)
+    tensors = packed(quantized, scheme := Scheme(quantized.grid))
+    assert torch.equal(tensors["weight_packed"], pack_to_int32(codes, bits))
+    assert torch.equal(tensors["weight_zero_point"], pack_to_int32(zeros, bits, packed_dim=0))
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    assert kinds == layout(scheme, (6, columns), torch.float32)
+    assert same(unpacked(tensors, scheme), quantized)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        (INT3, torch.float32),
+        (INT4, torch.bfloat16),
+        (ASYMMETRIC, torch.bfloat16),
+        (W8A8, torch.bfloat16),
+        (FP8, torch.float16),
+        (NVFP4, torch.bfloat16),
+        (MXFP4, torch.bfloat16),
+    ],
+    ids=lambda value: value.format if isinstance(value, Scheme) else str(value),
+)
+def test_what_is_written_is_read_by_us_and_by_transformers(llama, tmp_path, scheme, dtype):
+    state = written(llama, tmp_path / "out", scheme, dtype)
+    config, again = load(tmp_path / "out")
+    assert (config, again.schemes) == (llama.config, dict.fromkeys(linears(llama), scheme))
+    assert all(same(again.quantized(name), state[name]) for name in again.schemes)
+    assert all(torch.equal(again[name], state[name].weight()) for name in again.schemes)
+    assert verify(tmp_path / "out", config, state, schemes=again.schemes) < 1e-5
+    if scheme != ASYMMETRIC:  # of which transformers reads what it multiplies out
+        more = torch.bfloat16 if scheme.is_unpacked_to_bfloat16 else torch.float32
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=more)
+        theirs.save_pretrained(tmp_path / "theirs")
+        assert load(tmp_path / "theirs")[1].schemes == again.schemes
+        theirs(input_ids=torch.zeros(1, 1, dtype=torch.long))  # unpacks
+        weight = state["1.feed_forward.down.weight"].weight()
+        assert torch.equal(theirs.model.layers[0].mlp.down_proj.weight, weight.to(more))
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme"),
+    [
+        ({"qk_norm": True, "tie_embeddings": False, "num_key_value_heads": 2}, INT4),
+        (BERT | {"num_classes": 2}, W8A8),
+        (MARIAN | {"num_decoder_layers": 1}, INT4),
+        (MARIAN, W8A8),
+        (T5, FP8),
+    ],
+    ids=["qwen3", "bert", "marian", "marian, inputs", "t5"],
+)
+def test_other_architectures_are_read_by_transformers_too(randomise, tmp_path, options, scheme):
+    model = network(randomise, **options)
+    state = written(model, tmp_path / "out", scheme)
+    config, again = load(tmp_path / "out")
+    assert (config, len(again.schemes)) == (model.config, len(linears(model)))
+    assert verify(tmp_path / "out", config, state, schemes=again.schemes) < 1e-5
+
+
+def test_layers_may_have_different_schemes_or_none(llama, tmp_path):
+    """The first block has four bits but for one layer that has eight, the second eight but for one that is not quantized."""
+    names = linears(llama)
+    schemes = {name: INT4 if name.startswith("1.") else W8A8 for name in names if name != "2.feed_forward.down.weight"}
+    schemes["1.attention.output.weight"] = W8A8
+    state = rounded(llama, schemes, torch.float32)
+    export(llama.config, state, tmp_path / "out", schemes=schemes, max_shard_bytes=20_000)
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stated["format"] == "mixed-precision"
+    assert "re:model\\.layers\\.1\\..*" in stated["config_groups"]["group_1"]["targets"]
+    assert "model.layers.1.mlp.down_proj" in stated["ignore"]
+    config, again = load(tmp_path / "out")
+    assert again.schemes == schemes
+    assert verify(tmp_path / "out", config, state, schemes=schemes) < 1e-5
+
+
+def test_a_code_that_is_one_off_is_found(llama, tmp_path):
+    state = written(llama, tmp_path / "out", INT4)
+    name = "2.feed_forward.down.weight"
+    codes = state[name].codes.clone()
+    codes[3] = (codes[3] + 1).clamp(max=7)
+    state[name] = dataclasses.replace(state[name], codes=codes)
+    with pytest.raises(RuntimeError, match="logits differ from ours by up to"):
+        verify(tmp_path / "out", llama.config, state, schemes=dict.fromkeys(linears(llama), INT4))
+
+
+@pytest.mark.parametrize("scheme", [INT4, ASYMMETRIC, W8A8], ids=str)
+def test_a_scale_by_another_name_is_found(llama, tmp_path, scheme):
+    """Transformers itself prints a table and computes with what was in memory."""
+    written(llama, tmp_path / "out", scheme)
+    file, name = tmp_path / "out" / "model.safetensors", "model.layers.1.mlp.up_proj.weight_scale"
+    tensors = load_file(file)
+    tensors[f"{name}s"] = tensors.pop(name)
+    save_file(tensors, file, metadata={"format": "pt"})
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(RuntimeError):
+        perplexity_by_transformers(tmp_path / "out", llama.config, [(tokens, tokens)])
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("scheme", [W8A8, MXFP4], ids=str)
+def test_perplexity_by_transformers_is_ours(llama, tmp_path, scheme):
+    dtype = torch.bfloat16
+    written(llama, tmp_path / "out", scheme, dtype)
+    config, state = load(tmp_path / "out")
+    llama.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    quantize_activations(llama, {name.removesuffix(".weight"): scheme.activations for name in state.schemes})
+    tokens = torch.randint(config.vocab_size, (5, 24))
+    targets = torch.randint(config.vocab_size, (5, 24))
+    targets[2:, 7:] = IGNORED
+    with torch.no_grad():
+        losses = token_losses(llama(tokens, torch.ones_like(tokens)), targets)
+    samples = zip(tokens.split(2), targets.split(2), strict=True)
+    theirs = perplexity_by_transformers(tmp_path / "out", config, samples)
+    assert theirs == pytest.approx(math.exp(losses.sum() / (targets != IGNORED).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_llm_compressor_states_is_what_we_state(llama, name):
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+    scheme = PRESETS[name]
+    theirs = preset_name_to_scheme(name, ["Linear"])
+    theirs.format = scheme.format
+    whole = QuantizationConfig(
+        config_groups={"group_0": theirs}, format=scheme.format, quantization_status="compressed", ignore=["lm_head"]
+    ).model_dump()
+    stated = understood(json.loads(json.dumps(whole, default=str)))
+    assert (stated.of("model.layers.0.mlp.up_proj"), stated.of("lm_head")) == (scheme, None)
+    if scheme.grid.group_size != 128:
+        ours = quantization_config(llama.config, dict.fromkeys(linears(llama), scheme), torch.bfloat16)
+        read = QuantizationConfig.model_validate(ours).config_groups["group_0"]
+        for kind in ("weights", "input_activations"):
+            keys = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "scale_dtype")
+            one, other = getattr(read, kind), getattr(theirs, kind)
+            assert one is other is None or [getattr(one, key) for key in keys] == [getattr(other, key) for key in keys]
+
+
+GROUP = {"targets": ["Linear"], "format": "pack-quantized", "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+ROWS = {"targets": ["Linear"], "format": "int-quantized", "weights": {"num_bits": 8, "strategy": "channel"}}
+TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"quant_method": "awq"}, 'quant_method "awq" is not supported, only "compressed-tensors"'),
+        ({"quant_method": "bitsandbytes"}, 'quant_method "bitsandbytes" is not'),
+        ({"quantization_status": "frozen"}, 'quantization_status "frozen" is not'),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is not"),
+        ({"config_groups": {"W4A16": ["Linear"]}}, "W4A16 names a preset"),
+        ({"config_groups": {}}, "no config_groups"),
+        ({"config_groups": {"g": GROUP | {"format": "marlin-24"}}}, 'format "marlin-24" of g is not supported'),
+        ({"config_groups": {"g": GROUP | {"weights": {"num_bits": 12, "strategy": "group", "group_size": 32}}}}, "bits is 12"),
+        ({"config_groups": {"g": GROUP | {"weights": GROUP["weights"] | {"strategy": "block"}}}}, 'strategy of g.weights is "block"'),
+        ({"config_groups": {"g": GROUP | {"weights": GROUP["weights"] | {"actorder": "group"}}}}, 'actorder "group"'),
+        ({"config_groups": {"g": GROUP | {"input_activations": TOKENS}}}, "activations int8 go with"),
+        ({"config_groups": {"g": ROWS | {"input_activations": TOKENS | {"dynamic": False}}}}, "dynamic of g.input_activations is false"),
+        ({"config_groups": {"g": ROWS | {"output_activations": TOKENS}}}, "g.output_activations is not"),
+    ],
+)
+def test_a_quantization_that_we_do_not_have_is_refused_by_name(changes, sentence):
+    stated = {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}}
+    assert understood(stated).of("model.layers.0.mlp.up_proj") == INT4
+    with pytest.raises(ValueError) as refusal:
+        understood(stated | changes)
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme", "dtype", "sentence"),
+    [
+        (GPT2, INT4, torch.float32, r"GPT-2 keeps linear weights \[in, out\].* GGUF has one"),
+        (T5, INT4, torch.float32, "transformers cannot load packed weights of it"),
+        (MARIAN, MXFP4, torch.bfloat16, "to which transformers would round its positions too"),
+        ({}, NVFP4, torch.float32, r"it must be torch\.bfloat16"),
+        ({}, Scheme(Grid("int", 4, 48)), torch.float32, r"model\.layers\.0\.\S+ \[64, 64\]: group_size 48 does not divide"),
+    ],
+)
+def test_what_the_format_has_no_place_for_is_refused_before_anything_is_written(randomise, tmp_path, options, scheme, dtype, sentence):
+    model = network(randomise, **options)
+    with pytest.raises(ValueError, match=sentence):
+        export(model.config, model.state_dict(), tmp_path / "out", dtype=dtype, schemes=dict.fromkeys(linears(model), scheme))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mixture_that_transformers_does_not_read_is_refused(llama):
+    first, *others = linears(llama)
+    with pytest.raises(ValueError, match="asymmetric is for all or for none"):
+        quantization_config(llama.config, {first: ASYMMETRIC} | dict.fromkeys(others, INT4))
+    for grid, activations in ((Grid("int", 4, None), "int8"), (Grid("int", 8, None), "fp8"), (Grid("mxfp4", 4, 32), "fp8")):
+        with pytest.raises(ValueError, match=f"activations {activations} go with"):
+            Scheme(grid, activations)
