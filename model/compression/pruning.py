@@ -1,0 +1,99 @@
+"""Which weights become zero: by their size, by what they contribute, or so that the others can make up for them."""
+
+import dataclasses
+import re
+
+import torch
+from torch import Tensor
+
+from model.compression.statistics import InputStatistics
+from model.compression.sweep import BATCH, Changed, sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """How many weights become zero."""
+
+    fraction: float
+    """Of all."""
+    pattern: tuple[int, int] | None = None
+    """(zeros, each): so many of each so many neighbours in a row; None: wherever they are."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Sparsity":
+        """ "0.5", or "2:4" for 2 zeros of each 4 neighbours. Raises ValueError for what is neither."""
+        if found := re.fullmatch(r"(\d+):(\d+)", text):
+            zeros, each = map(int, found.groups())
+            if 0 < zeros < each and BATCH % each == 0:
+                return cls(zeros / each, (zeros, each))
+        elif re.fullmatch(r"0?\.\d+", text) and float(text) > 0:
+            return cls(float(text))
+        raise ValueError(
+            f"sparsity {text!r} is neither a fraction above 0 and below 1, such as 0.5, nor zeros:neighbours, such as 2:4, "
+            f"with fewer zeros than neighbours and these a power of two up to {BATCH}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else f"{self.fraction:g}"
+
+    def check(self, in_size: int) -> None:
+        """Raises ValueError where a row of so many entries is no whole number of patterns."""
+        if self.pattern and in_size % self.pattern[1]:
+            raise ValueError(f"sparsity {self}: a row of {in_size} entries is no multiple of {self.pattern[1]}")
+
+
+def magnitude(weight: Tensor, sparsity: Sparsity) -> Changed:
+    """The smallest of the matrix, or of each pattern, become zero.  [out, in]"""
+    return Changed(weight.masked_fill(_mask(weight.abs(), sparsity, by_row=False), 0))
+
+
+def wanda(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity) -> Changed:
+    """The smallest |weight| ||input|| of each row, or of each pattern, become zero.  [out, in]
+
+    Sun et al. 2023, arXiv 2306.11695, equation 1.
+    """
+    return Changed(weight.masked_fill(_mask(weight.abs() * statistics.norms, sparsity, by_row=True), 0))
+
+
+def sparsegpt(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity, damping: float = 0.01) -> Changed:
+    """Those that cost least become zero, and the weights to their right make up for them.  [out, in]
+
+    Frantar and Alistarh 2023, arXiv 2301.00774: each batch of columns, or each pattern, has its share of the zeros.
+    `damping`: share of the Hessian's mean diagonal that is added to it. Wanda, with a note, where the Hessian cannot be inverted.
+    """
+    sparsity.check(weight.shape[1])
+    each = sparsity.pattern[1] if sparsity.pattern else BATCH
+    mask = torch.empty(0)
+
+    def change(column: int, batch: Tensor, diagonal: Tensor) -> Tensor:
+        nonlocal mask
+        if column % each == 0:
+            costs = (batch[:each] / diagonal[:each, None]).square()
+            if sparsity.pattern:
+                mask = _lowest(costs.T, sparsity.pattern[0]).T
+            else:  # a share that leaves the whole exact
+                before, after = (round(sparsity.fraction * end * len(weight)) for end in (column, column + len(costs)))
+                mask = _lowest(costs.reshape(1, -1), after - before).view_as(costs)
+        return batch[0].masked_fill(mask[column % each], 0)
+
+    swept = sweep(weight, statistics.second_moment, damping, change)
+    if swept is None:
+        note = "the Hessian could not be inverted even with a thousand times the damping: pruned by Wanda"
+        return dataclasses.replace(wanda(weight, statistics, sparsity), notes=(note,))
+    return Changed(swept[0], damping=swept[1])
+
+
+def _mask(scores: Tensor, sparsity: Sparsity, by_row: bool) -> Tensor:
+    """True for what becomes zero.  [out, in] -> same"""
+    if sparsity.pattern:
+        sparsity.check(scores.shape[1])
+        zeros, each = sparsity.pattern
+        return _lowest(scores.reshape(-1, each), zeros).view_as(scores)
+    rows = scores if by_row else scores.reshape(1, -1)
+    return _lowest(rows, round(sparsity.fraction * rows.shape[1])).view_as(scores)
+
+
+def _lowest(scores: Tensor, count: int) -> Tensor:
+    """True for so many of each row, exactly.  [rows, entries] -> same"""
+    places = scores.topk(count, dim=1, largest=False, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, places, True)

@@ -1,0 +1,170 @@
+"""What goes into the linear layers of a block, summed over tokens: all that a calibrated method knows of the data."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.layers import Attention, Block
+from model.transformer import first_uses
+
+
+@dataclasses.dataclass(frozen=True)
+class InputStatistics:
+    """Of the inputs [tokens, in] of linear layers, over all calibration tokens."""
+
+    tokens: int
+    second_moment: Tensor
+    """Sum of x x^T: half the Hessian of the layer's squared output error.  [in, in] float32"""
+    magnitude: Tensor
+    """Mean of |x|.  [in] float32"""
+    largest: Tensor
+    """Largest |x|.  [in] float32"""
+
+    @property
+    def norms(self) -> Tensor:
+        """Of each input over the tokens, ||x||_2.  [in]"""
+        return self.second_moment.diagonal().sqrt()
+
+    def divided_by(self, scales: Tensor) -> "InputStatistics":
+        """Of inputs each of which is divided by its scale.  scales [in] > 0"""
+        moment = self.second_moment / scales / scales[:, None]
+        return InputStatistics(self.tokens, moment, self.magnitude / scales, self.largest / scales)
+
+
+def output_error(change: Tensor, weight: Tensor, statistics: InputStatistics) -> float:
+    """||change X|| / ||weight X||, Frobenius: the relative error of a layer's outputs.  [out, in], [out, in]"""
+    squared = lambda matrix: ((matrix @ statistics.second_moment) * matrix).sum(dtype=torch.float64).clamp(min=0).item()  # noqa: E731
+    whole = squared(weight)
+    return (squared(change) / whole) ** 0.5 if whole else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Linear layers of a block that read the same input, by their names in it."""
+
+    linears: tuple[str, ...]
+    producer: str | None
+    """The norm or linear layer whose outputs are this input, one for one and times any positive factor: scales can move into it."""
+
+
+def groups_of(block: Block) -> list[Group]:
+    """In the order in which the block runs them."""
+    groups = _of_attention("attention", block.attention, "attention_norm" if block.norm_first else None)
+    if block.cross_attention is not None:
+        groups += _of_attention("cross_attention", block.cross_attention, "cross_attention_norm" if block.norm_first else None)
+    inner, is_gated = block.feed_forward, block.feed_forward.gate is not None
+    groups.append(
+        Group(
+            ("feed_forward.gate", "feed_forward.up") if is_gated else ("feed_forward.up",),
+            "feed_forward_norm" if block.norm_first else None,
+        )
+    )
+    groups.append(Group(("feed_forward.down",), "feed_forward.up" if is_gated or inner.activation == "relu" else None))
+    return groups
+
+
+def _of_attention(name: str, attention: Attention, norm: str | None) -> list[Group]:
+    own_heads = attention.query.weight.shape[0] == attention.value.weight.shape[0]  # else several heads read one value
+    output = Group((f"{name}.output",), f"{name}.value" if own_heads else None)
+    if name == "cross_attention":
+        return [Group((f"{name}.query",), norm), Group((f"{name}.key", f"{name}.value"), None), output]
+    return [Group((f"{name}.query", f"{name}.key", f"{name}.value"), norm), output]
+
+
+class Gatherer:
+    """Watches the inputs of a block's groups while samples pass through it.
+
+    with Gatherer(block) as gatherer:
+        for passed in samples:
+            gatherer.counted = ...   # which of its tokens count
+            step(passed)
+    """
+
+    def __init__(self, block: Block) -> None:
+        self._groups = groups_of(block)
+        self._block = block
+        self._sums: dict[str, Sums] = {}
+        self._hooks: list = []
+        self.counted: Tensor | None = None
+        """[batch, seq] True for tokens that count; of cross-attention's keys and values `counted_in_source` says it."""
+        self.counted_in_source: Tensor | None = None
+
+    def __enter__(self) -> "Gatherer":
+        for group in self._groups:
+            first = self._block.get_submodule(group.linears[0])
+            self._hooks.append(first.register_forward_pre_hook(self._watch(group.linears[0])))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _watch(self, name: str):
+        def see(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            counted = self.counted_in_source if name == "cross_attention.key" else self.counted
+            x = inputs[0]
+            rows = x.flatten(0, -2) if counted is None else x[counted]
+            self._sums.setdefault(name, Sums(x.shape[-1], x.device)).add(rows.float())
+
+        return see
+
+    def sums(self) -> Iterator[tuple[Group, "Sums"]]:
+        """Each group with what was seen of it; taking them one by one frees them one by one."""
+        for group in self._groups:
+            yield group, self._sums.pop(group.linears[0])
+
+
+class Sums:
+    """Of one group's inputs; they add up over ranks.
+
+    Each sample's are float32 and added in float64, so that the whole does not depend on which rank had which sample.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self.second_moment = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.magnitude = torch.zeros(size, dtype=torch.float64, device=device)
+        self.largest = torch.zeros(size, dtype=torch.float32, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        """[tokens, in]"""
+        self.tokens += len(rows)
+        self.second_moment += rows.T @ rows
+        self.magnitude += rows.abs().sum(dim=0)
+        if len(rows):
+            self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
+
+    def statistics(self) -> InputStatistics:
+        count = int(self.tokens)
+        return InputStatistics(count, self.second_moment.float(), (self.magnitude / max(1, count)).float(), self.largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """The weight of a linear layer in a block."""
+
+    block: int
+    """The block's number, from 0."""
+    linear: str
+    """The layer's name in the block."""
+    shape: tuple[int, int]
+    """[out, in]"""
+
+    def __str__(self) -> str:
+        return f"{self.block}.{self.linear}"
+
+
+def matrices(config: ModelConfig) -> dict[str, Matrix]:
+    """Of all blocks, in the order in which they run, by their names in the network."""
+    found: dict[str, Matrix] = {}
+    for name, layer in first_uses(config):
+        if layer.module is Block:
+            with torch.device("meta"):
+                block = layer.module(*layer.arguments)
+            number = len({matrix.block for matrix in found.values()})
+            for linear in (linear for group in groups_of(block) for linear in group.linears):
+                found[f"{name}.{linear}.weight"] = Matrix(number, linear, tuple(block.get_submodule(linear).weight.shape))
+    return found

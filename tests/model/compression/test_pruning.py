@@ -1,0 +1,114 @@
+"""Which weights become zero, how many, and what the others become."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.compression.pruning import Sparsity, magnitude, sparsegpt, wanda
+from model.compression.statistics import InputStatistics, output_error
+from model.compression.sweep import sweep
+
+HALF = Sparsity(0.5)
+
+
+def statistics_of(inputs: Tensor) -> InputStatistics:
+    return InputStatistics(len(inputs), inputs.T @ inputs, inputs.abs().mean(dim=0), inputs.abs().amax(dim=0))
+
+
+@pytest.fixture(scope="module")
+def layer() -> tuple[Tensor, InputStatistics]:
+    """Inputs that depend on each other and differ in size; more columns than a batch of the sweep."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(800, 20, generator=generator) @ torch.randn(20, 192, generator=generator)
+    inputs = (mixed + torch.randn(800, 192, generator=generator)) * torch.logspace(-0.5, 0.5, 192)[torch.randperm(192, generator=generator)]
+    return torch.randn(40, 192, generator=generator), statistics_of(inputs)
+
+
+def test_the_sweep_is_the_inverse_hessian_taken_down_column_by_column(layer):
+    weight, statistics = layer
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(1))
+    swept, damping = sweep(weight, statistics.second_moment, 0.01, lambda column, batch, diagonal: batch[0].round(), order)
+
+    hessian = statistics.second_moment.double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(192)
+    expected, left = weight.double(), order.tolist()
+    while left:  # optimal brain surgeon, equations 2 and 3 of GPTQ's paper, each inverse from the start
+        inverse = hessian[left][:, left].inverse()
+        error = expected[:, left[0]] - expected[:, left[0]].round()
+        expected[:, left] -= error[:, None] * inverse[0] / inverse[0, 0]
+        left.pop(0)
+    assert damping == 0.01
+    assert (swept == expected.round()).double().mean() > 0.999  # float32 may tip a tie
+    assert torch.allclose(swept, swept.round())
+
+
+@pytest.mark.parametrize("text", ["0.3", "0.5", "2:4", "4:8", "1:4"])
+def test_each_method_makes_as_many_zeros_as_asked(layer, text):
+    weight, statistics = layer
+    sparsity = Sparsity.parse(text)
+    for changed in (magnitude(weight, sparsity), wanda(weight, statistics, sparsity), sparsegpt(weight, statistics, sparsity)):
+        zeros = changed.weight == 0
+        assert changed.notes == ()
+        if sparsity.pattern:
+            assert (zeros.unflatten(1, (-1, sparsity.pattern[1])).sum(dim=2) == sparsity.pattern[0]).all()
+    if not sparsity.pattern:
+        assert int((magnitude(weight, sparsity).weight == 0).sum()) == round(sparsity.fraction * weight.numel())
+        assert int((sparsegpt(weight, statistics, sparsity).weight == 0).sum()) == round(sparsity.fraction * weight.numel())
+        assert ((wanda(weight, statistics, sparsity).weight == 0).sum(dim=1) == round(sparsity.fraction * 192)).all()
+
+
+def test_equal_weights_are_counted_as_well():
+    ones = torch.ones(6, 128)
+    statistics = statistics_of(torch.randn(300, 128, generator=torch.Generator().manual_seed(0)))
+    assert int((magnitude(ones, HALF).weight == 0).sum()) == 3 * 128
+    assert int((wanda(torch.zeros(6, 128) + 1, statistics, HALF).weight == 0).sum()) == 3 * 128
+
+
+def test_wanda_and_magnitude_by_hand():
+    weight = torch.tensor([[4.0, -3.0, 2.0, 1.0]])
+    statistics = statistics_of(torch.diag(torch.tensor([1.0, 1.0, 10.0, 100.0])))
+    assert magnitude(weight, HALF).weight.tolist() == [[4, -3, 0, 0]]
+    assert wanda(weight, statistics, HALF).weight.tolist() == [[0, 0, 2, 1]]
+
+
+@pytest.mark.parametrize("text", ["0.7", "2:4"])
+def test_sparsegpt_changes_the_outputs_less_than_what_moves_no_weight(layer, text):
+    weight, statistics = layer
+    sparsity = Sparsity.parse(text)
+    error = lambda changed: output_error(changed.weight - weight, weight, statistics)  # noqa: E731
+    by_size, by_part = error(magnitude(weight, sparsity)), error(wanda(weight, statistics, sparsity))
+    assert error(sparsegpt(weight, statistics, sparsity)) < 0.7 * min(by_size, by_part)
+
+
+def test_inputs_that_are_always_zero_lose_their_weights_and_the_others_are_as_without_them(layer):
+    weight, statistics = layer
+    inputs = torch.linalg.cholesky(statistics.second_moment.double() + 1e-3 * torch.eye(192)).T.float()
+    inputs[:, 128:] = 0
+    with_dead = sparsegpt(weight, statistics_of(inputs), HALF)
+    without = sparsegpt(weight[:, :128], statistics_of(inputs[:, :128]), HALF)
+    assert not with_dead.weight[:, 128:].any()
+    assert torch.allclose(with_dead.weight[:, :128], without.weight, atol=1e-4)
+
+
+def test_a_hessian_that_cannot_be_inverted_is_damped_more_and_then_given_up_with_a_note(layer):
+    weight, _ = layer
+    ones = torch.ones(400, 192) * 30
+    moment = ones.T @ ones
+    moment[0, 1] = moment[1, 0] = moment[0, 1] * 1.15  # no second moment: its least eigenvalue is below zero
+    damped = sparsegpt(weight, InputStatistics(400, moment, ones[0], ones[0]), HALF)
+    assert damped.damping == pytest.approx(1.0)
+    assert damped.notes == ()
+    given_up = sparsegpt(weight, InputStatistics(400, moment * float("nan"), ones[0], ones[0]), HALF)
+    assert given_up.damping is None
+    assert "pruned by Wanda" in given_up.notes[0]
+
+
+@pytest.mark.parametrize("text", ["0", "1", "1.5", "-0.5", "half", "4:4", "5:4", "2:6", "2/4", ""])
+def test_what_is_no_sparsity_is_refused(text):
+    with pytest.raises(ValueError, match="neither a fraction above 0 and below 1"):
+        Sparsity.parse(text)
+
+
+def test_a_row_that_is_no_whole_number_of_patterns_is_refused():
+    with pytest.raises(ValueError, match="sparsity 2:4: a row of 6 entries is no multiple of 4"):
+        magnitude(torch.ones(2, 6), Sparsity.parse("2:4"))
