@@ -10,7 +10,6 @@ Measured on 0.98 GB of 8 ranks, whose largest parameter has 13 MB of each kind: 
 
 import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,18 +37,14 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--file_gib {settings.file_gib} must be above 0.")
 
     from launch.training.conversion import convert
+    from launch.training.processes import peak_memory_bytes
 
     done = convert(Path(settings.checkpoint), Path(settings.output), settings.file_gib * 2**30, functools.partial(print, flush=True))
     print(
         f"{done.source} -> {done.checkpoint}: {done.files_before:,} files -> {done.files:,}, {done.bytes:,} bytes, {done.seconds:.1f} s, "
-        f"{done.bytes / done.seconds / 1e6:,.0f} MB/s, peak memory {_peak_memory_bytes() / 1e6:,.0f} MB"
+        f"{done.bytes / done.seconds / 1e6:,.0f} MB/s, peak memory {peak_memory_bytes() / 1e6:,.0f} MB"
     )
     return 0
-
-
-def _peak_memory_bytes() -> int:
-    """Of this process; getrusage would count that of the process which started it."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from data.command_line import UserError, read_settings, run_door
-from data.sampling import OBJECTIVES, ObjectiveName, SamplingSettings
+from data.sampling import ObjectiveName
 from launch.training.score import Score, perplexity
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
     import torch
     from tqdm import tqdm
 
-    from data.batches import evaluation_batches, held_out_batches, num_evaluation_samples
-    from data.sampling import open_folders, open_held_out
+    from data.sampling import open_folders
+    from launch.training.held_out import questions, sampling_of
     from launch.training.processes import device_name, keep_freed_memory
     from launch.training.score import measure
     from launch.training.weights import load_model
@@ -102,77 +102,30 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
     keep_freed_memory()
     trained = load_model(settings.model, settings.average)
     folders = open_folders(_paths(settings, trained.recipe))
-    sampling = _sampling(settings, trained)
-    config = trained.config
-    length = config.sequence_length if settings.sequence_length is None else settings.sequence_length
+    sampling = sampling_of(trained, settings.model, settings.objective, settings.labels)
+    length = trained.config.sequence_length if settings.sequence_length is None else settings.sequence_length
     stride = length if settings.stride is None else settings.stride
     is_causal = sampling.objective == "causal"
     for prepared in folders.values():
         _refuse_impossible(settings, trained, prepared, length, stride, is_causal)
-    # Where all are empty the first is read all the same, and says so.
-    chosen = {name: folder for name, folder in folders.items() if len(folder.splits[settings.split])} or dict(list(folders.items())[:1])
     device, size = device_name(), settings.micro_batch_size
     model = trained.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     evaluations = {}
-    if not is_causal:
-        held_out = open_held_out(chosen, sampling, length, config.document_mask, config.architecture, config.token_types, settings.split)
-        if not held_out:
-            raise UserError(f"{settings.split} of {', '.join(chosen)} has no document: prepare with a larger --held_out.")
-    for name, folder in chosen.items():
-        stream = folder.splits[settings.split]
-        if is_causal:
-            batches = evaluation_batches(stream, length, size, folder.end_of_text, document_mask=config.document_mask, stride=stride)
-            count = num_evaluation_samples(len(stream), length, stride)
-        else:
-            batches, count = held_out_batches(held_out[name], size), held_out[name].num_samples
-        shown = tqdm(batches, total=math.ceil(count / size), unit="batch", disable=None if show_progress else True, leave=False)
+    for name, asked in questions(trained, folders, sampling, settings.split, size, length, stride).items():
+        batches = math.ceil(asked.num_samples / size)
+        shown = tqdm(asked.batches, total=batches, unit="batch", disable=None if show_progress else True, leave=False)
         start = time.perf_counter()
         score = measure(model, shown, device)
-        evaluations[name] = Evaluation(score, stream.num_bytes if is_causal else None, time.perf_counter() - start)
+        evaluations[name] = Evaluation(score, asked.stream.num_bytes if is_causal else None, time.perf_counter() - start)
     return evaluations
-
-
-def _sampling(settings: EvaluateSettings, trained: "TrainedModel") -> SamplingSettings:
-    """What samples ask for: as the run's did, or as the model of an exported folder can answer, and what is given over both."""
-    fields = {field.name for field in dataclasses.fields(SamplingSettings)}
-    config, data = trained.config, trained.recipe.get("data", {})
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name in fields}
-    known |= {"path": (), "weights": ()} | ({"objective": settings.objective} if settings.objective else {})
-    known |= {"labels": settings.labels} if settings.labels else {}
-    if not known.get("objective"):
-        default, other = OBJECTIVES[config.architecture]
-        known["objective"] = other if config.prefix_attention or not config.token_head else default
-    if not trained.recipe:
-        known["next_sentence"] = known["objective"] == "masked" and config.num_classes == 2
-        known["start_token"] = _start_token(trained) if config.architecture == "encoder_decoder" else None
-    sampling = SamplingSettings(**known)
-    if sampling.objective == "classification" and len(sampling.labels) != config.num_classes:
-        raise UserError(
-            f"labels are {len(sampling.labels)}; {settings.model} tells {config.num_classes} classes apart. Give --labels, in their order."
-        )
-    return sampling
-
-
-def _start_token(trained: "TrainedModel") -> str | None:
-    """What data.start_token is to be for the decoder of an exported folder."""
-    from data.tokenizer import load_tokenizer
-
-    if trained.tokenizer is None:
-        return None
-    tokenizer = load_tokenizer(trained.tokenizer)
-    start = trained.start_token(tokenizer)
-    if start not in tokenizer.special_names:
-        raise UserError(f"{trained.folder}/config.json: decoder_start_token_id {start} is no special token of {tokenizer.path}.")
-    return None if start == tokenizer.end_of_text else tokenizer.special_names[start]
 
 
 def _refuse_impossible(
     settings: EvaluateSettings, trained: "TrainedModel", prepared: "PreparedData", length: int, stride: int, is_causal: bool
 ) -> None:
-    from data.tokenizer import load_tokenizer
-    from launch.training.data import tokenized_otherwise
+    from launch.training.held_out import strange_tokens
 
-    context, vocab_size = trained.config.sequence_length, trained.config.vocab_size
+    context = trained.config.sequence_length
     complaints = []
     if not 1 <= length <= context:
         complaints.append(f"sequence_length {length} is outside 1 ... {context}, the model's context.")
@@ -182,20 +135,7 @@ def _refuse_impossible(
         complaints.append(f"stride {stride} is for windows of causal models; samples of another objective do not overlap.")
     if settings.micro_batch_size < 1:
         complaints.append(f"micro_batch_size is {settings.micro_batch_size}; it must be at least 1.")
-    if prepared.vocab_size > vocab_size:
-        complaints.append(f"{prepared.folder} has token ids up to {prepared.vocab_size - 1}; {settings.model} knows {vocab_size}.")
-    tokenizer, other = trained.tokenizer, prepared.tokenizer_path
-    if tokenizer and tokenizer.name == other.name:
-        if tokenizer.read_bytes() != other.read_bytes():
-            complaints.append(f"{prepared.folder} was tokenized with another {other.name} than {settings.model} was trained with.")
-        elif load_tokenizer(tokenizer).settings != load_tokenizer(other).settings:
-            complaints.append(
-                f"{prepared.folder} was tokenized with other settings beside {other.name} than {settings.model} was trained with."
-            )
-    elif tokenizer and not complaints and tokenized_otherwise(prepared, tokenizer):
-        complaints.append(
-            f"{prepared.folder} was tokenized by {other.name}, which gives other ids than {settings.model}'s {tokenizer.name}."
-        )
+    complaints += strange_tokens(trained, prepared, settings.model)
     if complaints:
         raise UserError("\n".join(complaints))
 

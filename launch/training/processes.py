@@ -8,6 +8,7 @@ import platform
 import random
 import re
 import socket
+from pathlib import Path
 
 import torch
 
@@ -153,6 +154,11 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far; getrusage would count that of the process which started it."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 def device_name() -> str:

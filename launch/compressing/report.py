@@ -1,0 +1,437 @@
+"""What compressing a model did and what it cost: report.json for programs, report.md and pictures for people."""
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from launch.compressing import pictures
+from launch.compressing.comparison import Estimate, Quality
+from launch.training.weights import OpenedModel
+from model.config import ModelConfig, count_parameters
+from model.layers import Block, Classifier, Head, HeadBias, LayerNorm, RMSNorm, TokenTransform
+from model.transformer import Transformer
+
+Artefact = Literal[
+    "zeros",
+    "2:4",
+    "structured",
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "gguf",
+]
+"""What was written: masks without a pattern that hardware knows, and with one; a smaller dense model; a format of
+compressed-tensors; a file of llama.cpp's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """A parameter as it lies on disk."""
+
+    name: str
+    """Ours."""
+    kind: str
+    """As kinds_of_tensors has it."""
+    parameters: int
+    zeros: int
+    """Of its parameters, those that are exactly 0."""
+    bytes: int
+    """With scales and zero points."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model's parameters, tied ones once."""
+
+    bytes: int
+    """As weights_bytes counts them."""
+    tensors: tuple[TensorReport, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.parameters for tensor in self.tensors)
+
+    @property
+    def zeros(self) -> int:
+        return sum(tensor.zeros for tensor in self.tensors)
+
+    @property
+    def by_kind(self) -> dict[str, "Weights"]:
+        """Those of each kind; their bytes are the tensors' own."""
+        groups = defaultdict(list)
+        for tensor in self.tensors:
+            groups[tensor.kind].append(tensor)
+        return {kind: Weights(sum(tensor.bytes for tensor in group), tuple(group)) for kind, group in groups.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearReport:
+    """A linear layer whose weight was changed."""
+
+    name: str
+    """Its weight's, ours without ".weight"."""
+    block: int
+    """Counted from 0."""
+    linear: str
+    """Its name in the block."""
+    error: float | None = None
+    """||change X|| / ||weight X||, Frobenius, over the calibration tokens; None without any."""
+    damping: float | None = None
+    """Share of the mean diagonal that was added to the Hessian's diagonal; None where none was needed."""
+    notes: tuple[str, ...] = ()
+    """What went otherwise than asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """A block that was compressed."""
+
+    block: int
+    seconds: float
+    divergence: float | None = None
+    """Mean KL to the dense model with this block alone compressed, nats a token; None where it was not measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """What perplexities were measured on. Only numbers of one basis can be compared."""
+
+    text: str
+    """Split and prepared folders."""
+    fingerprint: str
+    """Hash of all that was read of it."""
+    objective: str
+    sequence_length: int
+    """Tokens of a window, or of a sample."""
+    stride: int | None
+    """Tokens that a window moves on; None where samples are no windows."""
+    tokenizer: str
+    """SHA-256 of its file."""
+    bytes_per_token: float | None
+    """UTF-8; None where the model is not asked for all of its text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What statistics were taken from."""
+
+    text: str
+    """Split and prepared folders."""
+    samples: int
+    tokens: int
+    fingerprint: str
+    """Hash of all that was read of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Generation by one engine on the machine that the report was made on."""
+
+    engine: str
+    """With its version, type of weights and threads."""
+    before: float | None
+    """Tokens a second of the dense model; None where the engine has not run it."""
+    after: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What was written, read again by an engine that is not ours, which missed no tensor and found none too many."""
+
+    engine: str
+    version: str
+    measure: str
+    """What was compared: "perplexity", "logits"."""
+    difference: float
+    """Largest, relative to ours."""
+    bound: float
+    """What difference passes."""
+    theirs: float | None = None
+    """Perplexity."""
+    ours: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything that was measured; None and empty for what this compression does not have."""
+
+    name: str
+    model: str
+    """What was compressed."""
+    artefact: Artefact
+    bits: tuple[int, ...]
+    """Widths of the codes of quantized weights, each once."""
+    method: str
+    """In words: "GPTQ, int4, groups of 128"."""
+    settings: Mapping[str, Any]
+    """Of the door, flat."""
+    command: str
+    before: Weights
+    after: Weights
+    seconds: float
+    """In all, of work, measuring and checking."""
+    peak_memory_bytes: int
+    """Largest resident set of a process."""
+    device: str
+    versions: Mapping[str, str]
+    linears: tuple[LinearReport, ...] = ()
+    blocks: tuple[BlockReport, ...] = ()
+    basis: Basis | None = None
+    quality: Quality | None = None
+    calibration: Calibration | None = None
+    speeds: tuple[Speed, ...] = ()
+    proof: Proof | None = None
+
+
+def kinds_of_tensors(config: ModelConfig) -> dict[str, str]:
+    """Parameter name -> "embedding", "attention", "feed-forward", "norm" or "head", as a report groups them."""
+    with torch.device("meta"):
+        network = Transformer(config)
+    kinds = {}
+    for place, module in network.named_modules():
+        owner = network.get_submodule(place.split(".")[0])
+        for name, _ in module.named_parameters(recurse=False):
+            if isinstance(module, LayerNorm | RMSNorm):
+                kind = "norm"
+            elif isinstance(owner, Block):
+                kind = "feed-forward" if "feed_forward" in place else "attention"
+            else:
+                kind = "head" if isinstance(owner, Head | HeadBias | TokenTransform | Classifier) else "embedding"
+            kinds[f"{place}.{name}"] = kind
+    return kinds
+
+
+def weights_bytes(opened: OpenedModel) -> int:
+    """Of a Hugging Face folder its safetensors files; of a checkpoint, which holds the optimizer's moments too, its weights in float32.
+
+    Of a GGUF file all of it, the tokenizer too.
+    """
+    if opened.step is not None:
+        return 4 * count_parameters(opened.config)
+    if opened.folder.is_file():
+        return opened.folder.stat().st_size
+    return sum(path.stat().st_size for path in opened.folder.glob("model*.safetensors"))
+
+
+def served(artefact: Artefact, bits: Sequence[int] = ()) -> str:
+    """Where an artefact can be served and where not, in a sentence.
+
+    What is here run by ourselves is transformers and llama.cpp. Of vLLM and of kernels on GPUs we have its documentation alone.
+    """
+    unproven = "by vLLM (its documentation; not proven here) on NVIDIA GPUs from"
+    if artefact == "structured":
+        return "Served everywhere that a dense model of this architecture is: transformers, vLLM, and as GGUF llama.cpp."
+    if artefact == "zeros":
+        return (
+            "Its zeros make it neither smaller nor faster in any engine: it is for research and a start for sparse fine-tuning; "
+            "transformers, vLLM and llama.cpp serve it as the dense model that its files are."
+        )
+    if artefact == "2:4":
+        return (
+            "For research, sparse fine-tuning and PyTorch's own 2:4 kernels on NVIDIA GPUs from Ampere on (to_sparse_semi_structured); "
+            "vLLM has removed its 2:4 kernels (vllm#36799) and serves it, as transformers does, at the size and speed of a dense model."
+        )
+    if artefact == "gguf":
+        return "Served by llama.cpp and what is built on it, on CPUs and GPUs; transformers reads it back as a dense model; not for vLLM."
+    if artefact == "pack-quantized" and not set(bits) <= {4, 8}:
+        return "Read by transformers, which makes a dense model of it; vLLM's kernels are for 4 and 8 bits, llama.cpp reads GGUF alone."
+    hardware = {
+        "pack-quantized": "Turing on",
+        "int-quantized": "Turing on, and on x86 CPUs",
+        "float-quantized": "Ada Lovelace and Hopper on",
+    }.get(artefact, "Blackwell on")
+    loaded = "" if "fp4" not in artefact else ", loaded as bfloat16"
+    return f"Served {unproven} {hardware}; read by transformers{loaded}, on a CPU as a dense model; not by llama.cpp, which has GGUF."
+
+
+def write(report: Report, folder: Path) -> None:
+    """Add report.json, report.md and its pictures to a folder. The same report gives the same bytes."""
+    contents = dataclasses.asdict(report) | {"served": served(report.artefact, report.bits)}
+    (folder / "report.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    drawn = dict(_pictures(report))
+    for name, figure in drawn.items():
+        pictures.save(figure, folder / name)
+    parts = [_beginning(report), _numbers(report), _sizes(report, drawn), _over_depth(report, drawn), _how(report), _every_tensor(report)]
+    (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown that is a table as plain text too: the first column to the left, the others to the right."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
+    line = lambda row: (  # noqa: E731
+        "| "
+        + " | ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        + " |"
+    )
+    rule = "|" + "|".join("-" * (width + 1) + (":" if place else "-") for place, width in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people."""
+    for unit, factor in {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
+        if (count := num_bytes / factor) >= 1:
+            return f"{count:.{max(0, 2 - int(math.log10(count)))}f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def bits_per_weight(weights: Weights) -> str:
+    """8 x bytes / parameters."""
+    return f"{8 * weights.bytes / weights.parameters:.2f}"
+
+
+def _pictures(report: Report) -> Iterator[tuple[str, Any]]:
+    yield "sizes.svg", pictures.sizes({name: _bytes_by_kind(weights) for name, weights in _both(report).items()})
+    errors: dict[str, dict[int, float]] = defaultdict(dict)
+    for linear in report.linears:
+        if linear.error is not None:
+            errors[linear.linear][linear.block] = linear.error
+    if errors:
+        yield "errors.svg", pictures.errors_over_depth(errors)
+    if divergences := {block.block: block.divergence for block in report.blocks if block.divergence is not None}:
+        yield "sensitivity.svg", pictures.sensitivity(divergences)
+
+
+def _both(report: Report) -> dict[str, Weights]:
+    return {"before": report.before, "after": report.after}
+
+
+def _bytes_by_kind(weights: Weights) -> dict[str, int]:
+    return {kind: group.bytes for kind, group in weights.by_kind.items()}
+
+
+def _beginning(report: Report) -> str:
+    old, new = report.before, report.after
+    lines = [f"# {report.name}\n"]
+    if (quality := report.quality) is not None:
+        change = f"**Perplexity ×{quality.ratio.value:.4f}** (± {quality.ratio.standard_error:.4f})"
+        lines.append(f"{change}: {_perplexity(quality.perplexity_before)} → {_perplexity(quality.perplexity_after)}.")
+    lines.append(
+        f"**Size ×{new.bytes / old.bytes:.3f}**: {size(old.bytes)} → {size(new.bytes)}, {bits_per_weight(new)} bits a weight; "
+        f"{new.zeros / new.parameters:.1%} of {new.parameters:,} parameters are 0."
+    )
+    lines.append(f"{report.method}, of {report.model}.\n")
+    lines.append(served(report.artefact, report.bits))
+    return "\n".join(lines)
+
+
+def _numbers(report: Report) -> str:
+    old, new = report.before, report.after
+    rows = []
+    if (quality := report.quality) is not None:
+        rows.append(["perplexity a token", _perplexity(quality.perplexity_before), _perplexity(quality.perplexity_after)])
+        rows.append(["loss, nats a token", f"{quality.loss_before.value:.5f}", f"{quality.loss_after.value:.5f}"])
+        if quality.bits_per_byte_before is not None:
+            rows.append(["bits per byte", f"{quality.bits_per_byte_before:.4f}", f"{quality.bits_per_byte_after:.4f}"])
+        rows.append(["KL to the dense model, nats a token: mean", "", _estimate(quality.divergence, ".5f")])
+        rows.append(["KL of 99 of 100 tokens, at most", "", f"{quality.divergence_p99:.5f}"])
+        rows.append(["same likeliest token", "", _estimate(quality.agreement, ".2%")])
+    rows.append(["weights on disk, bytes", f"{old.bytes:,}", f"{new.bytes:,}"])
+    rows.append(["bits a weight", bits_per_weight(old), bits_per_weight(new)])
+    rows.append(["parameters", f"{old.parameters:,}", f"{new.parameters:,}"])
+    rows.append(["of them 0", f"{old.zeros / old.parameters:.2%}", f"{new.zeros / new.parameters:.2%}"])
+    for speed in report.speeds:
+        rows.append([f"tokens/s, {speed.engine}", "" if speed.before is None else f"{speed.before:.1f}", f"{speed.after:.1f}"])
+    text = table(["", "before", "after"], rows)
+    if (basis := report.basis) is not None and quality is not None:
+        moved = "" if basis.stride is None else f", {basis.stride:,} apart"
+        of_text = "" if basis.bytes_per_token is None else f" of {basis.bytes_per_token:.2f} bytes"
+        text += (
+            f"\n\nMeasured on {quality.tokens:,} tokens{of_text}, {basis.text}: {basis.objective}, windows of {basis.sequence_length:,} "
+            f"tokens{moved}; hash {basis.fingerprint[:12]}, tokenizer {basis.tokenizer[:12]}. Standard errors take tokens as drawn one "
+            "by one."
+        )
+    return text
+
+
+def _sizes(report: Report, drawn: Mapping[str, Any]) -> str:
+    old, new = report.before.by_kind, report.after.by_kind
+    rows = [
+        [
+            kind,
+            f"{old[kind].parameters:,}",
+            f"{new[kind].parameters:,}",
+            bits_per_weight(old[kind]),
+            bits_per_weight(new[kind]),
+            f"{new[kind].zeros / new[kind].parameters:.2%}",
+        ]
+        for kind in new
+    ]
+    header = ["", "parameters before", "after", "bits a weight before", "after", "zeros after"]
+    return f"## Where the bytes are\n\n{_shown('sizes.svg', drawn, 'Bytes by kind of tensor, before and after')}\n\n{table(header, rows)}"
+
+
+def _over_depth(report: Report, drawn: Mapping[str, Any]) -> str:
+    parts = []
+    if "errors.svg" in drawn:
+        with_errors = [linear for linear in report.linears if linear.error is not None]
+        worst = max(with_errors, key=lambda linear: linear.error or 0.0)
+        parts.append("## Error of each layer's outputs")
+        parts.append(_shown("errors.svg", drawn, "Relative output error of each linear layer over depth"))
+        parts.append(f"Largest: {worst.linear} of block {worst.block}, {worst.error:.4f}.")
+    if noted := [linear for linear in report.linears if linear.notes]:
+        parts.append("## What went otherwise than asked")
+        parts.append("\n".join(f"- {linear.linear} of block {linear.block}: {' '.join(linear.notes)}" for linear in noted))
+    if "sensitivity.svg" in drawn:
+        parts.append("## What each block costs alone")
+        parts.append(_shown("sensitivity.svg", drawn, "KL to the dense model where one block alone is compressed"))
+    return "\n\n".join(parts)
+
+
+def _how(report: Report) -> str:
+    lines = ["## How", "", "```", report.command, "```", ""]
+    if (calibration := report.calibration) is not None:
+        read = f"{calibration.samples:,} samples, {calibration.tokens:,} tokens, {calibration.text}"
+        lines.append(f"- calibration: {read}; hash {calibration.fingerprint[:12]}")
+    of_blocks = f", {sum(block.seconds for block in report.blocks):,.1f} s of it in the blocks" if report.blocks else ""
+    lines.append(f"- time: {report.seconds:,.1f} s{of_blocks}; peak memory of a process: {size(report.peak_memory_bytes)}; {report.device}")
+    lines.append("- " + ", ".join(f"{name} {number}" for name, number in report.versions.items()))
+    if (proof := report.proof) is not None:
+        found = "" if proof.theirs is None else f" {proof.theirs:.6g}, ours {proof.ours:.6g}"
+        lines.append(
+            f"- proof: {proof.engine} {proof.version} loads it with no missing or unexpected key; {proof.measure}{found}: "
+            f"largest difference {proof.difference:.1e}, bound {proof.bound:.0e}"
+        )
+    lines += ["", "<details><summary>Settings</summary>", ""]
+    lines += [table(["", "value"], [[name, str(value)] for name, value in report.settings.items()]), "", "</details>"]
+    return "\n".join(lines)
+
+
+def _every_tensor(report: Report) -> str:
+    linears = {f"{linear.name}.weight": linear for linear in report.linears}
+    rows = []
+    for tensor in report.after.tensors:
+        linear = linears.get(tensor.name)
+        numbers = [None, None] if linear is None else [linear.error, linear.damping]
+        rows.append(
+            [
+                tensor.name,
+                f"{tensor.parameters:,}",
+                f"{8 * tensor.bytes / tensor.parameters:.2f}",
+                f"{tensor.zeros / tensor.parameters:.2%}",
+                *("" if number is None else f"{number:.4g}" for number in numbers),
+            ]
+        )
+    header = ["", "parameters", "bits a weight", "zeros", "error", "damping"]
+    return f"<details><summary>Every tensor</summary>\n\n{table(header, rows)}\n\n</details>"
+
+
+def _shown(name: str, drawn: Mapping[str, Any], description: str) -> str:
+    return f"![{description}]({name})" if name in drawn else ""
+
+
+def _perplexity(estimate: Estimate) -> str:
+    return _estimate(estimate, ".3f")
+
+
+def _estimate(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} ± {estimate.standard_error:{form}}"

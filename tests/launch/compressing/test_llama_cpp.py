@@ -1,0 +1,116 @@
+"""llama.cpp itself: our logits, our ids, its K-quants, its speed beside ours."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.gguf_tokenizer import gguf_tokenizer
+from data.tokenizer import load_tokenizer, published_pattern, train_sentencepiece
+from launch import export, speed
+from launch.compressing import llama_cpp
+from model import huggingface
+from model.compression import gguf_file
+from model.config import ModelConfig
+from model.transformer import Transformer
+from tests.data.vocabularies import SPECIAL_TOKENS, learnt_byte_level, rank_file
+from tests.model.both_sides import GPT2
+
+pytestmark = pytest.mark.slow
+
+TEXT = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000]
+SCALED = {"rope_factor": 4.0, "rope_original_length": 16}
+NETWORKS = {
+    "llama, grouped heads": {"num_key_value_heads": 2, "tie_embeddings": False},
+    "llama, biases, narrow heads": {"biases": True, "head_size": 8},
+    "llama, linear": {"rope_scaling": "linear", "rope_factor": 4.0},
+    "llama, ntk": {"rope_scaling": "ntk", "rope_factor": 4.0},
+    "llama, Llama 3.1's": {"rope_scaling": "llama3"} | SCALED,
+    "llama, yarn": {"rope_scaling": "yarn"} | SCALED,
+    "qwen3, yarn": {"qk_norm": True, "head_size": 32, "rope_scaling": "yarn"} | SCALED,
+    "gpt2": GPT2,
+    "gpt2, no biases, a head of its own": GPT2 | {"biases": False, "tie_embeddings": False, "intermediate_size": 96},
+}
+
+
+@pytest.fixture(autouse=True)
+def _there_is_llama_cpp():
+    if not llama_cpp.is_installed():
+        (pytest.fail if "CI" in os.environ else pytest.skip)("llama-cpp-python is not installed")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "tokenizer.model"
+    train_sentencepiece([TEXT], path, vocab_size=600)
+    return path
+
+
+def weights_of(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """No norm or bias left at 1 or 0."""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: weight.detach() for name, weight in Transformer(config).named_parameters()}
+    return {name: weight + 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in state.items()}
+
+
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+def test_its_logits_are_ours(options, words, tmp_path):
+    config = ModelConfig(**{"vocab_size": 601, "sequence_length": 64, "hidden_size": 64, "num_layers": 2} | options)
+    tokens = torch.randint(600, (2, 64), generator=torch.Generator().manual_seed(0))
+    state, entries = weights_of(config), gguf_tokenizer(load_tokenizer(words), config.vocab_size)
+    # Measured: 1e-6; float16 activations 8e-4; activations of 8 bits 0.023.
+    for kind, tolerance in {"f32": 1e-5, "f16": 3e-3, "q8_0": 0.05, "q4_0": 0.05}.items():
+        path = tmp_path / f"{kind}.gguf"
+        gguf_file.write(config, state, entries, path, kind)
+        ours = gguf_file.logits(config, gguf_file.GGUFState(path, config), tokens)
+        theirs = torch.stack(list(llama_cpp.logits(path, tokens)))
+        assert (theirs - ours).norm() < tolerance * ours.norm(), kind
+
+
+def byte_level(path: Path) -> None:
+    learnt_byte_level([TEXT], SPECIAL_TOKENS).save(str(path))
+
+
+TOKENIZERS = {
+    "tokenizer.model": lambda path: train_sentencepiece([TEXT], path, vocab_size=600),
+    "tokenizer.json": byte_level,
+    "cl100k.tiktoken": lambda path: rank_file(path, [TEXT]),
+    "o200k.tiktoken": lambda path: rank_file(path, [TEXT], published_pattern("o200k_base")),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_door_has_it_give_our_ids_and_our_perplexity(name, tmp_path, capsys):
+    folder = tmp_path / "model"
+    config = ModelConfig(vocab_size=640, sequence_length=64, hidden_size=256, num_layers=2)
+    huggingface.export(config, weights_of(config), folder)
+    TOKENIZERS[name](folder / name)
+    for kind in ("f16", "q4_k_m"):
+        assert export.main([str(folder), "--output", str(tmp_path / f"{kind}.gguf"), "--format", "gguf", "--type", kind]) == 0
+        assert "llama.cpp gives our ids" in capsys.readouterr().out
+    assert gguf_file.types(tmp_path / "q4_k_m.gguf")["q4_k"] > 0
+    assert (tmp_path / "q4_k_m.gguf").stat().st_size < 0.5 * (tmp_path / "f16.gguf").stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f16.gguf", "model", "q4_k_m.gguf"]
+
+
+def test_other_ids_and_another_perplexity_are_noticed(words, tmp_path):
+    config = ModelConfig(vocab_size=600, sequence_length=64, hidden_size=64, num_layers=1)
+    entries = gguf_tokenizer(load_tokenizer(words), 600)
+    path = tmp_path / "model.gguf"
+    gguf_file.write(config, weights_of(config), entries | {"tokenizer.ggml.add_space_prefix": True}, path, "f32")
+    with pytest.raises(RuntimeError, match="gives other ids"):
+        llama_cpp.verify(path, config, load_tokenizer(words), 1e-4)
+    gguf_file.write(config, weights_of(config), entries, path, "f32")
+    assert llama_cpp.verify(path, config, load_tokenizer(words), 1e-4) < 1e-5
+    other = ModelConfig(vocab_size=600, sequence_length=64, hidden_size=64, num_layers=1, rope_theta=100.0)
+    with pytest.raises(RuntimeError, match="perplexity differs from ours"):
+        llama_cpp.verify(path, other, load_tokenizer(words), 1e-4)
+
+
+def test_four_bits_write_at_least_twice_as_fast_as_we_do(capsys):
+    assert speed.main(["--size", "llama-160m", "--types", "q4_0", "q4_k_m", "--new_tokens", "32"]) == 0
+    times_ours = dict(re.findall(r"^(.*?) +[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M))
+    assert float(times_ours["llama.cpp, q4_0"]) >= 2 and float(times_ours["llama.cpp, q4_k_m"]) >= 2
