@@ -1,0 +1,121 @@
+"""llama.cpp, where llama-cpp-python is installed: the second engine that reads a GGUF file, its K-quants, and its speed.
+
+It is no requirement, because it compiles for a quarter of an hour: pip install llama-cpp-python==0.3.36
+"""
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.command_line import UserError
+from data.huggingface_tokenizer import texts_of_many_kinds
+from data.tokenizer import SPACE, Tokenizer
+from model.compression import gguf_file
+from model.config import ModelConfig
+from model.loss import token_losses
+
+INSTALL = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install llama-cpp-python==0.3.36'
+K_QUANTS = {"q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M", "q5_k_m": "LLAMA_FTYPE_MOSTLY_Q5_K_M", "q6_k": "LLAMA_FTYPE_MOSTLY_Q6_K"}
+"""Types of a file that llama.cpp alone writes, by its names for them."""
+_SAMPLES, _SAMPLE_TOKENS = 8, 256  # whose perplexity is compared
+_ERROR = 4  # ggml_log_level
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def refuse_missing(what: str) -> None:
+    """Raise UserError where it is not installed; `what` asks for it."""
+    if not is_installed():
+        raise UserError(f"{what}, and llama-cpp-python is not installed. Install it: {INSTALL}")
+
+
+def quantize(file: Path, kind: str, output: Path) -> None:
+    """Write the GGUF file `output` from one of floats, as one of K_QUANTS; raises UserError where llama.cpp is not installed."""
+    library = _library()
+    parameters = library.llama_model_quantize_default_params()
+    parameters.ftype = getattr(library, K_QUANTS[kind])
+    parameters.nthread = torch.get_num_threads()
+    if library.llama_model_quantize(str(file).encode(), str(output).encode(), ctypes.byref(parameters)):
+        raise RuntimeError(f"llama.cpp could not write {output} from {file}.")
+
+
+def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, special tokens in it being text, with nothing put before it."""
+    model = _model(file, vocab_only=True)
+    return [model.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
+
+
+def logits(file: Path, tokens: Tensor) -> Iterator[Tensor]:
+    """Of each row, float32, computed with float32 keys and values.  [batch, seq] -> batch x [seq, vocab]"""
+    length = tokens.shape[1]
+    model = _model(file, n_ctx=length, n_batch=length, n_ubatch=length, logits_all=True, type_k=0, type_v=0)
+    for row in tokens.tolist():
+        model.reset()
+        model.eval(row)
+        yield torch.from_numpy(model.scores[:length].copy())
+
+
+def perplexity(file: Path, tokens: Tensor) -> float:
+    """Of all ids of each row but the first, by those before them.  [batch, seq]"""
+    found = [token_losses(said[None, :-1], row[None, 1:]) for said, row in zip(logits(file, tokens), tokens, strict=True)]
+    return torch.cat(found).double().mean().exp().item()
+
+
+def verify(file: Path, config: ModelConfig, tokenizer: Tokenizer, tolerance: float) -> float:
+    """Compare llama.cpp with us on texts of many kinds: their ids, and the perplexity of the weights that the file holds.
+
+    Returns by how much the perplexities differ, relative; raises RuntimeError where it is more than `tolerance`, or an id differs.
+    """
+    texts = [text for text in texts_of_many_kinds(tokenizer) if SPACE not in text]  # which to llama.cpp is a space
+    for text, theirs in zip(texts, tokenize(file, texts), strict=True):
+        if theirs != tokenizer.encode(text):
+            raise RuntimeError(f"{file}: llama.cpp gives other ids than {tokenizer.path} for {text[:80]!r}.")
+    ids = tokenizer.encode("\n".join(texts))
+    length = min(config.sequence_length, _SAMPLE_TOKENS)
+    tokens = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:_SAMPLES]
+    said = gguf_file.logits(config, gguf_file.GGUFState(file, config), tokens)
+    ours = token_losses(said[:, :-1], tokens[:, 1:]).double().mean().exp().item()
+    difference = abs(perplexity(file, tokens) / ours - 1)
+    if not difference <= tolerance:
+        raise RuntimeError(f"{file}: llama.cpp's perplexity differs from ours by {difference:.2%}; {tolerance:.2%} is allowed.")
+    return difference
+
+
+def tokens_per_second(file: Path, new_tokens: int = 64, prompt_tokens: int = 16, threads: int | None = None) -> float:
+    """Of writing token by token behind a prompt, which is not counted; on as many threads as torch has, unless it is said."""
+    threads = threads or torch.get_num_threads()
+    model = _model(file, n_ctx=prompt_tokens + new_tokens, n_threads=threads, n_threads_batch=threads)
+    model.eval(list(range(prompt_tokens)))
+    start = time.perf_counter()
+    for token in range(new_tokens):
+        model.eval([token])
+    return new_tokens / (time.perf_counter() - start)
+
+
+@functools.cache
+def _library() -> Any:
+    """The package, saying nothing but errors."""
+    refuse_missing("This needs llama.cpp")
+    library = importlib.import_module("llama_cpp")
+    library.llama_log_set(_print_errors(library), ctypes.c_void_p(0))
+    return library
+
+
+@functools.cache  # llama.cpp keeps no reference to it
+def _print_errors(library: Any) -> Any:
+    return library.llama_log_callback(lambda level, text, _: sys.stderr.write(text.decode()) if level == _ERROR else None)
+
+
+def _model(file: Path, **options: Any) -> Any:
+    return _library().Llama(str(file), verbose=False, **options)

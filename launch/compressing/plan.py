@@ -1,0 +1,83 @@
+"""What a compression will need, worked out before it starts: memory, disk and time of each process."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from launch.compressing.settings import CompressionSettings
+from launch.training.plan import measured_flops
+from launch.training.processes import device_name
+from model.compression.statistics import Matrix, matrices
+from model.config import SIZES, ModelConfig, count_parameters, named_size
+
+if TYPE_CHECKING:
+    from launch.compressing.door import Job
+
+_PROCESS_BYTES = 0.45e9  # of Python with torch and what a door imports
+_OF_A_PRODUCT = 0.5  # of the speed of a large matrix product, all in all: what GPTQ of a 0.5 B model reached on two CPU cores
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Of a process."""
+
+    memory_bytes: float
+    seconds: float
+
+
+def need(config: ModelConfig, tokens: int, is_swept: bool, flops_a_second: float, world_size: int = 1) -> Need:
+    """Of one walk with so many calibration tokens over all ranks; `is_swept`: a method that inverts second moments (GPTQ, SparseGPT).
+
+    A block twice in float32; the hidden states; second moments of a block's inputs in float64 and what inverts the largest; or, where
+    that is more, the embedding. Time: two forward passes, the second moments, and for each matrix its sweep.
+    """
+    all_of_them = list(matrices(config).values())
+    groups = _distinct_inputs(all_of_them)
+    one_block = [matrix for matrix in all_of_them if matrix.block == 0]
+    block_bytes = 4 * sum(rows * columns for rows, columns in (matrix.shape for matrix in one_block))
+    moment_bytes = 8 * sum(size**2 for size in groups)
+    largest = max(matrix.shape[1] for matrix in one_block)
+    work_bytes = 12 * largest**2 if is_swept else 0
+    hidden_bytes = 4 * tokens / world_size * config.hidden_size
+    embedding_bytes = 8 * config.vocab_size * config.hidden_size
+    memory = _PROCESS_BYTES + hidden_bytes + max(2 * block_bytes + max(moment_bytes, moment_bytes / 2 + work_bytes), embedding_bytes)
+    parameters = sum(rows * columns for rows, columns in (matrix.shape for matrix in all_of_them))
+    operations = 4 * tokens * parameters + 2 * tokens * config.total_blocks * sum(size**2 for size in groups)
+    if is_swept:
+        operations += sum(2 * rows * columns**2 + 2 * columns**3 for rows, columns in (matrix.shape for matrix in all_of_them))
+    return Need(memory, operations / world_size / (_OF_A_PRODUCT * flops_a_second))
+
+
+def of(job: "Job", is_swept: bool) -> str:
+    """Of a job, as a line to print."""
+    tokens = job.calibration.tokens if job.calibration else 0
+    return _line(job.opened.config, job.settings, tokens, is_swept, job.workers.process.world_size, job.dtype.itemsize)
+
+
+def of_named_size(settings: CompressionSettings, is_swept: bool) -> str | None:
+    """Of a network that is only a name, such as llama2-7b; None where the model is none of these."""
+    if settings.model not in SIZES:
+        return None
+    config = ModelConfig(**named_size(settings.model))
+    tokens = settings.calibration_samples * (settings.sequence_length or config.sequence_length)
+    return _line(config, settings, tokens, is_swept, 1, 4 if settings.precision == "float32" else 2)
+
+
+def _line(config: ModelConfig, settings: CompressionSettings, tokens: int, is_swept: bool, world_size: int, item_bytes: int) -> str:
+    device = device_name()
+    needed = need(config, tokens, is_swept, measured_flops("float32", device), world_size)
+    hours, minutes = divmod(round(needed.seconds / 60), 60)
+    ranks = "" if world_size == 1 else f" on each of {world_size} ranks"
+    parameters = count_parameters(config)
+    return (
+        f"{settings.model}: {parameters:,} parameters, {len(matrices(config))} matrices in {config.total_blocks} blocks; "
+        f"{tokens:,} calibration tokens.\nNeeds about {needed.memory_bytes / 1e9:.1f} GB of memory{ranks}, up to "
+        f"{2 * item_bytes * parameters / 1e9:.1f} GB of disk beside the model, and {f'{hours} h ' if hours else ''}{minutes} min "
+        f"to compress on this machine ({device}; an estimate from one matrix product). Transformers, which checks the result at the "
+        f"end, holds all of it: {4 * parameters / 1e9:.1f} GB."
+    )
+
+
+def _distinct_inputs(all_of_them: list[Matrix]) -> list[int]:
+    """How many inputs each group of matrices of one block has: queries, keys and values share theirs, gate and up too."""
+    shared = ("key", "value", "gate")
+    return [matrix.shape[1] for matrix in all_of_them if matrix.block == 0 and matrix.linear.split(".")[-1] not in shared]

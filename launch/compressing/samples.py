@@ -1,0 +1,114 @@
+"""The text that a compression looks at: calibration from the training split, and other text on which it is measured."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.batches import Batch
+from data.command_line import UserError
+from data.sampling import open_folders
+from launch.training.held_out import questions, sampling_of, strange_tokens
+from launch.training.run_folder import paths_of
+from launch.training.weights import OpenedModel
+
+_TOKENS_AT_ONCE = 4096
+_RUN = 32  # neighbouring tokens that are compared: so many alike are no chance
+_MOST_SHARED = 0.1  # of the test's runs; a licence at the head of each file is less
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Samples of a split, as micro-batches that are the same whatever the number of ranks."""
+
+    what: str
+    """Split and folders, for people."""
+    batches: list[Batch]
+    num_samples: int
+    tokens: int
+    """That are no padding."""
+    fingerprint: str
+    """sha256 of all that is read, in order."""
+    bytes_per_token: float | None
+    """UTF-8, of the split; None where the model is not asked for all of its text."""
+
+
+def calibration_text(opened: OpenedModel, name: str, paths: Sequence[str], num_samples: int, length: int | None) -> Text:
+    """So many samples of the training split, evenly spread over each folder. Raises UserError where there are none or they do not fit."""
+    return _text(opened, name, paths, "train", num_samples, length)
+
+
+def test_text(opened: OpenedModel, name: str, paths: Sequence[str], num_samples: int, length: int | None) -> Text:
+    """Of the validation split; 0 samples: all of it."""
+    return _text(opened, name, paths, "validation", num_samples, length)
+
+
+def paths_for(opened: OpenedModel, data: str | None, name: str) -> list[str]:
+    """Where the text lies: what was given, else what the run was trained on."""
+    if data:
+        return [data]
+    if not opened.recipe:
+        raise UserError(f"{name} does not say which data it was trained on: give --data, or --calibration_samples 0 and --test_samples 0.")
+    return paths_of(opened.recipe)
+
+
+def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_samples: int, length: int | None) -> Text:
+    folders = open_folders(paths)
+    for prepared in folders.values():
+        if complaints := strange_tokens(opened, prepared, name):
+            raise UserError("\n".join(complaints))
+    sampling = sampling_of(opened, name)
+    length = length or opened.config.sequence_length
+    if not 1 <= length <= opened.config.sequence_length:
+        raise UserError(f"--sequence_length {length} is outside 1 ... {opened.config.sequence_length}, the model's context.")
+    size = max(1, _TOKENS_AT_ONCE // length)
+    limit = math.ceil(num_samples / len(folders)) or None
+    asked = questions(opened, folders, sampling, split, size, length, limit_samples=limit)
+    batches = [batch for one in asked.values() for batch in one.batches]
+    streams = [one.stream for one in asked.values()]
+    hashed = hashlib.sha256()
+    for batch in batches:
+        for tensor in batch:
+            hashed.update(b"" if tensor is None else tensor.numpy().tobytes())
+    is_all_asked = sampling.objective == "causal"
+    return Text(
+        what=f"{split} of {', '.join(str(Path(folder.folder)) for folder in folders.values())}",
+        batches=batches,
+        num_samples=sum(one.num_samples for one in asked.values()),
+        tokens=sum(int((batch.inputs[1] != 0).sum()) for batch in batches),
+        fingerprint=hashed.hexdigest(),
+        bytes_per_token=sum(stream.num_bytes for stream in streams) / sum(map(len, streams)) if is_all_asked else None,
+    )
+
+
+def refuse_the_same_text(calibration: Text, test: Text) -> None:
+    """Raise UserError where the test holds what the calibration has seen: its result would say nothing."""
+    seen, asked = (_runs(text.batches) for text in (calibration, test))
+    shared = float(np.isin(asked, seen).mean()) if len(asked) else 0.0
+    if shared > _MOST_SHARED:
+        raise UserError(
+            f"{shared:.0%} of the test text ({test.what}) stand in the calibration text ({calibration.what}) too: what is measured on them "
+            "says little. Give --calibration_data of other documents, or --force."
+        )
+
+
+def _runs(batches: Iterable[Batch]) -> NDArray[np.uint64]:
+    """A hash of every run of neighbouring tokens in every sample."""
+    hashes = []
+    for batch in batches:
+        for row, segments in zip(batch.inputs[0].numpy().astype(np.uint64), batch.inputs[1].numpy(), strict=True):
+            row = row[segments != 0]
+            if len(row) >= _RUN:
+                powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(_RUN, dtype=np.uint64)
+                hashes.append(((np.lib.stride_tricks.sliding_window_view(row, _RUN) + np.uint64(1)) * powers).sum(axis=1, dtype=np.uint64))
+    return np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+
+
+def first_inputs(batches: Sequence[Batch], device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+    """What the first layer of the list takes."""
+    return [batch.map(lambda tensor: tensor.to(device)).inputs for batch in batches]
