@@ -1,6 +1,6 @@
 """llama.cpp, where llama-cpp-python is installed: the second engine that reads a GGUF file, its K-quants, and its speed.
 
-It is no requirement, because it compiles for a quarter of an hour: pip install llama-cpp-python==0.3.36
+It is no requirement, because it is compiled: seven minutes of a processor.
 """
 
 import ctypes

@@ -1,0 +1,306 @@
+"""A decoder as one GGUF file, the format of llama.cpp, and that file read back.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; block types Q8_0 and Q4_0: 32 entries of a row that share a float16 scale.
+Tensors have the names that the `gguf` package gives to those of their Hugging Face architecture, and lie there [out, in], as ours do.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model import huggingface
+from model.config import ModelConfig
+from model.huggingface import Counterpart
+from model.transformer import Transformer, outputs_of
+from model.walk import walk
+
+Kind = Literal["f32", "f16", "q8_0", "q4_0"]
+
+_TYPE = gguf.GGMLQuantizationType
+_FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+_ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3, "gpt2": gguf.MODEL_ARCH.GPT2}
+_ROTARY_FACTORS = "rope_freqs.weight"
+_MOST_TOKENS = 512  # of the sequence that is compared
+# Keys of config.json that transformers does not find in a GGUF file; what it finds there is not told to it again.
+_NOT_READ = ("head_dim", "rope_parameters", "attention_bias", "mlp_bias", "n_positions", "n_inner", "activation_function")
+
+
+def architecture(config: ModelConfig) -> str:
+    """llama.cpp's name for a network of ours; raises ValueError naming every option that it cannot express."""
+    name = huggingface.architecture(config)
+    if name not in _ARCHITECTURES:
+        raise ValueError(f'GGUF holds decoders here; this is an {config.architecture.replace("_", "-")} ("{name}").')
+    complaints = []
+    if config.sliding_window is not None:
+        complaints.append(f"model.sliding_window {config.sliding_window} is not in llama.cpp's {name}; it must be null.")
+    if name == "gpt2" and config.activation != "gelu_tanh":
+        complaints.append(f'model.activation "{config.activation}" is not in llama.cpp\'s gpt2; it must be "gelu_tanh".')
+    if name == "qwen3" and config.rope_scaling == "llama3":
+        complaints.append('model.rope_scaling "llama3" is not in llama.cpp\'s qwen3; it must be none, linear, ntk or yarn.')
+    if complaints:
+        raise ValueError("llama.cpp cannot express this model.\n" + "\n".join(complaints))
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """One tensor of the file."""
+
+    name: str
+    source: Counterpart
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    heads: int = 0
+    """Whose rows lie there in rotary's pairs (i, i + head/2) side by side; 0: of none."""
+
+    @property
+    def num_bytes(self) -> int:
+        entries, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
+        return prod(self.shape) // entries * block_bytes
+
+
+def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[str, Any], path: Path, kind: Kind) -> None:
+    """Write `state`, by our names, into the new file `path`; one tensor of `state` is asked for at a time.
+
+    Norms, biases and positions are float32 in every `kind`. With q4_0 the head (or the embedding that it is tied to) is q8_0, as
+    llama.cpp keeps it finer too. A matrix whose rows are no multiple of 32 is f16 with either.
+    `tokenizer`: its entries of the file's metadata, by their keys there. Raises ValueError where llama.cpp has not this model, where
+    `state` is not the model's, where the disk has too little room, and where a weight is not finite or does not fit.
+    """
+    name = architecture(config)
+    tensors = _tensors(config, kind)
+    wanted = {ours for tensor in tensors for ours in tensor.source.ours}
+    if wrong := sorted(wanted ^ set(state)):
+        raise ValueError(f"The model's state lacks, or has too many: {', '.join(wrong[:8])}.")
+    needed, free = sum(tensor.num_bytes for tensor in tensors), shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise ValueError(f"{path.name} takes {needed:,} bytes; the disk of {path.parent} has {free:,} left.")
+    writer = gguf.GGUFWriter(path, name)
+    stated: dict[str, Any] = {"general.name": path.stem, "general.file_type": int(_FILE_TYPES[kind])}
+    if kind in ("q8_0", "q4_0"):
+        stated |= {"general.quantization_version": gguf.GGML_QUANT_VERSION}
+    stated |= {f"{name}.{key}": value for key, value in _shape(config, name).items()} | dict(tokenizer)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in stated.items():
+        add[type(value)](key, value)
+    factors = _rotary_factors(config)
+    if factors is not None:
+        writer.add_tensor_info(_ROTARY_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for tensor in tensors:
+            writer.write_tensor_data(_encoded(tensor, state))
+    finally:
+        writer.close()
+
+
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A path of the same name in a hidden folder beside `path`: what is written there is flushed to the disk and renamed at the end.
+
+    After an error it is gone. Raises ValueError where `path` has come to be meanwhile.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield unfinished / path.name
+        with open(unfinished / path.name, "rb+") as file:
+            os.fsync(file.fileno())
+        if path.exists():
+            raise ValueError(f"{path} has come to be meanwhile; nothing is overwritten.")
+        os.rename(unfinished / path.name, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class GGUFState(Mapping[str, Tensor]):
+    """The weights of a GGUF file by our names, float32, each read and taken out of its blocks when it is asked for.
+
+    Any type of blocks that the `gguf` package can read will do, K-quants among them. Raises ValueError where a tensor is missing,
+    unknown, or of another shape than `config` says.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig):
+        stored = _tensors(config, "f32")
+        self._read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name != _ROTARY_FACTORS}
+        self._entries = {ours: (tensor, place) for tensor in stored for place, ours in enumerate(tensor.source.ours)}
+        if wrong := sorted(set(self._read) ^ {tensor.name for tensor in stored}):
+            raise ValueError(f"{path} lacks, or has too many: {', '.join(wrong[:8])}.")
+        for tensor in stored:
+            if (shape := tuple(map(int, reversed(self._read[tensor.name].shape)))) != tensor.shape:
+                raise ValueError(f"{path}: {tensor.name} is {list(shape)}; the configuration says {list(tensor.shape)}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor, place = self._entries[name]
+        found = self._read[tensor.name]
+        weight = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).reshape(tensor.shape).copy())
+        if tensor.heads:
+            weight = weight.unflatten(0, (tensor.heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+        return weight.chunk(len(tensor.source.ours))[place].contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def indivisible(config: ModelConfig, multiple: int) -> list[str]:
+    """Matrices of a file whose rows are no multiple of so many entries, by their names there."""
+    return [tensor.name for tensor in _tensors(config, "f16") if tensor.kind == _TYPE.F16 and tensor.shape[-1] % multiple]
+
+
+def types(path: Path) -> Counter[str]:
+    """How many tensors of a file are stored as what."""
+    return Counter(tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors)
+
+
+def verify(path: Path, config: ModelConfig, tolerance: float = 1e-4) -> float:
+    """Compare a file, as transformers reads it, with our network of the weights that it holds, in float32 on a random sequence.
+
+    Returns the largest difference of a logit; raises RuntimeError where it is above `tolerance` x the largest logit (at least 1), and
+    where transformers misses a tensor or leaves one unread. Scaled rotary wavelengths, biases and the width of heads it does not look
+    for in a GGUF file: these it is told.
+    """
+    tokens = torch.randint(config.vocab_size, (1, min(config.sequence_length, _MOST_TOKENS)), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        difference = logits(config, GGUFState(path, config), tokens)
+        largest = max(1.0, difference.abs().max().item())
+        difference -= _theirs(path, config, tokens)
+    if not difference.abs().max().item() <= tolerance * largest:
+        raise RuntimeError(
+            f"{path}: logits of transformers differ from ours by up to {difference.abs().max().item():.3g}, "
+            f"more than {tolerance:g} x {largest:.3g}, the largest of them."
+        )
+    return difference.abs().max().item()
+
+
+def logits(config: ModelConfig, state: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    """Of a decoder, with one layer of it in memory at a time.  [batch, seq] -> [batch, seq, vocab]"""
+    passed: tuple[Tensor, ...] = (tokens, torch.ones_like(tokens))
+    for step in walk(dataclasses.replace(config, document_mask=False), state):
+        passed = step(passed)
+    return outputs_of(config, passed)
+
+
+def _theirs(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
+    import transformers  # here, because it takes seconds to import and nothing else needs it
+
+    where = {"gguf_file": path.name, "local_files_only": True}
+    theirs = transformers.AutoConfig.from_pretrained(path.parent, **where)
+    for key, value in huggingface.to_huggingface(config).items():
+        if key in _NOT_READ:
+            setattr(theirs, key, value)
+    loader = transformers.AutoModelForCausalLM
+    model, report = loader.from_pretrained(path.parent, config=theirs, dtype=torch.float32, output_loading_info=True, **where)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(kind):
+            raise RuntimeError(f"{path}: transformers reports {kind} {sorted(map(str, report[kind]))}.")
+    held = types(path).total() - (_rotary_factors(config) is not None)
+    if held != (taken := len(list(model.parameters()))):  # of what it does not know it says nothing
+        raise RuntimeError(f"{path} holds {held} tensors; transformers has taken {taken}.")
+    return model.eval()(tokens).logits
+
+
+def _tensors(config: ModelConfig, kind: Kind) -> list[_Stored]:
+    name = architecture(config)
+    with torch.device("meta"):
+        shapes = {own: tuple(parameter.shape) for own, parameter in Transformer(config).named_parameters()}
+    names = gguf.get_tensor_name_map(_ARCHITECTURES[name], config.num_layers)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if name == "llama" else {}
+    found = []
+    for entry in huggingface.counterparts(config):
+        base, _, part = entry.theirs.rpartition(".")
+        known = names.get_name(base)
+        assert known is not None, f"gguf has no name for {entry.theirs}"
+        shape = entry.zeros or (sum(shapes[ours][0] for ours in entry.ours), *shapes[entry.ours[0]][1:])
+        is_head = known == ("token_embd" if config.tie_embeddings else "output")
+        stored = _stored_as(kind, shape, is_head) if known != "position_embd" else _TYPE.F32
+        found.append(_Stored(f"{known}.{part}", entry, shape, stored, heads.get(known.rpartition(".")[2], 0)))
+    return found
+
+
+def _stored_as(kind: Kind, shape: tuple[int, ...], is_head: bool) -> gguf.GGMLQuantizationType:
+    if len(shape) == 1 or kind == "f32":
+        return _TYPE.F32
+    if kind == "f16" or shape[-1] % gguf.GGML_QUANT_SIZES[_TYPE.Q8_0][0]:
+        return _TYPE.F16
+    return _TYPE.Q8_0 if kind == "q8_0" or is_head else _TYPE.Q4_0
+
+
+def _encoded(tensor: _Stored, state: Mapping[str, Tensor]) -> NDArray:
+    if not tensor.source.ours:
+        return np.zeros(tensor.shape, np.float32)
+    weight = torch.cat([state[ours].detach().to("cpu", torch.float32) for ours in tensor.source.ours])
+    if tuple(weight.shape) != tensor.shape:
+        raise ValueError(f"{' + '.join(tensor.source.ours)} would be {list(weight.shape)}; the configuration says {list(tensor.shape)}.")
+    most = torch.finfo(torch.float32 if tensor.kind == _TYPE.F32 else torch.float16).max
+    if not (largest := weight.abs().max().item()) <= most:
+        raise ValueError(f"{' + '.join(tensor.source.ours)}: its largest weight is {largest:g}; {tensor.kind.name} ends at {most:g}.")
+    if tensor.heads:
+        weight = weight.unflatten(0, (tensor.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+    return gguf.quantize(weight.contiguous().numpy(), tensor.kind)
+
+
+def _shape(config: ModelConfig, name: str) -> dict[str, int | float | str]:
+    """The entries that say what the network is, without the architecture's name before them."""
+    assert config.num_key_value_heads and config.head_size and config.intermediate_size
+    shape: dict[str, int | float | str] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.sequence_length,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+    }
+    if name == "gpt2":
+        return shape | {"attention.layer_norm_epsilon": config.norm_epsilon}
+    shape |= {
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_size,
+        "attention.value_length": config.head_size,
+        "attention.layer_norm_rms_epsilon": config.norm_epsilon,
+        "rope.dimension_count": config.head_size,
+        "rope.freq_base": float(huggingface.to_huggingface(config)["rope_theta"]),
+    }
+    if config.rope_scaling in ("linear", "yarn"):
+        shape |= {"rope.scaling.type": config.rope_scaling, "rope.scaling.factor": float(config.rope_factor)}
+    if config.rope_scaling == "yarn":
+        assert config.rope_original_length
+        shape["rope.scaling.original_context_length"] = config.rope_original_length
+    return shape
+
+
+def _rotary_factors(config: ModelConfig) -> NDArray[np.float32] | None:
+    """By how much each wavelength of Llama 3.1 is stretched, which llama.cpp reads as a tensor.  -> [head / 2]"""
+    if config.rope_scaling != "llama3":
+        return None
+    assert config.rope_original_length and config.head_size
+    frequencies = config.rope_theta ** -(np.arange(0, config.head_size, 2) / config.head_size)
+    turns = config.rope_original_length * frequencies / (2 * np.pi)
+    kept = ((turns - 1) / (4 - 1)).clip(0, 1)
+    return (1 / ((1 - kept) / config.rope_factor + kept)).astype(np.float32)

@@ -1,0 +1,126 @@
+"""A GGUF file: read by transformers with our logits, read back exactly, and what it cannot hold refused before anything is there."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from model.compression import gguf_file
+from tests.model.both_sides import BERT, GPT2
+
+pytest.importorskip("transformers", reason="the independent reference is transformers")
+
+WORDS = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": [f"word{number}" for number in range(61)],
+    "tokenizer.ggml.scores": [0.0] * 61,
+    "tokenizer.ggml.token_type": [1] * 61,
+}
+# A width of 96 in the feed-forward of one: 3 blocks of 32; heads of 8 in groups; wavelengths in a tensor of their own.
+NETWORKS = {
+    "llama": {"hidden_size": 64, "num_key_value_heads": 2, "tie_embeddings": False},
+    "llama, biases, Llama 3.1's wavelengths": {
+        "hidden_size": 64,
+        "biases": True,
+        "rope_scaling": "llama3",
+        "rope_factor": 4.0,
+        "rope_original_length": 16,
+    },
+    "qwen3": {"qk_norm": True, "hidden_size": 64, "head_size": 8},
+    "gpt2": GPT2 | {"hidden_size": 64, "intermediate_size": 96},
+}
+
+
+@pytest.fixture
+def written(tiny, network, tmp_path):
+    def write(kind: str, **options):
+        config = tiny(**options)
+        state = {name: weight.detach() for name, weight in network(config).named_parameters()}
+        gguf_file.write(config, state, WORDS, tmp_path / "model.gguf", kind)
+        return config, state, tmp_path / "model.gguf"
+
+    return write
+
+
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+def test_transformers_gives_our_logits_and_every_weight_comes_back(written, options):
+    config, state, path = written("f32", **options)
+    assert gguf_file.verify(path, config) < 1e-5
+    back = gguf_file.GGUFState(path, config)
+    assert set(back) == set(state) and all(torch.equal(back[name], weight) for name, weight in state.items())
+    tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(RuntimeError, match="logits of transformers differ from ours"):
+        gguf_file.verify(path, dataclasses.replace(config, norm_epsilon=0.1))
+    assert gguf_file.logits(config, back, tokens).shape == (2, 24, 61)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "f16"])
+def test_what_is_read_back_is_each_row_in_its_blocks(written, kind):
+    config, state, path = written(kind, **NETWORKS["llama"])
+    assert gguf_file.verify(path, config) < 1e-5
+    head = next(name for name, weight in reversed(state.items()) if weight.ndim == 2)
+    for name, weight in gguf_file.GGUFState(path, config).items():
+        stored = gguf.GGMLQuantizationType[("q8_0" if kind == "q4_0" and name == head else kind).upper() if weight.ndim == 2 else "F32"]
+        assert np.array_equal(weight.numpy(), gguf.dequantize(gguf.quantize(state[name].numpy(), stored), stored)), name
+    # 8 bits: a rounding of half a step of a block's largest / 127; the largest of all gives a bound for each.
+    if kind == "q8_0":
+        assert all(
+            (weight - state[name]).abs().max() <= 0.51 * state[name].abs().max() / 127
+            for name, weight in gguf_file.GGUFState(path, config).items()
+        )
+
+
+def test_rows_that_no_block_divides_stay_float16(written):
+    config, _, path = written("q4_0", **NETWORKS["gpt2"] | {"intermediate_size": 80})
+    assert gguf_file.indivisible(config, 32) == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
+    assert gguf_file.types(path)["f16"] == 2 and gguf_file.verify(path, config) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (BERT, "GGUF holds decoders here"),
+        ({"qk_norm": True, "sliding_window": 8}, "model.sliding_window 8 is not in llama.cpp's qwen3"),
+        (GPT2 | {"activation": "relu"}, 'model.activation "relu" is not in llama.cpp\'s gpt2'),
+        (
+            {"qk_norm": True, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_length": 16},
+            'model.rope_scaling "llama3" is not in',
+        ),
+    ],
+)
+def test_what_llama_cpp_lacks_is_refused_by_name(written, tmp_path, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        written("f16", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("f32", float("nan")), ("f16", 1e5)])
+def test_a_weight_that_is_no_number_or_too_large_is_named_and_nothing_is_left(tiny, network, tmp_path, kind, wrong):
+    config = tiny()
+    state = {name: weight.detach().clone() for name, weight in network(config).named_parameters()}
+    name = "2.feed_forward.up.weight"
+    state[name][1, 2] = wrong
+    path = tmp_path / "model.gguf"
+    with pytest.raises(ValueError, match=name), gguf_file.written_beside(path) as unfinished:
+        gguf_file.write(config, state, WORDS, unfinished, kind)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_written(tiny, network, tmp_path, monkeypatch):
+    config = tiny()
+    state = {name: weight.detach() for name, weight in network(config).named_parameters()}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5))
+    with pytest.raises(ValueError, match=r"model\.gguf takes [\d,]+ bytes; the disk of .* has 5 left"):
+        gguf_file.write(config, state, WORDS, tmp_path / "model.gguf", "f32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path):
+    path = tmp_path / "model.gguf"
+    with pytest.raises(ValueError, match="nothing is overwritten"), gguf_file.written_beside(path) as unfinished:
+        unfinished.write_bytes(b"new")
+        path.write_bytes(b"old")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
