@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.command_line import flatten, run_door
+from data.command_line import UserError, flatten, run_door
 from data.packing import Samples
 from launch.training.config import RunSettings, read_run_settings
 from launch.training.stopping import StopRequest, leave
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         ready = get_ready(settings, arguments)
         if ready.process.is_first:
-            print(plan(ready.settings, ready.merged_json, ready.layout, ready.device, ready.data, ready.initial), flush=True)
+            print(plan(ready.settings, ready.merged_json, ready.layout, ready.device, ready.data, ready.initial, ready.teacher), flush=True)
         return 0 if settings.dry_run else _run(ready, stop)
     except FloatingPointError as error:  # so would the next start end
         print(error, file=sys.stderr)
@@ -70,6 +70,10 @@ def _run(ready, stop: StopRequest) -> int:
         layout.data_parallel_size,
     )
     engine = engine_for(layout)(settings, ready.merged_json, process, layout)
+    if (taught_by := engine.teacher_fingerprint()) is not None:
+        complaint = run_folder.note_teacher(settings, taught_by) if process.is_first else None
+        if complaint := engine.first_sentence(complaint):
+            raise UserError(complaint)
     root = Path(settings.output) / "checkpoints"
     seen = [path.name for path in checkpoint.published(root)]
     # Rank 0 says for all what there is to go on with: a network disk may show each rank something else.

@@ -1,5 +1,7 @@
 """Token losses."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,8 +17,25 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
 
 
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """What another network says of the same tokens, and how much that counts beside their targets."""
+
+    logits: Tensor
+    """[batch, seq, vocab]"""
+    kl_weight: float
+    cross_entropy_weight: float
+    """Of the loss against the targets, with its smoothing and z-loss."""
+    temperature: float
+    """That both networks' logits are divided by."""
+
+
 def training_loss(
-    outputs: Tensor | tuple[Tensor, Tensor], labels: tuple[Tensor, ...], label_smoothing: float = 0.0, z_loss: float = 0.0
+    outputs: Tensor | tuple[Tensor, Tensor],
+    labels: tuple[Tensor, ...],
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    teaching: Teaching | None = None,
 ) -> Tensor:
     """Summed token loss over a divisor, with, where there are classes, their summed loss over a divisor of its own.
 
@@ -26,11 +45,12 @@ def training_loss(
 
     With `label_smoothing` e the target distribution is 1 - e on the target and e spread over all of the vocabulary (Szegedy et al.
     2015, arXiv 1512.00567, section 7); `z_loss` times the squared log of the softmax's denominator is added (Chowdhery et al. 2022,
-    arXiv 2204.02311, section 5). Neither touches the classes.
+    arXiv 2204.02311, section 5). With `teaching`, at each target, T^2 KL(teacher || student) is added, of the two distributions at
+    temperature T (Hinton et al. 2015, arXiv 1503.02531, section 2). None of these touches the classes.
     """
     logits, class_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
     targets, divisor, *of_classes = labels
-    loss = _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten(), label_smoothing, z_loss) / divisor
+    loss = _SummedLoss.apply(logits.flatten(0, 1), targets.flatten(), label_smoothing, z_loss, teaching) / divisor
     if not of_classes:
         return loss
     assert class_logits is not None
@@ -38,8 +58,8 @@ def training_loss(
     return loss + F.cross_entropy(class_logits.float(), classes, ignore_index=IGNORED, reduction="sum") / class_divisor
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(logits)[target], smoothed, and of the z-loss.  [tokens, vocab], [tokens] -> scalar float32
+class _SummedLoss(torch.autograd.Function):
+    """Sum of -log softmax(logits)[target], smoothed, of the z-loss, and of a teacher's KL.  [tokens, vocab], [tokens] -> scalar float32
 
     The arithmetic is float32 whatever the logits are, a chunk of rows at a time; the gradient, softmax minus the target's
     distribution, is made in the same sweep and kept in the logits' type. What F.cross_entropy keeps instead is several float32
@@ -47,11 +67,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        context, logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, teaching: Teaching | None
+    ) -> Tensor:
         # Under fp16 the loss scale comes with `factor`, so what is small stays float32 until then.
         kept_as = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.empty_like(logits, dtype=kept_as) if context.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        divergence = torch.zeros_like(total)
         vocabulary = logits.shape[1]
         rows = max(1, _CHUNK_BYTES.get(logits.device.type, 4 << 20) // (4 * vocabulary))
         for start in range(0, len(logits), rows):
@@ -69,11 +92,27 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 probabilities = log_probabilities.exp_().mul_(is_target * (1 + 2 * z_loss * denominators) if z_loss else is_target)
                 if label_smoothing:
                     probabilities -= is_target * (label_smoothing / vocabulary)
-                gradient[start : start + rows] = probabilities.scatter_add_(1, wanted, -(1 - label_smoothing) * is_target)
+                slope = probabilities.scatter_add_(1, wanted, -(1 - label_smoothing) * is_target)
+            if teaching is not None:
+                of_rows, its_slope = _divergence(chunk, teaching.logits.flatten(0, 1)[start : start + rows], teaching.temperature)
+                divergence += (of_rows * is_target).sum()
+                if gradient is not None:
+                    slope = slope.mul_(teaching.cross_entropy_weight).add_(its_slope.mul_(is_target), alpha=teaching.kl_weight)
+            if gradient is not None:
+                gradient[start : start + rows] = slope
         context.gradient, context.logits_dtype = gradient, logits.dtype
-        return total
+        return total if teaching is None else teaching.cross_entropy_weight * total + teaching.kl_weight * divergence
 
     @staticmethod
     def backward(context, factor: Tensor):  # type: ignore[override]
         # In place: the gradient is asked for once.
-        return context.gradient.mul_(factor).to(context.logits_dtype), None, None, None
+        return context.gradient.mul_(factor).to(context.logits_dtype), None, None, None, None
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """T^2 KL(teacher || student) of each row [rows, 1], and its slope by the student's logits [rows, vocab].  2 x [rows, vocab]"""
+    ours = F.log_softmax(student.float() / temperature, dim=1)
+    theirs = F.log_softmax(teacher.float() / temperature, dim=1)
+    probabilities = theirs.exp()
+    divergence = (probabilities * theirs.sub_(ours)).sum(dim=1, keepdim=True)
+    return temperature**2 * divergence, ours.exp_().sub_(probabilities).mul_(temperature)

@@ -78,6 +78,42 @@ class LossSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillationSettings:
+    teacher: str | None = None
+    """Run folder or checkpoint of ours, or Hugging Face folder, of a model whose distribution over the next token is learnt (Hinton et
+    al. 2015, arXiv 1503.02531). Every rank that computes the loss holds all of it (default: none, and the targets alone are learnt).
+    In training alone, as loss.label_smoothing."""
+    kl_weight: float = 1.0
+    """Weight of temperature^2 KL(teacher || model), in nats a target token."""
+    cross_entropy_weight: float = 1.0
+    """Weight of the loss against the targets, with its smoothing and z_loss. (After pruning arXiv 2407.14679 uses none; both were better
+    than either alone where we measured.)"""
+    temperature: float = 1.0
+    """That the logits of both are divided by for the KL: above 1 what the teacher finds unlikely counts more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationSettings:
+    bits: int | None = None
+    """Quantization-aware training: the blocks' linear layers compute with weights rounded to integers of so many bits, 2 to 8, in
+    training and validation alike, as launch/quantize.py --method rtn rounds them. What is trained and saved stays unrounded
+    (straight-through estimator, Bengio et al. 2013, arXiv 1308.3432; default: no rounding)."""
+    group_size: int | None = None
+    """Entries of a weight's row that share a scale; 0: the whole row (default: 128 of integers below 8 bits, else the row)."""
+    symmetric: bool = True
+    """Zero is the middle of the integers; else each group has a zero point of its own."""
+    activations: Literal["none", "int8"] = "none"
+    """What the inputs of those layers are rounded to, with a scale a token."""
+
+    @property
+    def shared_by(self) -> int | None:
+        """Entries of a row that share a scale; None: all."""
+        if self.group_size is None:
+            return 128 if self.bits is not None and self.bits < 8 else None
+        return self.group_size or None
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings(SamplingSettings):
     path: tuple[str, ...] = ("prepared",)
     """Folder that data/prepare.py wrote, or several to blend. Where the default is missing, the embedded corpus is prepared into it."""
@@ -127,6 +163,10 @@ class RunSettings:
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = dataclasses.field(default_factory=ScheduleSettings)
     loss: LossSettings = dataclasses.field(default_factory=LossSettings)
+    distillation: DistillationSettings = dataclasses.field(default_factory=DistillationSettings)
+    quantization: QuantizationSettings = dataclasses.field(default_factory=QuantizationSettings)
+    hold_zeros: bool = False
+    """A weight of the blocks' linear layers that is exactly 0 in init stays 0: a pruned model trains on under its mask."""
     train_steps: int | None = None
     """Length of training in optimizer steps; give this or train_tokens."""
     train_tokens: float | None = None
@@ -287,6 +327,7 @@ def _refuse_impossible(settings: RunSettings) -> None:
         "rendezvous_seconds": settings.rendezvous_seconds,
         "communication_timeout": settings.communication_timeout,
         "peak_tflops": 1 if settings.peak_tflops is None else settings.peak_tflops,
+        "distillation.temperature": settings.distillation.temperature,
     }
     complaints += [f"{name} is {value}; it must be above 0." for name, value in positive.items() if value <= 0]
     not_negative = {
@@ -299,6 +340,8 @@ def _refuse_impossible(settings: RunSettings) -> None:
         "log.sample_interval": settings.log.sample_interval,
         "checkpoint.interval": settings.checkpoint.interval,
         "loss.z_loss": settings.loss.z_loss,
+        "distillation.kl_weight": settings.distillation.kl_weight,
+        "distillation.cross_entropy_weight": settings.distillation.cross_entropy_weight,
     }
     complaints += [f"{name} is {value}; it may not be negative." for name, value in not_negative.items() if value < 0]
     below_one = {
@@ -314,6 +357,7 @@ def _refuse_impossible(settings: RunSettings) -> None:
             f"schedule.min_learning_rate {settings.schedule.min_learning_rate:g} is above optimizer.learning_rate "
             f"{settings.optimizer.learning_rate:g}."
         )
+    complaints += _impossible_after_compression(settings)
     if settings.checkpoint.keep < 2:
         complaints.append(
             f"checkpoint.keep is {settings.checkpoint.keep}; at least 2 are kept, so that a damaged one leaves another to go on from."
@@ -325,6 +369,36 @@ def _refuse_impossible(settings: RunSettings) -> None:
         )
     if complaints:
         raise UserError("\n".join(complaints))
+
+
+def _impossible_after_compression(settings: RunSettings) -> list[str]:
+    """Of distillation, zeros that are held, and quantization-aware training."""
+    complaints = []
+    for name, switch in (("distillation", "teacher"), ("quantization", "bits")):
+        section = getattr(settings, name)
+        if getattr(section, switch) is None:
+            idle = [field.name for field in dataclasses.fields(section) if getattr(section, field.name) != field.default]
+            complaints += [f"{name}.{field} {getattr(section, field)} does nothing without {name}.{switch}." for field in idle]
+    if not settings.distillation.kl_weight and not settings.distillation.cross_entropy_weight:
+        complaints.append("distillation.kl_weight and distillation.cross_entropy_weight are both 0: nothing would be learnt.")
+    if settings.distillation.teacher and not settings.distillation.cross_entropy_weight:
+        idle = [name for name in ("label_smoothing", "z_loss") if getattr(settings.loss, name)]
+        complaints += [f"loss.{name} does nothing while distillation.cross_entropy_weight is 0." for name in idle]
+    if settings.hold_zeros and settings.init is None:
+        complaints.append("hold_zeros keeps the zeros of a pruned model; give its folder as init: of fresh weights none is 0.")
+    bits, size, model = settings.quantization.bits, settings.quantization.shared_by, settings.model
+    if bits is not None and not 2 <= bits <= 8:
+        complaints.append(f"quantization.bits is {bits}; it must be 2 to 8.")
+    assert model.head_size and model.intermediate_size
+    widths = model.hidden_size, model.num_attention_heads * model.head_size, model.intermediate_size
+    if bits is not None and size is not None and (size < 1 or math.gcd(size, *widths) != size):
+        common = math.gcd(*widths)
+        fitting = [str(number) for number in range(8, min(common, 256) + 1) if common % number == 0]
+        complaints.append(
+            f"quantization.group_size {size} does not divide the rows of the blocks' weights, which are "
+            f"{', '.join(str(width) for width in sorted(set(widths)))} long. Allowed: {', '.join([*fitting, '0 (the whole row)'])}."
+        )
+    return complaints
 
 
 def _other_than_in_init(settings: RunSettings) -> list[str]:

@@ -282,6 +282,16 @@ def _impossible_in_zero_plus_plus(merged: dict, path: str, layout: Layout, devic
 def _impossible_to_share(settings: RunSettings, layout: Layout) -> list[str]:
     """Why the model's heads or tokens do not divide among the ranks of a group."""
     model, tensor, sequence = settings.model, layout.tensor_parallel_size, layout.sequence_parallel_size
+    if tensor > 1 and settings.quantization.bits is not None:
+        return [
+            f"tensor_parallel_size {tensor} with quantization.bits {settings.quantization.bits}: a scale would belong to several ranks. "
+            "Nearest: 1, with ZeRO (ds_configs/zero3.json) or pipeline_stages instead."
+        ]
+    if sequence > 1 and settings.distillation.teacher:
+        return [
+            f"sequence_parallel_size {sequence} with distillation.teacher: no rank has a whole sequence for it. "
+            "Nearest: 1, with ZeRO (ds_configs/zero3.json), tensor_parallel_size or pipeline_stages instead."
+        ]
     asked = " and ".join(
         f"{name} {size}" for name, size in (("tensor_parallel_size", tensor), ("sequence_parallel_size", sequence)) if size > 1
     )

@@ -18,6 +18,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -33,9 +34,12 @@ from launch.training.initial import InitialWeights
 from launch.training.layout import Layout
 from launch.training.processes import Process, device_name, device_number
 from launch.training.score import Score, measure
+from launch.training.teacher import Teacher, fingerprint
+from model.compression.fake_quantization import fake_quantize
+from model.compression.grids import Grid
 from model.generation import generate
 from model.layers import Block, KeyValueCache
-from model.loss import training_loss
+from model.loss import Teaching, training_loss
 from model.transformer import Transformer
 
 
@@ -44,7 +48,8 @@ class StepReport:
     """What one optimizer step did; the same on every rank but for the times."""
 
     loss: float
-    """Mean nats per target token of the global batch, and beside it, where it has classes, per class; with smoothing and z-loss."""
+    """Mean nats per target token of the global batch, and beside it, where it has classes, per class; with smoothing, z-loss and what
+    a teacher says."""
     gradient_norm: float
     """Of the whole gradient, before clipping."""
     skipped: bool
@@ -64,6 +69,8 @@ def initialize_communication(process: Process, store: dist.Store, timeout_second
     warnings.filterwarnings("ignore", message="c10d::broadcast_")  # of tied weights, while a pipeline is built
     # Without this a CPU start compiles a C++ helper: two minutes once, and, killed meanwhile, a lock that hangs all later starts.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Any ZeRO optimizer imports Muon, which no run here uses, and to decorate its functions all of torch's compiler: a second a start.
+    compiler.compile = lambda: compiler.dummy_decorator
     if device_name() == "cuda":
         torch.cuda.set_device(device_number(process))
     backend = "nccl" if device_name() == "cuda" else "gloo"
@@ -86,7 +93,7 @@ class Engine:
         self.device = torch.device(device_name(), device_number(process)) if device_name() == "cuda" else torch.device("cpu")
         self.zero_stage = merged_json["zero_optimization"].get("stage", 0)
         self._seed = settings.seed
-        self._loss = settings.loss
+        self._loss, self._distillation = settings.loss, settings.distillation
         self.step_in_hand = 0
         self._micro_batches_seen: dict[int, int] = {}  # by each layer, in this step
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the pipeline's parts, and its memory use at every turn
@@ -97,13 +104,21 @@ class Engine:
             model = self._build(merged_json, settings.recompute, mpu)
             if layout.sequence_parallel_size > 1:
                 parallel.spread_sequences(model, self.config.sequence_length, layout, process.rank)
-            if settings.compile:
-                for block in model.modules():
-                    if isinstance(block, Block):
-                        block.compile()
+            for block in _blocks(model):
+                if settings.quantization.bits is not None:
+                    chosen = settings.quantization
+                    fake_quantize(block, Grid("int", chosen.bits, chosen.shared_by, chosen.symmetric), chosen.activations)
+                if settings.compile:
+                    block.compile()
             optimizer = _adamw(model, settings.optimizer)
             self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged_json, mpu=mpu)
         self._model = self._deepspeed.module
+        if settings.hold_zeros:
+            _hold_zeros(self._model)
+        self._teacher: Transformer | None = None
+        if self._distillation.teacher and self._computes_loss:
+            teacher = Teacher(self._distillation.teacher, self.config)
+            self._teacher = teacher.network(self.device, next(self._model.parameters()).dtype)
         for name, layer in self._model.named_children():
             if self.config.dropout and name.isdigit():
                 layer.register_forward_pre_hook(functools.partial(self._begin_stream, int(name)))
@@ -116,6 +131,16 @@ class Engine:
         for buffer in model.buffers():  # under ZeRO-3 DeepSpeed moves parameters only
             buffer.data = buffer.data.to(self.device)
         return model
+
+    @property
+    def _computes_loss(self) -> bool:
+        return True
+
+    def teacher_fingerprint(self) -> str | None:
+        """A hash of the weights that are learnt from, the same on every rank; None without a teacher."""
+        if self._distillation.teacher is None:
+            return None
+        return self.first_sentence(fingerprint(self._teacher) if self._teacher is not None else None)
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int, stop_asked: bool = False) -> StepReport:
         """One optimizer step on this data rank's micro-batches of global step `step`."""
@@ -146,7 +171,7 @@ class Engine:
         for batch in micro_batches:
             batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
             with watch.measure("forward"):
-                loss = self._training_loss(engine(*batch.inputs), labels_of(batch, divisors))
+                loss = self._training_loss(engine(*batch.inputs), self._labels_of_training(batch, divisors))
                 total += loss.detach()
             with watch.measure("backward"):
                 engine.backward(loss)
@@ -157,7 +182,19 @@ class Engine:
         return (float(total) / len(micro_batches), *self._norm_and_overflow())
 
     def _training_loss(self, outputs: Tensor | tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
-        return training_loss(outputs, labels, self._loss.label_smoothing, self._loss.z_loss)
+        """Of what _labels_of_training gives."""
+        teaching = None
+        if self._teacher is not None:
+            labels, inputs = labels[:2], labels[2:]
+            with torch.no_grad():
+                logits = self._teacher(*inputs)
+            weights = self._distillation.kl_weight, self._distillation.cross_entropy_weight
+            teaching = Teaching(logits, *weights, self._distillation.temperature)
+        return training_loss(outputs, labels, self._loss.label_smoothing, self._loss.z_loss, teaching)
+
+    def _labels_of_training(self, batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """labels_of, and behind them the batch's inputs where there is a teacher to read them."""
+        return labels_of(batch, divisors) + (batch.inputs if self._distillation.teacher else ())
 
     def _norm_and_overflow(self) -> tuple[float, bool]:
         norm = float(self._deepspeed.get_global_grad_norm())
@@ -347,18 +384,38 @@ class Engine:
         return norm, True
 
 
+def _blocks(model: nn.Module) -> list[Block]:
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
+def _hold_zeros(model: nn.Module) -> None:
+    """Weights of the blocks' linear layers that are exactly 0 get no gradient: without one, AdamW and its decay leave them 0.
+
+    Where weights are kept in bf16 or fp16, what is 0 in the optimizer's float32 is 0 there too. At its gradient's arrival ZeRO-3
+    still has a weight gathered.
+    """
+    for block in _blocks(model):
+        for weight in (parameter for parameter in block.parameters() if _is_matrix(parameter)):
+            weight.register_hook(lambda gradient, weight=weight: gradient.masked_fill(weight == 0, 0))
+
+
 def labels_of(batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What the loss is measured against: targets and classes, each with the number that its sum is divided by."""
     return (batch.targets, divisors[0]) + (() if batch.classes is None else (batch.classes, divisors[1]))
 
 
 def _adamw(model: nn.Module, numbers: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only. Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole."""
-    matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
+    """AdamW with decay on matrices only."""
+    matrices = [parameter for parameter in model.parameters() if _is_matrix(parameter)]
+    vectors = [parameter for parameter in model.parameters() if not _is_matrix(parameter)]
     groups = [{"params": matrices, "weight_decay": numbers.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]  # a stage of a pipeline may have one kind alone
     return torch.optim.AdamW(groups, lr=0.0, betas=(numbers.beta1, numbers.beta2), eps=numbers.epsilon, fused=True)
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
 
 
 def _stream(*place: int) -> int:

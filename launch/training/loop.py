@@ -172,7 +172,8 @@ def _show_step(
             "time/step": seconds,
             "time/data": data_seconds,
         } | {f"time/{part}": part_seconds for part, part_seconds in report.seconds.items()}
-        if not (settings.model.num_classes or settings.loss.label_smoothing or settings.loss.z_loss):  # else it is more than nats a token
+        more = settings.model.num_classes, settings.loss.label_smoothing, settings.loss.z_loss, settings.distillation.teacher
+        if not any(more):  # else it is more than nats a token
             scalars["perplexity/train"] = perplexity(report.loss)
             if figures.train_bytes_per_token is not None:
                 scalars["bits_per_byte/train"] = bits_per_byte(report.loss, figures.train_bytes_per_token)

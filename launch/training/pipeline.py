@@ -1,7 +1,7 @@
 """The engine whose layers are spread over stages: DeepSpeed's pipeline over the same list of layers, the same loss, the same verbs."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -74,7 +74,8 @@ class PipelinedEngine(Engine):
         for name, parameter in self._model.named_parameters():
             if name.startswith(_STAND_IN):  # without a gradient, a stage whose weights all count elsewhere has no norm at all
                 parameter.grad = torch.zeros_like(parameter)
-        return (float(engine.train_batch(_fed(micro_batches, divisors))), *self._norm_and_overflow())
+        fed = ((batch.inputs, self._labels_of_training(batch, divisors)) for batch in micro_batches)
+        return (float(engine.train_batch(fed)), *self._norm_and_overflow())
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> Score:
@@ -91,7 +92,7 @@ class PipelinedEngine(Engine):
         """The sums of each of the batches and the outputs of the last one, on the last stage; elsewhere nothing."""
         self._deepspeed.total_loss = None  # of training: a scalar, to which DeepSpeed would add
         evaluated = self._deepspeed.eval_batch(
-            _fed(batches, [torch.ones((), device=self.device)] * 2),
+            ((batch.inputs, labels_of(batch, [torch.ones((), device=self.device)] * 2)) for batch in batches),
             return_logits=keep_outputs,
             reduce_output=None,
             bcast_loss=False,
@@ -121,6 +122,11 @@ class PipelinedEngine(Engine):
             row.copy_(outputs[0][0, place])
         dist.all_reduce(row)
         return row[None, None]
+
+    @property
+    def _computes_loss(self) -> bool:
+        last = 0 if isinstance(self._model, DualPipeVModule) else self.layout.pipeline_stages - 1  # DualPipeV's V ends where it begins
+        return self._deepspeed.stage_id == last
 
     @property
     def _at_once(self) -> int | None:
@@ -195,11 +201,6 @@ class _Pipeline(_Mended, PipelineModule):
 
 class _DualPipeV(_Mended, DualPipeVModule):
     pass
-
-
-def _fed(batches: list[Batch], divisors: Sequence[Tensor]) -> Iterator[tuple]:
-    """What DeepSpeed's pipeline reads: (inputs of the first layer, labels of the loss)."""
-    return ((batch.inputs, labels_of(batch, divisors)) for batch in batches)
 
 
 def _nothing(like: Batch) -> Batch:

@@ -96,14 +96,17 @@ def flops_per_counted_token(model: ModelConfig, target_length: int | None) -> fl
     return flops_per_token(model, target_length=target_length) * per_source
 
 
-def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, data, initial=None) -> str:
-    """The whole plan, as lines to print. `data` is the RunData, or None where it would be prepared first; `initial` the InitialWeights."""
+def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, data, initial=None, teacher=None) -> str:
+    """The whole plan, as lines to print. `data` is the RunData, or None where it would be prepared first; `initial` the InitialWeights,
+    `teacher` the Teacher.
+    """
     model, batch = settings.model, settings.batch
     parameters = count_parameters(model)
     zero = merged_json["zero_optimization"]
     stage = zero.get("stage", 0)
     on_a_rank = parameters_per_rank(model, layout, merged_json.get("pipeline", {}).get("schedule", "1f1b"))
     states = model_state_bytes(on_a_rank, stage, layout.zero_size, settings.precision)
+    taught_by = count_parameters(teacher.config) * (4 if settings.precision == "float32" else 2) if teacher else 0
     hpz = int(zero.get("zero_hpz_partition_size", 1))
     if hpz > 1:
         states["weights again (hpZ)"] = states["weights"] * layout.zero_size / hpz
@@ -126,7 +129,9 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
             f"{model.num_attention_heads} heads ({model.num_key_value_heads} key/value), {feed}, {model.norm} {model.norm_position}, "
             f"{model.positions} positions, vocabulary {model.vocab_size:,}, context {model.sequence_length:,}",
         ),
-        *([("init", str(initial))] if initial else []),
+        *([("init", str(initial) + ("; its zeros are held" if settings.hold_zeros else ""))] if initial else []),
+        *([("teacher", str(teacher))] if teacher else []),
+        *_quantization_row(settings),
         ("work", f"{flops:,.0f} FLOPs a {_counted(model)}, forward and backward, {_attention(model)} counted; {flops * tokens:.3g} in all"),
         *(
             _data_rows(settings, data)
@@ -156,11 +161,24 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
             "memory",
             f"model states per rank {'(mean) ' if layout.pipeline_stages > 1 else ''}{_mib(sum(states.values()))}: "
             + ", ".join(f"{name} {_mib(size)}" for name, size in states.items())
+            + (f"; the teacher{' on the last stage' if layout.pipeline_stages > 1 else ''} {_mib(taught_by)}" if teacher else "")
             + "; activations not counted",
         ),
         ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),
     ]
     return "\n".join(f"{name:>8}: {text}" for name, text in rows)
+
+
+def _quantization_row(settings: RunSettings) -> list[tuple[str, str]]:
+    chosen = settings.quantization
+    if chosen.bits is None:
+        return []
+    shared = f"{chosen.shared_by} entries" if chosen.shared_by else "a row"
+    text = f"the blocks compute with weights of {chosen.bits} bits, a scale for {shared}" + (
+        "" if chosen.symmetric else " and a zero point"
+    )
+    text += f", and {chosen.activations} inputs" if chosen.activations != "none" else ""
+    return [("rounding", text + "; what is trained and saved is not rounded")]
 
 
 def _data_rows(settings: RunSettings, data) -> list[tuple[str, str]]:

@@ -174,7 +174,7 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     changes = before.get("changes", []) if start.goes_on else []
     changes += [{"time": now, "lines": list(start.changes)}] if start.changes else []
-    about = {name: before[name] for name in ("init_fingerprint",) if start.goes_on and name in before} | {
+    about = {name: before[name] for name in ("init_fingerprint", "teacher_fingerprint") if start.goes_on and name in before} | {
         "run_id": start.run_id,
         "recipe": dataclasses.asdict(settings),
         "deepspeed": merged_json,
@@ -199,6 +199,19 @@ def note_beginning(settings: RunSettings, fingerprint: str) -> None:
     """Add to run.json what a run that starts from other weights has read: a hash of its parameters' checksums."""
     path = Path(settings.output) / "run.json"
     checkpoint.write_durably(path, json.dumps(json.loads(path.read_text()) | {"init_fingerprint": fingerprint}, indent=1))
+
+
+def note_teacher(settings: RunSettings, fingerprint: str) -> str | None:
+    """Add to run.json a hash of the weights that the run learns from; a sentence where it has learnt from others and may not change."""
+    path = Path(settings.output) / "run.json"
+    about = json.loads(path.read_text())
+    if about.get("teacher_fingerprint", fingerprint) != fingerprint and not settings.allow_changes:
+        return (
+            f"distillation.teacher {settings.distillation.teacher} holds other weights than those that {settings.output} has learnt from. "
+            "Give the checkpoint that it was, or --allow_changes to go on with these."
+        )
+    checkpoint.write_durably(path, json.dumps(about | {"teacher_fingerprint": fingerprint}, indent=1))
+    return None
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 import torch.distributed as dist
 
 from data.command_line import UserError
@@ -17,6 +18,10 @@ from launch.training.data import RunData, open_data, prepare_embedded_corpus, to
 from launch.training.initial import InitialWeights
 from launch.training.layout import Layout
 from launch.training.processes import Process
+from launch.training.teacher import Teacher
+from launch.training.weights import OpenedModel
+from model.layers import Block
+from model.transformer import Transformer
 
 LONGEST_LOOK_SECONDS = 600
 """That a rank may take to prepare the embedded corpus, or to read and hash its data."""
@@ -38,6 +43,8 @@ class Ready:
     """None likewise."""
     initial: InitialWeights | None
     """What a run with --init that has no checkpoint yet starts from."""
+    teacher: Teacher | None
+    """What a run with distillation.teacher learns from."""
     held: BinaryIO | None
     """The lock on the run's folder, on rank 0 of a run that trains; held until the process ends."""
 
@@ -59,11 +66,12 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     if settings.dry_run:
         data = None if will_be_prepared(settings) else open_data(settings)
         start = run_folder.inspect(settings, data.fingerprint, merged) if data else None
-        return Ready(settings, process, device, layout, merged, data, start, _initial_weights(settings, data, start), None)
+        initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
+        return Ready(settings, process, device, layout, merged, data, start, initial, teacher, None)
     store = rendezvous.meet(process, settings.rendezvous_seconds, without_local_rank(arguments))
     compare = preflight_alone or (settings.preflight and (process.spans_nodes or "SLURM_JOB_ID" in os.environ))
     _prepare_where_missing(settings, store, process)
-    data, start, initial, reports = _look_and_agree(settings, merged, layout, process, device, store, compare)
+    data, start, initial, teacher, reports = _look_and_agree(settings, merged, layout, process, device, store, compare)
     held = None
     if not preflight_alone:
         held, start = _hold_the_folder(settings, merged, process, data, start, store)
@@ -75,7 +83,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
         compared = preflight.compare_speeds(store, process, layout, device, reports)
         if process.is_first:
             print(compared, flush=True)
-    return Ready(settings, process, device, layout, merged, data, start, initial, held)
+    return Ready(settings, process, device, layout, merged, data, start, initial, teacher, held)
 
 
 def _initial_weights(settings: RunSettings, data: RunData | None, start: run_folder.Start | None) -> InitialWeights | None:
@@ -83,22 +91,50 @@ def _initial_weights(settings: RunSettings, data: RunData | None, start: run_fol
     if settings.init is None or (start and start.goes_on):
         return None
     initial = InitialWeights(settings.init, settings.model)
-    if data and initial.tokenizer:
-        first = next(iter(data.sampling.folders.values()))
-        if tokenized_otherwise(first, initial.tokenizer):
-            raise UserError(
-                f"{first.folder} was tokenized by {first.tokenizer_path}, which gives other ids than {initial.tokenizer} of init "
-                f"{settings.init}. Prepare the text again with --tokenizer {initial.tokenizer}."
-            )
-    if data and settings.model.architecture == "encoder_decoder":
-        _refuse_other_start(settings, data, initial)
+    if data:
+        _refuse_other_tokens(settings, data, initial.opened, f"init {settings.init}")
+    if settings.hold_zeros:
+        _refuse_without_zeros(initial)
     return initial
 
 
-def _refuse_other_start(settings: RunSettings, data: RunData, initial: InitialWeights) -> None:
-    """Raise UserError where the targets of the run begin with another token than those that the weights know."""
+def _refuse_without_zeros(initial: InitialWeights) -> None:
+    """Raise UserError where no weight of the blocks' linear layers is 0. Of a pruned model one look is enough."""
+    with torch.device("meta"):
+        network = Transformer(initial.opened.config)
+    blocks = [(name, child) for name, child in network.named_children() if isinstance(child, Block)]
+    names = (f"{name}.{own}" for name, block in blocks for own, weight in block.named_parameters() if weight.dim() == 2)
+    if not any(bool((initial.opened.state[name] == 0).any()) for name in names):
+        raise UserError(f"hold_zeros: no weight of the blocks' linear layers is 0 in init {initial.path}: no mask pruned it.")
+
+
+def _teacher(settings: RunSettings, data: RunData | None) -> Teacher | None:
+    """Raises UserError where it does not fit the model or the data."""
+    if settings.distillation.teacher is None:
+        return None
+    teacher = Teacher(settings.distillation.teacher, settings.model)
+    if data:
+        _refuse_other_tokens(settings, data, teacher.opened, f"distillation.teacher {teacher.path}")
+    return teacher
+
+
+def _refuse_other_tokens(settings: RunSettings, data: RunData, other: OpenedModel, given: str) -> None:
+    """Raise UserError where the tokens of the run are not those that the other model knows; `given` says which that is."""
+    if other.tokenizer:
+        first = next(iter(data.sampling.folders.values()))
+        if tokenized_otherwise(first, other.tokenizer):
+            raise UserError(
+                f"{first.folder} was tokenized by {first.tokenizer_path}, which gives other ids than {other.tokenizer} of {given}. "
+                f"Prepare the text again with --tokenizer {other.tokenizer}."
+            )
+    if settings.model.architecture == "encoder_decoder":
+        _refuse_other_start(settings, data, other, given)
+
+
+def _refuse_other_start(settings: RunSettings, data: RunData, other: OpenedModel, given: str) -> None:
+    """Raise UserError where the targets of the run begin with another token than those that the other model knows."""
     tokenizer = data.sampling.tokenizer
-    there = initial.opened.start_token(tokenizer)
+    there = other.start_token(tokenizer)
     if there == data.sampling.start_token:
         return
     names = tokenizer.special_names
@@ -106,7 +142,7 @@ def _refuse_other_start(settings: RunSettings, data: RunData, initial: InitialWe
     advice = f"Give --data.start_token '{names[there]}'." if there in names else f"It is no special token of {tokenizer.path}."
     if there == tokenizer.end_of_text:
         advice = "Leave data.start_token out."
-    raise UserError(f"{here}; a target of init {settings.init} begins with {names.get(there, f'token {there}')}. {advice}")
+    raise UserError(f"{here}; a target of {given} begins with {names.get(there, f'token {there}')}. {advice}")
 
 
 def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Process) -> None:
@@ -127,7 +163,7 @@ def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Pr
 
 def _look_and_agree(
     settings: RunSettings, merged: dict, layout: Layout, process: Process, device: str, store: dist.Store, compare: bool
-) -> tuple[RunData, run_folder.Start, InitialWeights | None, list[dict]]:
+) -> tuple[RunData, run_folder.Start, InitialWeights | None, Teacher | None, list[dict]]:
     """What this rank begins with, and, on rank 0, all ranks' reports. Raises UserError on all where one of them cannot or differs."""
     probe = preflight.probe_of(settings.output, process)
     report = {"rank": process.rank, "host": processes.host_name()}
@@ -136,7 +172,7 @@ def _look_and_agree(
             processes.device_number(process)
         data = open_data(settings)
         start = run_folder.inspect(settings, data.fingerprint, merged)
-        initial = _initial_weights(settings, data, start)
+        initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
         if compare:
             report |= preflight.look(settings, merged, layout, process, device, data, probe)
     except UserError as error:
@@ -159,7 +195,7 @@ def _look_and_agree(
         if process.is_first and all("data" in report for report in reports):
             print(preflight.table(reports), flush=True)
         raise UserError(verdict)
-    return data, start, initial, reports
+    return data, start, initial, teacher, reports
 
 
 def _hold_the_folder(

@@ -79,6 +79,34 @@ FAMILY_LAYOUTS = {
 """Those of the families that are no decoders."""
 
 
+# Training after compression, from a model half of whose linear weights are 0; {models} is the folder of that model and of its teacher.
+HALF_ZERO = ["--init={models}/pruned", "--hold_zeros=true", "--train_steps=200"]
+TAUGHT = [
+    *HALF_ZERO,
+    "--distillation.teacher={models}/dense",
+    "--distillation.kl_weight=0.7",
+    "--distillation.cross_entropy_weight=0.5",
+    "--distillation.temperature=2",
+]
+# With a zero point: symmetric integers put the largest entry of each group in the middle of two, where the last bit of float32 decides.
+ROUNDED = [*HALF_ZERO, "--quantization.bits=4", "--quantization.group_size=16", "--quantization.symmetric=false"]
+GATHERED = {"zero": {"stage3_param_persistence_threshold": 0}}
+"""Under ZeRO-3 no weight stays whole."""
+HEALED = {
+    f"{name} {json}": (json, sizes, words, more)
+    for name, words, layouts in (
+        (
+            "taught",
+            TAUGHT,
+            (("zero3", {}, GATHERED), ("pipeline_zero1", STAGES, {}), ("zero1", TENSOR, {}), ("pipeline_dualpipev", STAGES, {})),
+        ),
+        ("rounded", ROUNDED, (("zero2", {}, {}), ("zero3", {}, GATHERED), ("pipeline_zero1", STAGES, {}))),
+        ("taught in bf16", TAUGHT, (("zero1", {}, {"precision": "bf16"}),)),
+    )
+    for json, sizes, more in layouts
+}
+
+
 def case_of(json: str, sizes: dict, family: str, **more) -> dict:
     case = {"json": json, "layout": sizes, "model": FAMILIES[family], "loss": LOSSES.get(family, {})} | more
     if json == "pipeline_dualpipev":  # wants many micro-batches

@@ -1,11 +1,13 @@
 """One rank of the equality tests: trains a tiny model under each job of a JSON list, answers with losses and gradient norms.
 
-A job is {"case": what to train and in which layout, "first": step, "load": a checkpoint or null, "init": likewise, "save": a folder
-or null}.
+A job is {"case": what to train and in which layout, "first": step, "steps": how many, "load": a checkpoint or null, "init": likewise,
+"save": a folder or null}.
 """
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import json
 import sys
 import time
@@ -18,6 +20,7 @@ from launch.training import deepspeed_config
 from launch.training.config import RunSettings, read_run_settings
 from launch.training.layout import Layout
 from launch.training.processes import Process, find_process
+from launch.training.weights import open_model
 from model.config import ModelConfig
 from model.loss import IGNORED, training_loss
 from model.transformer import Transformer
@@ -25,7 +28,6 @@ from tests.ranks import answer
 
 STEPS = 20
 GLOBAL_BATCH = 8
-MICRO_BATCH = 2
 SEQUENCE = 16
 TARGET_LENGTH = 12
 VOCABULARY = 64
@@ -36,18 +38,18 @@ def model_config(case: dict) -> ModelConfig:
     return ModelConfig(**shape | case.get("model", {}))
 
 
-def micro_batch_of(case: dict) -> int:
-    return case.get("micro_batch", MICRO_BATCH)
+settings_of = functools.cache(read_run_settings)  # a parser takes longer to build than a small model
 
 
 def run_settings(case: dict) -> RunSettings:
-    words = ["--batch.global_batch_size", str(GLOBAL_BATCH), "--batch.micro_batch_size", str(micro_batch_of(case))]
+    words = ["--batch.global_batch_size", str(GLOBAL_BATCH)]
     words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5)), "--optimizer.learning_rate", "1e-3"]
     words += ["--precision", case.get("precision", "float32"), "--recompute", str(case.get("recompute", False)).lower()]
     words += ["--compile", str(case.get("compile", False)).lower()]
     words += [f"--loss.{name}={value}" for name, value in case.get("loss", {}).items()]
     words += [f"--{name}={size}" for name, size in case.get("layout", {}).items()]
-    return dataclasses.replace(read_run_settings(words), model=model_config(case))
+    words += case.get("words", [])
+    return dataclasses.replace(settings_of(tuple(words)), model=model_config(case))
 
 
 def global_batch(step: int, config: ModelConfig) -> Batch:
@@ -105,7 +107,15 @@ def train_plain(
 
     settings = run_settings(case)
     model = Transformer(settings.model, settings.seed).train()
+    if settings.init:
+        initial = dict(open_model(settings.init).state)
     model.load_state_dict(initial or {}, strict=False)
+    held = {name: weight == 0 for name, weight in model.named_parameters() if settings.hold_zeros and is_of_a_linear(name)}
+    teacher = None
+    if settings.distillation.teacher:
+        there = open_model(settings.distillation.teacher)
+        teacher = Transformer(dataclasses.replace(there.config, document_mask=settings.model.document_mask))
+        teacher.load_state_dict(dict(there.state))
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -121,15 +131,48 @@ def train_plain(
             history.append((float("nan"), float("nan")))
             continue
         batch = global_batch(step, settings.model)
-        loss = training_loss(model(*batch.inputs), labels_of(batch, counts_of(batch)), **case.get("loss", {}))
+        outputs = torch.func.functional_call(model, rounded(model, settings), batch.inputs)
+        loss = training_loss(outputs, labels_of(batch, counts_of(batch)), **case.get("loss", {}))
+        if teacher:
+            with torch.no_grad():
+                taught = teacher(*batch.inputs)
+            loss = with_teacher(loss, outputs, taught, batch, settings)
         optimizer.zero_grad()
         loss.backward()
+        for name, is_zero in held.items():
+            model.get_parameter(name).grad[is_zero] = 0
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping or float("inf"))
         for group in optimizer.param_groups:
             group["lr"] = rate(step, settings)
         optimizer.step()
         history.append((float(loss.detach()), float(norm)))
     return history, weights
+
+
+def is_of_a_linear(name: str) -> bool:
+    return name.split(".")[-2] in ("query", "key", "value", "output", "gate", "up", "down") and name.endswith(".weight")
+
+
+def rounded(model: Transformer, settings: RunSettings) -> dict[str, torch.Tensor]:
+    """Weights of linear layers on integers with a zero point, whose gradient is the weights' own."""
+    chosen, weights = settings.quantization, {}
+    for name, weight in model.named_parameters():
+        if chosen.bits is not None and is_of_a_linear(name):
+            groups = weight.detach().unflatten(1, (-1, chosen.group_size))
+            least, most = groups.amin(dim=2, keepdim=True).clamp(max=0), groups.amax(dim=2, keepdim=True).clamp(min=0)
+            scale = (most - least) / (2**chosen.bits - 1)
+            zero = (-least / scale).round()
+            codes = (groups / scale + zero).round().clamp(0, 2**chosen.bits - 1)
+            weights[name] = weight + (((codes - zero) * scale).flatten(1) - weight.detach())
+    return weights
+
+
+def with_teacher(loss: torch.Tensor, outputs: torch.Tensor, taught: torch.Tensor, batch: Batch, settings: RunSettings) -> torch.Tensor:
+    """Hinton's formula, by torch's own functions."""
+    chosen = settings.distillation
+    ours, theirs = ((logits / chosen.temperature).log_softmax(dim=-1)[batch.targets != IGNORED] for logits in (outputs, taught))
+    divergence = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return chosen.cross_entropy_weight * loss + chosen.kl_weight * chosen.temperature**2 * divergence
 
 
 def build_engine(case: dict, process: Process):
@@ -146,6 +189,8 @@ def build_engine(case: dict, process: Process):
     if "pipeline" in case:
         written["pipeline"] |= case["pipeline"]
     layout = deepspeed_config.layout_of(written, settings, process.world_size)
+    size = case.get("micro_batch", 2 if layout.pipeline_stages > 1 else 4 // layout.data_parallel_size)  # two for each data rank
+    settings = dataclasses.replace(settings, batch=dataclasses.replace(settings.batch, micro_batch_size=size))
     merged = deepspeed_config.complete(written, path, settings, layout, "cpu")
     return engine_for(layout)(settings, merged, process, layout), settings
 
@@ -172,8 +217,8 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
     if job["init"]:
         engine.begin_from(InitialWeights(job["init"], settings.model))
     reports, answers = [], {}
-    for step in range(first, first + STEPS):
-        batches = micro_batches(step, settings.model, engine.layout, process.rank, micro_batch_of(case))
+    for step in range(first, first + job["steps"]):
+        batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size)
         with poisoned(step == case.get("poison") and engine.layout.data_rank(process.rank) == 0):
             reports.append(engine.train_step(batches, rate(step, settings), step))
         if case.get("samples") and step == 3:  # must leave nothing behind in the weights that ZeRO-3 gathered
@@ -203,6 +248,7 @@ def main() -> None:
     process = find_process()
     initialize_communication(process, meet(process, 30, sys.argv), 600)
     answers = []
+    gc.freeze()  # what was imported stays; to walk it at every collection is a tenth of the work
     for job in json.loads(sys.argv[1]):
         start = time.perf_counter()
         answers.append(train_under_deepspeed(job, process))

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from launch.training.checkpoint import name_of as folder_of
-from launch.training.weights import Averaged
+from launch.training.weights import Averaged, open_model
+from model import huggingface
+from model.transformer import Transformer
 from tests.launch.layout_cases import (
     BERT,
     DECODERS,
     FAMILIES,
     FAMILY_LAYOUTS,
     GPT2,
+    HEALED,
     LAYOUTS,
     LLAMA,
     SEQUENCE,
@@ -23,17 +26,16 @@ from tests.launch.layout_cases import (
     case_of,
     name_of,
 )
-from tests.launch.layouts_on_ranks import STEPS, train_plain
+from tests.launch.layouts_on_ranks import STEPS, is_of_a_linear, model_config, train_plain
 from tests.ranks import answers_of_ranks
 
 RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
+FEWER_STEPS = 10
+"""Of jobs that save nothing."""
 
 # On 4 ranks, which share two cores here, every second layout has the other family.
 TRAINED = {
-    name_of(ranks, json_name, sizes, family): (
-        ranks,
-        case_of(json_name, sizes, family, **({} if sizes or ranks < 4 else {"micro_batch": 1})),  # so that there is accumulation
-    )
+    name_of(ranks, json_name, sizes, family): (ranks, case_of(json_name, sizes, family))
     for number, (ranks, json_name, sizes) in enumerate(LAYOUTS)
     for which, family in enumerate(DECODERS)
     if ranks == 2 or number % 2 == which
@@ -101,7 +103,7 @@ IN_BF16 = {
 WITH_DROPOUT = {
     f"dropout {ranks} {json_name} {family}": (
         ranks,
-        {"json": json_name, "layout": sizes, "model": FAMILIES[family] | {"dropout": 0.1}, "recompute": recompute},
+        {"json": json_name, "layout": sizes, "model": FAMILIES[family] | {"dropout": 0.1}, "recompute": recompute, "micro_batch": 2},
     )
     for ranks, json_name, sizes, recompute, family in (
         (1, "zero1", {}, False, "llama"),
@@ -114,6 +116,26 @@ WITH_DROPOUT = {
         (2, "pipeline_zero1", STAGES, True, "transformer"),
     )
 }
+
+
+HEALED_MODEL = LLAMA | {"intermediate_size": 48}
+
+
+def healed(name: str, saved: Path) -> dict:
+    """A case of training after compression, with the models that it begins from and learns from."""
+    json_name, sizes, words, more = HEALED[name]
+    return case_of(json_name, sizes, "llama", **more) | {"model": HEALED_MODEL, "words": [word.format(models=saved) for word in words]}
+
+
+def make_models(folder: Path) -> None:
+    """A model half of whose linear weights are 0, and one of other widths that teaches it."""
+    dense = Transformer(model_config({"model": HEALED_MODEL | {"hidden_size": 64}}), seed=7)
+    pruned = Transformer(model_config({"model": HEALED_MODEL}), seed=3)
+    for name, weight in pruned.named_parameters():
+        if is_of_a_linear(name):
+            weight.data[:, ::2] = 0
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        huggingface.export(model.config, model.state_dict(), folder / name)
 
 
 class Ranks:
@@ -147,13 +169,18 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def first_half(saved) -> Ranks:
     jobs = {name: (ranks, job(case, save=str(saved / name))) for name, (ranks, case) in TRAINED.items()}
-    more = {name: (ranks, job(case)) for some in (OTHERS, SAMPLED, IN_BF16, WITH_DROPOUT) for name, (ranks, case) in some.items()}
+    more = {name: (ranks, job(case)) for some in (OTHERS, SAMPLED, WITH_DROPOUT) for name, (ranks, case) in some.items()}
+    more |= {name: (ranks, job(case, steps=STEPS)) for name, (ranks, case) in IN_BF16.items()}
+    make_models(saved)
+    more |= {name: (2, job(healed(name, saved), init=str(saved / "pruned"), save=str(saved / name))) for name in HEALED}
     assert not jobs.keys() & more.keys()
     return Ranks(jobs | more)
 
 
-def job(case: dict, first: int = 0, load: str | None = None, init: str | None = None, save: str | None = None) -> dict:
-    return {"case": case, "first": first, "load": load, "init": init, "save": save}
+def job(
+    case: dict, first: int = 0, load: str | None = None, init: str | None = None, save: str | None = None, steps: int = FEWER_STEPS
+) -> dict:
+    return {"case": case, "first": first, "load": load, "init": init, "save": save, "steps": STEPS if save else steps}
 
 
 @functools.cache
@@ -163,11 +190,11 @@ def _plain(case: str) -> tuple:
 
 def plain(case: dict) -> tuple:
     """Losses, gradient norms and weights of the reference, worked out once for all layouts."""
-    return _plain(json.dumps({key: case[key] for key in ("model", "loss", "clipping", "poison") if key in case} | {"json": ""}))
+    return _plain(json.dumps({key: case[key] for key in ("model", "loss", "clipping", "poison", "words") if key in case} | {"json": ""}))
 
 
 def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: float) -> None:
-    assert len(measured["history"]) == len(expected) == STEPS
+    assert len(measured["history"]) == len(expected) >= FEWER_STEPS
     for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], expected, strict=True):
         if plain_loss != plain_loss:  # a poisoned step: the steps behind it show that it changed nothing
             continue
@@ -187,13 +214,13 @@ def test_a_layout_gives_the_losses_gradient_norms_and_weights_of_plain_pytorch(n
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_so_it_is_with(name, first_half):
-    assert_equal(first_half.answer(name), plain(OTHERS[name][1])[0][:STEPS], 1e-5, 1e-5)
+    assert_equal(first_half.answer(name), plain(OTHERS[name][1])[0][:FEWER_STEPS], 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_text_and_a_validation_between_steps_are_the_same_and_leave_nothing_behind(name, first_half):
     answer, reference = first_half.answer(name), first_half.answer(next(iter(SAMPLED)))
-    assert_equal(answer, plain(SAMPLED[name][1])[0][:STEPS], 1e-5, 1e-5)
+    assert_equal(answer, plain(SAMPLED[name][1])[0][:FEWER_STEPS], 1e-5, 1e-5)
     assert answer["drawn"] == reference["drawn"]
     assert answer["validated"] == pytest.approx(reference["validated"], abs=1e-5)
 
@@ -217,7 +244,7 @@ def test_dropout_is_the_same_under_data_parallelism_and_in_pipelines(name, first
     family = name.rpartition(" ")[2]
     reference = first_half.answer(f"dropout 1 zero1 {family}")["history"]
     assert_equal(first_half.answer(name), reference, 1e-5, 1e-5)
-    without = train_plain({"json": "", "model": FAMILIES[family]}, STEPS)[0]
+    without = train_plain({"json": "", "model": FAMILIES[family]}, FEWER_STEPS)[0]
     assert max(abs(loss - other) for (loss, _), (other, _) in zip(reference, without, strict=True)) > 1e-3
 
 
@@ -227,6 +254,13 @@ GOES_ON_FROM = {
     for family in FAMILIES
     for others in [[name for name in TRAINED if name.endswith(f"-{family}")]]
     for name in others
+}
+
+
+HEALS_ON_FROM = {
+    "taught zero3": "taught pipeline_zero1",
+    "taught pipeline_zero1": "taught zero1",
+    "rounded zero2": "rounded zero3",
 }
 
 
@@ -248,14 +282,18 @@ def second_half(first_half, saved) -> Ranks:
         for name, (ranks, case) in TRAINED.items()
     }
     starting = {name: (2, job(case, init=str(saved / origin / folder_of(STEPS)))) for name, (case, origin) in STARTED.items()}
-    return Ranks(going_on | starting)
+    healing = {
+        name: (2, job(healed(name, saved), first=STEPS, load=str(saved / origin / folder_of(STEPS))))
+        for name, origin in HEALS_ON_FROM.items()
+    }
+    return Ranks(going_on | starting | healing)
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_checkpoint_of_any_layout_goes_on_in_any_other_with_the_numbers_of_a_run_that_never_stopped(name, first_half, second_half):
     for ranks in {TRAINED[other][0] for other in TRAINED}:  # all checkpoints are there
         first_half.answer(next(other for other in TRAINED if TRAINED[other][0] == ranks))
-    assert_equal(second_half.answer(name), plain(TRAINED[name][1])[0][STEPS:], 1e-5, 1e-5)
+    assert_equal(second_half.answer(name), plain(TRAINED[name][1])[0][STEPS : STEPS + FEWER_STEPS], 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("name", STARTED)
@@ -267,7 +305,25 @@ def test_a_run_starts_from_the_weights_of_another_layout_as_plain_pytorch_does(n
         weights = {name: weight for name, weight in weights.items() if name.startswith(("1.", "2.", "3.", "4.", "5.", "6.pooler."))} | {
             "0.weight": weights["tied_modules.embedding.weight"]
         }
-    assert_equal(second_half.answer(name), train_plain(case, STEPS, weights)[0], 1e-5, 1e-5)
+    assert_equal(second_half.answer(name), train_plain(case, FEWER_STEPS, weights)[0], 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("name", HEALED)
+def test_training_after_compression_is_that_of_plain_pytorch_and_zeros_stay_zeros(name, first_half, saved):
+    answer, case = first_half.answer(name), healed(name, saved)
+    history, weights = plain(case)
+    assert_equal(answer, history[:STEPS], *((1e-3, 1e-2) if "bf16" in name else (1e-5, 1e-5)))
+    ours, pruned = Averaged([saved / name / folder_of(STEPS)]), open_model(str(saved / "pruned")).state
+    for parameter in weights:
+        zero = pruned[parameter] == 0
+        assert (ours[parameter][zero] == 0).all() and zero.any() == is_of_a_linear(parameter)
+        assert (ours[parameter][~zero] != pruned[parameter][~zero]).any()
+
+
+@pytest.mark.parametrize("name", HEALS_ON_FROM)
+def test_so_it_is_when_it_goes_on(name, first_half, second_half, saved):
+    first_half.answer(name)
+    assert_equal(second_half.answer(name), plain(healed(name, saved))[0][STEPS : STEPS + FEWER_STEPS], 1e-5, 1e-5)
 
 
 def test_nobody_goes_on_from_its_own_layout():
@@ -276,8 +332,17 @@ def test_nobody_goes_on_from_its_own_layout():
 
 
 COMPILED = {
-    ranks: [case_of(json_name, sizes, "llama", compile=True) for json_name, sizes in some]
-    for ranks, some in {1: [("zero1", {})], 2: [("zero3", {}), ("pipeline_zero1", STAGES), ("zero1", TENSOR), ("zero1", SEQUENCE)]}.items()
+    ranks: [case_of(json_name, sizes, "llama", compile=True, **more) for json_name, sizes, more in some]
+    for ranks, some in {
+        1: [
+            ("zero1", {}, {}),
+            ("zero1", {}, {"words": ["--quantization.bits=4", "--quantization.group_size=8", "--quantization.symmetric=false"]}),
+        ],
+        2: [
+            (json_name, sizes, {})
+            for json_name, sizes in (("zero3", {}), ("pipeline_zero1", STAGES), ("zero1", TENSOR), ("zero1", SEQUENCE))
+        ],
+    }.items()
 }
 
 
@@ -287,7 +352,7 @@ COMPILED = {
 def test_compiled_blocks_give_the_same_numbers(ranks):
     answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps([job(case) for case in COMPILED[ranks]]))
     for case, measured in zip(COMPILED[ranks], answers[0], strict=True):
-        assert_equal(measured, plain(case)[0][:STEPS], 1e-5, 1e-5)
+        assert_equal(measured, plain(case)[0][:FEWER_STEPS], 1e-5, 1e-5)
 
 
 WITHOUT_WEIGHTS = GPT2 | {"tie_embeddings": True, "positions": "sinusoidal", "norm_position": "post"}  # a stage of its five
@@ -310,5 +375,5 @@ def test_so_it_is_on_many_ranks_and_when_they_go_on(name, tmp_path):
     ranks, case = MANY_RANKS[name]
     jobs = [job(case, save=str(tmp_path)), job(case, first=STEPS, load=str(tmp_path / folder_of(STEPS)))]
     answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=500)
-    for measured, expected in zip(answers[0], (plain(case)[0][:STEPS], plain(case)[0][STEPS:]), strict=True):
+    for measured, expected in zip(answers[0], (plain(case)[0][:STEPS], plain(case)[0][STEPS : STEPS + FEWER_STEPS]), strict=True):
         assert_equal(measured, expected, 1e-5, 1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.loss import IGNORED, token_losses, training_loss
+from model.loss import IGNORED, Teaching, token_losses, training_loss
 
 
 def random_logits(batch: int, seq: int, vocab: int) -> torch.Tensor:
@@ -107,3 +107,28 @@ def test_classes_add_a_loss_of_their_own():
     assert loss.item() == pytest.approx(math.log(4) + math.log(5))
     nothing = torch.full((2, 3), IGNORED)  # of a network without a head for tokens the first output says nothing
     assert training_loss((torch.randn(2, 3, 8), class_logits), (nothing, *labels[1:])).item() == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize(("seq", "vocab"), [(5, 11), (300, 9001)])  # the second is more than one chunk of rows
+def test_a_teacher_adds_hintons_formula_and_so_is_the_gradient(seq, vocab):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, vocab, (1, seq), generator=generator)
+    targets[:, ::3] = IGNORED
+    ours, theirs = (3 * torch.randn(1, seq, vocab, generator=generator) for _ in range(2))
+    ours, plain = (ours.clone().requires_grad_() for _ in range(2))
+    loss = training_loss(ours, (targets, torch.tensor(7.0)), 0.1, 0.02, Teaching(theirs, 0.7, 0.4, temperature=2.0))
+    against_targets = training_loss(plain, (targets, torch.tensor(7.0)), 0.1, 0.02)
+    distributions = (plain / 2).log_softmax(dim=2)[targets != IGNORED], (theirs / 2).log_softmax(dim=2)[targets != IGNORED]
+    by_torch = 0.4 * against_targets + 0.7 * 2**2 * F.kl_div(*distributions, reduction="sum", log_target=True) / 7
+    torch.testing.assert_close(loss, by_torch)
+    loss.backward()
+    by_torch.backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_who_says_what_the_teacher_says_has_nothing_to_learn_from_it():
+    logits = random_logits(1, 6, 11).bfloat16().requires_grad_()
+    labels = torch.randint(11, (1, 6), generator=torch.Generator().manual_seed(1)), torch.tensor(6.0)
+    loss = training_loss(logits, labels, teaching=Teaching(logits.detach(), 1.0, 0.0, 3.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6) and logits.grad.abs().max() < 1e-6

@@ -1,0 +1,54 @@
+"""Quantization-aware training: linear layers that compute with rounded numbers and learn as if nothing were rounded."""
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.compression.grids import Grid, fake_quantized_rows, round_to
+from model.layers import Linear
+
+
+def fake_quantize(block: nn.Module, grid: Grid, activations: Literal["none", "int8"] = "none") -> None:
+    """Let the linear layers of a block use their weights rounded to the grid, and, if asked, their inputs rounded token by token.
+
+    The scales have the weights' type, so that rounding the trained weights in that type gives the numbers that were trained with.
+    Gradients pass the rounding unchanged: the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432.
+    """
+    for module in block.modules():
+        if isinstance(module, Linear):
+            module.forward = functools.partial(_rounded_linear, module, grid, activations)
+
+
+def _rounded_linear(linear: Linear, grid: Grid, activations: str, x: Tensor) -> Tensor:
+    """[..., in] -> [..., out]"""
+    product = _RoundedProduct.apply(x, linear.weight, grid, activations)
+    return product if linear.bias is None else product + linear.bias
+
+
+class _RoundedProduct(torch.autograd.Function):
+    """round(x) round(W)^T.  [..., in], [out, in] -> [..., out]
+
+    It keeps x and W and rounds again on the way back: rounded copies of all weights would outlive those that ZeRO-3 gathers.
+    """
+
+    @staticmethod
+    def forward(context, x: Tensor, weight: Tensor, grid: Grid, activations: str) -> Tensor:  # type: ignore[override]
+        context.save_for_backward(x, weight)
+        context.grid, context.activations = grid, activations
+        return _rounded_inputs(x, activations) @ _rounded_weight(weight, grid).T
+
+    @staticmethod
+    def backward(context, slope: Tensor):  # type: ignore[override]
+        x, weight = context.saved_tensors
+        of_weight = slope.flatten(0, -2).T @ _rounded_inputs(x, context.activations).flatten(0, -2)
+        return slope @ _rounded_weight(weight, context.grid), of_weight, None, None
+
+
+def _rounded_weight(weight: Tensor, grid: Grid) -> Tensor:
+    return round_to(weight.float(), grid, weight.dtype).weight().to(weight.dtype)
+
+
+def _rounded_inputs(x: Tensor, activations: str) -> Tensor:
+    return x if activations == "none" else fake_quantized_rows(x, activations)
