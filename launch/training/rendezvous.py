@@ -20,6 +20,9 @@ from data.command_line import RankError
 from launch.training.processes import Process, host_name
 
 
+_FAREWELL_SECONDS = 10
+
+
 class RanksMissing(RuntimeError):
     """Other ranks did not come, or are gone: no mistake in the settings, so the same start may succeed the next time."""
 
@@ -64,13 +67,22 @@ def gather(store: dist.Store, process: Process, name: str, mine: dict, seconds: 
 
 
 def tell(store: dist.Store, process: Process, name: str, text: str, seconds: float) -> str:
-    """What rank 0 says, on every rank. Raises RanksMissing where it says nothing within `seconds`."""
+    """What rank 0 says, on every rank. Raises RanksMissing where it says nothing within `seconds`.
+
+    Rank 0 stays until all have heard it, or some seconds: it may be its last word, and the store goes with it.
+    """
+    heard = f"{name} heard"
     if process.is_first:
         store.set(name, text)
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while store.add(heard, 0) < process.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
         return text
     if _wait(store, [name], time.monotonic() + seconds):
         raise RanksMissing(f"Rank 0 said nothing more at the start ({name}; waited at most {seconds:g} s); see the end of its log.")
-    return store.get(name).decode()
+    text = store.get(name).decode()
+    store.add(heard, 1)
+    return text
 
 
 def sentence_of_loss(error: RuntimeError) -> str | None:

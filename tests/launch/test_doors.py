@@ -193,7 +193,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path):
 
 def test_control_c_under_the_deepspeed_launcher_saves_and_the_same_command_goes_on(tiny, tmp_path):
     command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), str(PRETRAIN), *tiny]
-    command += ["--train_steps", "400", "--checkpoint.interval", "0", "--log.validation_interval", "0", "--log.sample_interval", "0"]
+    command += ["--train_steps", "200", "--checkpoint.interval", "0", "--log.validation_interval", "0", "--log.sample_interval", "0"]
     process = launched(command, start_new_session=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
@@ -206,7 +206,7 @@ def test_control_c_under_the_deepspeed_launcher_saves_and_the_same_command_goes_
     assert checkpoint.damage(saved) is None
     again = launched(command)
     output = again.communicate(timeout=180)[0]
-    assert f"Going on from step {checkpoint.step_of(saved)} of 400" in output, output
+    assert f"Going on from step {checkpoint.step_of(saved)} of 200" in output, output
     assert again.returncode == 0
 
 

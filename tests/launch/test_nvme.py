@@ -31,7 +31,8 @@ def test_state_on_nvme_gives_the_numbers_of_plain_pytorch_and_goes_on_in_memory_
 
     def job(case: dict, first: int, load: str | None, save: str | None) -> dict:
         checkpoint = str(tmp_path / "saved" / load / folder_of(STEPS)) if load else None
-        return {"case": case, "first": first, "load": checkpoint, "save": str(tmp_path / "saved" / save) if save else None}
+        saved = str(tmp_path / "saved" / save) if save else None
+        return {"case": case, "first": first, "steps": STEPS, "load": checkpoint, "init": None, "save": saved}
 
     jobs = [
         job(on_nvme, 0, None, "nvme"),

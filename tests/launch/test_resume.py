@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from launch import evaluate
 from launch.training import checkpoint
 from launch.training.loop import SAVED_AND_UNFINISHED
 from launch.training.weights import Averaged
-from tests.ranks import finish, start_ranks
+from tests.ranks import ForkedRank, finish, start_ranks
 
 DOOR = Path(__file__).with_name("pretrain_with_faults.py")
 CURVES = ("loss/train", "optimization/gradient_norm", "optimization/learning_rate", "loss/validation")
@@ -30,7 +29,7 @@ def statuses(world_size: int, words: list[str], **environment: str) -> list[int]
     return [status for status, _ in endings(start_ranks(world_size, DOOR, *words, OMP_NUM_THREADS="1", **environment))]
 
 
-def endings(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def endings(processes: list[ForkedRank]) -> list[tuple[int, str]]:
     """Each rank's status and what it said. What a dead rank leaves waiting is ended here, as a launcher would."""
     try:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
@@ -42,7 +41,7 @@ def endings(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def listens_to(signal_number: int, process: subprocess.Popen) -> bool:
+def listens_to(signal_number: int, process: ForkedRank) -> bool:
     """Whether a process has a handler for a signal. See proc_pid_status(5)."""
     caught = re.search(r"^SigCgt:\t(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.M)
     return bool(caught and int(caught[1], 16) >> (signal_number - 1) & 1)
@@ -148,7 +147,7 @@ def test_a_rank_that_falls_silent_is_waited_for_so_long_as_was_said(engine, tiny
 
 def test_a_run_whose_gradients_are_never_finite_again_ends_with_93(tiny):
     words = [*tiny, "--precision", "float32", "--optimizer.learning_rate", "1e30", "--train_steps", "80", "--log.sample_interval", "0"]
-    ((status, said),) = endings(start_ranks(1, DOOR, *words))
+    ((status, said),) = endings(start_ranks(1, DOOR, *words, OMP_NUM_THREADS="1"))
     assert status == 93, said
     assert said.splitlines()[-1].startswith("The gradient was not finite in 50 steps in a row")
 
