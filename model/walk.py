@@ -75,6 +75,7 @@ def outputs(
                 passed[number] = step(sample)
         else:
             behind.append(step)
+        del step  # before the next one is read
     for sample in passed:
         for step in behind:
             sample = step(sample)

@@ -34,6 +34,7 @@ def clean_environment(**more: str) -> dict[str, str]:
             "HF_HUB_OFFLINE": "1",
             "PYTHONFAULTHANDLER": "1",
             "GLOO_SOCKET_IFNAME": "lo",
+            "DS_ACCELERATOR": "cpu",  # whose numbers the tests hold; on a GPU runs tests/launch/test_gpu.py
         }
         | more
     )

@@ -5,11 +5,12 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from launch.compressing.comparison import Comparison, compared
+from data.command_line import UserError
 from launch.compressing.parts import Parts, Weights
 from launch.compressing.report import LinearReport
 from launch.compressing.workers import Workers
@@ -18,10 +19,9 @@ from model.compression.grids import Quantized
 from model.compression.statistics import Gatherer, Group, InputStatistics, groups_of, output_error
 from model.compression.sweep import Changed
 from model.config import ModelConfig
-from model.layers import Block, Passed
-from model.walk import Step, outputs, walk
-
-Watch = Callable[[Step], contextlib.AbstractContextManager]
+from model.layers import Block, Head, Passed
+from model.transformer import as_head
+from model.walk import Step, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Treatment:
     """(number of the block, name in it, weight [out, in], statistics of its inputs) -> what it becomes; None: it stays."""
     scales: Callable[[int, Group, list[Tensor], InputStatistics], Tensor | None] = lambda block, group, weights, statistics: None
     """What a group's inputs are divided by, and its weights' columns multiplied, before that.  -> [in], or None for nothing"""
-    watch: Watch = contextlib.nullcontext
-    """Entered for each layer while the calibration samples pass through it, changed."""
+    watch: Callable[[Step], contextlib.AbstractContextManager] | None = None
+    """Entered for each layer before the head while the calibration samples pass through it, changed."""
 
 
 def compress(
@@ -48,36 +48,55 @@ def compress(
 ) -> None:
     """Walk the network with this rank's calibration samples, and write every layer to `parts`, behind what is there already.
 
-    Weights that stay as they are are rounded to `stored_as`. One layer is in memory at a time, beside the samples' hidden states.
-    Raises UserError where a weight is not finite or the disk is full: what was done is kept, and the same call goes on behind it.
+    All weights are rounded to `stored_as` first: one that was trained rounded in that type is then written as it was trained. One layer
+    is in memory at a time, beside the samples' hidden states. Raises UserError where the disk is full, or is not the same one for
+    all ranks: what was done is kept, and the same call goes on.
     """
-    done = workers.tell(parts.open() if workers.is_first else None)
-    if not workers.is_first:
-        parts.find()
+    done = _layers_in(parts, workers)
     if done:
         say(f"Going on behind layer {done} of an earlier start, from {parts.folder}.")
+    watch, is_calibrated = treatment.watch or contextlib.nullcontext, any(workers.gather(bool(samples)))
     passed, begun, blocks_done = list(samples), time.perf_counter(), 0
-    for place, step in enumerate(walk(config, _Continued(parts, state), workers.device)):
+    place = -1
+    for step in walk(config, _Continued(parts, state, stored_as), workers.device):
+        place += 1  # enumerate() would keep a step while the next one is read
         if place >= done:
-            tensors, told = {name: parameter.to(stored_as) for name, parameter in step.parameters.items()}, {}
+            tensors: dict[str, Tensor | Quantized] = {}
+            told: dict[str, Any] = {}
             if step.block is not None:
                 start = time.perf_counter()
-                statistics = _gather(step, passed, workers) if samples else {}
-                changed, linears = _treat(step, treatment, statistics, workers, stored_as)
-                tensors |= changed
+                tensors, linears = _treat(step, treatment, _gather(step, passed, workers) if is_calibrated else {}, workers, stored_as)
                 seconds, blocks_done = time.perf_counter() - start, blocks_done + 1
                 told = {"block": step.block, "seconds": seconds, "linears": [dataclasses.asdict(one) for one in linears]}
                 left = (time.perf_counter() - begun) / blocks_done * (config.total_blocks - step.block - 1)
                 say(_line(step.block, config.total_blocks, linears, seconds, left))
-            if workers.is_first:
-                parts.write(place, tensors, told)
-            weights = {name: tensor.weight() if isinstance(tensor, Quantized) else tensor.float() for name, tensor in tensors.items()}
-            step.module.load_state_dict({name.removeprefix(f"{step.name}."): weight for name, weight in weights.items()}, assign=True)
-            step.module.requires_grad_(False)
-        if samples and step.blocks_before < config.total_blocks:
-            with treatment.watch(step):
+            unchanged = {name: parameter for name, parameter in step.parameters.items() if name not in tensors}
+            tensors |= {name: parameter.to("cpu", stored_as) for name, parameter in unchanged.items()}
+            workers.by_first(functools.partial(parts.write, place, tensors, told))
+            _put(step, tensors)
+            del tensors, unchanged
+        is_head = step.layer.module is Head or step.layer.forward is as_head
+        if is_calibrated and (step.blocks_before < config.total_blocks or (treatment.watch is not None and not is_head)):
+            with watch(step):
                 for number, sample in enumerate(passed):
                     passed[number] = step(sample)
+        del step  # before the next one is read
+    _layers_in(parts, workers)
+
+
+def _put(step: Step, tensors: Mapping[str, "Tensor | Quantized"]) -> None:
+    """What was written, as whoever loads it computes with it, into the layer."""
+    for name, tensor in tensors.items():
+        parameter = step.module.get_parameter(name.removeprefix(f"{step.name}."))
+        parameter.data = (tensor.weight() if isinstance(tensor, Quantized) else tensor.float()).to(parameter.device)
+
+
+def _layers_in(parts: Parts, workers: Workers) -> int:
+    """How many are written, seen by every rank."""
+    count = workers.by_first(parts.find)
+    if count and any(seen != count for seen in workers.gather(parts.find())):
+        raise UserError(f"{parts.folder} is not the same folder for all ranks: --output must lie on a disk that all machines share.")
+    return count
 
 
 def gathered(
@@ -91,16 +110,17 @@ def gathered(
         if step.blocks_before < config.total_blocks:
             for number, sample in enumerate(passed):
                 passed[number] = step(sample)
+        del step
 
 
 class _Continued(Mapping[str, Tensor]):
-    """What an earlier start has changed, and before it the model's own."""
+    """What an earlier start has changed, and behind it the model's own, rounded as they will be stored."""
 
-    def __init__(self, parts: Parts, state: Mapping[str, Tensor]) -> None:
-        self._changed, self._state = Weights(parts), state
+    def __init__(self, parts: Parts, state: Mapping[str, Tensor], stored_as: torch.dtype) -> None:
+        self._changed, self._state, self._stored_as = Weights(parts), state, stored_as
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._changed[name] if name in self._changed else self._state[name]
+        return self._changed[name] if name in self._changed else self._state[name].to(self._stored_as)
 
     def __iter__(self):
         return iter(self._state)
@@ -128,50 +148,57 @@ def _gather(step: Step, samples: Sequence[Passed], workers: Workers) -> dict[Gro
 def _treat(
     step: Step, treatment: Treatment, statistics: dict[Group, InputStatistics], workers: Workers, stored_as: torch.dtype
 ) -> tuple[dict[str, "Tensor | Quantized"], list[LinearReport]]:
-    """The block's changed tensors by their whole names, and what is told of them. Each rank changes its share of the matrices."""
+    """The block's changed matrices by their whole names, and what is told of them. Each rank changes some, and uses up the statistics."""
     block, number = step.module, step.block
     assert isinstance(block, Block) and number is not None
-    for name, parameter in step.parameters.items():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite: the model is damaged, or its training has failed.")
-    weight_of = lambda linear: block.get_submodule(linear).weight.data  # noqa: E731
-    moved = set()
-    for group in statistics:
-        scales = treatment.scales(number, group, [weight_of(linear) for linear in group.linears], statistics[group])
+    for group, known in statistics.items():
+        scales = treatment.scales(number, group, [block.get_submodule(linear).weight.data for linear in group.linears], known)
         if scales is not None:
-            moved |= _fold(block, group, scales)
-            statistics[group] = statistics[group].divided_by(scales)
-    jobs = [(group, linear) for group in groups_of(block) for linear in group.linears]
-    results: dict[str, tuple[Changed, float | None] | None] = {}
-    for job, (group, linear) in enumerate(jobs):
-        if workers.has(job):
-            weight, known = weight_of(linear), statistics.get(group)
-            changed = treatment.change(number, linear, weight, known)
-            error = None if changed is None or known is None else output_error(changed.weight - weight, weight, known)
-            results[linear] = None if changed is None else (changed, error)
-    tensors: dict[str, Tensor | Quantized] = {f"{step.name}.{name}": block.get_parameter(name).data.to(stored_as) for name in moved}
-    told = []
-    for job, (_, linear) in enumerate(jobs):
+            _fold(block, group, scales)
+            statistics[group] = known.divided_by(scales)
+    linears = [linear for group in groups_of(block) for linear in group.linears]
+    results: dict[str, tuple[Tensor | Quantized, LinearReport] | None] = {}
+    for group in groups_of(block):
+        known = statistics.pop(group, None)
+        for linear in group.linears:
+            if workers.has(linears.index(linear)):
+                results[linear] = _changed(step, linear, treatment, known, stored_as)
+    tensors, told = {}, []
+    for job, linear in enumerate(linears):
         result = workers.tell(results.pop(linear, None), job)
         if result is not None:
-            changed, error = result
-            whole = f"{step.name}.{linear}"
-            tensors[f"{whole}.weight"] = changed.weight.to(stored_as) if changed.quantized is None else changed.quantized
-            told.append(LinearReport(whole, number, linear, error, changed.damping, changed.notes))
+            tensors[f"{step.name}.{linear}.weight"], report = result
+            told.append(report)
     return tensors, told
 
 
-def _fold(block: Block, group: Group, scales: Tensor) -> set[str]:
-    """Divide the outputs of what comes before by the scales and multiply columns by them: the same network. The parameters' names."""
+def _changed(
+    step: Step, linear: str, treatment: Treatment, statistics: InputStatistics | None, stored_as: torch.dtype
+) -> tuple["Tensor | Quantized", LinearReport] | None:
+    """A matrix as it is to be stored, on the CPU, and what is told of it; None where it stays."""
+    assert step.block is not None
+    weight = step.module.get_submodule(linear).weight.data
+    changed = treatment.change(step.block, linear, weight, statistics)
+    if changed is None:
+        return None
+    error = None if statistics is None else output_error(changed.weight - weight, weight, statistics)
+    stored = changed.weight.to("cpu", stored_as) if changed.quantized is None else _on_cpu(changed.quantized)
+    return stored, LinearReport(f"{step.name}.{linear}", step.block, linear, error, changed.damping, changed.notes)
+
+
+def _on_cpu(quantized: Quantized) -> Quantized:
+    moved = {name: piece.cpu() for name, piece in vars(quantized).items() if isinstance(piece, Tensor)}
+    return dataclasses.replace(quantized, **moved)
+
+
+def _fold(block: Block, group: Group, scales: Tensor) -> None:
+    """Divide the outputs of what comes before by the scales and multiply columns by them: the same network."""
     assert group.producer is not None
-    producer, changed = block.get_submodule(group.producer), set()
-    for name, parameter in producer.named_parameters():
-        parameter.data.div_(scales if parameter.ndim == 1 else scales[:, None])
-        changed.add(f"{group.producer}.{name}")
+    for parameter in block.get_submodule(group.producer).parameters():
+        parameter.data = parameter.data / (scales if parameter.ndim == 1 else scales[:, None])
     for linear in group.linears:
-        block.get_submodule(linear).weight.data.mul_(scales)
-        changed.add(f"{linear}.weight")
-    return changed
+        weight = block.get_submodule(linear).weight
+        weight.data = weight.data * scales
 
 
 def _line(block: int, num_blocks: int, linears: Sequence[LinearReport], seconds: float, left: float) -> str:
@@ -182,34 +209,3 @@ def _line(block: int, num_blocks: int, linears: Sequence[LinearReport], seconds:
     memory = f"peak memory {peak_memory_bytes() / 1e9:.2f} GB"
     head = f"block {block + 1} of {num_blocks} | {len(linears)} matrices{error}"
     return f"{head} | {seconds:.1f} s | {memory} | left: {minutes}:{rest:02d}{notes}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """A network whose outputs are compared: its shape, its weights, and how they are stored."""
-
-    config: ModelConfig
-    state: Mapping[str, Tensor]
-    prepare: Callable[[Step], object] = lambda step: None
-    """As model.walk.outputs has it."""
-
-
-def compare(before: Side, after: Side, batches: Sequence, workers: Workers) -> Comparison:
-    """Two networks on this rank's share of the batches, summed over the ranks. Each streams through memory layer by layer."""
-    from launch.compressing.samples import first_inputs
-
-    samples = first_inputs(batches, workers.device)
-    total = Comparison()
-    sides = [outputs(side.config, side.state, samples, workers.device, prepare=side.prepare) for side in (before, after)]
-    for batch, old, new in zip(batches, *sides, strict=True):
-        total += compared(*answers(old, new, batch.map(lambda tensor: tensor.to(workers.device))))
-    return functools.reduce(Comparison.__add__, workers.gather(total))
-
-
-def answers(old, new, batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of both and what was asked for: of tokens, or, where none are predicted, of classes.  -> 2 x [.., choices], [..]"""
-    if isinstance(old, tuple):
-        if batch.classes is not None and not (batch.targets != -100).any():
-            return old[1], new[1], batch.classes
-        old, new = old[0], new[0]
-    return old, new, batch.targets

@@ -1,20 +1,24 @@
 """What a compression has done so far, on disk: the tensors of each layer in a file, published when it is whole, and read back one by one.
 
 OUTPUT.unfinished/plan.json       what is compressed, and how: another plan is not gone on with
+                  lock            held by the process that writes here
+                  NAME.json       what was found out before the first layer
                   layer-00003.safetensors, .json    its tensors by our names, and what is told of it
 """
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +26,7 @@ from data.command_line import UserError
 from launch.training.checkpoint import write_durably
 from model.compression.grids import Grid, Quantized
 
+_OF_A_BEGINNING = {"lock", "plan.json.tmp"}  # what a start that was stopped at once has left
 _PIECES = ("codes", "scale", "zero_point", "global_scale")
 
 
@@ -29,35 +34,50 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
     """Parameters by our names, whole or as codes, each read when it is asked for."""
 
     def __init__(self, output: Path, plan: dict[str, Any]) -> None:
-        """Begin, or go on with what an earlier start of the same plan left. Raises UserError where it was another plan's."""
         self.folder = output.with_name(f"{output.name}.unfinished")
         self._plan = plan
+        self._lock: BinaryIO | None = None
         self._files: dict[str, Path] = {}
         self._grids: dict[str, Grid] = {}
 
-    def open(self) -> int:
-        """How many layers an earlier start of the same plan has left. Raises UserError where the folder is something else's."""
-        record = self.folder / "plan.json"
+    def open(self) -> None:
+        """Hold the folder for this process, until `close`. Raises UserError where another holds it, and where it is another plan's."""
         try:
-            if self.folder.exists() and not (record.is_file() and json.loads(record.read_text(encoding="utf-8")) == self._plan):
-                raise UserError(
-                    f"{self.folder} holds what another command has begun, or no compression at all. Start that command again to go on "
-                    f"with it, remove the folder, or give another --output."
-                )
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_durably(record, json.dumps(self._plan, indent=1))
+            if not self._path("plan").is_file() and {path.name for path in self.folder.iterdir()} - _OF_A_BEGINNING:
+                raise UserError(f"{self.folder} is no unfinished compression. Remove the folder, or give another --output.")
+            self._lock = open(self.folder / "lock", "wb")  # noqa: SIM115
+            self._hold()
+            if self._path("plan").is_file() and self._read("plan") != json.loads(json.dumps(self._plan)):
+                raise UserError(
+                    f"{self.folder} holds what another command has begun, or the same of another model or text. Start that command "
+                    "again to go on with it, remove the folder, or give another --output."
+                )
+            self._note("plan", self._plan)
         except OSError as error:
-            raise UserError(f"{self.folder}: {error.strerror or error}.") from error
-        return self.find()
+            raise UserError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
+
+    def _hold(self) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another process is writing {self.folder}. Wait for it, or give another --output.") from error
+        except OSError as error:  # some network disks know no locks
+            print(f"{self.folder} cannot be locked ({error.strerror}): see to it that no second process writes there.", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def find(self) -> int:
         """Look which layers are there, from the first on without a gap; how many."""
         self._files, self._grids = {}, {}
         number = 0
-        while (about := self._path(number, "json")).is_file():
-            told = json.loads(about.read_text(encoding="utf-8"))
+        while self._path(_layer(number)).is_file():
+            told = self._read(_layer(number))
             self._grids |= {name: Grid(**grid) for name, grid in told["grids"].items()}
-            self._files |= dict.fromkeys(told["names"], self._path(number, "safetensors"))
+            self._files |= dict.fromkeys(told["names"], self._path(_layer(number), "safetensors"))
             number += 1
         return number
 
@@ -70,14 +90,14 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
                 pieces |= {f"{name}.{piece}": getattr(tensor, piece) for piece in _PIECES if getattr(tensor, piece) is not None}
             else:
                 pieces[name] = tensor
-        path, temporary = self._path(number, "safetensors"), self._path(number, "tmp")
+        path, temporary = self._path(_layer(number), "safetensors"), self._path(_layer(number), "tmp")
         try:
             save_file({name: piece.detach().cpu().contiguous() for name, piece in pieces.items()}, temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            write_durably(self._path(number, "json"), json.dumps({"names": list(tensors), "grids": grids, "told": told}))
-        except Exception as error:  # of the disk, or safetensors' own, which has moved between versions
+            self._note(_layer(number), {"names": list(tensors), "grids": grids, "told": told})
+        except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise UserError(
@@ -88,10 +108,28 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
 
     def told(self, number: int) -> dict[str, Any]:
         """What was told of a layer."""
-        return json.loads(self._path(number, "json").read_text(encoding="utf-8"))["told"]
+        return self._read(_layer(number))["told"]
+
+    def known(self, name: str) -> Any:
+        """What was noted under a name, or None."""
+        return self._read(name) if self._path(name).is_file() else None
+
+    def note(self, name: str, found: Any) -> None:
+        """Keep what took long to find out. Raises UserError where the disk is full."""
+        try:
+            self._note(name, found)
+        except OSError as error:
+            raise UserError(f"{self._path(name)} could not be written: {error.strerror or error}.") from error
 
     def remove(self) -> None:
+        self.close()
         shutil.rmtree(self.folder)
+
+    def _read(self, name: str) -> Any:
+        return json.loads(self._path(name).read_text(encoding="utf-8"))
+
+    def _note(self, name: str, contents: Any) -> None:
+        write_durably(self._path(name), json.dumps(contents, indent=1))
 
     def __getitem__(self, name: str) -> "Tensor | Quantized":
         with safe_open(self._files[name], framework="pt") as file:
@@ -107,8 +145,12 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def _path(self, number: int, kind: str) -> Path:
-        return self.folder / f"layer-{number:05d}.{kind}"
+    def _path(self, name: str, kind: str = "json") -> Path:
+        return self.folder / f"{name}.{kind}"
+
+
+def _layer(number: int) -> str:
+    return f"layer-{number:05d}"
 
 
 class Weights(Mapping[str, Tensor]):

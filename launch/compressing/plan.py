@@ -1,19 +1,16 @@
 """What a compression will need, worked out before it starts: memory, disk and time of each process."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
+from launch.compressing.samples import LONGEST
 from launch.compressing.settings import CompressionSettings
 from launch.training.plan import measured_flops
-from launch.training.processes import device_name
+from launch.training.processes import device_name, find_process
 from model.compression.statistics import Matrix, matrices
-from model.config import SIZES, ModelConfig, count_parameters, named_size
-
-if TYPE_CHECKING:
-    from launch.compressing.door import Job
+from model.config import ModelConfig, count_parameters
 
 _PROCESS_BYTES = 0.45e9  # of Python with torch and what a door imports
-_OF_A_PRODUCT = 0.5  # of the speed of a large matrix product, all in all: what GPTQ of a 0.5 B model reached on two CPU cores
+_OF_A_PRODUCT = 0.7  # of the speed of a large matrix product, all in all: what GPTQ and Wanda of hidden 1,024 reached on a CPU core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,27 +44,15 @@ def need(config: ModelConfig, tokens: int, is_swept: bool, flops_a_second: float
     return Need(memory, operations / world_size / (_OF_A_PRODUCT * flops_a_second))
 
 
-def of(job: "Job", is_swept: bool) -> str:
-    """Of a job, as a line to print."""
-    tokens = job.calibration.tokens if job.calibration else 0
-    return _line(job.opened.config, job.settings, tokens, is_swept, job.workers.process.world_size, job.dtype.itemsize)
-
-
-def of_named_size(settings: CompressionSettings, is_swept: bool) -> str | None:
-    """Of a network that is only a name, such as llama2-7b; None where the model is none of these."""
-    if settings.model not in SIZES:
-        return None
-    config = ModelConfig(**named_size(settings.model))
-    tokens = settings.calibration_samples * (settings.sequence_length or config.sequence_length)
-    return _line(config, settings, tokens, is_swept, 1, 4 if settings.precision == "float32" else 2)
-
-
-def _line(config: ModelConfig, settings: CompressionSettings, tokens: int, is_swept: bool, world_size: int, item_bytes: int) -> str:
-    device = device_name()
+def need_of(config: ModelConfig, settings: CompressionSettings, is_swept: bool) -> str:
+    """Of a compression, as lines to print."""
+    device, world_size = device_name(), find_process().world_size
+    length = settings.sequence_length or min(config.sequence_length, LONGEST)
+    tokens = settings.calibration_samples * length
     needed = need(config, tokens, is_swept, measured_flops("float32", device), world_size)
     hours, minutes = divmod(round(needed.seconds / 60), 60)
     ranks = "" if world_size == 1 else f" on each of {world_size} ranks"
-    parameters = count_parameters(config)
+    parameters, item_bytes = count_parameters(config), 4 if settings.precision == "float32" else 2
     return (
         f"{settings.model}: {parameters:,} parameters, {len(matrices(config))} matrices in {config.total_blocks} blocks; "
         f"{tokens:,} calibration tokens.\nNeeds about {needed.memory_bytes / 1e9:.1f} GB of memory{ranks}, up to "

@@ -17,7 +17,12 @@ from launch.training.held_out import questions, sampling_of, strange_tokens
 from launch.training.run_folder import paths_of
 from launch.training.weights import OpenedModel
 
-_TOKENS_AT_ONCE = 4096
+LONGEST = 2048
+"""Tokens of a sample where no length is given, at most."""
+
+_TOKENS_AT_ONCE = 2048
+_LEAST_BATCHES = 32  # where there are so many samples: what ranks share
+_LOGITS_BYTES = 64 << 20  # of the float32 logits of a micro-batch, of which measuring holds a few
 _RUN = 32  # neighbouring tokens that are compared: so many alike are no chance
 _MOST_SHARED = 0.1  # of the test's runs; a licence at the head of each file is less
 
@@ -36,6 +41,15 @@ class Text:
     """sha256 of all that is read, in order."""
     bytes_per_token: float | None
     """UTF-8, of the split; None where the model is not asked for all of its text."""
+
+    def beginning(self, num_samples: int) -> list[Batch]:
+        """Its first so many samples, as micro-batches that are cut where they end."""
+        left, found = num_samples, []
+        for batch in self.batches:
+            if left > 0:
+                found.append(batch.map(lambda tensor, count=left: tensor[:count]))
+                left -= len(batch.tokens)
+        return found
 
 
 def calibration_text(opened: OpenedModel, name: str, paths: Sequence[str], num_samples: int, length: int | None) -> Text:
@@ -63,10 +77,11 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
         if complaints := strange_tokens(opened, prepared, name):
             raise UserError("\n".join(complaints))
     sampling = sampling_of(opened, name)
-    length = length or opened.config.sequence_length
+    length = min(opened.config.sequence_length, LONGEST) if length is None else length
     if not 1 <= length <= opened.config.sequence_length:
         raise UserError(f"--sequence_length {length} is outside 1 ... {opened.config.sequence_length}, the model's context.")
-    size = max(1, _TOKENS_AT_ONCE // length)
+    size = min(_TOKENS_AT_ONCE, _LOGITS_BYTES // (4 * opened.config.vocab_size)) // length
+    size = max(1, min(size, num_samples // _LEAST_BATCHES) if num_samples else size)
     limit = math.ceil(num_samples / len(folders)) or None
     asked = questions(opened, folders, sampling, split, size, length, limit_samples=limit)
     batches = [batch for one in asked.values() for batch in one.batches]

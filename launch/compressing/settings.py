@@ -1,15 +1,17 @@
-"""What launch/prune.py and launch/quantize.py are both asked."""
+"""What launch/prune.py and launch/quantize.py are asked."""
 
 import dataclasses
 from typing import Literal
+
+from data.command_line import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressionSettings:
     model: str
-    """Run folder, a checkpoint in one, or a Hugging Face folder."""
-    output: str
-    """New folder: safetensors, config.json, tokenizer, report.md with its pictures, report.json."""
+    """Run folder, a checkpoint in one, or a Hugging Face folder; with --dry_run also a size such as llama2-7b."""
+    output: str | None = None
+    """New folder: safetensors, config.json, tokenizer, report.md with its pictures, report.json. --dry_run needs none."""
     average: int = 1
     """Mean of the weights of the newest so many checkpoints."""
     data: str | None = None
@@ -19,11 +21,12 @@ class CompressionSettings:
     calibration_samples: int = 128
     """Samples that calibrate, evenly spread; 0: none, for methods that look at weights alone."""
     sequence_length: int | None = None
-    """Tokens of a sample (default: the model's context)."""
+    """Tokens of a sample (default: the model's context, at most 2,048)."""
     test_samples: int = 256
     """Samples of the validation split on which the model is measured before and after; 0: none."""
     sensitivity_samples: int = 8
-    """Calibration samples on which each block is measured compressed alone; 0: none. Their hidden states are kept once a block."""
+    """Calibration samples on which each block is measured compressed alone; 0: none. Their hidden states are kept once a block, so there
+    are fewer where these would be more than the calibration's."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Type of what is written and not quantized, and of scales."""
     ignore: tuple[str, ...] = ()
@@ -35,6 +38,126 @@ class CompressionSettings:
     strict: bool = False
     """Status 1 where a matrix went otherwise than asked, such as rounded because its statistics could not be inverted."""
     force: bool = False
-    """Compress what is compressed already, and measure on text that calibrated."""
+    """Compress what is compressed already, its codes as the numbers that they stand for and its zeros as weights like others; and
+    measure on text that calibrated."""
     dry_run: bool = False
     """Print the plan, with memory and time, and stop."""
+
+    def complaints(self) -> list[str]:
+        """A sentence for each setting that cannot be, or contradicts another."""
+        counts = ("calibration_samples", "test_samples", "sensitivity_samples")
+        found = [f"{name} is {getattr(self, name)}; it may not be negative." for name in counts if getattr(self, name) < 0]
+        if self.output is None and not self.dry_run:
+            found.append("output is not given: name the new folder that the compressed model goes into.")
+        if not self.max_shard_gib > 0:
+            found.append(f"max_shard_gib is {self.max_shard_gib:g}; it must be above 0.")
+        if self.max_perplexity_ratio is not None and not self.max_perplexity_ratio > 0:
+            found.append(f"max_perplexity_ratio is {self.max_perplexity_ratio:g}; it must be above 0.")
+        if self.max_perplexity_ratio is not None and not self.test_samples:
+            found.append("max_perplexity_ratio needs a measurement; test_samples is 0.")
+        return found
+
+    def refuse_contradictions(self) -> None:
+        """Raises UserError with all complaints."""
+        if complaints := self.complaints():
+            raise UserError("\n".join(complaints))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneSettings(CompressionSettings):
+    method: Literal["magnitude", "wanda", "sparsegpt", "structured"] = "wanda"
+    """Which weights become zero: the smallest (needs no text), those that contribute least (arXiv 2306.11695), or those for which the
+    others can best make up (arXiv 2301.00774). structured takes whole neurons, heads, channels or blocks out: a smaller dense model."""
+    sparsity: str | None = None
+    """Share of each matrix that becomes zero, or a pattern such as 2:4, two of each four neighbours (default: 0.5; not of structured)."""
+    allocation: Literal["uniform", "owl"] = "uniform"
+    """The same share in all blocks, or less in those with more outliers (arXiv 2310.05175)."""
+    damping: float = 0.01
+    """Of sparsegpt and structured: share of the mean diagonal that is added to the second moment's, so that it can be inverted."""
+    parameters: float | None = None
+    """Of structured: share of all parameters that is left; the feed-forward's width follows from it."""
+    intermediate_size: int | None = None
+    """Of structured: width of the feed-forward that is left."""
+    num_key_value_heads: int | None = None
+    """Of structured: key/value heads that are left, each with the query heads that read it."""
+    hidden_size: int | None = None
+    """Of structured: width of the residual stream that is left."""
+    num_layers: int | None = None
+    """Of structured: blocks that are left (of an encoder-decoder those of its encoder)."""
+    num_decoder_layers: int | None = None
+    """Of structured: blocks of an encoder-decoder's decoder that are left."""
+    depth_by: Literal["influence", "loss"] = "influence"
+    """Of structured: blocks go that change what passes through them least (arXiv 2403.03853), or without which the loss rises least."""
+
+    @property
+    def sizes(self) -> dict[str, float | int | None]:
+        """What structured pruning is to leave, as structured.sizes_for takes it."""
+        names = ("parameters", "intermediate_size", "num_key_value_heads", "hidden_size", "num_layers", "num_decoder_layers")
+        return {name: getattr(self, name) for name in names}
+
+    def complaints(self) -> list[str]:
+        found = super().complaints()
+        given = [name for name in (*self.sizes, "depth_by") if getattr(self, name) != getattr(PruneSettings, name)]
+        if self.method == "structured":
+            if self.sparsity is not None or self.allocation != "uniform":
+                found.append("sparsity and allocation are of masks; method structured takes sizes.")
+            if self.ignore:
+                found.append("ignore is of masks; method structured has one shape in all blocks.")
+        elif given:
+            found.append(f"{', '.join(given)}: of method structured; method is {self.method}.")
+        if self.allocation == "owl" and ":" in (self.sparsity or ""):
+            found.append(f"allocation owl gives blocks different shares; sparsity {self.sparsity} is the same in all.")
+        if self.method in ("magnitude", "wanda") and self.damping != PruneSettings.damping:
+            found.append(f"damping is of sparsegpt and structured; method is {self.method}.")
+        if not self.damping > 0:
+            found.append(f"damping is {self.damping:g}; it must be above 0.")
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeSettings(CompressionSettings):
+    method: Literal["rtn", "gptq"] = "gptq"
+    """Each weight to its nearest code (needs no text), or so that the errors of a matrix's columns cancel (arXiv 2210.17323)."""
+    scaling: Literal["none", "smoothquant", "awq"] = "none"
+    """Before that, factors move between a matrix's inputs and its columns: from inputs with outliers, for int8 activations
+    (arXiv 2211.10438), or to columns that matter, found by search (arXiv 2306.00978)."""
+    smoothing_strength: float = 0.5
+    """Of smoothquant: 0 leaves all outliers to the activations, 1 to the weights."""
+    kind: Literal["int", "fp8", "nvfp4", "mxfp4"] = "int"
+    """What weights become: integers, E4M3, or E2M1 with a scale each 16 (nvfp4) or 32 (mxfp4) entries, as on Blackwell."""
+    bits: int | None = None
+    """Of an integer, 2 to 8 (default: 4); 8 of fp8 and 4 of the others."""
+    group_size: int | None = None
+    """Entries of a row that share a scale; 0: the whole row (default: 128 of integers below 8 bits, else the row; nvfp4 16, mxfp4 32)."""
+    symmetric: bool = True
+    """Zero is a code's middle; else each group has its own zero point."""
+    activations: Literal["none", "int8", "fp8"] | None = None
+    """What goes into the matrices is rounded too, each token by a scale of its own, while the network runs (default: fp8 beside fp8, else
+    none). int8 beside --bits 8 is W8A8."""
+    damping: float = 0.01
+    """Of gptq: share of the mean diagonal that is added to the second moment's, so that it can be inverted."""
+    act_order: bool = False
+    """Of gptq: columns with the largest inputs first."""
+    average_bits: float | None = None
+    """Bits a weight of the matrices on average, with their scales: each block gets 3, 4 or 8, by what it costs alone (default: --bits)."""
+    precision: Literal["float32", "bf16", "fp16"] = "bf16"
+    """Type of what is not quantized, and of scales."""
+
+    def complaints(self) -> list[str]:
+        found = super().complaints()
+        if self.average_bits is not None:
+            if self.kind != "int" or self.activations not in (None, "none"):
+                found.append("average_bits is for integer weights without rounded activations.")
+            if self.bits is not None:
+                found.append("average_bits chooses bits: give one of them.")
+            if not (self.sensitivity_samples and self.calibration_samples):
+                found.append("average_bits needs what each block costs alone: sensitivity_samples and calibration_samples above 0.")
+        if self.method == "rtn" and (self.act_order or self.damping != QuantizeSettings.damping):
+            found.append("act_order and damping are gptq's; method is rtn.")
+        if self.scaling != "smoothquant" and self.smoothing_strength != QuantizeSettings.smoothing_strength:
+            found.append(f"smoothing_strength is of scaling smoothquant; scaling is {self.scaling}.")
+        if not 0 <= self.smoothing_strength <= 1:
+            found.append(f"smoothing_strength is {self.smoothing_strength:g}; it must be from 0 to 1.")
+        if not self.damping > 0:
+            found.append(f"damping is {self.damping:g}; it must be above 0.")
+        return found

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.command_line import UserError
 from launch.training import processes, rendezvous
 from launch.training.config import without_local_rank
 from launch.training.processes import Process
@@ -56,10 +57,18 @@ class Workers:
             dist.broadcast_object_list(box, src=number % self.process.world_size)
         return box[0]  # type: ignore[return-value]
 
-    @property
-    def alone(self) -> "Workers":
-        """This rank without the others."""
-        return Workers(Process(0, 1, self.process.local_rank, 1), self.device)
+    def by_first(self, act: Callable[[], Thing]) -> Thing:
+        """What it gives on the first rank, on every rank; where it raises UserError there, every rank does."""
+        box: tuple[Thing | None, UserError | None] = None, None
+        if self.is_first:
+            try:
+                box = act(), None
+            except UserError as error:
+                box = None, error
+        found, mistake = self.tell(box)
+        if mistake is not None:
+            raise mistake
+        return found  # type: ignore[return-value]
 
     def part(self) -> None:
         """End what ranks do together: from here on each is alone, and transformers would find no others either."""

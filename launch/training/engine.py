@@ -67,8 +67,9 @@ def initialize_communication(process: Process, store: dist.Store, timeout_second
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="deepspeed|torch.distributed")
     warnings.filterwarnings("ignore", message="c10d::broadcast_")  # of tied weights, while a pipeline is built
-    # Without this a CPU start compiles a C++ helper: two minutes once, and, killed meanwhile, a lock that hangs all later starts.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device_name() == "cpu":
+        # Else a CPU start compiles a C++ helper: two minutes once, and, killed meanwhile, a lock that hangs all later starts.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Any ZeRO optimizer imports Muon, which no run here uses, and to decorate its functions all of torch's compiler: a second a start.
     compiler.compile = lambda: compiler.dummy_decorator
     if device_name() == "cuda":

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from data.command_line import RankError
 from launch.training.processes import Process, host_name
 
-
 _FAREWELL_SECONDS = 10
 
 

@@ -1,6 +1,7 @@
 """What each block costs when it alone is compressed."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,6 +16,8 @@ from model.walk import Step, walk
 Change = Callable[[int, str, Tensor], Tensor]
 """(number of a block, name of a linear layer in it, its weight [out, in]) -> what it would be"""
 
+_CHUNK_ENTRIES = 1 << 20
+
 
 def divergences(
     config: ModelConfig,
@@ -22,11 +25,12 @@ def divergences(
     samples: Sequence[Passed],
     changes: Sequence[Change],
     device: torch.device | str = "cpu",
-) -> Tensor:
-    """Kullback-Leibler divergence from the network as it is, of the network with one block changed, summed over tokens.
+) -> tuple[Tensor, int]:
+    """Kullback-Leibler divergence from the network as it is, of the network with one block changed, summed over what it says anything of:
+    tokens that are no padding, or, where none are predicted, samples.  -> [blocks, changes], nats, float64; how many these are
 
-    -> [blocks, changes], nats, float64. One walk: behind each block further variants are under way, so it costs the forward passes of
-    some changes x blocks^2 / 2 blocks, and keeps the samples' hidden states once for each variant.
+    One walk: behind each block further variants are under way, so it costs the forward passes of some changes x blocks^2 / 2 blocks,
+    and keeps the samples' hidden states once for each variant.
     """
     plain = list(samples)
     variants: dict[tuple[int, int], list[Passed]] = {}
@@ -35,32 +39,44 @@ def divergences(
         if step.blocks_before == config.total_blocks:
             behind.append(step)
             continue
-        begun = {}
-        for number, change in enumerate(changes) if step.block is not None else ():
-            changed = copy.deepcopy(step.module)
-            for linear in (linear for group in groups_of(changed) for linear in group.linears):
-                weight = changed.get_submodule(linear).weight
-                weight.data = change(step.block, linear, weight.data)
-            with torch.no_grad():
-                begun[step.block, number] = [changed(sample) for sample in plain]
+        before = list(plain)
         for variant in (plain, *variants.values()):
             for number, sample in enumerate(variant):
                 variant[number] = step(sample)
-        variants |= begun
-    sums = torch.zeros(config.total_blocks, len(changes), dtype=torch.float64)
+        for number, change in enumerate(changes) if step.block is not None else ():
+            is_last = number == len(changes) - 1  # the block itself is not needed any more
+            changed = step if is_last else dataclasses.replace(step, module=copy.deepcopy(step.module))
+            for linear in (linear for group in groups_of(changed.module) for linear in group.linears):
+                weight = changed.module.get_submodule(linear).weight
+                weight.data = change(step.block, linear, weight.data)
+            variants[step.block, number] = [changed(sample) for sample in before]
+            del changed, weight
+        del step, before
+    sums, count = torch.zeros(config.total_blocks, len(changes), dtype=torch.float64, device=device), 0
     for number, sample in enumerate(plain):
-        wanted, counted = _log_probabilities(config, behind, sample), sample[1] != 0
+        wanted = _logits(config, behind, sample)
+        count += len(wanted)
         for place, variant in variants.items():
-            found = _log_probabilities(config, behind, variant[number])
-            sums[place] += (wanted.exp() * (wanted - found)).sum(dim=-1)[counted if found.ndim == 3 else ...].double().sum().cpu()
-    return sums
+            sums[place] += _divergence(wanted, _logits(config, behind, variant[number]))
+    return sums, count
 
 
-def _log_probabilities(config: ModelConfig, behind: Sequence[Step], passed: Passed) -> Tensor:
-    """Of tokens, or, where none are predicted, of classes.  -> [batch, seq, vocab] or [batch, classes]"""
+def _logits(config: ModelConfig, behind: Sequence[Step], passed: Passed) -> Tensor:
+    """Of tokens that are no padding, or, where none are predicted, of classes.  -> [tokens, vocab] or [batch, classes]"""
+    counted = passed[1] != 0
     for step in behind:
         passed = step(passed)
     said = outputs_of(config, passed)
     if isinstance(said, tuple):
         said = said[0] if config.token_head else said[1]
-    return said.float().log_softmax(dim=-1)
+    return said[counted] if said.ndim == 3 else said
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """Summed over rows, so many at a time that it needs no copy of the logits.  [rows, choices] both -> []"""
+    total = torch.zeros((), dtype=torch.float64, device=wanted.device)
+    rows = max(1, _CHUNK_ENTRIES // wanted.shape[1])
+    for old, new in zip(wanted.split(rows), found.split(rows), strict=True):
+        old, new = old.float().log_softmax(dim=1), new.float().log_softmax(dim=1)
+        total += (old.exp() * (old - new)).sum(dtype=torch.float64)
+    return total

@@ -10,6 +10,8 @@ from model.config import ModelConfig
 from model.layers import Attention, Block
 from model.transformer import first_uses
 
+_ROWS = 512  # of a second moment that are added at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class InputStatistics:
@@ -114,7 +116,8 @@ class Gatherer:
     def sums(self) -> Iterator[tuple[Group, "Sums"]]:
         """Each group with what was seen of it; taking them one by one frees them one by one."""
         for group in self._groups:
-            yield group, self._sums.pop(group.linears[0])
+            weight = self._block.get_submodule(group.linears[0]).weight
+            yield group, self._sums.pop(group.linears[0], None) or Sums(weight.shape[1], weight.device)
 
 
 class Sums:
@@ -132,7 +135,8 @@ class Sums:
     def add(self, rows: Tensor) -> None:
         """[tokens, in]"""
         self.tokens += len(rows)
-        self.second_moment += rows.T @ rows
+        for columns, part in zip(rows.T.split(_ROWS), self.second_moment.split(_ROWS), strict=True):
+            part += columns @ rows  # of which float64 is no copy of the whole
         self.magnitude += rows.abs().sum(dim=0)
         if len(rows):
             self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))

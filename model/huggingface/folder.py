@@ -175,6 +175,11 @@ class State(Mapping[str, Tensor]):
         tensor = tensor.T if entry.transposed else tensor
         return tensor.chunk(len(entry.ours))[place].contiguous()
 
+    def file_of(self, name: str) -> Path:
+        """Where a tensor lies, or the first of what a quantized one is made of."""
+        entry, _ = self._entries[name]
+        return self._files[next(iter(self._layouts[entry]))][0]
+
     def quantized(self, name: str) -> Quantized:
         """A weight that has a scheme, as it is stored."""
         entry, _ = self._entries[name]

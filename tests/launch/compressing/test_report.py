@@ -45,7 +45,6 @@ def bare():
         seconds=12.5,
         peak_memory_bytes=1_300_000_000,
         device="cpu",
-        seed=1,
         versions={"torch": "2.13.0"},
         linears=(LinearReport(LINEAR, 0, "attention.query"),),
     )

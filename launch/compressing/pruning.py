@@ -1,0 +1,133 @@
+"""What launch/prune.py does: weights become zero, or whole parts of the network go."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from data.command_line import UserError
+from launch.compressing import plan, report, survey
+from launch.compressing.driver import Treatment, compress
+from launch.compressing.job import Job, chosen_matrices, open_job, source_of
+from launch.compressing.parts import Parts, Weights
+from launch.compressing.result import Result, finish
+from launch.compressing.settings import PruneSettings
+from model.compression import pruning, structured
+from model.compression.allocation import owl_sparsities
+from model.compression.statistics import InputStatistics, Matrix
+from model.compression.sweep import Changed
+from model.config import ModelConfig, count_parameters
+
+_NAMES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mask:
+    """Which weights become zero."""
+
+    sparsity: pruning.Sparsity
+    chosen: Mapping[str, Matrix]
+
+
+def prune(settings: PruneSettings, arguments: Sequence[str]) -> int:
+    """The whole of the door; its status. Raises UserError."""
+    config, opened = source_of(settings)
+    is_structured = settings.method == "structured"
+    try:
+        asked = structured.sizes_for(config, **settings.sizes) if is_structured else _mask_for(config, settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    needs = plan.need_of(config, settings, is_swept=settings.method in ("sparsegpt", "structured"))
+    sizes = [_in_words(config, asked)] if isinstance(asked, ModelConfig) else []
+    if opened is None:
+        print("\n".join([needs, *sizes]))
+        return 0
+    needs_calibration = settings.method != "magnitude" or settings.allocation == "owl"
+    job = open_job(settings, opened, "prune", arguments, needs_calibration)
+    job.say("\n".join([needs, *sizes]))
+    if settings.dry_run:
+        return 0
+    with job.parts() as parts:
+        result = _cut(job, asked, parts) if isinstance(asked, ModelConfig) else _masked(job, asked, parts)
+        return finish(job, result, parts)
+
+
+def _mask_for(config: ModelConfig, settings: PruneSettings) -> _Mask:
+    sparsity, chosen = pruning.Sparsity.parse(settings.sparsity or "0.5"), chosen_matrices(config, settings.ignore)
+    for matrix in chosen.values():
+        try:
+            sparsity.check(matrix.shape[1])
+        except ValueError as error:
+            raise UserError(f"{matrix}: {error}. --ignore '*.{matrix.linear}' leaves it as it is.") from error
+    return _Mask(sparsity, chosen)
+
+
+def _masked(job: Job[PruneSettings], mask: _Mask, parts: Parts) -> Result:
+    """Weights become zero."""
+    settings, sparsities = job.settings, _allocated(job, mask, parts)
+    places = {str(matrix) for matrix in mask.chosen.values()}
+
+    def change(block: int, linear: str, weight: Tensor, statistics: InputStatistics | None) -> Changed | None:
+        if f"{block}.{linear}" not in places:
+            return None
+        if settings.method == "magnitude":
+            return pruning.magnitude(weight, sparsities[block])
+        assert statistics is not None
+        if settings.method == "wanda":
+            return pruning.wanda(weight, statistics, sparsities[block])
+        return pruning.sparsegpt(weight, statistics, sparsities[block], settings.damping)
+
+    def smallest(block: int, linear: str, weight: Tensor) -> Tensor:
+        return pruning.magnitude(weight, sparsities[block]).weight if f"{block}.{linear}" in places else weight
+
+    found = survey.divergences(job, parts, [smallest])
+    compress(job.config, job.opened.state, Treatment(change), job.samples, parts, job.workers, job.dtype, job.say)
+    shares = "" if settings.allocation == "uniform" else ", shares by outliers (OWL)"
+    artefact: report.Artefact = "2:4" if mask.sparsity.pattern == (2, 4) else "zeros"
+    method = f"{_NAMES[settings.method]}, {mask.sparsity}{shares}"
+    return Result(job.config, parts, artefact, method, divergences=None if found is None else [one[0] for one in found])
+
+
+def _allocated(job: Job[PruneSettings], mask: _Mask, parts: Parts) -> list[pruning.Sparsity]:
+    """Of each block."""
+    blocks = range(job.config.total_blocks)
+    if job.settings.allocation == "uniform":
+        return [mask.sparsity for _ in blocks]
+    sizes = [sum(rows * columns for rows, columns in (one.shape for one in mask.chosen.values() if one.block == block)) for block in blocks]
+    shares = owl_sparsities(survey.outlier_ratios(job, parts, mask.chosen), sizes, mask.sparsity.fraction)
+    job.say("Sparsities of the blocks: " + " ".join(f"{share:.3f}" for share in shares))
+    return [pruning.Sparsity(share) for share in shares]
+
+
+def _cut(job: Job[PruneSettings], smaller: ModelConfig, parts: Parts) -> Result:
+    """What is left is a smaller dense network: blocks go first, then heads and neurons of the others, then channels."""
+    config, state = job.config, job.opened.state
+    shallow = dataclasses.replace(config, num_layers=smaller.num_layers, num_decoder_layers=smaller.num_decoder_layers)
+    if shallow != config:
+        state = structured.shallower(config, state, shallow, survey.importance(job, parts, job.settings.depth_by))
+    units = {"feed_forward.down": (smaller.intermediate_size, 1)} if smaller.intermediate_size < config.intermediate_size else {}
+    if smaller.num_key_value_heads < config.num_key_value_heads:
+        of_a_head = config.num_attention_heads // config.num_key_value_heads * config.head_size
+        units |= dict.fromkeys(("attention.output", "cross_attention.output"), (smaller.num_key_value_heads, of_a_head))
+
+    def change(block: int, linear: str, weight: Tensor, statistics: InputStatistics | None) -> Changed | None:
+        if linear not in units:
+            return None
+        assert statistics is not None
+        return structured.without_inputs(weight, statistics, *units[linear], job.settings.damping)
+
+    channels = structured.Channels() if smaller.hidden_size < config.hidden_size else None
+    treatment = Treatment(change, watch=None if channels is None else channels.watching)
+    compress(shallow, state, treatment, job.samples, parts, job.workers, job.dtype, job.say)
+    if channels is not None:
+        job.workers.add_up(list(channels.sums.values()))
+    cut = structured.narrower(shallow, Weights(parts), smaller, channels)
+    return Result(smaller, cut, "structured", f"structured: {_in_words(config, smaller)}")
+
+
+def _in_words(config: ModelConfig, smaller: ModelConfig) -> str:
+    sizes = ("num_layers", "num_decoder_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size")
+    pairs = {name: (getattr(config, name), getattr(smaller, name)) for name in sizes}
+    changed = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in pairs.items() if before != after)
+    old, new = count_parameters(config), count_parameters(smaller)
+    return f"{changed}; {old:,} -> {new:,} parameters, {new / old:.1%}"

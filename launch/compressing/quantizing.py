@@ -1,0 +1,153 @@
+"""What launch/quantize.py does: the matrices of the blocks become codes on a grid."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+from torch import Tensor
+
+from data.command_line import UserError
+from launch.compressing import plan, report, survey
+from launch.compressing.driver import Treatment, compress
+from launch.compressing.job import DTYPES, Job, chosen_matrices, open_job, source_of
+from launch.compressing.parts import Parts
+from launch.compressing.result import Result, finish
+from launch.compressing.settings import QuantizeSettings
+from model import huggingface
+from model.compression import allocation, quantization, scaling
+from model.compression.grids import Grid, round_to
+from model.compression.packed import Scheme
+from model.compression.statistics import Group, InputStatistics, Matrix, matrices
+from model.compression.sweep import Changed
+from model.config import ModelConfig
+
+MIXED_BITS = (3, 4, 8)
+"""What a block may get where the average is given."""
+
+_DEFAULTS = {"int": (4, 128), "fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits and group size of each kind
+
+
+def quantize(settings: QuantizeSettings, arguments: Sequence[str]) -> int:
+    """The whole of the door; its status. Raises UserError."""
+    config, opened = source_of(settings)
+    try:
+        schemes = _schemes_for(config, settings)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    is_swept = settings.method == "gptq"
+    needs = plan.need_of(config, settings, is_swept)
+    if opened is None:
+        print(needs)
+        return 0
+    is_calibrated = is_swept or settings.scaling != "none" or settings.average_bits is not None
+    job = open_job(settings, opened, "quantize", arguments, is_calibrated)
+    job.say(needs)
+    if settings.dry_run:
+        return 0
+    with job.parts() as parts:
+        return finish(job, _quantized(job, schemes, parts), parts)
+
+
+def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, Scheme]:
+    """By the names of weights, all the same. Raises ValueError for what grid, format or architecture has no place for."""
+    bits, group_size = _DEFAULTS[settings.kind]
+    bits = settings.bits or bits
+    if settings.kind == "int" and bits == 8:
+        group_size = None
+    if settings.group_size is not None:
+        group_size = settings.group_size or None
+    activations = settings.activations or ("fp8" if settings.kind == "fp8" else "none")
+    scheme = Scheme(Grid(settings.kind, bits, group_size, settings.symmetric), activations)
+    chosen = chosen_matrices(config, settings.ignore)
+    _refuse_torn_groups(scheme.grid, chosen)
+    if settings.average_bits is not None:
+        weights = sum(rows * columns for rows, columns in (matrix.shape for matrix in chosen.values()))
+        least = 8 * sum(min(sizes.values()) for sizes in _bytes_of_blocks(config, chosen, scheme.grid, settings)) / weights
+        if settings.average_bits < least:
+            raise UserError(
+                f"average_bits {settings.average_bits:g} is below {least:.4g}, what {MIXED_BITS[0]} bits take with their scales."
+            )
+    schemes = dict.fromkeys(chosen, scheme)
+    huggingface.quantization_config(config, schemes, DTYPES[settings.precision])
+    return schemes
+
+
+def _refuse_torn_groups(grid: Grid, chosen: Mapping[str, Matrix]) -> None:
+    if grid.group_size is None:
+        return
+    torn = {matrix.linear: matrix.shape[1] for matrix in chosen.values() if matrix.shape[1] % grid.group_size}
+    if torn:
+        named = ", ".join(f"{linear} ({inputs})" for linear, inputs in torn.items())
+        fitting = [str(size) for size in (128, 64, 32, 16) if not any(matrix.shape[1] % size for matrix in chosen.values())]
+        sizes = "" if grid.kind != "int" else f"--group_size {', '.join([*fitting, '0'])} would do (0: a scale a row); "
+        patterns = " ".join(f"'*.{linear}'" for linear in torn)
+        raise UserError(
+            f"Groups of {grid.group_size} do not divide the inputs of {named}: {sizes}--ignore {patterns} leaves these as they are."
+        )
+
+
+def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts: Parts) -> Result:
+    settings = job.settings
+    divergences, schemes = _sensitivity(job, schemes, parts)
+    places = {name: str(matrix) for name, matrix in matrices(job.config).items()}
+    grids = {places[name]: scheme.grid for name, scheme in schemes.items()}
+
+    def change(block: int, linear: str, weight: Tensor, statistics: InputStatistics | None) -> Changed | None:
+        grid = grids.get(f"{block}.{linear}")
+        if grid is None:
+            return None
+        if settings.method == "rtn":
+            return quantization.rtn(weight, grid, job.dtype)
+        assert statistics is not None
+        return quantization.gptq(weight, statistics, grid, job.dtype, settings.damping, settings.act_order)
+
+    def scales(block: int, group: Group, weights: list[Tensor], statistics: InputStatistics) -> Tensor | None:
+        if group.producer is None or not all(f"{block}.{linear}" in grids for linear in group.linears):
+            return None
+        if settings.scaling == "smoothquant" and group.producer.endswith("_norm"):
+            return scaling.smoothquant_scales(weights, statistics, settings.smoothing_strength)
+        if settings.scaling == "awq":
+            return scaling.awq_scales(weights, statistics, grids[f"{block}.{group.linears[0]}"], job.dtype)
+        return None
+
+    treatment = Treatment(change, scales) if settings.scaling != "none" else Treatment(change)
+    compress(job.config, job.opened.state, treatment, job.samples, parts, job.workers, job.dtype, job.say)
+    artefact = cast(report.Artefact, next(iter(schemes.values())).format)
+    scaled = "" if settings.scaling == "none" else f" behind {settings.scaling}"
+    method = f"{settings.method.upper()}{scaled}, {'; '.join(dict.fromkeys(map(str, schemes.values())))}"
+    return Result(job.config, parts, artefact, method, schemes, divergences)
+
+
+def _sensitivity(
+    job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts: Parts
+) -> tuple[list[float] | None, Mapping[str, Scheme]]:
+    """What each block costs alone, mean nats a token; and the schemes, which follow from it where an average is given."""
+    average, plain = job.settings.average_bits, next(iter(schemes.values())).grid
+    grids = [plain] if average is None else [dataclasses.replace(plain, bits=bits) for bits in MIXED_BITS]
+    chosen = {name: matrix for name, matrix in matrices(job.config).items() if name in schemes}
+    places = {str(matrix) for matrix in chosen.values()}
+
+    def rounding(grid: Grid) -> Callable[[int, str, Tensor], Tensor]:
+        return lambda block, linear, weight: round_to(weight, grid, job.dtype).weight() if f"{block}.{linear}" in places else weight
+
+    found = survey.divergences(job, parts, [rounding(grid) for grid in grids])
+    if found is None or average is None:
+        return None if found is None else [costs[0] for costs in found], schemes
+    costs_of_bits = [dict(zip(MIXED_BITS, costs, strict=True)) for costs in found]
+    weights = sum(rows * columns for rows, columns in (matrix.shape for matrix in chosen.values()))
+    bits = allocation.choose(costs_of_bits, _bytes_of_blocks(job.config, chosen, plain, job.settings), int(average * weights / 8))
+    job.say("Bits of the blocks, by what each costs alone: " + " ".join(map(str, bits)))
+    grid_of = dict(zip(MIXED_BITS, grids, strict=True))
+    mixed = {name: dataclasses.replace(schemes[name], grid=grid_of[bits[chosen[name].block]]) for name in schemes}
+    return [costs[bits[block]] for block, costs in enumerate(costs_of_bits)], mixed
+
+
+def _bytes_of_blocks(config: ModelConfig, chosen: Mapping[str, Matrix], grid: Grid, settings: QuantizeSettings) -> list[dict[int, int]]:
+    """What the chosen matrices of each block take with their scales, by bits."""
+    per_scale = DTYPES[settings.precision].itemsize + (0 if grid.symmetric else 1)
+    sizes: list[dict[int, int]] = [dict.fromkeys(MIXED_BITS, 0) for _ in range(config.total_blocks)]
+    for matrix in chosen.values():
+        rows, columns = matrix.shape
+        for bits in MIXED_BITS:
+            sizes[matrix.block][bits] += rows * columns * bits // 8 + rows * grid.num_groups(columns) * per_scale
+    return sizes

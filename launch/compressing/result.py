@@ -1,0 +1,171 @@
+"""How a compression ends: what was made is measured, written, read by an engine that is not ours, and reported."""
+
+import dataclasses
+import hashlib
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from data.command_line import UserError, flatten
+from data.huggingface_tokenizer import padding, write_tokenizer
+from data.tokenizer import load_tokenizer
+from launch.answers import names_of
+from launch.compressing import report
+from launch.compressing.comparison import Quality
+from launch.compressing.job import Job
+from launch.compressing.parts import Parts, Weights
+from launch.compressing.sides import Side, compare, perplexity_of
+from launch.training.processes import peak_memory_bytes
+from launch.training.run_folder import versions
+from model import huggingface
+from model.compression.activations import rounding_inputs
+from model.compression.grids import Quantized
+from model.compression.packed import Scheme
+from model.config import ModelConfig
+
+_PROOF_TOKENS = 16_384
+_PROOF_BOUND = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was made of a model."""
+
+    config: ModelConfig
+    state: Mapping[str, Tensor | Quantized]
+    artefact: report.Artefact
+    method: str
+    """In words."""
+    schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
+    divergences: Sequence[float] | None = None
+    """As report.BlockReport has it, of each block."""
+
+
+def finish(job: Job, result: Result, parts: Parts) -> int:
+    """Compare with the dense model, write the folder, have transformers read it, report; the status of the door.
+
+    Raises UserError where the disk is full, and RuntimeError where transformers does not find in the folder what we wrote: there is no
+    folder then, but `parts` is kept.
+    """
+    workers, opened, settings = job.workers, job.opened, job.settings
+    after = Side(result.config, Weights(result.state), rounding_inputs(result.schemes))
+    quality = None
+    if job.test:
+        job.say(f"Measuring: {job.test.num_samples:,} samples of {job.test.what}, before and after.")
+        before = Side(opened.config, opened.state, rounding_inputs(opened.schemes))
+        quality = compare(before, after, workers.share(job.test.batches), workers).quality(job.test.bytes_per_token)
+    workers.part()
+    if not workers.is_first:
+        return 0
+    assert opened.tokenizer is not None
+    tokenizer, names = load_tokenizer(opened.tokenizer), names_of(opened)
+    made: list[report.Report] = []
+
+    def complete(unfinished: Path) -> None:
+        marks = opened.config.architecture, names.class_token, names.mask_token
+        write_tokenizer(tokenizer.path, unfinished, opened.config.sequence_length, None, *marks)
+        made.append(_report(job, result, parts, quality, _proof(job, result, after, unfinished), unfinished))
+        report.write(made[0], unfinished)
+
+    tokens = huggingface.SpecialTokens(tokenizer.end_of_text, padding(tokenizer)[1], names.labels, opened.start_token(tokenizer))
+    job.say(f"Writing {job.output}, and reading it with transformers.")
+    try:
+        shard_bytes = int(settings.max_shard_gib * 2**30)
+        huggingface.export(result.config, result.state, job.output, tokens, job.dtype, shard_bytes, complete, result.schemes)
+    except OSError as error:
+        kept = f"What was compressed is kept in {parts.folder}; the same command goes on with it."
+        raise UserError(f"{job.output} could not be written: {error.strerror or error}. {kept}") from error
+    parts.remove()
+    print("\n" + (job.output / "report.md").read_text(encoding="utf-8").split("\n## ")[0].rstrip())
+    print(f"\n{job.output}: transformers loads it with no missing or unexpected key. {job.output}/report.md has the rest.")
+    return _status(job, made[0])
+
+
+def _status(job: Job, made: report.Report) -> int:
+    limit, quality = job.settings.max_perplexity_ratio, made.quality
+    if limit is not None and quality is not None and not quality.ratio.value <= limit:
+        print(f"Perplexity x{quality.ratio.value:.4f} is above --max_perplexity_ratio {limit:g}; {job.output} is kept.", file=sys.stderr)
+        return 3
+    if job.settings.strict and (noted := [linear.name for linear in made.linears if linear.notes]):
+        print(f"--strict: {len(noted)} matrices went otherwise than asked, {noted[0]} first; {job.output} is kept.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _proof(job: Job, result: Result, after: Side, folder: Path) -> report.Proof:
+    """transformers reads the folder: no key missing or unexpected, and the perplexity that we find, or, without text, the logits."""
+    import transformers
+
+    version, device = transformers.__version__, job.workers.device
+    if job.test is None or result.config.architecture != "decoder" or result.config.document_mask:
+        difference = huggingface.verify(folder, result.config, result.state, schemes=result.schemes)
+        return report.Proof("transformers", version, "logits", difference, 1e-4)
+    samples = max(1, _PROOF_TOKENS // job.test.batches[0].tokens.shape[1])
+    batches = job.test.beginning(samples)
+    theirs = huggingface.perplexity_by_transformers(folder, result.config, [(batch.tokens, batch.targets) for batch in batches], device)
+    ours = perplexity_of(after, batches, device)
+    proof = report.Proof("transformers", version, "perplexity", abs(theirs - ours) / ours, _PROOF_BOUND, theirs, ours)
+    if not proof.difference <= proof.bound:
+        raise RuntimeError(
+            f"{folder}: transformers finds perplexity {theirs:.5f} where ours is {ours:.5f}: further apart than {_PROOF_BOUND:g} of it. "
+            f"{job.output} was not written."
+        )
+    return proof
+
+
+def _report(job: Job, result: Result, parts: Parts, quality: Quality | None, proof: report.Proof, folder: Path) -> report.Report:
+    opened, test, calibration = job.opened, job.test, job.calibration
+    assert opened.tokenizer is not None
+    basis = None
+    if test is not None:
+        length, is_causal = test.batches[0].tokens.shape[1], test.bytes_per_token is not None
+        basis = report.Basis(
+            text=test.what,
+            fingerprint=test.fingerprint,
+            objective="the next token" if is_causal else "what the model was trained for",
+            sequence_length=length,
+            stride=length if is_causal else None,
+            tokenizer=hashlib.sha256(opened.tokenizer.read_bytes()).hexdigest(),
+            bytes_per_token=test.bytes_per_token,
+        )
+    kinds = report.kinds_of_tensors(result.config)
+    tensors = tuple(_tensor_report(name, kinds[name], result.state[name], job.dtype.itemsize) for name in kinds)
+    num_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    told = [one for number in range(parts.find()) if (one := parts.told(number))]
+    known = result.divergences or [None] * len(told)
+    return report.Report(
+        name=job.output.name,
+        model=job.settings.model,
+        artefact=result.artefact,
+        bits=tuple(sorted({scheme.grid.bits for scheme in result.schemes.values()})),
+        method=result.method,
+        settings=flatten(dataclasses.asdict(job.settings)),
+        command=shlex.join(["python", f"launch/{job.door}.py", *job.arguments]),
+        before=job.before,
+        after=report.Weights(num_bytes, tensors),
+        seconds=time.perf_counter() - job.begun,
+        peak_memory_bytes=peak_memory_bytes(),
+        device=str(job.workers.device),
+        versions=versions() | {"transformers": proof.version},
+        linears=tuple(report.LinearReport(**linear | {"notes": tuple(linear["notes"])}) for one in told for linear in one["linears"]),
+        blocks=tuple(report.BlockReport(one["block"], one["seconds"], known[one["block"]]) for one in told),
+        basis=basis,
+        quality=quality,
+        calibration=calibration
+        and report.Calibration(calibration.what, calibration.num_samples, calibration.tokens, calibration.fingerprint),
+        proof=proof,
+    )
+
+
+def _tensor_report(name: str, kind: str, stored: Tensor | Quantized, item_bytes: int) -> report.TensorReport:
+    if isinstance(stored, Quantized):
+        pieces = [piece for piece in (stored.scale, stored.zero_point, stored.global_scale) if piece is not None]
+        num_bytes = stored.codes.numel() * stored.grid.bits // 8 + sum(piece.nbytes for piece in pieces)
+        stored = stored.weight()
+    else:
+        num_bytes = stored.numel() * item_bytes
+    return report.TensorReport(name, kind, stored.numel(), int((stored == 0).sum()), num_bytes)

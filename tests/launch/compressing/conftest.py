@@ -1,0 +1,82 @@
+"""Tiny models of fresh weights, prepared text for them, and a function that presses one."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.huggingface_tokenizer import padding
+from data.prepare import PrepareSettings, prepare
+from data.tokenizer import load_tokenizer
+from launch import prune, quantize
+from model import huggingface
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+SMALL = {"vocab_size": 600, "sequence_length": 32, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+QUICK = ("--calibration_samples", "8", "--test_samples", "8", "--sensitivity_samples", "0")
+SPECIAL = ("[CLS]", "[MASK]", *(f"<extra_id_{number}>" for number in range(8)))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """A few hundred short texts of made-up words, prepared."""
+    folder, dice = tmp_path_factory.mktemp("texts"), random.Random(0)
+    words = ["".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=dice.randint(2, 7))) for _ in range(300)]
+    lines = [json.dumps({"text": " ".join(dice.choices(words, k=60))}) for _ in range(200)]
+    (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    output = folder / "prepared"
+    prepare(
+        PrepareSettings(
+            input=(str(folder / "texts.jsonl"),), output=str(output), held_out=0.2, workers=1, special_tokens=SPECIAL, vocab_size=600
+        )
+    )
+    return output
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory, texts):
+    """A function that writes a Hugging Face folder of fresh weights, moved as told."""
+    root = tmp_path_factory.mktemp("models")
+
+    def build(name: str, change=lambda name, weight: weight, **options) -> Path:
+        folder = root / name
+        if not folder.exists():
+            config = ModelConfig(**SMALL | options)
+            weights = Transformer(config).named_parameters()
+            state = {name: change(name, weight.detach() * (5 if weight.ndim == 2 else 1)) for name, weight in weights}
+            tokenizer = load_tokenizer(texts / "tokenizer.model")
+            end = tokenizer.end_of_text
+            huggingface.export(config, state, folder, huggingface.SpecialTokens(end, padding(tokenizer)[1], (), end))
+            for file in ("tokenizer.model", "tokenizer_config.json"):
+                shutil.copy(texts / file, folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture
+def pruned(texts, tmp_path):
+    return _door(prune.main, texts, tmp_path)
+
+
+@pytest.fixture
+def quantized(texts, tmp_path):
+    return _door(quantize.main, texts, tmp_path)
+
+
+def _door(main, texts: Path, tmp_path: Path):
+    """A function that compresses a model by the words given, and returns the folder and the door's status."""
+
+    def door(model: Path, *words: str, output: str = "out") -> tuple[Path, int]:
+        return tmp_path / output, main([str(model), "--data", str(texts), "--output", str(tmp_path / output), *QUICK, *words])
+
+    return door
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a Hugging Face folder, by our names, as numbers."""
+    return dict(huggingface.load(folder)[1])

@@ -1,0 +1,346 @@
+"""The doors prune and quantize: what they make of every family, and what a person's mistake or bad luck gets."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.command_line import UserError
+from launch import prune, quantize
+from launch.compressing import parts, result
+from launch.compressing.parts import Parts
+from launch.training import checkpoint, state
+from model import huggingface
+from model.config import ModelConfig
+from model.transformer import Transformer
+from tests.launch.compressing.conftest import QUICK, SMALL, tensors
+from tests.model.both_sides import BERT, GPT2, T5
+from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+INT4 = ("--group_size", "32")
+
+
+def linears(config: ModelConfig) -> set[str]:
+    ends = ("query.weight", "key.weight", "value.weight", "output.weight", "gate.weight", "up.weight", "down.weight")
+    return {name for name, _ in Transformer(config).named_parameters() if name.endswith(ends)}
+
+
+def test_a_pattern_is_exact_and_what_is_ignored_or_no_matrix_of_a_block_stays(pruned, model):
+    dense = model("dense")
+    folder, status = pruned(dense, "--sparsity", "2:4", "--ignore", "0.*", "*.value")
+    assert status == 0
+    before, after, config = tensors(dense), tensors(folder), huggingface.load(dense)[0]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in linears(config) if name.startswith("2.") and "value" not in name}  # "0" embeds
+    assert all(((after[name].unflatten(1, (-1, 4)) == 0).sum(-1) == 2).all() for name in changed)
+    report = json.loads((folder / "report.json").read_text())
+    assert {f"{linear['name']}.weight" for linear in report["linears"]} == changed
+    zeros = {tensor["name"]: tensor["zeros"] / tensor["parameters"] for tensor in report["after"]["tensors"]}
+    assert all(share == 0.5 for name, share in zeros.items() if name in changed) and max(zeros.values()) == 0.5
+    assert report["proof"]["measure"] == "perplexity" and report["quality"]["tokens"] == 256
+
+
+def test_blocks_with_outliers_are_spared_and_the_whole_is_as_asked(pruned, model, capsys):
+    def loud(name, weight):
+        return weight.index_fill(1, torch.tensor([3]), 9.0) if name.startswith("1.") and weight.ndim == 2 else weight
+
+    outliers = model("outliers", loud)
+    folder, status = pruned(outliers, "--method", "sparsegpt", "--sparsity", "0.6", "--allocation", "owl")
+    assert status == 0
+    after, names = tensors(folder), linears(huggingface.load(folder)[0])
+    shares = [
+        torch.cat([(after[name] == 0).flatten() for name in names if name.startswith(block)]).double().mean() for block in ("1.", "2.")
+    ]
+    assert sum(shares) / 2 == pytest.approx(0.6, abs=0.005) and abs(shares[0] - shares[1]) == pytest.approx(0.16, abs=0.01)
+    assert "SparseGPT, 0.6, shares by outliers (OWL)" in capsys.readouterr().out
+
+
+def test_a_smaller_network_of_every_size_at_once(pruned, model):
+    sizes = {"num_layers": 1, "num_key_value_heads": 1, "intermediate_size": 48, "hidden_size": 24}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    folder, status = pruned(model("dense"), "--method", "structured", *words, "--depth_by", "loss")
+    config, weights = huggingface.load(folder)
+    assert status == 0 and {name: getattr(config, name) for name in sizes} == sizes and config.num_attention_heads == 1
+    assert all((weight != 0).any() for weight in weights.values())
+
+
+@pytest.mark.parametrize(("options", "measure"), [(BERT | {"num_classes": 2}, "logits"), (T5, "logits")], ids=["bert", "t5"])
+def test_encoders_and_pairs_become_int8(quantized, model, options, measure):
+    folder, status = quantized(
+        model(f"{measure}{len(options)}", **options), "--bits", "8", "--activations", "int8", "--scaling", "smoothquant"
+    )
+    config, weights = huggingface.load(folder)
+    assert status == 0 and set(weights.schemes) == linears(config)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["artefact"] == "int-quantized" and report["quality"]["tokens"] > 0 and report["proof"]["measure"] == measure
+
+
+def test_bits_go_where_they_count_within_the_average(quantized, model, capsys):
+    """Of three blocks one does nothing: what it loses is nothing."""
+    idle = model(
+        "idle",
+        lambda name, weight: weight * 1e-6 if name in ("2.attention.output.weight", "2.feed_forward.down.weight") else weight,
+        num_layers=3,
+    )
+    folder, status = quantized(idle, "--average_bits", "6", "--group_size", "0", "--sensitivity_samples", "4", "--precision", "float32")
+    bits = {int(name.split(".")[0]) - 1: scheme.grid.bits for name, scheme in huggingface.load(folder)[1].schemes.items()}
+    assert status == 0 and bits[1] == 3 and max(bits.values()) == 8
+    report = json.loads((folder / "report.json").read_text())
+    costs = [block["divergence"] for block in report["blocks"]]
+    assert costs[1] < 1e-6 < min(costs[0], costs[2]) and report["bits"] == sorted(set(bits.values()))
+
+
+def test_without_any_text_a_classifier_is_pruned_by_magnitude(pruned, model):
+    classifier = model("classifier", **BERT, num_classes=3, token_head=False)
+    words = ["--method", "magnitude", "--calibration_samples", "0", "--test_samples", "0"]
+    folder, status = pruned(classifier, *words)
+    report = json.loads((folder / "report.json").read_text())
+    assert status == 0 and report["quality"] is None and report["calibration"] is None and report["proof"]["measure"] == "logits"
+
+
+def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_path):
+    run, second = tmp_path / "run", shutil.copytree(texts, tmp_path / "second")
+    config = ModelConfig(**SMALL, document_mask=True)
+    recipe = {"model": vars(config), "data": {"path": [str(texts), str(second)], "objective": None}}
+    for step in (1, 2):
+        beside = checkpoint.begin(run / "checkpoints", step, "id")
+        file = checkpoint.HashingFile(beside / "rank_00000.safetensors")
+        weights = {name: weight.detach() for name, weight in Transformer(config, seed=step).named_parameters()}
+        whole = [state.Stretch(name, tuple(w.shape), state.whole_box(w.shape), 0, w.numel()) for name, w in weights.items()]
+        state.write(file, whole, ((one, dict.fromkeys(state.KINDS, weights[one.name].flatten())) for one in whole))
+        checkpoint.write_part(beside, 0, {file.path.name: file.finish()})
+        checkpoint.publish(beside, step, {"layout": {"world_size": 1}, "model": recipe["model"], "recipe": recipe, "checksums": {}})
+    shutil.copy(texts / "tokenizer.model", run)
+    output = tmp_path / "out"
+    assert prune.main([str(run), "--output", str(output), "--average", "2", *QUICK, "--calibration_samples", "10"]) == 0
+    after = tensors(output)["1.feed_forward.up.weight"]
+    mean = sum(Transformer(config, seed=step).get_parameter("1.feed_forward.up.weight").detach() for step in (1, 2)) / 2
+    assert torch.equal(after[after != 0], mean[after != 0]) and (after == 0).double().mean() == 0.5
+    calibration = json.loads((output / "report.json").read_text())["calibration"]
+    assert calibration["samples"] == 10 and str(second) in calibration["text"]
+
+
+@pytest.mark.parametrize(
+    ("door", "words", "said"),
+    [
+        (prune, ["--sparsity=1:128"], r"^0\.attention\.query: sparsity 1:128: a row of 32 entries is no multiple of 128.*--ignore '"),
+        (prune, ["--sparsity=1.5"], "sparsity '1.5' is neither"),
+        (prune, ["--ignore", "0.*", "1.atention.*"], r"--ignore 1\.atention\.\* names no matrix\. Did you mean \"1\.attention\.\w+\"\?"),
+        (prune, ["--ignore", "*"], r"--ignore \* leaves no matrix"),
+        (prune, ["--calibration_samples=0"], "calibration_samples is 0; this method looks at"),
+        (prune, ["--calibration_samples=-1"], "calibration_samples is -1; it may not be negative"),
+        (prune, ["--sequence_length=64"], "--sequence_length 64 is outside 1 ... 32"),
+        (prune, ["--sparsity=2:4", "--allocation=owl"], "allocation owl gives blocks different shares"),
+        (prune, ["--num_layers=1", "--damping=0.1"], "(?s)num_layers: of method structured; method is wanda.*damping is of sparsegpt"),
+        (prune, ["--method=structured", "--sparsity=0.5", "--ignore", "0.*"], "(?s)sparsity and allocation are.*ignore is of masks"),
+        (prune, ["--method=structured"], "Nothing would be removed"),
+        (prune, ["--max_perplexity_ratio=2", "--test_samples=0"], "max_perplexity_ratio needs a measurement"),
+        (prune, ["--data=nowhere"], "nowhere"),
+        (quantize, ["--group_size=48"], r"Groups of 48 do not divide .* attention\.query \(32\).*--group_size 32, 16, 0 would do"),
+        (quantize, ["--kind=nvfp4", "--bits=8"], "nvfp4 has 4 bits"),
+        (quantize, ["--activations=int8"], "activations int8 go with kind int, 8 bits"),
+        (quantize, ["--average_bits=3", "--group_size=32", "--sensitivity_samples=1"], r"average_bits 3 is below 3\.5, what 3 bits take"),
+        (quantize, ["--average_bits=4", "--bits=4"], "(?s)average_bits chooses bits.*average_bits needs what each block costs"),
+        (quantize, ["--method=rtn", "--act_order"], "act_order and damping are gptq's"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_written(texts, model, tmp_path, door, words, said):
+    given = ["--data", str(texts), "--output", str(tmp_path / "new" / "out"), *QUICK]
+    with pytest.raises(UserError, match=said):
+        door.main([str(model("dense")), *given, *words])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_and_what_is_not_given_is_named(texts, model, tmp_path):
+    dense, output = str(model("dense")), ["--output", str(tmp_path)]
+    with pytest.raises(UserError, match=rf"--output {tmp_path} is there already; nothing is overwritten"):
+        prune.main([dense, *output])
+    with pytest.raises(UserError, match="output is not given"):
+        prune.main([dense])
+    with pytest.raises(UserError, match="does not say which data it was trained on: give --data"):
+        prune.main([dense, "--output", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"GPT-2 keeps linear weights .* GGUF has one"):
+        quantize.main([str(model("gpt2", **GPT2)), "--data", str(texts), "--output", str(tmp_path / "out"), *INT4])
+    assert not list(tmp_path.iterdir())
+
+
+def test_damage_is_named_with_its_file(pruned, model, tmp_path, texts):
+    broken = model("broken", lambda name, weight: weight.index_fill(0, torch.tensor([1]), torch.nan) if "up" in name else weight)
+    with pytest.raises(UserError, match=r"broken/model\.safetensors: 1\.feed_forward\.up\.weight holds numbers .* So are 1 more\."):
+        pruned(broken)
+    config, weights = huggingface.load(model("dense"))
+    sharded = tmp_path / "sharded"
+    huggingface.export(config, weights, sharded, max_shard_bytes=40_000)
+    shutil.copy(texts / "tokenizer.model", sharded)
+    second = sorted(sharded.glob("model-*.safetensors"))[1]
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=f"{second} is not a safetensors file"):
+        pruned(sharded)
+    second.unlink()
+    with pytest.raises(UserError, match=f"names {second.name}, which is not a file of"):
+        pruned(sharded)
+    (sharded / "tokenizer.model").unlink()
+    second.write_bytes(whole)
+    with pytest.raises(UserError, match=r"No tokenizer\.model, tokenizer\.json or \.tiktoken file lies beside"):
+        pruned(sharded)
+    assert [path.name for path in tmp_path.iterdir()] == ["sharded"]
+
+
+def test_what_is_compressed_is_compressed_again_only_by_force(pruned, quantized, model):
+    once, _ = pruned(model("dense"), "--method", "magnitude", output="once")
+    with pytest.raises(
+        UserError, match=r"once/model\.safetensors: 50% of 1\.attention\.query\.weight are zero: it is pruned already.*--force"
+    ):
+        quantized(once, *INT4)
+    codes, status = quantized(once, "--method", "rtn", *INT4, "--force", output="codes")
+    assert status == 0 and (tensors(codes)["1.attention.query.weight"] == 0).double().mean() >= 0.5
+    with pytest.raises(UserError, match=r"codes is quantized \(int4, a scale each 32\): what is compressed twice loses twice"):
+        pruned(codes)
+    again, status = pruned(codes, "--sparsity", "0.75", "--force", output="again")
+    before, after = tensors(codes)["1.feed_forward.up.weight"], tensors(again)["1.feed_forward.up.weight"]
+    assert status == 0 and torch.equal(after[after != 0], before[after != 0])
+
+
+def test_text_that_is_tested_may_not_calibrate(pruned, model, texts, tmp_path):
+    same = shutil.copytree(texts, tmp_path / "same")
+    manifest = json.loads((same / "manifest.json").read_text())
+    manifest["splits"]["train"] = json.loads(json.dumps(manifest["splits"]["validation"]))
+    (same / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"100% of the test text \(validation of .*\) stand in the calibration text .* or --force"):
+        pruned(model("dense"), "--calibration_data", str(same), "--calibration_samples", "1000")
+    assert [path.name for path in tmp_path.iterdir()] == ["same"]
+
+
+def test_few_tokens_are_noted_and_a_dry_run_writes_nothing(pruned, quantized, model, texts, tmp_path, capsys):
+    assert prune.main([str(model("dense")), "--data", str(texts), *QUICK, "--calibration_samples", "1", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "Note: 32 calibration tokens for matrices of up to 64 inputs" in said and "14 matrices in 2 blocks; 32 calibration tokens" in said
+    )
+    assert quantize.main(["llama2-7b", "--dry_run"]) == 0
+    assert "llama2-7b: 6,738,415,616 parameters, 224 matrices in 32 blocks; 262,144 calibration tokens" in capsys.readouterr().out
+    assert prune.main(["llama2-7b", "--dry_run", "--method", "structured", "--parameters", "0.75"]) == 0
+    assert "intermediate_size 11008 -> " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"Groups of 96 do not divide the inputs of attention\.query \(4096\)"):
+        quantize.main(["llama2-7b", "--dry_run", "--group_size", "96"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cost_too_much_or_went_otherwise_is_the_status_and_is_kept(quantized, model, capsys):
+    silent = model("silent", lambda name, weight: weight * 0 if name == "2.attention_norm.weight" else weight)
+    folder, status = quantized(silent, "--bits", "2", *INT4, "--max_perplexity_ratio", "0.5", "--strict", output="three")
+    assert status == 3 and "is above --max_perplexity_ratio 0.5" in capsys.readouterr().err and (folder / "config.json").is_file()
+    folder, status = quantized(silent, *INT4, "--strict", output="one")
+    assert status == 1 and "--strict: 4 matrices went otherwise than asked, 2.attention.query first" in capsys.readouterr().err
+    assert "the Hessian could not be inverted" in (folder / "report.md").read_text()
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+AWQ = ("--scaling", "awq", *INT4, "--average_bits", "4.6", "--sensitivity_samples", "4")
+
+
+@pytest.fixture
+def whole(quantized, model, one_thread) -> bytes:
+    """What the command writes that is never stopped."""
+    folder, status = quantized(model("dense"), *AWQ, output="whole")
+    assert status == 0
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_disk_that_is_full_at_every_write_in_turn_costs_nothing_that_was_done(quantized, model, whole, tmp_path, monkeypatch):
+    save_file, export = parts.save_file, huggingface.export
+    written, unfinished = [], tmp_path / "out.unfinished"
+
+    def save_one(tensors, path):
+        if written and written[-1] != "full":
+            written.append("full")
+            raise FULL
+        written.append(path.name)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(parts, "save_file", save_one)
+    for layer in range(1, 5):
+        with pytest.raises(
+            UserError, match=rf"layer-{layer:05d}\.safetensors could not be written: .*No space left.*kept; the same command"
+        ):
+            quantized(model("dense"), *AWQ)
+        assert not list(unfinished.glob("*.tmp"))
+        if layer == 1:
+            with pytest.raises(UserError, match=r"out\.unfinished holds what another command has begun"):
+                quantized(model("dense"), *AWQ, "--damping", "0.02")
+            with pytest.raises(UserError, match="holds what another command has begun, or the same of another model or text"):
+                quantized(model("outliers", lambda name, weight: weight + 0.01), *AWQ)
+
+    def full(*_, **__):
+        raise FULL
+
+    monkeypatch.setattr(huggingface, "export", full)
+    with pytest.raises(UserError, match=r"out could not be written: No space left on device. What was compressed is kept in"):
+        quantized(model("dense"), *AWQ)
+    assert [name for name in written if name != "full"] == [f"layer-{layer:05d}.tmp" for layer in range(5)]
+    monkeypatch.setattr(huggingface, "export", export)
+    folder, status = quantized(model("dense"), *AWQ)
+    assert status == 0 and (folder / "model.safetensors").read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_one_process_at_a_time_writes_an_output_and_no_other_folder_is_taken_for_unfinished_work(quantized, model, tmp_path):
+    held = Parts(tmp_path / "out", {})
+    held.open()
+    with pytest.raises(UserError, match=r"Another process is writing .*out\.unfinished"):
+        quantized(model("dense"), *INT4)
+    held.close()
+    (tmp_path / "mine.unfinished").mkdir()
+    (tmp_path / "mine.unfinished" / "thesis.txt").write_text("of years")
+    with pytest.raises(UserError, match=r"mine\.unfinished is no unfinished compression"):
+        quantized(model("dense"), *INT4, output="mine")
+    assert [path.name for path in (tmp_path / "mine.unfinished").iterdir()] == ["thesis.txt"]
+
+
+def test_proof_fails_the_door_where_transformers_finds_something_else(quantized, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(result, "perplexity_of", lambda *_: 1.0)
+    with pytest.raises(RuntimeError, match=r"transformers finds perplexity .* where ours is 1.00000: further apart than 0.001 of it"):
+        quantized(model("dense"), *INT4)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+
+
+KILLED = """
+import os, signal, sys
+from launch import quantize
+from launch.compressing import parts
+save_file = parts.save_file
+def killed_in_the_middle(tensors, path):
+    if "00002" in path.name:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_file(tensors, path)
+parts.save_file = killed_in_the_middle
+quantize.main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle_of_a_write_two_ranks_go_on_to_the_same_bytes(texts, model, whole, tmp_path):
+    words = [str(model("dense")), "--data", str(texts), "--output", str(tmp_path / "out"), *QUICK, *AWQ]
+    environment = clean_environment(OMP_NUM_THREADS="1")
+    died = subprocess.run([sys.executable, "-c", KILLED, *words], env=environment, cwd=REPOSITORY, capture_output=True, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    first, second = finish(start_ranks(2, REPOSITORY / "launch" / "quantize.py", *words, OMP_NUM_THREADS="1"))
+    assert "Going on behind layer 2 of an earlier start" in first and second.strip() == ""
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
+    assert Path(tmp_path / "out" / "report.md").is_file() and not (tmp_path / "out.unfinished").exists()

@@ -1,0 +1,135 @@
+"""The walk that compresses, on networks whose answer is known."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from launch.compressing.driver import Treatment, compress
+from launch.compressing.parts import Parts, Weights
+from launch.compressing.workers import find_workers
+from launch.training.processes import Process
+from model.compression.grids import Grid, Quantized, round_to
+from model.compression.sweep import Changed
+from model.config import ModelConfig
+from model.transformer import Transformer
+from tests.launch.compressing.conftest import SMALL
+from tests.model.both_sides import MARIAN, random_inputs
+
+
+@pytest.fixture
+def walked(tmp_path):
+    """A function that compresses a network of fresh weights; its state before, the parts, and what was said."""
+
+    def run(config: ModelConfig, treatment: Treatment, stored_as=torch.float32, reading=dict):
+        network, said = Transformer(config), []
+        state = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        inputs = random_inputs(config)
+        samples = [tuple(tensor[row : row + 1] for tensor in inputs) for row in range(3)]
+        parts = Parts(tmp_path / "out", {})
+        parts.open()
+        compress(config, reading(state), treatment, samples, parts, find_workers([]), stored_as, said.append)
+        parts.close()
+        return network, parts, said
+
+    return run
+
+
+def test_a_block_sees_the_inputs_that_the_changed_ones_before_it_give(walked):
+    """What was gathered in the walk, and what passes through the finished network, are the same."""
+    config, moments = ModelConfig(**SMALL), {}
+
+    def halved(block, linear, weight, statistics):
+        moments[f"{block + 1}.{linear}.weight"] = statistics.second_moment
+        return Changed(weight / 2)
+
+    network, parts, said = walked(config, Treatment(halved))
+    network.load_state_dict(Weights(parts))
+    seen = {}
+
+    def watch(name):
+        def see(module, given):
+            seen[name] = given[0].flatten(0, 1)
+
+        return see
+
+    for name in moments:
+        network.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        network(*random_inputs(config))
+    before = {"1.attention.query.weight", "2.attention.query.weight"}  # within a block the others read what its unchanged ones say
+    for name in before:
+        torch.testing.assert_close(moments[name], seen[name].T @ seen[name], rtol=1e-4, atol=1e-4)
+    assert len(moments) == 14 and "block 2 of 2 | 7 matrices | error of outputs: 0.5000 to 0.5000" in said[-1]
+
+
+def test_scales_move_between_layers_and_the_network_stays(walked):
+    config = ModelConfig(**SMALL, **MARIAN)
+    scaled = []
+
+    def scales(block, group, weights, statistics):
+        scaled.append(group)
+        return None if group.producer is None else statistics.magnitude.clamp(min=0.1)
+
+    treatment = Treatment(lambda block, linear, weight, statistics: None, scales)
+    network, parts, _ = walked(config, treatment)
+    other = Transformer(config)
+    other.load_state_dict(Weights(parts))
+    inputs = random_inputs(config)
+    with torch.no_grad():
+        torch.testing.assert_close(other(*inputs), network(*inputs), rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(one, two) for one, two in zip(other.parameters(), network.parameters(), strict=True)) and scaled
+
+
+def test_codes_come_back_as_they_were_and_what_stays_is_rounded_once(walked):
+    grid = Grid("int", 4, 32, symmetric=False)
+
+    def change(block, linear, weight, statistics):
+        codes = round_to(weight, grid, torch.bfloat16)
+        return Changed(codes.weight(), codes) if linear == "feed_forward.up" else None
+
+    network, parts, _ = walked(ModelConfig(**SMALL), Treatment(change), torch.bfloat16)
+    assert set(parts) == {name for name, _ in network.named_parameters()}
+    for name, parameter in network.named_parameters():
+        stored = parts[name]
+        if isinstance(stored, Quantized):
+            assert name.endswith("feed_forward.up.weight")
+            wanted = round_to(parameter, grid, torch.bfloat16)
+            assert all(torch.equal(getattr(stored, piece), getattr(wanted, piece)) for piece in ("codes", "scale", "zero_point"))
+        else:
+            assert torch.equal(stored, parameter.bfloat16())
+
+
+def test_one_layer_is_in_memory_at_a_time_however_deep_the_network(walked):
+    alive: list[weakref.ref] = []
+
+    class Watched:
+        """Notes each layer."""
+
+        def __init__(self, step):
+            self.module = step.module
+
+        def __enter__(self):
+            alive.append(weakref.ref(self.module))
+
+        def __exit__(self, *_):
+            del self.module
+
+    class Read(dict):
+        def __getitem__(self, name):
+            assert all(other() is None for other in alive), f"a layer was there still when {name} was read"
+            return super().__getitem__(name)
+
+    gc.disable()  # what goes must go by itself
+    try:
+        treatment = Treatment(lambda block, linear, weight, statistics: Changed(weight), watch=Watched)
+        walked(ModelConfig(**SMALL | {"num_layers": 10}), treatment, reading=Read)
+    finally:
+        gc.enable()
+    assert len(alive) == 12  # with the embedding and the norm before the head
+
+
+def test_a_person_alone_is_the_first_of_one():
+    workers = find_workers([])
+    assert workers.process == Process(0, 1, 0, 1) and workers.is_first and workers.share([1, 2, 3]) == [1, 2, 3]

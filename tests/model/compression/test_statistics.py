@@ -1,0 +1,103 @@
+"""What is gathered of a block's inputs, by the road that keeps all of them; and which layers share one."""
+
+import pytest
+import torch
+
+from model.compression.statistics import Gatherer, groups_of, matrices, output_error
+from model.layers import Block
+from model.transformer import Transformer
+from model.walk import walk
+from tests.model.both_sides import BERT, GPT2, MARIAN, T5, random_inputs
+
+FAMILIES = {"llama": {"num_key_value_heads": 2}, "gpt2": GPT2, "bert": BERT, "marian": MARIAN, "t5": T5}
+
+
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+def test_sums_over_samples_are_those_of_all_inputs_at_once_without_padding(tiny, network, options):
+    config = tiny(**options)
+    whole, inputs = network(config), random_inputs(config)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, matrix in matrices(config).items():
+        module = whole.get_submodule(name.removesuffix(".weight"))
+        assert tuple(module.weight.shape) == matrix.shape
+        module.register_forward_pre_hook(lambda module, given, name=str(matrix): seen.setdefault(name, []).append(given[0]))
+    with torch.no_grad():
+        whole(*inputs)
+    passed = [tuple(tensor[row : row + 1] for tensor in inputs) for row in range(3)]
+    for step in walk(config, dict(whole.named_parameters())):
+        if step.block is not None:
+            with Gatherer(step.module) as gatherer:
+                for sample in passed:
+                    gatherer.counted = sample[1] != 0
+                    gatherer.counted_in_source = sample[3] != 0 if len(sample) > 3 else None
+                    step(sample)
+            segments = torch.cat([sample[1] for sample in passed])
+            source = torch.cat([sample[3] for sample in passed]) if len(passed[0]) > 3 else segments
+            for group, sums in gatherer.sums():
+                for linear in group.linears:
+                    (x,) = seen[f"{step.block}.{linear}"]
+                    rows = x[(source if linear in ("cross_attention.key", "cross_attention.value") else segments) != 0].double()
+                    found = sums.statistics()
+                    assert found.tokens == len(rows)
+                    torch.testing.assert_close(found.second_moment, (rows.T @ rows).float(), rtol=1e-4, atol=1e-3)
+                    torch.testing.assert_close(found.magnitude, rows.abs().mean(dim=0).float(), rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(found.largest, rows.abs().amax(dim=0).float(), rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(found.norms, rows.norm(dim=0).float(), rtol=1e-4, atol=1e-4)
+                    change, weight = torch.ones(3, rows.shape[1]), torch.randn(3, rows.shape[1])
+                    wanted = (rows @ change.double().T).norm() / (rows @ weight.double().T).norm()
+                    assert output_error(change, weight, found) == pytest.approx(wanted.item(), rel=1e-3)
+        if step.blocks_before < config.total_blocks:
+            passed = [step(sample) for sample in passed]
+
+
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+def test_any_scales_can_move_from_a_groups_producer_into_its_columns(tiny, network, options):
+    config, inputs = tiny(**options), random_inputs(tiny(**options))
+    whole, generator = network(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        before = whole(*inputs)
+        moved = 0
+        for block in (module for module in whole.modules() if isinstance(module, Block)):
+            for group in groups_of(block):
+                if group.producer is None:
+                    continue
+                weights = [block.get_submodule(linear).weight for linear in group.linears]
+                scales = torch.rand(weights[0].shape[1], generator=generator) + 0.5
+                for parameter in block.get_submodule(group.producer).parameters():
+                    parameter.div_(scales if parameter.ndim == 1 else scales[:, None])
+                for weight in weights:
+                    weight.mul_(scales)
+                moved += 1
+        assert moved >= config.total_blocks
+        torch.testing.assert_close(whole(*inputs), before, rtol=1e-3, atol=1e-4)
+
+
+def test_scaled_statistics_are_those_of_scaled_inputs(tiny):
+    block = Block(tiny(), 0, 0)
+    x, scales = torch.randn(1, 9, 32), torch.rand(32) + 0.5
+    found = []
+    for inputs in (x, x / scales):
+        with Gatherer(block) as gatherer:
+            block.attention.query(inputs)
+        found.append(next(sums for group, sums in gatherer.sums() if "attention.query" in group.linears).statistics())
+    scaled = found[0].divided_by(scales)
+    for name in ("second_moment", "magnitude", "largest"):
+        torch.testing.assert_close(getattr(scaled, name), getattr(found[1], name), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_without_samples_adds_nothing(tiny):
+    block = Block(tiny(), 0, 0)
+    with Gatherer(block) as gatherer:
+        pass
+    sums = {group.linears: one for group, one in gatherer.sums()}
+    assert len(sums) == len(groups_of(block)) and all(one.tokens == 0 and not one.second_moment.any() for one in sums.values())
+    assert sums["feed_forward.down",].second_moment.shape == (tiny().intermediate_size,) * 2
+
+
+def test_matrices_are_the_linear_layers_of_the_blocks_alone(tiny):
+    config = tiny(**MARIAN)
+    found = matrices(config)
+    assert {matrix.block for matrix in found.values()} == set(range(4)) and set(found) <= {
+        n for n, _ in Transformer(config).named_parameters()
+    }
+    assert len(found) == 2 * 6 + 2 * 10

@@ -1,0 +1,60 @@
+"""The walk over the list of layers: the network itself, with one layer in memory."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from model.layers import Block
+from model.walk import outputs, walk
+from tests.model.both_sides import BERT, GPT2, MARIAN, T5, random_inputs
+
+FAMILIES = {"llama": {}, "gpt2": GPT2, "bert": BERT | {"num_classes": 3}, "marian": MARIAN, "t5": T5}
+
+
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+def test_layer_by_layer_a_network_says_what_it_says_as_a_whole(tiny, network, options):
+    config = tiny(**options)
+    whole, inputs = network(config), random_inputs(config)
+    samples = [tuple(tensor[row : row + 1] for tensor in inputs) for row in range(3)]
+    with torch.no_grad():
+        for said, sample in zip(outputs(config, dict(whole.named_parameters()), samples), samples, strict=True):
+            wanted = whole(*sample)
+            for one, other in zip(*((each if isinstance(each, tuple) else (each,)) for each in (said, wanted)), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_weights_are_rounded_as_a_file_keeps_them_and_dropout_is_off(tiny, network):
+    config = tiny(dropout=0.5)
+    whole = network(config)
+    inputs = random_inputs(config)
+    (said,) = outputs(config, dict(whole.named_parameters()), [inputs], stored_as=torch.bfloat16)
+    with torch.no_grad():
+        assert not torch.equal(said, whole(*inputs))
+        for parameter in whole.parameters():
+            parameter.copy_(parameter.bfloat16())
+        assert torch.equal(said, whole(*inputs))
+
+
+def test_one_layer_is_in_memory_at_a_time_however_deep_the_network(tiny, network):
+    config, alive = tiny(num_layers=12), []
+    state, read = dict(network(config).named_parameters()), []
+
+    class Read(dict):
+        def __getitem__(self, name):
+            assert all(other() is None for other in alive), f"a layer was there still when {name} was read"
+            read.append(name)
+            return state[name].detach().clone()
+
+    gc.disable()  # what goes must go by itself
+    try:
+        for step in walk(config, Read(state)):
+            assert {name.partition(".")[0] for name in read} == {step.name.partition(".")[0]}
+            alive.append(weakref.ref(step.module))
+            assert (step.block is not None) == isinstance(step.module, Block)
+            read.clear()
+            del step
+    finally:
+        gc.enable()
+    assert len(alive) == 15
