@@ -47,6 +47,16 @@ for name, modifiers in json.loads(recipes).items():
     oneshot(model=model, recipe=recipe, dataset=DataLoader(samples, batch_size=16), output_dir=output + "/" + name)
     print(json.dumps({name: time.perf_counter() - start}), flush=True)
 """
+_LARGE: dict[str, Any] = {  # a Llama of 0.49 B parameters
+    "vocab_size": 32_000,
+    "sequence_length": 256,
+    "hidden_size": 2048,
+    "num_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 5632,
+    "tie_embeddings": False,
+}
 _LINEAR_LAYERS = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
 
 
@@ -193,16 +203,7 @@ def large(settings: BenchmarkSettings, folder: Path) -> None:
     from model import huggingface
     from model.config import ModelConfig
 
-    config = ModelConfig(
-        vocab_size=32_000,
-        sequence_length=256,
-        hidden_size=2048,
-        num_layers=8,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=5632,
-        tie_embeddings=False,
-    )
+    config = ModelConfig(**_LARGE)
     tokenizer = PreparedData(settings.data).tokenizer_path
     complete = lambda unfinished: write_tokenizer(tokenizer, unfinished, config.sequence_length)  # noqa: E731
     huggingface.export(config, _Random(config), folder / "large", complete=complete)
@@ -248,10 +249,10 @@ def generation(settings: BenchmarkSettings, folder: Path) -> None:
 
     from launch.speed import tokens_per_second
     from model.compression.structured import sizes_for
-    from model.config import ModelConfig, count_parameters, flops_per_token, named_size
+    from model.config import ModelConfig, count_parameters, flops_per_token
     from model.transformer import Transformer
 
-    dense = ModelConfig(**named_size("llama-160m"))
+    dense = ModelConfig(**_LARGE)
     configs = [dense, *(sizes_for(dense, parameters=share) for share in (0.75, 0.5))]
     print(f"\n{'generation, batch of 1':28}{'parameters':>14}{'tokens/s':>10}{'faster':>9}{'fewer FLOPs':>13}")
     for dtype in (torch.bfloat16, torch.float32):

@@ -83,12 +83,12 @@ def perplexity_by_transformers(
     Each of `samples` is (tokens, targets), [batch, seq] both, the target IGNORED where there is none; a row is one text to them, as it
     is to ours without a document mask. Raises RuntimeError where transformers misses a tensor or finds one too many.
     """
-    model = _read_by_transformers(Path(folder), config).to(device)
+    model = _read_by_transformers(Path(folder), config, device)
     total, count = torch.zeros((), dtype=torch.float64), 0
     with torch.inference_mode():
         for tokens, targets in samples:
             logits = model(input_ids=tokens.to(device), use_cache=False).logits
-            total += token_losses(logits, targets.to(device)).double().sum().cpu()
+            total += token_losses(logits, targets.to(logits.device)).double().sum().cpu()
             count += int((targets != IGNORED).sum())
     return math.exp(total / count)
 
@@ -150,7 +150,7 @@ def _theirs(model: nn.Module, config: ModelConfig, inputs: tuple[Tensor, ...]) -
     return [output.logits]
 
 
-def _read_by_transformers(folder: Path, config: ModelConfig) -> nn.Module:
+def _read_by_transformers(folder: Path, config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:
     """In float32 and in its eval mode; RuntimeError where a tensor is missing, or is one too many."""
     import transformers  # here, because it takes seconds to import and nothing else needs it
 
@@ -170,8 +170,9 @@ def _read_by_transformers(folder: Path, config: ModelConfig) -> nn.Module:
             local_files_only=True,
             output_loading_info=True,
         )
-        if weights:  # unpacked when it is first asked
-            first = torch.zeros(1, 1, dtype=torch.long)
+        model = model.to(device)
+        if weights:  # unpacked where it is when it is first asked
+            first = torch.zeros(1, 1, dtype=torch.long, device=device)
             with torch.no_grad():
                 model(input_ids=first, **({"decoder_input_ids": first} if config.architecture == "encoder_decoder" else {}))
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
