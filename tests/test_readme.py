@@ -11,10 +11,13 @@ from data.command_line import read_settings
 from data.prepare import PrepareSettings
 from data.show import read_show_settings
 from launch.benchmark import BenchmarkSettings
+from launch.compare import read_compare_settings
+from launch.compressing.settings import PruneSettings, QuantizeSettings
 from launch.convert import ConvertSettings
 from launch.evaluate import EvaluateSettings
 from launch.export import ExportSettings
 from launch.generate import GenerateSettings
+from launch.speed import SpeedSettings
 from launch.training.config import read_run_settings
 from tests.ranks import REPOSITORY
 
@@ -25,6 +28,9 @@ DOORS = {
     "launch/generate.py": (GenerateSettings, "model"),
     "launch/export.py": (ExportSettings, "model"),
     "launch/convert.py": (ConvertSettings, "checkpoint"),
+    "launch/prune.py": (PruneSettings, "model"),
+    "launch/quantize.py": (QuantizeSettings, "model"),
+    "launch/speed.py": (SpeedSettings, None),
     "launch/benchmark.py": (BenchmarkSettings, None),
     "data/prepare.py": (PrepareSettings, None),
     "data/benchmark.py": (data.benchmark.BenchmarkSettings, None),
@@ -48,15 +54,18 @@ def commands() -> list[list[str]]:
 def test_a_command_of_the_readme_is_taken_by_its_door(words):
     place = next(number for number, word in enumerate(words) if word.endswith(SCRIPTS))
     door, arguments = words[place], words[place + 1 :]
-    if "--init" in arguments:  # weights that a command before it would have made
-        start = arguments.index("--init")
-        del arguments[start : start + 2]
+    for of_earlier in ("--init", "--hold_zeros") if "--init" in arguments else ():  # weights that a command before it would have made
+        if of_earlier in arguments:
+            start = arguments.index(of_earlier)
+            del arguments[start : start + 2]
     if door in ("launch/slurm/pretrain.sbatch", "launch/slurm/chain.sh"):
         check_batch_script(door, arguments)
     elif door in ("launch/pretrain.py", "launch/preflight.py"):
         read_run_settings(arguments)
     elif door == "data/show.py":
         read_show_settings(arguments)
+    elif door == "launch/compare.py":
+        read_compare_settings(arguments)
     else:
         settings, positional = DOORS[door]
         read_settings(settings, arguments, "", positional)
