@@ -99,7 +99,7 @@ def _write_huggingface(settings: ExportSettings, opened: "OpenedModel", tokenize
 
 def _write_gguf(settings: ExportSettings, opened: "OpenedModel", tokenizer: "Tokenizer", output: Path) -> str:
     from data.gguf_tokenizer import gguf_tokenizer
-    from launch.compressing import llama_cpp
+    from launch.compressing import llama_engine
     from model.compression import gguf_file
 
     kind = settings.type or "f16"
@@ -109,28 +109,28 @@ def _write_gguf(settings: ExportSettings, opened: "OpenedModel", tokenizer: "Tok
         opened.refuse_quantized("GGUF has no place for activations that are rounded")
     if opened.schemes:
         print(f"{opened.folder} is quantized: the file holds what its codes stand for, as {kind}; it is no better than they are.")
-    if kind in llama_cpp.K_QUANTS:
-        llama_cpp.refuse_missing(f"--type {kind} is written by llama.cpp")
+    if kind in llama_engine.K_QUANTS:
+        llama_engine.refuse_missing(f"--type {kind} is written by llama.cpp")
     tokenizer = _sentencepiece_beside(tokenizer)
     entries = gguf_tokenizer(tokenizer, config.vocab_size)
     with gguf_file.written_beside(output) as unfinished:
-        if kind in llama_cpp.K_QUANTS:
+        if kind in llama_engine.K_QUANTS:
             floats = unfinished.parent / "f16" / output.name
             floats.parent.mkdir()
             gguf_file.write(config, opened.state, entries, floats, "f16")
-            llama_cpp.quantize(floats, kind, unfinished)
+            llama_engine.quantize(floats, kind, unfinished)
         else:
             gguf_file.write(config, opened.state, entries, unfinished, kind)
         proof = f"transformers reads it; largest difference of logits {gguf_file.verify(unfinished, config):.1e}"
-        if llama_cpp.is_installed():
+        if llama_engine.is_installed():
             allowed = _TOLERANCE.get("f16" if (kind, name) == ("f32", "gpt2") else kind, _TOLERANCE_OF_BLOCKS)
-            difference = llama_cpp.verify(unfinished, config, tokenizer, allowed)
+            difference = llama_engine.verify(unfinished, config, tokenizer, allowed)
             proof += f". llama.cpp gives our ids, and a perplexity {difference:.1e} of it from ours ({allowed:g} is allowed)"
         else:
-            proof += f". llama.cpp was not asked: llama-cpp-python is not installed ({llama_cpp.INSTALL})"
+            proof += f". llama.cpp was not asked: llama-cpp-python is not installed ({llama_engine.INSTALL})"
         stored = ", ".join(f"{count} {name}" for name, count in gguf_file.types(unfinished).most_common())
         size = unfinished.stat().st_size
-    blocks = {"q8_0": 32, "q4_0": 32}.get(kind, 256 if kind in llama_cpp.K_QUANTS else 1)
+    blocks = {"q8_0": 32, "q4_0": 32}.get(kind, 256 if kind in llama_engine.K_QUANTS else 1)
     if others := gguf_file.indivisible(config, blocks):
         print(
             f"Rows of {', '.join(others[:8])} ({len(others)} in all) are no multiple of {blocks}: these are stored otherwise than {kind}."

@@ -76,7 +76,7 @@ def _contenders(settings: SpeedSettings, folder: Path) -> dict[str, Callable[[],
     """What measures each, ours first; files for the others are written into `folder`."""
     import torch
 
-    from launch.compressing import llama_cpp
+    from launch.compressing import llama_engine
     from launch.training.weights import load_model
     from model import huggingface
     from model.compression import gguf_file
@@ -96,20 +96,20 @@ def _contenders(settings: SpeedSettings, folder: Path) -> dict[str, Callable[[],
         "ours, bf16": lambda: tokens_per_second(network, new_tokens),
         "transformers, bf16": lambda: _of_transformers(theirs, config.vocab_size, new_tokens),
     }
-    if not llama_cpp.is_installed():
-        print(f"llama.cpp is left out: llama-cpp-python is not installed ({llama_cpp.INSTALL}).", file=sys.stderr)
+    if not llama_engine.is_installed():
+        print(f"llama.cpp is left out: llama-cpp-python is not installed ({llama_engine.INSTALL}).", file=sys.stderr)
         return found
     without_words = {"tokenizer.ggml.model": "none"}
     for kind in settings.types:
         file = folder / f"{kind}.gguf"
-        if kind in llama_cpp.K_QUANTS:
+        if kind in llama_engine.K_QUANTS:
             floats = folder / "floats.gguf"
             if not floats.exists():
                 gguf_file.write(config, state, without_words, floats, "f16")
-            llama_cpp.quantize(floats, kind, file)
+            llama_engine.quantize(floats, kind, file)
         else:
             gguf_file.write(config, state, without_words, file, kind)
-        found[f"llama.cpp, {kind}"] = lambda file=file: llama_cpp.tokens_per_second(file, new_tokens, _PROMPT_TOKENS)
+        found[f"llama.cpp, {kind}"] = lambda file=file: llama_engine.tokens_per_second(file, new_tokens, _PROMPT_TOKENS)
     return found
 
 

@@ -1,7 +1,7 @@
 """Measure pruning and quantization beside llm-compressor's: python launch/compressing/benchmark.py --peer_python peers/bin/python
 
     python -m venv peers
-    peers/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    peers/bin/pip install torch==2.13.0
     peers/bin/pip install llmcompressor==0.14.0.1
 
 Both start from one model, one calibration text and the same settings, and what both have written is measured by launch/evaluate.py.
@@ -92,7 +92,7 @@ def _pruned(method: str, sparsity: str) -> _Method:
     return _Method("prune", f"--method {method} --sparsity {sparsity}", {modifier: theirs | _LINEAR_LAYERS})
 
 
-def _quantized(method: str, options: str, more: Mapping[str, Any] | None = None, **scheme: Any) -> _Method:
+def _quantized(method: str, options: str, more: dict[str, Any] | None = None, **scheme: Any) -> _Method:
     modifier = {"rtn": "QuantizationModifier", "gptq": "GPTQModifier"}[method]
     theirs = {modifier: _LINEAR_LAYERS | scheme}
     return _Method("quantize", f"--method {method} --precision float32 {options}", (more or {}) | theirs)

@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF's entries; that llama.cpp gives its ids is in tests/launch/compressing/test_llama_cpp.py."""
+"""A tokenizer as GGUF's entries; that llama.cpp gives its ids is in tests/launch/compressing/test_llama_engine.py."""
 
 import argparse
 from pathlib import Path

@@ -10,7 +10,7 @@ from data.command_line import UserError
 from data.huggingface_tokenizer import write_tokenizer
 from data.tokenizer import train_sentencepiece
 from launch import export
-from launch.compressing import llama_cpp
+from launch.compressing import llama_engine
 from model import huggingface
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -35,7 +35,7 @@ def test_a_file_holds_network_and_tokenizer_and_says_how_it_was_checked(folder, 
     assert export.main([*words, "--type", "q4_0"]) == 0
     said = capsys.readouterr().out
     assert "7 q4_0, 3 f32, 1 q8_0" in said and "transformers reads it" in said
-    assert ("llama.cpp gives our ids" in said) is llama_cpp.is_installed()
+    assert ("llama.cpp gives our ids" in said) is llama_engine.is_installed()
     fields = gguf.GGUFReader(output).fields
     assert fields["general.name"].contents() == "small" and fields["tokenizer.ggml.model"].contents() == "llama"
     assert len(fields["tokenizer.ggml.tokens"].data) == 608
@@ -55,7 +55,7 @@ def test_a_file_holds_network_and_tokenizer_and_says_how_it_was_checked(folder, 
 )
 def test_what_says_nothing_together_is_refused(folder, tmp_path, monkeypatch, words, complaint):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    monkeypatch.setattr(llama_engine, "is_installed", lambda: False)
     with pytest.raises(UserError, match=complaint):
         export.main([str(folder), *words])
     assert not list(tmp_path.iterdir())

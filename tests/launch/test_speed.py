@@ -6,7 +6,7 @@ import pytest
 
 from data.command_line import UserError
 from launch import speed
-from launch.compressing import llama_cpp
+from launch.compressing import llama_engine
 from model import huggingface
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -26,7 +26,7 @@ def exported(folder, **options) -> str:
 def test_every_engine_that_is_there_has_a_row_and_ours_is_1(tmp_path, capsys):
     assert speed.main(["--model", exported(tmp_path / "hf"), "--types", "q8_0", "--new_tokens", "2", "--rounds", "1"]) == 0
     rows = re.findall(r"^(\S.*?) {2,}[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M)
-    engines = ["ours, bf16", "transformers, bf16"] + ["llama.cpp, q8_0"] * llama_cpp.is_installed()
+    engines = ["ours, bf16", "transformers, bf16"] + ["llama.cpp, q8_0"] * llama_engine.is_installed()
     assert [name for name, _ in rows] == engines and rows[0][1] == "1.00"
 
 

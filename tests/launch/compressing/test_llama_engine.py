@@ -11,7 +11,7 @@ import torch
 from data.gguf_tokenizer import gguf_tokenizer
 from data.tokenizer import load_tokenizer, published_pattern, train_sentencepiece
 from launch import export, speed
-from launch.compressing import llama_cpp
+from launch.compressing import llama_engine
 from model import huggingface
 from model.compression import gguf_file
 from model.config import ModelConfig
@@ -41,7 +41,7 @@ NETWORKS = {
 
 @pytest.fixture(autouse=True)
 def _there_is_llama_cpp():
-    if not llama_cpp.is_installed():
+    if not llama_engine.is_installed():
         (pytest.fail if "CI" in os.environ else pytest.skip)("llama-cpp-python is not installed")
 
 
@@ -70,7 +70,7 @@ def test_its_logits_are_ours(options, words, tmp_path):
         path = tmp_path / f"{kind}.gguf"
         gguf_file.write(config, state, entries, path, kind)
         ours = gguf_file.logits(config, gguf_file.GGUFState(path, config), tokens)
-        theirs = torch.stack(list(llama_cpp.logits(path, tokens)))
+        theirs = torch.stack(list(llama_engine.logits(path, tokens)))
         assert (theirs - ours).norm() < tolerance * ours.norm(), kind
 
 
@@ -106,12 +106,12 @@ def test_other_ids_and_another_perplexity_are_noticed(words, tmp_path):
     path = tmp_path / "model.gguf"
     gguf_file.write(config, weights_of(config), entries | {"tokenizer.ggml.add_space_prefix": True}, path, "f32")
     with pytest.raises(RuntimeError, match="gives other ids"):
-        llama_cpp.verify(path, config, load_tokenizer(words), 1e-4)
+        llama_engine.verify(path, config, load_tokenizer(words), 1e-4)
     gguf_file.write(config, weights_of(config), entries, path, "f32")
-    assert llama_cpp.verify(path, config, load_tokenizer(words), 1e-4) < 1e-5
+    assert llama_engine.verify(path, config, load_tokenizer(words), 1e-4) < 1e-5
     other = ModelConfig(vocab_size=600, sequence_length=64, hidden_size=64, num_layers=1, rope_theta=100.0)
     with pytest.raises(RuntimeError, match="perplexity differs from ours"):
-        llama_cpp.verify(path, other, load_tokenizer(words), 1e-4)
+        llama_engine.verify(path, other, load_tokenizer(words), 1e-4)
 
 
 def test_four_bits_write_at_least_twice_as_fast_as_we_do(capsys):
