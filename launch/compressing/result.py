@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data.command_line import UserError, flatten
@@ -19,6 +21,7 @@ from launch.compressing.comparison import Quality
 from launch.compressing.job import Job
 from launch.compressing.parts import Parts, Weights
 from launch.compressing.sides import Side, compare, perplexity_of
+from launch.speed import tokens_per_second
 from launch.training.processes import peak_memory_bytes
 from launch.training.run_folder import versions
 from model import huggingface
@@ -26,9 +29,11 @@ from model.compression.activations import rounding_inputs
 from model.compression.grids import Quantized
 from model.compression.packed import Scheme
 from model.config import ModelConfig
+from model.transformer import Transformer
 
 _PROOF_TOKENS = 16_384
 _PROOF_BOUND = 1e-3
+_SPEED_TOKENS, _SPEED_ROUNDS = 24, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,7 @@ def finish(job: Job, result: Result, parts: Parts) -> int:
     def complete(unfinished: Path) -> None:
         marks = opened.config.architecture, names.class_token, names.mask_token
         write_tokenizer(tokenizer.path, unfinished, opened.config.sequence_length, None, *marks)
-        made.append(_report(job, result, parts, quality, _proof(job, result, after, unfinished), unfinished))
+        made.append(_report(job, result, after, parts, quality, _proof(job, result, after, unfinished), unfinished))
         report.write(made[0], unfinished)
 
     tokens = huggingface.SpecialTokens(tokenizer.end_of_text, padding(tokenizer)[1], names.labels, opened.start_token(tokenizer))
@@ -117,7 +122,9 @@ def _proof(job: Job, result: Result, after: Side, folder: Path) -> report.Proof:
     return proof
 
 
-def _report(job: Job, result: Result, parts: Parts, quality: Quality | None, proof: report.Proof, folder: Path) -> report.Report:
+def _report(
+    job: Job, result: Result, after: Side, parts: Parts, quality: Quality | None, proof: report.Proof, folder: Path
+) -> report.Report:
     opened, test, calibration = job.opened, job.test, job.calibration
     assert opened.tokenizer is not None
     basis = None
@@ -157,8 +164,27 @@ def _report(job: Job, result: Result, parts: Parts, quality: Quality | None, pro
         quality=quality,
         calibration=calibration
         and report.Calibration(calibration.what, calibration.num_samples, calibration.tokens, calibration.fingerprint),
+        speeds=_speeds(job, result, after),
         proof=proof,
     )
+
+
+def _speeds(job: Job, result: Result, after: Side) -> tuple[report.Speed, ...]:
+    """Of our own generation, of what is only smaller; codes and zeros no engine here runs as such but llama.cpp (launch/speed.py)."""
+    if result.artefact != "structured" or result.config.architecture != "decoder":
+        return ()
+    networks = [_network(job.opened.config, job.opened.state), _network(result.config, after.state)]
+    new_tokens = min(_SPEED_TOKENS, result.config.sequence_length // 2)
+    rounds = [[tokens_per_second(network, new_tokens) for network in networks] for _ in range(_SPEED_ROUNDS)]  # by turns
+    before, now = (statistics.median(speeds) for speeds in zip(*rounds, strict=True))
+    return (report.Speed(f"our generation, bf16, {torch.get_num_threads()} threads", before, now),)
+
+
+def _network(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
+    with torch.device("meta"):
+        network = Transformer(config)
+    network.load_state_dict({name: state[name].bfloat16() for name, _ in network.named_parameters()}, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 def _tensor_report(name: str, kind: str, stored: Tensor | Quantized, item_bytes: int) -> report.TensorReport:

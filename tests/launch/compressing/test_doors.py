@@ -70,6 +70,8 @@ def test_a_smaller_network_of_every_size_at_once(pruned, model):
     config, weights = huggingface.load(folder)
     assert status == 0 and {name: getattr(config, name) for name in sizes} == sizes and config.num_attention_heads == 1
     assert all((weight != 0).any() for weight in weights.values())
+    (speed,) = json.loads((folder / "report.json").read_text())["speeds"]
+    assert speed["after"] > 0 and speed["before"] > 0
 
 
 @pytest.mark.parametrize(("options", "measure"), [(BERT | {"num_classes": 2}, "logits"), (T5, "logits")], ids=["bert", "t5"])
