@@ -76,7 +76,7 @@ def compare(settings: CompareSettings, show_progress: bool = True) -> list[Compa
     keep_freed_memory()
     opened: dict[str, OpenedModel] = {}
     for name in settings.models:
-        opened[name] = _opened(name, next(iter(opened.values()), None))
+        opened[name] = _opened(name, list(opened.values()))
     recipes = [one.recipe for one in opened.values() if one.recipe]
     if not settings.data and not recipes:
         raise UserError("None of the models says which data it was trained on: give --data.")
@@ -86,7 +86,7 @@ def compare(settings: CompareSettings, show_progress: bool = True) -> list[Compa
     return [_beside(first, name, settings, opened, folders, show_progress) for name in settings.models]
 
 
-def _opened(name: str, first: "OpenedModel | None") -> "OpenedModel":
+def _opened(name: str, before: "Sequence[OpenedModel]") -> "OpenedModel":
     from launch.training.weights import open_model
 
     path = Path(name)
@@ -94,12 +94,15 @@ def _opened(name: str, first: "OpenedModel | None") -> "OpenedModel":
         return open_model(name)
     from model.compression.gguf_file import GGUFState
 
-    if first is None:
-        raise UserError(f"{name} stands first; a GGUF file is read in the shape of the first model: name a folder before it.")
-    try:
-        return dataclasses.replace(first, state=GGUFState(path, first.config), folder=path, step=None)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{name} cannot be read in the shape of the first model: {error}") from error
+    if not before:
+        raise UserError(f"{name} stands first; a GGUF file is read in the shape of a model before it: name the folder that it is of.")
+    failures = []
+    for model in reversed(before):
+        try:
+            return dataclasses.replace(model, state=GGUFState(path, model.config), folder=path, step=None)
+        except (ValueError, OSError) as error:
+            failures.append(str(error))
+    raise UserError(f"{name} cannot be read in the shape of any model before it: {failures[0]}")
 
 
 def _loaded(name: str, opened: "Mapping[str, OpenedModel]") -> "TrainedModel":

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     (data,), run = settings.data.path, settings.output
     _do("Text to shards", "python", "data/prepare.py", "--output", data, "--vocab_size", str(settings.data.vocab_size))
     _do("Training", "deepspeed", "-q", "launch/pretrain.py", "--deepspeed", "ds_configs/zero3.json")
-    _make(f"{run}/huggingface", "Hugging Face export", "python", "launch/export.py", run)
+    _make(f"{run}/huggingface", run, "Hugging Face export", "python", "launch/export.py", run)
     _do("A sample", "python", "launch/generate.py", run, "--prompt", "def read_lines(path):\n", "--max_new_tokens", "96", "--seed", "1")
     beats_xz = _beats_xz(run, data)
     _compress(run)
@@ -35,22 +35,32 @@ def main(arguments: list[str]) -> int:
 def _compress(run: str) -> None:
     """A quarter of the model away, and made up for; what is left in 4 and in 8 bits, for transformers and vLLM, and for llama.cpp."""
     pruned, healed, table = f"{run}-pruned", f"{run}-healed", Path(f"{run}-compressed")
-    _make(pruned, "Pruning", "python", "launch/prune.py", run, "--method", "structured", "--parameters", "0.75")
+    _make(pruned, run, "Pruning", "python", "launch/prune.py", run, "--method", "structured", "--parameters", "0.75")
     recipe = "launch/recipes/heal-demo.yaml"
+    _remove_older(healed, pruned)
     _do("Healing", "deepspeed", "-q", "launch/pretrain.py", "--deepspeed", "ds_configs/zero3.json", "--config", recipe, "--init", pruned)
     quantize = "python", "launch/quantize.py", healed
-    _make(f"{run}-int4", "Four bits", *quantize, "--method", "gptq", "--bits", "4", "--group_size", "32")
-    _make(f"{run}-int8", "Eight bits", *quantize, "--bits", "8", "--activations", "int8", "--scaling", "smoothquant")
-    _make(f"{run}-q4_0.gguf", "Four bits for llama.cpp", "python", "launch/export.py", healed, "--format", "gguf", "--type", "q4_0")
+    _make(f"{run}-int4", healed, "Four bits", *quantize, "--method", "gptq", "--bits", "4", "--group_size", "32")
+    _make(f"{run}-int8", healed, "Eight bits", *quantize, "--bits", "8", "--activations", "int8", "--scaling", "smoothquant")
+    _make(f"{run}-q4_0.gguf", healed, "Four bits for llama.cpp", "python", "launch/export.py", healed, "--format", "gguf", "--type", "q4_0")
     models = [run, pruned, healed, f"{run}-int4", f"{run}-int8", f"{run}-q4_0.gguf"]
     shutil.rmtree(table, ignore_errors=True)
     _do("Side by side", "python", "launch/compare.py", *models, "--output", str(table))
 
 
-def _make(output: str, title: str, *command: str) -> None:
-    """Where it is not there from an earlier demo."""
+def _make(output: str, source: str, title: str, *command: str) -> None:
+    """Where it is not there from an earlier demo, of the same source."""
+    _remove_older(output, source)
     if not Path(output).exists():
         _do(title, *command, "--output", output)
+
+
+def _remove_older(output: str, source: str) -> None:
+    """What an earlier demo has made, if its source is newer."""
+    made, of = Path(output), Path(source)
+    of = of / "checkpoints" if (of / "checkpoints").exists() else of
+    if made.exists() and made.stat().st_mtime < of.stat().st_mtime:
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
 def _do(title: str, *command: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -110,6 +111,11 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
         _refuse_impossible(settings, trained, prepared, length, stride, is_causal)
     device, size = device_name(), settings.micro_batch_size
     model = trained.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    if bits := (trained.recipe.get("quantization") or {}).get("bits"):
+        print(
+            f"Note: {settings.model} was trained with weights rounded to {bits} bits; these are not rounded. launch/quantize.py does it.",
+            file=sys.stderr,
+        )
     evaluations = {}
     for name, asked in questions(trained, folders, sampling, settings.split, size, length, stride).items():
         batches = math.ceil(asked.num_samples / size)

@@ -12,6 +12,7 @@ from data.prepare import PrepareSettings
 from data.show import read_show_settings
 from launch.benchmark import BenchmarkSettings
 from launch.compare import read_compare_settings
+from launch.compressing.benchmark import BenchmarkSettings as CompressionBenchmarkSettings
 from launch.compressing.settings import PruneSettings, QuantizeSettings
 from launch.convert import ConvertSettings
 from launch.evaluate import EvaluateSettings
@@ -31,6 +32,7 @@ DOORS = {
     "launch/prune.py": (PruneSettings, "model"),
     "launch/quantize.py": (QuantizeSettings, "model"),
     "launch/speed.py": (SpeedSettings, None),
+    "launch/compressing/benchmark.py": (CompressionBenchmarkSettings, None),
     "launch/benchmark.py": (BenchmarkSettings, None),
     "data/prepare.py": (PrepareSettings, None),
     "data/benchmark.py": (data.benchmark.BenchmarkSettings, None),

@@ -153,7 +153,9 @@ def _treat(
     assert isinstance(block, Block) and number is not None
     for group, known in statistics.items():
         scales = treatment.scales(number, group, [block.get_submodule(linear).weight.data for linear in group.linears], known)
+        scales = workers.tell(None if scales is None else scales.cpu())  # a search may end elsewhere on another machine
         if scales is not None:
+            scales = scales.to(workers.device)
             _fold(block, group, scales)
             statistics[group] = known.divided_by(scales)
     linears = [linear for group in groups_of(block) for linear in group.linears]

@@ -133,7 +133,7 @@ def open_job(settings: Settings, opened: OpenedModel, door: str, arguments: Sequ
     if settings.output is not None:
         _refuse_full_disk(Path(settings.output), opened.config, DTYPES[settings.precision])
     workers = find_workers(arguments)
-    before, fingerprint = _looked_at(opened, workers, settings.force)
+    before, fingerprint = _looked_at(opened, workers, DTYPES[settings.precision], settings.force)
     job = Job(settings, door, tuple(arguments), opened, workers, calibration, test, before, fingerprint, begun)
     widest = max(matrix.shape[1] for matrix in matrices(opened.config).values())
     if calibration and calibration.tokens < widest:
@@ -158,7 +158,7 @@ def chosen_matrices(config: ModelConfig, ignore: Sequence[str]) -> dict[str, Mat
     return chosen
 
 
-def _looked_at(opened: OpenedModel, workers: Workers, force: bool) -> tuple[report.Weights, str]:
+def _looked_at(opened: OpenedModel, workers: Workers, dtype: torch.dtype, force: bool) -> tuple[report.Weights, str]:
     """Every weight, and a hash of all. Raises UserError for one that is not finite, and for a model that is pruned already."""
     kinds, linears = report.kinds_of_tensors(opened.config), matrices(opened.config)
     tensors, complaints = {}, []
@@ -174,6 +174,8 @@ def _looked_at(opened: OpenedModel, workers: Workers, force: bool) -> tuple[repo
             complaints.append(
                 f"{_place(opened, name)}: {name} holds numbers that are not finite: it is damaged, or its training has failed."
             )
+        elif weight.abs().max() > torch.finfo(dtype).max:
+            complaints.append(f"{_place(opened, name)}: {name} holds numbers above {torch.finfo(dtype).max:g}, the largest of --precision.")
         elif name in linears and zeros > _MOST_ZEROS * weight.numel() and not force:
             complaints.append(
                 f"{_place(opened, name)}: {zeros / weight.numel():.0%} of {name} are zero: it is pruned already, and what is compressed "

@@ -51,7 +51,7 @@ def quantize(settings: QuantizeSettings, arguments: Sequence[str]) -> int:
 def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, Scheme]:
     """By the names of weights, all the same. Raises ValueError for what grid, format or architecture has no place for."""
     bits, group_size = _DEFAULTS[settings.kind]
-    bits = settings.bits or bits
+    bits = bits if settings.bits is None else settings.bits
     if settings.kind == "int" and bits == 8:
         group_size = None
     if settings.group_size is not None:
@@ -104,6 +104,8 @@ def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts:
     def scales(block: int, group: Group, weights: list[Tensor], statistics: InputStatistics) -> Tensor | None:
         if group.producer is None or not all(f"{block}.{linear}" in grids for linear in group.linears):
             return None
+        if not group.producer.endswith("_norm") and f"{block}.{group.producer}" not in grids:
+            return None  # a matrix that stays as it is
         if settings.scaling == "smoothquant" and group.producer.endswith("_norm"):
             return scaling.smoothquant_scales(weights, statistics, settings.smoothing_strength)
         if settings.scaling == "awq":

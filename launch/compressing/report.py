@@ -26,10 +26,9 @@ Artefact = Literal[
     "float-quantized",
     "nvfp4-pack-quantized",
     "mxfp4-pack-quantized",
-    "gguf",
 ]
 """What was written: masks without a pattern that hardware knows, and with one; a smaller dense model; a format of
-compressed-tensors; a file of llama.cpp's."""
+compressed-tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,7 @@ class BlockReport:
     block: int
     seconds: float
     divergence: float | None = None
-    """Mean KL to the dense model with this block alone compressed, nats a token; None where it was not measured."""
+    """Mean KL to the dense model with this block alone rounded to nearest, or pruned by magnitude: nats a token; None: not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +150,9 @@ class Proof:
     measure: str
     """What was compared: "perplexity", "logits"."""
     difference: float
-    """Largest, relative to ours."""
+    """Of perplexities relative to ours; of logits the largest."""
     bound: float
-    """What difference passes."""
+    """What difference passes; of logits times the largest of them."""
     theirs: float | None = None
     """Perplexity."""
     ours: float | None = None
@@ -239,8 +238,6 @@ def served(artefact: Artefact, bits: Sequence[int] = ()) -> str:
             "For research, sparse fine-tuning and PyTorch's own 2:4 kernels on NVIDIA GPUs from Ampere on (to_sparse_semi_structured); "
             "vLLM has removed its 2:4 kernels (vllm#36799) and serves it, as transformers does, at the size and speed of a dense model."
         )
-    if artefact == "gguf":
-        return "Served by llama.cpp and what is built on it, on CPUs and GPUs; transformers reads it back as a dense model; not for vLLM."
     if artefact == "pack-quantized" and not set(bits) <= {4, 8}:
         return "Read by transformers, which makes a dense model of it; vLLM's kernels are for 4 and 8 bits, llama.cpp reads GGUF alone."
     hardware = {

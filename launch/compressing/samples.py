@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from data.batches import Batch
 from data.command_line import UserError
+from data.packing import IGNORED
 from data.sampling import open_folders
 from launch.training.held_out import questions, sampling_of, strange_tokens
 from launch.training.run_folder import paths_of
@@ -24,6 +25,7 @@ _TOKENS_AT_ONCE = 2048
 _LEAST_BATCHES = 32  # where there are so many samples: what ranks share
 _LOGITS_BYTES = 64 << 20  # of the float32 logits of a micro-batch, of which measuring holds a few
 _RUN = 32  # neighbouring tokens that are compared: so many alike are no chance
+_RUN_BETWEEN_SPANS = 8  # of those that are left between two that were cut out
 _MOST_SHARED = 0.1  # of the test's runs; a licence at the head of each file is less
 
 
@@ -33,6 +35,8 @@ class Text:
 
     what: str
     """Split and folders, for people."""
+    objective: str
+    """As data.objective in a recipe."""
     batches: list[Batch]
     num_samples: int
     tokens: int
@@ -93,6 +97,7 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
     is_all_asked = sampling.objective == "causal"
     return Text(
         what=f"{split} of {', '.join(str(Path(folder.folder)) for folder in folders.values())}",
+        objective=sampling.objective,
         batches=batches,
         num_samples=sum(one.num_samples for one in asked.values()),
         tokens=sum(int((batch.inputs[1] != 0).sum()) for batch in batches),
@@ -103,7 +108,7 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
 
 def refuse_the_same_text(calibration: Text, test: Text) -> None:
     """Raise UserError where the test holds what the calibration has seen: its result would say nothing."""
-    seen, asked = (_runs(text.batches) for text in (calibration, test))
+    seen, asked = (_runs(text) for text in (calibration, test))
     shared = float(np.isin(asked, seen).mean()) if len(asked) else 0.0
     if shared > _MOST_SHARED:
         raise UserError(
@@ -112,15 +117,20 @@ def refuse_the_same_text(calibration: Text, test: Text) -> None:
         )
 
 
-def _runs(batches: Iterable[Batch]) -> NDArray[np.uint64]:
-    """A hash of every run of neighbouring tokens in every sample."""
+def _runs(text: Text) -> NDArray[np.uint64]:
+    """A hash of every run of neighbouring tokens in every sample, with what was masked in its place."""
     hashes = []
-    for batch in batches:
-        for row, segments in zip(batch.inputs[0].numpy().astype(np.uint64), batch.inputs[1].numpy(), strict=True):
-            row = row[segments != 0]
-            if len(row) >= _RUN:
-                powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(_RUN, dtype=np.uint64)
-                hashes.append(((np.lib.stride_tricks.sliding_window_view(row, _RUN) + np.uint64(1)) * powers).sum(axis=1, dtype=np.uint64))
+    for batch in text.batches:
+        tokens, segments = batch.inputs[:2]
+        if text.objective == "masked":
+            tokens = torch.where(batch.targets != IGNORED, batch.targets, tokens)
+        length = min(_RUN_BETWEEN_SPANS if text.objective == "span_corruption" else _RUN, tokens.shape[1])
+        for row, of_text in zip(tokens.numpy().astype(np.uint64), segments.numpy() != 0, strict=True):
+            row = row[of_text]
+            if len(row) >= length:
+                powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(length, dtype=np.uint64)
+                views = np.lib.stride_tricks.sliding_window_view(row, length)
+                hashes.append(((views + np.uint64(1)) * powers).sum(axis=1, dtype=np.uint64))
     return np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
 
 

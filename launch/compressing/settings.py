@@ -150,10 +150,16 @@ class QuantizeSettings(CompressionSettings):
                 found.append("average_bits is for integer weights without rounded activations.")
             if self.bits is not None:
                 found.append("average_bits chooses bits: give one of them.")
+            if not self.symmetric:
+                found.append("average_bits is for symmetric integers: transformers reads no mixture with zero points.")
             if not (self.sensitivity_samples and self.calibration_samples):
                 found.append("average_bits needs what each block costs alone: sensitivity_samples and calibration_samples above 0.")
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            found.append(f"bits is {self.bits}; it must be 2 to 8.")
         if self.method == "rtn" and (self.act_order or self.damping != QuantizeSettings.damping):
             found.append("act_order and damping are gptq's; method is rtn.")
+        if self.scaling == "smoothquant" and self.kind == "int" and self.activations in (None, "none"):
+            found.append("smoothquant moves outliers out of inputs that are rounded; here none are: give activations int8 and bits 8.")
         if self.scaling != "smoothquant" and self.smoothing_strength != QuantizeSettings.smoothing_strength:
             found.append(f"smoothing_strength is of scaling smoothquant; scaling is {self.scaling}.")
         if not 0 <= self.smoothing_strength <= 1:

@@ -67,13 +67,15 @@ def importance(job: Job, parts: Parts, by: str) -> Tensor:
 
     def rises() -> list[float]:
         assert job.calibration is not None
-        batches = job.workers.share(job.calibration.batches)
+        # Their hidden states are kept once for each block.
+        batches = job.workers.share(job.calibration.beginning(max(1, job.calibration.num_samples // job.config.total_blocks)))
+        samples = first_inputs(batches, device)
 
         def loss(said: Tensor | tuple[Tensor, Tensor], number: int) -> Tensor:
             batch = batches[number].map(lambda tensor: tensor.to(device))
             return sums_of(said, batch.targets, batch.classes)[:2].sum()
 
-        losses = structured.losses_without_each_block(job.config, state, job.samples, loss, device)
+        losses = structured.losses_without_each_block(job.config, state, samples, loss, device)
         job.workers.add_up([losses])
         return (losses[1:] - losses[0]).tolist()
 

@@ -21,7 +21,8 @@ def owl_sparsities(outlier_ratios: list[float], sizes: list[int], sparsity: floa
 
     Yin et al. 2023, arXiv 2310.05175, section 3.3: no two are further apart than twice the bound. sizes: weights in each block.
     """
-    low, high = min(outlier_ratios), max(outlier_ratios)
+    some = [ratio for ratio, size in zip(outlier_ratios, sizes, strict=True) if size] or outlier_ratios
+    low, high = min(some), max(some)
     bound = min(bound, sparsity / 2, (1 - sparsity) / 2)  # so that none falls below 0 or rises above 1
     spared = [2 * bound * (ratio - low) / (high - low) if high > low else 0.0 for ratio in outlier_ratios]
     mean = sum(share * size for share, size in zip(spared, sizes, strict=True)) / sum(sizes)

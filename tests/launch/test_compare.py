@@ -79,9 +79,12 @@ def test_a_gguf_file_is_read_in_the_shape_of_the_first_model(model, prepared, tm
     assert (same.kind, other.kind) == ("gguf f32", "gguf q8_0") and other.bytes == Path(rounded).stat().st_size
     assert (same.quality.divergence.value, same.quality.agreement.value) == (0, 1)
     assert 0 < other.quality.divergence.value < 1e-3
+    narrow = model("narrow", intermediate_size=64)
+    *_, again = compare.compare(CompareSettings((narrow, dense, whole), str(prepared)), show_progress=False)
+    assert (again.kind, again.parameters) == ("gguf f32", same.parameters)  # read in the shape that it has
     with pytest.raises(UserError, match="stands first"):
         compare.compare(CompareSettings((whole, dense), str(prepared)))
-    with pytest.raises(UserError, match=r"cannot be read in the shape of the first model: .* the configuration says"):
+    with pytest.raises(UserError, match=r"cannot be read in the shape of any model before it: .* the configuration says"):
         compare.compare(CompareSettings((model("larger", vocab_size=832), whole), str(prepared)))
 
 

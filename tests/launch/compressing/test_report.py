@@ -91,7 +91,7 @@ def test_everything_measured_is_reported(bare, tmp_path):
         "Measured on 50 tokens of 4.00 bytes, validation of prepared: causal, windows of 256 tokens, 256 apart; hash ffffffffffff",
         "128 samples, 32,768 tokens, train of prepared; hash cccccccccccc",
         "12.5 s, 7.5 s of it in the blocks; peak memory of a process: 1.30 GB",
-        "perplexity 100.01, ours 100: relative difference 1.0e-04, bound 1e-03",
+        "perplexity 100.01, ours 100: largest difference 1.0e-04, bound 1e-03",
         *[f"]({name})" for name in files if name.endswith("svg")],
     ):
         assert said in page
