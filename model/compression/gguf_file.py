@@ -24,6 +24,7 @@ from torch import Tensor
 from model import huggingface
 from model.config import ModelConfig
 from model.huggingface import Counterpart
+from model.huggingface.verification import without_bars
 from model.transformer import Transformer, outputs_of
 from model.walk import walk
 
@@ -211,12 +212,13 @@ def _theirs(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
     import transformers  # here, because it takes seconds to import and nothing else needs it
 
     where = {"gguf_file": path.name, "local_files_only": True}
-    theirs = transformers.AutoConfig.from_pretrained(path.parent, **where)
-    for key, value in huggingface.to_huggingface(config).items():
-        if key in _NOT_READ:
-            setattr(theirs, key, value)
     loader = transformers.AutoModelForCausalLM
-    model, report = loader.from_pretrained(path.parent, config=theirs, dtype=torch.float32, output_loading_info=True, **where)
+    with without_bars():
+        theirs = transformers.AutoConfig.from_pretrained(path.parent, **where)
+        for key, value in huggingface.to_huggingface(config).items():
+            if key in _NOT_READ:
+                setattr(theirs, key, value)
+        model, report = loader.from_pretrained(path.parent, config=theirs, dtype=torch.float32, output_loading_info=True, **where)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report.get(kind):
             raise RuntimeError(f"{path}: transformers reports {kind} {sorted(map(str, report[kind]))}.")

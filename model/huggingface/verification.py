@@ -115,6 +115,11 @@ class _AsStored(Mapping[str, Tensor]):
         return len(self._state)
 
 
+def without_bars() -> contextlib.AbstractContextManager:
+    """What libraries draw on a terminal would fill a log with lines."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+
+
 def _random_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
     """What our first layer reads: of an encoder and of an encoder-decoder two rows, the second with padding behind its tokens."""
     generator = torch.Generator().manual_seed(0)
@@ -161,8 +166,7 @@ def _read_by_transformers(folder: Path, config: ModelConfig, device: torch.devic
     if not all(one["symmetric"] for one in weights):
         # It makes no place for zero points that are packed: transformers reads them only where it multiplies the weights out at once.
         stated.quantization_config["dequantize"] = True
-    # Bars fill a log with lines.
-    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+    with without_bars():
         model, report = getattr(transformers, auto_class(config)).from_pretrained(
             folder,
             config=stated,
