@@ -34,10 +34,12 @@ def clean_environment(**more: str) -> dict[str, str]:
             "HF_HUB_OFFLINE": "1",
             "PYTHONFAULTHANDLER": "1",
             "GLOO_SOCKET_IFNAME": "lo",
-            "DS_ACCELERATOR": "cpu",  # whose numbers the tests hold; on a GPU runs tests/launch/test_gpu.py
         }
         | more
     )
+
+
+_ON_CPU = {"DS_ACCELERATOR": "cpu"}  # whose numbers the tests hold; on a GPU runs tests/launch/test_gpu.py
 
 
 class ForkedRank:
@@ -93,7 +95,7 @@ def _fork_server() -> tuple[socket.socket, subprocess.Popen]:
     """Started at the first use; ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        return ours, subprocess.Popen([sys.executable, "-m", "tests.fork_server"], env=clean_environment(), cwd=REPOSITORY, stdin=theirs)
+        return ours, subprocess.Popen([sys.executable, "-m", "tests.fork_server"], env=clean_environment(**_ON_CPU), cwd=REPOSITORY, stdin=theirs)
 
 
 def start_ranks(world_size: int, script: Path, *arguments: str, **environment: str) -> list[ForkedRank]:
@@ -102,7 +104,7 @@ def start_ranks(world_size: int, script: Path, *arguments: str, **environment: s
 
 
 def _environments(world_size: int, more: dict[str, str]) -> list[dict[str, str]]:
-    shared = clean_environment(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **more)
+    shared = clean_environment(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **_ON_CPU | more)
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
