@@ -95,7 +95,8 @@ def _fork_server() -> tuple[socket.socket, subprocess.Popen]:
     """Started at the first use; ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        return ours, subprocess.Popen([sys.executable, "-m", "tests.fork_server"], env=clean_environment(**_ON_CPU), cwd=REPOSITORY, stdin=theirs)
+        environment = clean_environment(**_ON_CPU)
+        return ours, subprocess.Popen([sys.executable, "-m", "tests.fork_server"], env=environment, cwd=REPOSITORY, stdin=theirs)
 
 
 def start_ranks(world_size: int, script: Path, *arguments: str, **environment: str) -> list[ForkedRank]:
