@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class CompareSettings:
     models: tuple[str, ...]
-    """Two or more run folders, checkpoints in them, Hugging Face folders, or .gguf files of models of the first one's shape. The first is
-    what the others are compared with. As the first words they need no name."""
+    """Two or more run folders, checkpoints in them, Hugging Face folders, or .gguf files of the shape of one before them. The first is what
+    the others are compared with. As the first words they need no name."""
     data: str | None = None
     """Folder that data/prepare.py wrote (default: what the first model that says so was trained on)."""
     split: Literal["validation", "train"] = "validation"
@@ -68,6 +68,7 @@ def compare(settings: CompareSettings, show_progress: bool = True) -> list[Compa
     from data.sampling import open_folders
     from launch.training.processes import keep_freed_memory
     from launch.training.run_folder import paths_of
+    from launch.training.weights import loaded
 
     if len(settings.models) < 2:
         raise UserError(f"models are {', '.join(settings.models) or 'none'}; give two or more to compare.")
@@ -82,7 +83,7 @@ def compare(settings: CompareSettings, show_progress: bool = True) -> list[Compa
         raise UserError("None of the models says which data it was trained on: give --data.")
     folders = open_folders([settings.data] if settings.data else paths_of(recipes[0]))
     _refuse_impossible(settings, opened, folders)
-    first = _loaded(settings.models[0], opened)
+    first = loaded(opened[settings.models[0]])
     return [_beside(first, name, settings, opened, folders, show_progress) for name in settings.models]
 
 
@@ -105,21 +106,6 @@ def _opened(name: str, before: "Sequence[OpenedModel]") -> "OpenedModel":
     raise UserError(f"{name} cannot be read in the shape of any model before it: {failures[0]}")
 
 
-def _loaded(name: str, opened: "Mapping[str, OpenedModel]") -> "TrainedModel":
-    import torch
-
-    from launch.training.weights import TrainedModel, load_model
-    from model.transformer import Transformer
-
-    one = opened[name]
-    if one.folder.is_dir():
-        return load_model(name)
-    with torch.device("meta"):
-        model = Transformer(one.config)
-    model.load_state_dict(dict(one.state), assign=True)
-    return TrainedModel(**{field.name: getattr(one, field.name) for field in dataclasses.fields(one)}, model=model.eval())
-
-
 def _beside(
     first: "TrainedModel",
     name: str,
@@ -136,9 +122,10 @@ def _beside(
     from launch.compressing.report import weights_bytes
     from launch.training.held_out import questions, sampling_of
     from launch.training.processes import device_name
+    from launch.training.weights import loaded
     from model.config import count_parameters
 
-    other = first if name == settings.models[0] else _loaded(name, opened)
+    other = first if name == settings.models[0] else loaded(opened[name])
     sampling = sampling_of(first, settings.models[0])
     config = dataclasses.replace(first.config, document_mask=all(one.config.document_mask for one in opened.values()))
     length = settings.sequence_length or _smallest_context(opened)

@@ -1,8 +1,9 @@
 """The ordered list of layers for a config, and the same list built as one module."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
@@ -141,6 +142,18 @@ class Transformer(nn.Module):
             module = self.get_submodule(name)
             passed = module(passed, cache) if forward is None else forward(module, passed)
         return passed
+
+    @classmethod
+    def holding(
+        cls, config: ModelConfig, state: Mapping[str, Tensor], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Transformer":
+        """The network with these weights, each read once, in its eval mode."""
+        with torch.device("meta"):
+            network = cls(config)
+        network.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+        for buffer in network.buffers():  # tables of positions are real even where weights are only shapes
+            buffer.data = buffer.data.to(device)
+        return network.eval()
 
     def blocks(self) -> list[Block]:
         return [child for child in self.children() if isinstance(child, Block)]

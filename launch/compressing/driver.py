@@ -56,7 +56,7 @@ def compress(
     if done:
         say(f"Going on behind layer {done} of an earlier start, from {parts.folder}.")
     watch, is_calibrated = treatment.watch or contextlib.nullcontext, any(workers.gather(bool(samples)))
-    passed, begun, blocks_done = list(samples), time.perf_counter(), 0
+    passed, begun, blocks_done, written = list(samples), time.perf_counter(), 0, set(parts)
     place = -1
     for step in walk(config, _Continued(parts, state, stored_as), workers.device):
         place += 1  # enumerate() would keep a step while the next one is read
@@ -70,10 +70,11 @@ def compress(
                 told = {"block": step.block, "seconds": seconds, "linears": [dataclasses.asdict(one) for one in linears]}
                 left = (time.perf_counter() - begun) / blocks_done * (config.total_blocks - step.block - 1)
                 say(_line(step.block, config.total_blocks, linears, seconds, left))
-            unchanged = {name: parameter for name, parameter in step.parameters.items() if name not in tensors}
+            unchanged = {name: parameter for name, parameter in step.parameters.items() if name not in tensors and name not in written}
             tensors |= {name: parameter.to("cpu", stored_as) for name, parameter in unchanged.items()}
             workers.by_first(functools.partial(parts.write, place, tensors, told))
             _put(step, tensors)
+            written |= set(tensors)
             del tensors, unchanged
         is_head = step.layer.module is Head or step.layer.forward is as_head
         if is_calibrated and (step.blocks_before < config.total_blocks or (treatment.watch is not None and not is_head)):

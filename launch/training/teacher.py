@@ -37,12 +37,7 @@ class Teacher:
 
     def network(self, device: torch.device, dtype: torch.dtype) -> Transformer:
         """With its weights, read one after the other; it learns nothing."""
-        with torch.device("meta"):
-            network = Transformer(self.config)
-        network.load_state_dict({name: tensor.to(device, dtype) for name, tensor in self.opened.state.items()}, assign=True)
-        for buffer in network.buffers():  # tables of positions are real even where weights are only shapes
-            buffer.data = buffer.data.to(device)
-        return network.eval().requires_grad_(False)
+        return Transformer.holding(self.config, self.opened.state, device, dtype).requires_grad_(False)
 
     @property
     def tokenizer(self) -> Path | None:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from data.command_line import UserError
@@ -124,13 +123,15 @@ def open_model(path: str, average: int = 1) -> OpenedModel:
 
 def load_model(path: str, average: int = 1) -> TrainedModel:
     """Read the weights too, of what open_model finds."""
-    opened = open_model(path, average)
-    with torch.device("meta"):
-        model = Transformer(opened.config)
-    model.load_state_dict({name: tensor.float() for name, tensor in opened.state.items()}, assign=True)
+    return loaded(open_model(path, average))
+
+
+def loaded(opened: OpenedModel) -> TrainedModel:
+    """Read the weights too."""
+    model = Transformer.holding(opened.config, opened.state)
     quantize_activations(model, {name.removesuffix(".weight"): scheme.activations for name, scheme in opened.schemes.items()})
     known = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
-    return TrainedModel(**known, model=model.eval())
+    return TrainedModel(**known, model=model)
 
 
 def _checked(opened: OpenedModel) -> OpenedModel:
