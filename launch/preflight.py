@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         ready = get_ready(settings, arguments, preflight_alone=True)
     except RuntimeError as error:
-        if (sentence := sentence_of_loss(error)) is None:
+        if (sentence := sentence_of_loss(error, settings.communication_timeout)) is None:
             raise
         print(sentence, file=sys.stderr)
         return 1

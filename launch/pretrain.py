@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return NOT_TO_BE_REQUEUED
     except RuntimeError as error:
-        if (sentence := sentence_of_loss(error)) is None:
+        if (sentence := sentence_of_loss(error, settings.communication_timeout)) is None:
             raise
         saved = [path.name for path in checkpoint.published(Path(settings.output) / "checkpoints")[:1]]
         go_on = f" The newest checkpoint is {saved[0]}; the same command goes on from it." if saved else ""

@@ -1,8 +1,11 @@
 """Stopped and resumed equals never stopped, bit for bit; and no moment of dying loses a published checkpoint."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +21,22 @@ from tests.ranks import ForkedRank, finish, start_ranks
 
 DOOR = Path(__file__).with_name("pretrain_with_faults.py")
 CURVES = ("loss/train", "optimization/gradient_norm", "optimization/learning_rate", "loss/validation")
+
+SILENT_IN_SEVERAL_TRANSFERS = """
+import os, threading
+from datetime import timedelta
+import torch, torch.distributed as dist
+from launch.training.rendezvous import sentence_of_loss
+store, groups = dist.HashStore(), {}
+def join(rank): groups[rank] = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=0.5))
+threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+for work in [groups[0].allreduce([torch.ones(1)]) for _ in range(5)]:
+    try: work.wait()
+    except RuntimeError as error: print(error, "->", sentence_of_loss(error, 0.5), flush=True)
+os._exit(0)
+"""
 
 
 def run(world_size: int, words: list[str], **environment: str) -> str:
@@ -143,6 +162,15 @@ def test_a_rank_that_falls_silent_is_waited_for_so_long_as_was_said(engine, tiny
     assert re.search(
         r"^Rank 0 on .* in step \d+: no answer for 3 s \(--communication_timeout\)\. The newest checkpoint is step_", said, re.M
     ), said
+
+
+def test_each_of_several_transfers_under_way_together_is_known_for_a_silent_rank():
+    """Gloo ends the others with another text, which does not name it, than the first that ran out of time."""
+    command = [sys.executable, "-c", SILENT_IN_SEVERAL_TRANSFERS]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, env=os.environ | {"RANK": "0"}).stdout.splitlines()
+    assert len(said) == 5
+    assert any(line.startswith("Application timeout caused pair closure") for line in said), said
+    assert all(line.endswith("at the start: no answer for 0.5 s (--communication_timeout).") for line in said), said
 
 
 def test_a_run_whose_gradients_are_never_finite_again_ends_with_93(tiny):
