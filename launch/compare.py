@@ -163,7 +163,7 @@ def _kind(opened: "OpenedModel") -> str:
 
         return f"gguf {types(opened.folder).most_common(1)[0][0]}"
     if opened.schemes:
-        return ", ".join(dict.fromkeys(map(str, opened.schemes.values())))
+        return ", ".join([*dict.fromkeys(map(str, opened.schemes.values())), *([str(opened.cache)] if opened.cache else [])])
     return str(next(iter(opened.state.values())).dtype).removeprefix("torch.")
 
 

@@ -357,6 +357,8 @@ class Attention(nn.Module):
         self.has_prefix = config.prefix_attention
         self.window = config.sliding_window
         self.scale = 1.0 if config.positions == "relative" else None
+        self.kept_as: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        """What becomes of keys and values [batch, kv_heads, seq, head] where a cache is to keep them otherwise than they are."""
         hidden, std = config.hidden_size, config.initializer_range
         queries = config.num_attention_heads * config.head_size
         keys = config.num_key_value_heads * config.head_size
@@ -410,6 +412,8 @@ class Attention(nn.Module):
             cos = self.cos[start : start + seq].to(query.dtype)
             sin = self.sin[start : start + seq].to(query.dtype)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.kept_as is not None:
+            key, value = self.kept_as(key, value)
         if cache is not None:
             key, value = cache.append(self.layer_number, key, value)
         mask = self.mask(segments, seq, key.shape[2], cache is not None)

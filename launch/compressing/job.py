@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.command_line import UserError, flatten, nearest
 from launch.compressing import report
-from launch.compressing.parts import Parts
+from launch.compressing.parts import Parts, folder_for
 from launch.compressing.samples import Text, calibration_text, first_inputs, paths_for, refuse_the_same_text, test_text
 from launch.compressing.settings import CompressionSettings
 from launch.compressing.workers import Workers, find_workers
@@ -194,8 +194,9 @@ def _place(opened: OpenedModel, name: str) -> Path:
 
 
 def _refuse_full_disk(output: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-    """The layers as they are done, and then the folder: twice the weights at most."""
+    """The layers as they are done, and then the folder: twice the weights at most, less what an earlier start has done."""
     ground = ground_of(output.parent)
-    needed, free = 2 * dtype.itemsize * count_parameters(config), shutil.disk_usage(ground).free
+    done = sum(path.stat().st_size for path in folder_for(output).glob("*.safetensors"))
+    needed, free = 2 * dtype.itemsize * count_parameters(config) - done, shutil.disk_usage(ground).free
     if free < needed:
         raise UserError(f"{ground} has {free / 2**30:.2f} GiB free; --output {output} needs {needed / 2**30:.2f}.")

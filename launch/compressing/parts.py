@@ -30,11 +30,16 @@ _OF_A_BEGINNING = {"lock", "plan.json.tmp"}  # what a start that was stopped at 
 _PIECES = ("codes", "scale", "zero_point", "global_scale")
 
 
+def folder_for(output: Path) -> Path:
+    """Where the parts of an output lie until it is whole."""
+    return output.with_name(f"{output.name}.unfinished")
+
+
 class Parts(Mapping[str, "Tensor | Quantized"]):
     """Parameters by our names, whole or as codes, each read when it is asked for."""
 
     def __init__(self, output: Path, plan: dict[str, Any]) -> None:
-        self.folder = output.with_name(f"{output.name}.unfinished")
+        self.folder = folder_for(output)
         self._plan = plan
         self._lock: BinaryIO | None = None
         self._files: dict[str, Path] = {}

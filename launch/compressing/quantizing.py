@@ -15,9 +15,9 @@ from launch.compressing.result import Result, finish
 from launch.compressing.settings import QuantizeSettings
 from model import huggingface
 from model.compression import allocation, quantization, scaling
-from model.compression.grids import Grid, round_to
-from model.compression.packed import Scheme
-from model.compression.statistics import Group, InputStatistics, Matrix, matrices
+from model.compression.grids import Grid, round_to, scale_of
+from model.compression.packed import CacheScheme, Scheme
+from model.compression.statistics import Group, InputStatistics, LargestKept, Matrix, matrices
 from model.compression.sweep import Changed
 from model.config import ModelConfig
 
@@ -39,7 +39,7 @@ def quantize(settings: QuantizeSettings, arguments: Sequence[str]) -> int:
     if opened is None:
         print(needs)
         return 0
-    is_calibrated = is_swept or settings.scaling != "none" or settings.average_bits is not None
+    is_calibrated = is_swept or settings.scaling != "none" or settings.average_bits is not None or settings.kv_cache != "none"
     job = open_job(settings, opened, "quantize", arguments, is_calibrated)
     job.say(needs)
     if settings.dry_run:
@@ -69,6 +69,8 @@ def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, S
             )
     schemes = dict.fromkeys(chosen, scheme)
     huggingface.quantization_config(config, schemes, DTYPES[settings.precision])
+    if settings.kv_cache != "none":
+        huggingface.names_of_cache_scales(config)
     return schemes
 
 
@@ -112,12 +114,18 @@ def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts:
             return scaling.awq_scales(weights, statistics, grids[f"{block}.{group.linears[0]}"], job.dtype)
         return None
 
-    treatment = Treatment(change, scales) if settings.scaling != "none" else Treatment(change)
+    kept = LargestKept(job.config.total_blocks, job.workers.device) if settings.kv_cache != "none" else None
+    treatment = Treatment(change, scales, kept.watching if kept else None)
     compress(job.config, job.opened.state, treatment, job.samples, parts, job.workers, job.dtype, job.say)
+    cache = None
+    if kept is not None and settings.kv_cache != "none":
+        job.workers.take_largest(kept.largest)
+        keys_and_values = scale_of(kept.largest, settings.kv_cache, job.dtype).tolist()
+        cache = CacheScheme(settings.kv_cache, tuple((key, value) for key, value in keys_and_values))
     artefact = cast(report.Artefact, next(iter(schemes.values())).format)
     scaled = "" if settings.scaling == "none" else f" behind {settings.scaling}"
-    method = f"{settings.method.upper()}{scaled}, {'; '.join(dict.fromkeys(map(str, schemes.values())))}"
-    return Result(job.config, parts, artefact, method, schemes, divergences)
+    kinds = [*dict.fromkeys(map(str, schemes.values())), *([str(cache)] if cache else [])]
+    return Result(job.config, parts, artefact, f"{settings.method.upper()}{scaled}, {'; '.join(kinds)}", schemes, cache, divergences)
 
 
 def _sensitivity(

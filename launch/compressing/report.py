@@ -142,6 +142,16 @@ class Speed:
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """Keys and values that are kept as codes."""
+
+    kind: Literal["int8", "fp8"]
+    bytes_before: int
+    """Of a token, in the type of what is not quantized."""
+    bytes_after: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Proof:
     """What was written, read again by an engine that is not ours, which missed no tensor and found none too many."""
 
@@ -187,6 +197,7 @@ class Report:
     quality: Quality | None = None
     calibration: Calibration | None = None
     speeds: tuple[Speed, ...] = ()
+    cache: CacheReport | None = None
     proof: Proof | None = None
 
 
@@ -220,11 +231,21 @@ def weights_bytes(opened: OpenedModel) -> int:
     return sum(path.stat().st_size for path in opened.folder.glob("model*.safetensors"))
 
 
-def served(artefact: Artefact, bits: Sequence[int] = ()) -> str:
-    """Where an artefact can be served and where not, in a sentence.
+def served(artefact: Artefact, bits: Sequence[int] = (), cache: Literal["int8", "fp8"] | None = None) -> str:
+    """Where an artefact can be served and where not, in a sentence; of keys and values that are kept as codes in another.
 
     What is here run by ourselves is transformers and llama.cpp. Of vLLM and of kernels on GPUs we have its documentation alone.
     """
+    if cache is not None:
+        if cache == "int8":
+            return (
+                "Read by transformers, which rounds keys and values to int8 and keeps them in its own type; not served by vLLM, which "
+                "knows keys and values in FP8 alone, nor by llama.cpp, which has GGUF."
+            )
+        return (
+            f"{served(artefact, bits)} vLLM keeps keys and values in FP8 by its scales when told --kv-cache-dtype fp8; transformers rounds "
+            "them, and keeps them in its own type."
+        )
     unproven = "by vLLM (its documentation; not proven here) on NVIDIA GPUs from"
     if artefact == "structured":
         return "Served everywhere that a dense model of this architecture is: transformers, vLLM, and as GGUF llama.cpp."
@@ -251,7 +272,7 @@ def served(artefact: Artefact, bits: Sequence[int] = ()) -> str:
 
 def write(report: Report, folder: Path) -> None:
     """Add report.json, report.md and its pictures to a folder. The same report gives the same bytes."""
-    contents = dataclasses.asdict(report) | {"served": served(report.artefact, report.bits)}
+    contents = dataclasses.asdict(report) | {"served": _served(report)}
     (folder / "report.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
     drawn = dict(_pictures(report))
     for name, figure in drawn.items():
@@ -317,8 +338,12 @@ def _beginning(report: Report) -> str:
         f"{new.zeros / new.parameters:.1%} of {new.parameters:,} parameters are 0."
     )
     lines.append(f"{report.method}, of {report.model}.\n")
-    lines.append(served(report.artefact, report.bits))
+    lines.append(_served(report))
     return "\n".join(lines)
+
+
+def _served(report: Report) -> str:
+    return served(report.artefact, report.bits, report.cache.kind if report.cache else None)
 
 
 def _numbers(report: Report) -> str:
@@ -336,6 +361,8 @@ def _numbers(report: Report) -> str:
     rows.append(["bits a weight", bits_per_weight(old), bits_per_weight(new)])
     rows.append(["parameters", f"{old.parameters:,}", f"{new.parameters:,}"])
     rows.append(["of them 0", f"{old.zeros / old.parameters:.2%}", f"{new.zeros / new.parameters:.2%}"])
+    if (cache := report.cache) is not None:
+        rows.append(["keys and values of a token, bytes", f"{cache.bytes_before:,}", f"{cache.bytes_after:,}"])
     for speed in report.speeds:
         rows.append([f"tokens/s, {speed.engine}", "" if speed.before is None else f"{speed.before:.1f}", f"{speed.after:.1f}"])
     text = table(["", "before", "after"], rows)

@@ -134,6 +134,9 @@ class QuantizeSettings(CompressionSettings):
     activations: Literal["none", "int8", "fp8"] | None = None
     """What goes into the matrices is rounded too, each token by a scale of its own, while the network runs (default: fp8 beside fp8, else
     none). int8 beside --bits 8 is W8A8."""
+    kv_cache: Literal["none", "int8", "fp8"] = "none"
+    """What a decoder keeps keys and values as while it generates: by a scale for all keys of a block and one for all its values, which
+    the largest of the calibration text span. vLLM knows fp8 alone."""
     damping: float = 0.01
     """Of gptq: share of the mean diagonal that is added to the second moment's, so that it can be inverted."""
     act_order: bool = False
@@ -162,6 +165,8 @@ class QuantizeSettings(CompressionSettings):
             found.append("smoothquant moves outliers out of inputs that are rounded; here none are: give activations int8 and bits 8.")
         if self.scaling != "smoothquant" and self.smoothing_strength != QuantizeSettings.smoothing_strength:
             found.append(f"smoothing_strength is of scaling smoothquant; scaling is {self.scaling}.")
+        if self.kv_cache != "none" and not self.calibration_samples:
+            found.append(f"kv_cache {self.kv_cache} takes its scales from the calibration text; calibration_samples is 0.")
         if not 0 <= self.smoothing_strength <= 1:
             found.append(f"smoothing_strength is {self.smoothing_strength:g}; it must be from 0 to 1.")
         if not self.damping > 0:

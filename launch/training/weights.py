@@ -15,8 +15,8 @@ from launch.training import checkpoint
 from launch.training.run_folder import tokenizer_in
 from launch.training.state import SavedState
 from model import huggingface
-from model.compression.activations import quantize_activations
-from model.compression.packed import Scheme
+from model.compression.activations import round_activations
+from model.compression.packed import CacheScheme, Scheme
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -44,6 +44,11 @@ class OpenedModel:
         """How weights are quantized; empty where none is."""
         return self.state.schemes if isinstance(self.state, huggingface.State) else {}
 
+    @property
+    def cache(self) -> CacheScheme | None:
+        """How keys and values are kept, where that is not as they are."""
+        return self.state.cache if isinstance(self.state, huggingface.State) else None
+
     def refuse_quantized(self, asked: str) -> None:
         """Raise UserError where weights are quantized, with what `asked` for others."""
         if self.schemes:
@@ -61,7 +66,7 @@ class TrainedModel(OpenedModel):
     """A model read from disk, and what is known about it."""
 
     model: Transformer
-    """In float32 on the CPU, and in its eval mode; of a quantized folder with what the codes stand for, its inputs rounded as it says."""
+    """In float32 on the CPU, and in its eval mode; of a quantized folder with what the codes stand for, rounding what it says."""
 
 
 class Averaged(Mapping[str, Tensor]):
@@ -129,7 +134,7 @@ def load_model(path: str, average: int = 1) -> TrainedModel:
 def loaded(opened: OpenedModel) -> TrainedModel:
     """Read the weights too."""
     model = Transformer.holding(opened.config, opened.state)
-    quantize_activations(model, {name.removesuffix(".weight"): scheme.activations for name, scheme in opened.schemes.items()})
+    round_activations(model, opened.schemes, opened.cache)
     known = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
     return TrainedModel(**known, model=model)
 

@@ -144,10 +144,22 @@ def fake_quantized_rows(x: Tensor, kind: Literal["int8", "fp8"]) -> Tensor:
 
     What compressed-tensors calls dynamic quantization by token; computed in the type of x.
     """
-    grid = Grid("int", 8, None) if kind == "int8" else Grid("fp8", 8, None)
-    low, high = grid.range
-    step = x.abs().amax(dim=-1, keepdim=True) / ((high - low) / 2)
-    return nearest(x, torch.where(step == 0, torch.finfo(x.dtype).eps, step), None, grid)
+    return fake_quantized(x, kind, scale_of(x.abs().amax(dim=-1, keepdim=True), kind, x.dtype))
+
+
+def fake_quantized(x: Tensor, kind: Literal["int8", "fp8"], scale: Tensor) -> Tensor:
+    """Rounded on a symmetric grid of this scale, or these.  [...], spread to it -> [...]"""
+    return nearest(x, scale, None, _of_a_byte(kind))
+
+
+def scale_of(largest: Tensor, kind: Literal["int8", "fp8"], dtype: torch.dtype) -> Tensor:
+    """Of a symmetric grid that numbers up to `largest` in size span, in the type that it is stored in.  [...] -> same"""
+    low, high = _of_a_byte(kind).range
+    return _stored(largest / ((high - low) / 2), dtype)
+
+
+def _of_a_byte(kind: Literal["int8", "fp8"]) -> Grid:
+    return Grid("int" if kind == "int8" else "fp8", 8, None)
 
 
 def _values(weight: Tensor, step: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:

@@ -10,6 +10,8 @@ float-quantized        weight E4M3 [out, in], weight_scale [out, 1]
 nvfp4-pack-quantized   weight_packed uint8 [out, in / 2], weight_scale E4M3 [out, in / 16], weight_global_scale float32 [1]
 mxfp4-pack-quantized   weight_packed uint8 [out, in / 2], weight_scale E8M0 as uint8 [out, in / 32]
 
+Where keys and values are kept as codes, an attention A has beside its layers A.k_scale and A.v_scale [1].
+
 An int32 holds codes side by side from its lowest bit on, plus 2^(bits-1) so that none is negative, and a code may begin in one and
 end in the next; an uint8 holds an even column in its low half. Scales of the first three have the type of the file's other weights.
 """
@@ -69,6 +71,18 @@ class Scheme:
         per = "a scale a row" if self.grid.group_size is None else f"a scale each {self.grid.group_size}"
         inputs = "" if self.activations == "none" else f", inputs {self.activations}"
         return f"{width}, {per}{'' if self.grid.symmetric else ', asymmetric'}{inputs}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheScheme:
+    """How a decoder quantizes the keys, rotated, and the values that it keeps: symmetric, by scales that were fixed beforehand."""
+
+    kind: Literal["int8", "fp8"]
+    scales: tuple[tuple[float, float], ...]
+    """Of each block what all of its keys' codes, and what all of its values', are multiplied by."""
+
+    def __str__(self) -> str:
+        return f"keys and values {self.kind}"
 
 
 def layout(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -150,7 +164,7 @@ def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
     return codes.flatten(1)[:, :count].contiguous()
 
 
-def configuration(schemes: Mapping[str, Scheme], others: Iterable[str]) -> dict[str, Any]:
+def configuration(schemes: Mapping[str, Scheme], others: Iterable[str], cache: CacheScheme | None = None) -> dict[str, Any]:
     """What config.json says under quantization_config: of each linear layer of theirs its scheme, and which others have none.
 
     Where all have one scheme it is "Linear"'s, as llm-compressor writes it. Else the layers of a block that are alike stand as one
@@ -162,7 +176,7 @@ def configuration(schemes: Mapping[str, Scheme], others: Iterable[str]) -> dict[
     groups = {}
     for number, kind in enumerate(kinds):
         targets = ["Linear"] if len(kinds) == 1 else list(_patterns(schemes, kind))
-        inputs = None if kind.activations == "none" else _stated_activations(kind.activations)
+        inputs = None if kind.activations == "none" else _stated_bytes(kind.activations, "token", dynamic=True)
         groups[f"group_{number}"] = {
             "format": kind.format,
             "targets": targets,
@@ -178,7 +192,7 @@ def configuration(schemes: Mapping[str, Scheme], others: Iterable[str]) -> dict[
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(others),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if cache is None else _stated_bytes(cache.kind, "tensor", dynamic=False),
     }
 
 
@@ -206,9 +220,10 @@ def _stated_weights(grid: Grid) -> dict[str, Any]:
     return stated | ({"scale_dtype": str(_SCALE_TYPES[grid.kind])} if grid.kind in _SCALE_TYPES else {})
 
 
-def _stated_activations(activations: Activations) -> dict[str, Any]:
-    kind = "int" if activations == "int8" else "float"
-    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+def _stated_bytes(kind: Literal["int8", "fp8"], strategy: str, dynamic: bool) -> dict[str, Any]:
+    """Of what is rounded while the network runs."""
+    number = "int" if kind == "int8" else "float"
+    return {"num_bits": 8, "type": number, "symmetric": True, "strategy": strategy, "group_size": None, "dynamic": dynamic}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +233,8 @@ class Stated:
     schemes: tuple[tuple[tuple[str, ...], Scheme], ...]
     """Each with its targets: "Linear", names of linear layers, or patterns behind "re:"."""
     ignore: tuple[str, ...]
+    cache: Literal["int8", "fp8"] | None
+    """What keys and values are kept as."""
 
     def of(self, layer: str) -> Scheme | None:
         """The scheme of a linear layer by their name for it."""
@@ -236,7 +253,7 @@ def understood(stated: Mapping[str, Any]) -> Stated:
         raise ValueError(f'quantization_config: quant_method "{method}" is not supported, only "compressed-tensors".')
     if (status := stated.get("quantization_status", "compressed")) != "compressed":
         raise ValueError(f'quantization_config: quantization_status "{status}" is not supported, only "compressed".')
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
+    for key in ("sparsity_config", "transform_config", "moe_sparsity_config"):
         if stated.get(key) and stated[key] != {"format": "dense"}:
             raise ValueError(f"quantization_config: {key} is not supported.")
     schemes = []
@@ -249,15 +266,23 @@ def understood(stated: Mapping[str, Any]) -> Stated:
         schemes.append((tuple(group["targets"]), scheme))
     if not schemes:
         raise ValueError("quantization_config has no config_groups.")
-    return Stated(tuple(schemes), tuple(stated.get("ignore") or ()))
+    cache: Literal["int8", "fp8"] | None = None
+    if kept := stated.get("kv_cache_scheme"):
+        cache = _kind_of_bytes(kept)
+        _refuse_others("kv_cache_scheme", kept, _stated_bytes(cache, "tensor", dynamic=False))
+    return Stated(tuple(schemes), tuple(stated.get("ignore") or ()), cache)
+
+
+def _kind_of_bytes(stated: Mapping[str, Any]) -> Literal["int8", "fp8"]:
+    return "int8" if stated.get("type", "int") == "int" else "fp8"
 
 
 def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
     inputs = group.get("input_activations")
     activations: Activations = "none"
     if inputs is not None:
-        activations = "int8" if inputs.get("type", "int") == "int" else "fp8"
-        _refuse_others(f"{name}.input_activations", inputs, _stated_activations(activations))
+        activations = _kind_of_bytes(inputs)
+        _refuse_others(f"{name}.input_activations", inputs, _stated_bytes(activations, "token", dynamic=True))
     if group.get("output_activations"):
         raise ValueError(f"quantization_config: {name}.output_activations is not supported.")
     weights = group.get("weights")

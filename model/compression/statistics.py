@@ -1,5 +1,6 @@
-"""What goes into the linear layers of a block, summed over tokens: all that a calibrated method knows of the data."""
+"""What goes into the linear layers of a block, summed over tokens, and what it keeps: all that a method knows of the data."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.layers import Attention, Block
 from model.transformer import first_uses
+from model.walk import Step
 
 _ROWS = 512  # of a second moment that are added at a time
 
@@ -144,6 +146,30 @@ class Sums:
     def statistics(self) -> InputStatistics:
         count = int(self.tokens)
         return InputStatistics(count, self.second_moment.float(), (self.magnitude / max(1, count)).float(), self.largest)
+
+
+class LargestKept:
+    """The largest key, rotated, and the largest value of each block, over all that passes through it while it is watched."""
+
+    def __init__(self, num_blocks: int, device: torch.device) -> None:
+        self.largest = torch.zeros(num_blocks, 2, device=device)
+        """[blocks, 2]; of several ranks the largest is that of all."""
+
+    @contextlib.contextmanager
+    def watching(self, step: Step) -> Iterator[None]:
+        """Any layer of a walk; of what is no block there is nothing to see."""
+        if step.block is None:
+            yield
+            return
+        largest = self.largest[step.block]
+
+        def see(*kept: Tensor) -> tuple[Tensor, ...]:
+            torch.maximum(largest, torch.stack([x.abs().amax() for x in kept]), out=largest)
+            return kept
+
+        step.module.attention.kept_as = see
+        yield
+        step.module.attention.kept_as = None
 
 
 @dataclasses.dataclass(frozen=True)

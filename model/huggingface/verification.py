@@ -7,19 +7,19 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model.compression.activations import rounding_inputs
+from model.compression.activations import rounding
 from model.compression.grids import Quantized
-from model.compression.packed import Scheme
+from model.compression.packed import CacheScheme, Scheme
 from model.config import ModelConfig
 from model.huggingface.choice import auto_class
 from model.loss import IGNORED, token_losses
-from model.walk import outputs
+from model.walk import Step, outputs
 
 _MOST_TOKENS = 4096  # of a sequence that is compared: attention over 131,072 tokens would take a CPU hours
 
@@ -30,38 +30,40 @@ def verify(
     state: Mapping[str, Tensor | Quantized],
     tolerance: float = 1e-4,
     schemes: Mapping[str, Scheme] | None = None,
+    cache: CacheScheme | None = None,
 ) -> float:
     """Compare a written folder, as transformers reads it, with our network on random sequences, in float32.
 
     The sequences are of full length (at most 4,096 tokens), one of them with padding, with token types where there are some.
-    `state` and `schemes` are those that were written; what is not Quantized is rounded as the folder's weights were. Our network is
-    filled and run layer by layer, so that beside theirs, which transformers holds whole, memory takes a layer and the logits. Returns
-    the largest difference of a logit, where inputs are rounded that without rounding them; raises RuntimeError where it is above
-    `tolerance` x the largest logit (at least 1), or where transformers misses a tensor or finds one too many.
+    `state`, `schemes` and `cache` are those that were written; what is not Quantized is rounded as the folder's weights were. Our
+    network is filled and run layer by layer, so that beside theirs, which transformers holds whole, memory takes a layer and the logits.
+    Returns the largest difference of a logit; where something is rounded while the network runs, that without rounding it. Raises
+    RuntimeError where it is above `tolerance` x the largest logit (at least 1), or where transformers misses a tensor or finds one too
+    many.
     """
     folder, schemes = Path(folder), schemes or {}
     model = _read_by_transformers(folder, config)
     dtype = json.loads((folder / "config.json").read_text())["torch_dtype"]
     stored = _AsStored(state, getattr(torch, dtype))
-    if any(scheme.activations != "none" for scheme in schemes.values()):
+    if cache or any(scheme.activations != "none" for scheme in schemes.values()):
         # The last bit of float32, in which no two implementations agree, decides to which of two codes a number between them is
         # rounded: Marian's logits differ by 0.7 % of the largest between transformers' own two ways of attention. So this says
-        # that inputs are rounded in both; without it they are compared as closely as any others.
-        _compare(folder, model, config, stored, schemes, 0.1)
+        # that they are rounded in both; without it they are compared as closely as any others.
+        _compare(folder, model, config, stored, rounding(schemes, cache), 0.1)
         for module in model.modules():
             module.quantization_enabled = False  # type: ignore[assignment]
-    return _compare(folder, model, config, stored, {}, tolerance)
+    return _compare(folder, model, config, stored, rounding({}), tolerance)
 
 
 def _compare(
-    folder: Path, model: nn.Module, config: ModelConfig, state: Mapping[str, Tensor], schemes: Mapping[str, Scheme], tolerance: float
+    folder: Path, model: nn.Module, config: ModelConfig, state: Mapping[str, Tensor], prepare: Callable[[Step], object], tolerance: float
 ) -> float:
-    """The largest difference of a logit between their network and ours, whose inputs are rounded as `schemes` say."""
+    """The largest difference of a logit between their network and ours, which is prepared as model.walk.outputs has it."""
     inputs = _random_inputs(config)
     is_padding = inputs[-1 if config.architecture == "encoder_decoder" else 1] == 0
     differences = []
     with torch.inference_mode():
-        for our_logits, their_logits in zip(_ours(config, state, schemes, inputs), _theirs(model, config, inputs), strict=True):
+        for our_logits, their_logits in zip(_ours(config, state, prepare, inputs), _theirs(model, config, inputs), strict=True):
             if our_logits.ndim == 3:  # what is said of padding is nothing
                 our_logits[is_padding] = 0
                 their_logits[is_padding] = 0
@@ -135,8 +137,8 @@ def _random_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
     return (tokens, segments, draw(config.token_types, length)) if config.token_types else (tokens, segments)
 
 
-def _ours(config: ModelConfig, state: Mapping[str, Tensor], schemes: Mapping[str, Scheme], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    [said] = outputs(dataclasses.replace(config, document_mask=False), state, [inputs], prepare=rounding_inputs(schemes))
+def _ours(config: ModelConfig, state: Mapping[str, Tensor], prepare: Callable[[Step], object], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    [said] = outputs(dataclasses.replace(config, document_mask=False), state, [inputs], prepare=prepare)
     if not isinstance(said, tuple):
         return [said]
     return list(said) if config.token_head else [said[1]]

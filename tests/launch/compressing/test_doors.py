@@ -16,10 +16,14 @@ from data.command_line import UserError
 from launch import prune, quantize
 from launch.compressing import parts, result
 from launch.compressing.parts import Parts
+from launch.compressing.samples import calibration_text
 from launch.training import checkpoint, state
+from launch.training.weights import loaded, open_model
 from model import huggingface
+from model.compression.statistics import LargestKept
 from model.config import ModelConfig
 from model.transformer import Transformer
+from model.walk import walk
 from tests.launch.compressing.conftest import QUICK, SMALL, tensors
 from tests.model.both_sides import BERT, GPT2, T5
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
@@ -100,6 +104,22 @@ def test_bits_go_where_they_count_within_the_average(quantized, model, capsys):
     assert costs[1] < 1e-6 < min(costs[0], costs[2]) and report["bits"] == sorted(set(bits.values()))
 
 
+def test_keys_and_values_become_bytes_by_the_largest_of_the_calibration_text(quantized, model):
+    folder, status = quantized(model("dense"), "--method", "rtn", *INT4, "--kv_cache", "int8", "--precision", "float32")
+    report = json.loads((folder / "report.json").read_text())
+    assert status == 0 and report["cache"] == {"kind": "int8", "bytes_before": 512, "bytes_after": 128}
+    assert report["proof"]["measure"] == "perplexity" and "rounds keys and values to int8 and keeps" in (folder / "report.md").read_text()
+    opened = open_model(str(folder))
+    seen, network = LargestKept(2, torch.device("cpu")), Transformer.holding(opened.config, opened.state)
+    for batch in calibration_text(opened, "dense", [report["settings"]["data"]], 8, None).batches:
+        passed = batch.inputs
+        for step in walk(opened.config, opened.state):
+            with seen.watching(step):
+                passed = step(passed)
+    assert torch.allclose(torch.tensor(opened.cache.scales), seen.largest / 127.5)
+    assert not torch.equal(loaded(opened).model(*batch.inputs), network(*batch.inputs))
+
+
 def test_without_any_text_a_classifier_is_pruned_by_magnitude(pruned, model):
     classifier = model("classifier", **BERT, num_classes=3, token_head=False)
     words = ["--method", "magnitude", "--calibration_samples", "0", "--test_samples", "0"]
@@ -152,6 +172,7 @@ def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_pat
         (quantize, ["--average_bits=3", "--group_size=32", "--sensitivity_samples=1"], r"average_bits 3 is below 3\.5, what 3 bits take"),
         (quantize, ["--average_bits=4", "--bits=4"], "(?s)average_bits chooses bits.*average_bits needs what each block costs"),
         (quantize, ["--method=rtn", "--act_order"], "act_order and damping are gptq's"),
+        (quantize, ["--method=rtn", "--kv_cache=fp8", "--calibration_samples=0"], "kv_cache fp8 takes its scales from the calibration"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_written(texts, model, tmp_path, door, words, said):
@@ -171,6 +192,8 @@ def test_what_is_there_and_what_is_not_given_is_named(texts, model, tmp_path):
         prune.main([dense, "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"GPT-2 keeps linear weights .* GGUF has one"):
         quantize.main([str(model("gpt2", **GPT2)), "--data", str(texts), "--output", str(tmp_path / "out"), *INT4])
+    with pytest.raises(UserError, match=r"Keys and values that are kept as codes are a decoder's; architecture is encoder\."):
+        quantize.main([str(model("bert", **BERT)), "--data", str(texts), "--output", str(tmp_path / "out"), *INT4, "--kv_cache", "int8"])
     assert not list(tmp_path.iterdir())
 
 
@@ -254,7 +277,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-AWQ = ("--scaling", "awq", *INT4, "--average_bits", "4.6", "--sensitivity_samples", "4")
+AWQ = ("--scaling", "awq", *INT4, "--average_bits", "4.6", "--sensitivity_samples", "4", "--kv_cache", "fp8")
 
 
 @pytest.fixture
@@ -300,6 +323,19 @@ def test_a_disk_that_is_full_at_every_write_in_turn_costs_nothing_that_was_done(
     folder, status = quantized(model("dense"), *AWQ)
     assert status == 0 and (folder / "model.safetensors").read_bytes() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_disk_that_will_be_full_is_named_at_the_start_and_what_is_done_needs_no_more_of_it(quantized, model, tmp_path, monkeypatch):
+    needed = 2 * 2 * 39_840
+    usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=rf"{tmp_path} has 0\.00 GiB free; --output {tmp_path}/out needs 0\.00"):
+        quantized(model("dense"), *INT4)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "layer-00000.safetensors").write_bytes(b"done")
+    with pytest.raises(UserError, match="is no unfinished compression"):  # the next thing that is looked at
+        quantized(model("dense"), *INT4)
 
 
 def test_one_process_at_a_time_writes_an_output_and_no_other_folder_is_taken_for_unfinished_work(quantized, model, tmp_path):

@@ -6,14 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.compression.activations import quantize_activations
+from model.compression.activations import round_activations
 from model.compression.grids import Grid, Quantized, round_to
-from model.compression.packed import Scheme, layout, packed, understood, unpacked
+from model.compression.packed import CacheScheme, Scheme, layout, packed, understood, unpacked
+from model.compression.statistics import LargestKept
 from model.config import ModelConfig
 from model.huggingface import export, load, perplexity_by_transformers, quantization_config, verify
-from model.layers import Block, Linear
+from model.layers import Block, KeyValueCache, Linear, rotate
 from model.loss import IGNORED, token_losses
 from model.transformer import Transformer
+from model.walk import walk
 from tests.model.both_sides import BERT, GPT2, MARIAN, T5
 
 transformers = pytest.importorskip("transformers", reason="the independent reference is transformers")
@@ -191,7 +193,7 @@ def test_perplexity_by_transformers_is_ours(llama, tmp_path, scheme):
     written(llama, tmp_path / "out", scheme, dtype)
     config, state = load(tmp_path / "out")
     llama.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    quantize_activations(llama, {name.removesuffix(".weight"): scheme.activations for name in state.schemes})
+    round_activations(llama, state.schemes, state.cache)
     tokens = torch.randint(config.vocab_size, (5, 24))
     targets = torch.randint(config.vocab_size, (5, 24))
     targets[2:, 7:] = IGNORED
@@ -200,6 +202,48 @@ def test_perplexity_by_transformers_is_ours(llama, tmp_path, scheme):
     samples = zip(tokens.split(2), targets.split(2), strict=True)
     theirs = perplexity_by_transformers(tmp_path / "out", config, samples)
     assert theirs == pytest.approx(math.exp(losses.sum() / (targets != IGNORED).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("options", [{"num_key_value_heads": 2}, {"qk_norm": True, "sliding_window": 7}], ids=["llama", "qwen3"])
+def test_keys_and_values_are_kept_as_transformers_keeps_them(randomise, tmp_path, options, kind):
+    model = network(randomise, **options)
+    schemes = dict.fromkeys(linears(model), INT4)
+    state, cache = rounded(model, schemes, torch.bfloat16), CacheScheme(kind, ((0.03125, 0.0234375), (0.046875, 0.015625)))
+    export(model.config, state, tmp_path / "out", dtype=torch.bfloat16, schemes=schemes, cache=cache, max_shard_bytes=30_000)
+    config, again = load(tmp_path / "out")
+    assert (config, again.schemes, again.cache) == (model.config, schemes, cache)
+    assert verify(tmp_path / "out", config, state, schemes=schemes, cache=cache) < 1e-5
+    model.load_state_dict({name: tensor.float() for name, tensor in again.items()})
+    tokens = torch.randint(config.vocab_size, (5, 24))
+
+    def perplexity(network):
+        with torch.no_grad():
+            return math.exp(token_losses(network(tokens, torch.ones_like(tokens)), tokens).mean())
+
+    before = perplexity(model)
+    round_activations(model, again.schemes, again.cache)
+    ours, theirs = perplexity(model), perplexity_by_transformers(tmp_path / "out", config, [(tokens, tokens)])
+    assert theirs == pytest.approx(ours, rel=1e-5) and abs(theirs - ours) < 0.05 * abs(ours - before)
+    one_by_one, segments = KeyValueCache(), torch.ones_like(tokens)
+    with torch.no_grad():
+        each = [model(token, segments[:, :1], cache=one_by_one) for token in tokens.split(1, dim=1)]
+    differences = (torch.cat(each, dim=1) - model(tokens, segments)).abs()
+    assert differences.median() < 1e-5 and differences.mean() < 1e-3  # the last bit may decide between two codes
+
+
+def test_the_largest_key_and_value_that_pass_are_seen_behind_their_rotation(llama):
+    tokens = torch.randint(llama.config.vocab_size, (3, 24))
+    seen, passed = LargestKept(2, torch.device("cpu")), (tokens, torch.ones_like(tokens))
+    for step in walk(llama.config, llama.state_dict()):
+        if step.block is not None:
+            attention = step.module.attention
+            key, value = (x.transpose(1, 2) for x in attention.keys_and_values(step.module.attention_norm(passed[0])))
+            largest = rotate(key, attention.cos[:24], attention.sin[:24]).abs().max(), value.abs().max()
+        with seen.watching(step):
+            passed = step(passed)
+        if step.block is not None:
+            assert torch.allclose(seen.largest[step.block], torch.stack(largest)) and attention.kept_as is None
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -226,6 +270,7 @@ def test_what_llm_compressor_states_is_what_we_state(llama, name):
 
 GROUP = {"targets": ["Linear"], "format": "pack-quantized", "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
 ROWS = {"targets": ["Linear"], "format": "int-quantized", "weights": {"num_bits": 8, "strategy": "channel"}}
+KEPT = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
 
 
@@ -235,7 +280,9 @@ TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
         ({"quant_method": "awq"}, 'quant_method "awq" is not supported, only "compressed-tensors"'),
         ({"quant_method": "bitsandbytes"}, 'quant_method "bitsandbytes" is not'),
         ({"quantization_status": "frozen"}, 'quantization_status "frozen" is not'),
-        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not"),
+        ({"kv_cache_scheme": {"num_bits": 8, "strategy": "attn_head"}}, 'strategy of kv_cache_scheme is "attn_head"'),
+        ({"kv_cache_scheme": KEPT | {"num_bits": 4}}, "num_bits of kv_cache_scheme is 4"),
+        ({"kv_cache_scheme": KEPT | {"dynamic": True}}, "dynamic of kv_cache_scheme is true"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is not"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "W4A16 names a preset"),
         ({"config_groups": {}}, "no config_groups"),
