@@ -53,7 +53,7 @@ COMPRESSED = {
     "structured": ("prune", "--method=structured", "--intermediate_size=640", "--num_key_value_heads=3", "--hidden_size=240"),
     "GPTQ int4": ("quantize", "--method=gptq", "--bits=4", "--group_size=32"),
     "AWQ asymmetric int4": ("quantize", "--method=rtn", "--bits=4", "--group_size=32", "--scaling=awq", "--symmetric=false"),
-    "FP8": ("quantize", "--method=rtn", "--kind=fp8"),
+    "FP8, keys and values too": ("quantize", "--method=rtn", "--kind=fp8", "--kv_cache=fp8"),
     "W8A8": ("quantize", "--method=gptq", "--bits=8", "--activations=int8", "--scaling=smoothquant"),
 }
 # Words of training, and how far losses of float32 and of bf16 under ZeRO-3 may be from the CPU's float32. A weight between two codes
