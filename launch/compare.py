@@ -156,6 +156,8 @@ def _smallest_context(opened: "Mapping[str, OpenedModel]") -> int:
 
 
 def _kind(opened: "OpenedModel") -> str:
+    from model.compression.packed import in_words
+
     if opened.step is not None:
         return f"step {opened.step:,}"
     if opened.folder.is_file():
@@ -163,7 +165,7 @@ def _kind(opened: "OpenedModel") -> str:
 
         return f"gguf {types(opened.folder).most_common(1)[0][0]}"
     if opened.schemes:
-        return ", ".join([*dict.fromkeys(map(str, opened.schemes.values())), *([str(opened.cache)] if opened.cache else [])])
+        return in_words(opened.schemes.values(), opened.kv_cache)
     return str(next(iter(opened.state.values())).dtype).removeprefix("torch.")
 
 

@@ -105,8 +105,8 @@ def _write_gguf(settings: ExportSettings, opened: "OpenedModel", tokenizer: "Tok
     kind = settings.type or "f16"
     config = opened.config
     name = gguf_file.architecture(config)
-    if opened.cache or any(scheme.activations != "none" for scheme in opened.schemes.values()):
-        opened.refuse_quantized("GGUF has no place for activations that are rounded, nor for scales of keys and values")
+    if opened.kv_cache or any(scheme.activations != "none" for scheme in opened.schemes.values()):
+        opened.refuse_quantized("GGUF has no place for inputs, keys and values that are rounded")
     if opened.schemes:
         print(f"{opened.folder} is quantized: the file holds what its codes stand for, as {kind}; it is no better than they are.")
     if kind in llama_engine.K_QUANTS:

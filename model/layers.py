@@ -357,8 +357,6 @@ class Attention(nn.Module):
         self.has_prefix = config.prefix_attention
         self.window = config.sliding_window
         self.scale = 1.0 if config.positions == "relative" else None
-        self.kept_as: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-        """What becomes of keys and values [batch, kv_heads, seq, head] where a cache is to keep them otherwise than they are."""
         hidden, std = config.hidden_size, config.initializer_range
         queries = config.num_attention_heads * config.head_size
         keys = config.num_key_value_heads * config.head_size
@@ -412,13 +410,14 @@ class Attention(nn.Module):
             cos = self.cos[start : start + seq].to(query.dtype)
             sin = self.sin[start : start + seq].to(query.dtype)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if self.kept_as is not None:
-            key, value = self.kept_as(key, value)
-        if cache is not None:
-            key, value = cache.append(self.layer_number, key, value)
+        key, value = self.remember(key, value, cache)
         mask = self.mask(segments, seq, key.shape[2], cache is not None)
         bias = self.bias(seq, key.shape[2], table, query)
         return attend(query, key, value, mask, self.dropout if self.training else 0.0, self.scale, bias).transpose(1, 2)
+
+    def remember(self, key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
+        """The keys and values that queries look at: behind the cache's, where there is one.  2 x [batch, kv_heads, seq, head]"""
+        return (key, value) if cache is None else cache.append(self.layer_number, key, value)
 
     def mask(self, segments: Tensor, queries: int, keys: int, is_cached: bool) -> Tensor | None:
         """True where a query may look, [batch or 1, 1, queries, keys]; None: at all keys that stand not behind it."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from model.layers import (
 )
 
 TIED_EMBEDDING = "embedding"
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,14 @@ def outputs_of(config: ModelConfig, passed: Passed) -> Tensor | tuple[Tensor, Te
     return (passed[0], passed[2]) if config.num_classes else passed[0]
 
 
+def filled(module: Module, weights: Mapping[str, Tensor], device: torch.device | str) -> Module:
+    """A module that was built as shapes alone (meta), with these tensors themselves as its weights, in its eval mode."""
+    module.load_state_dict(weights, assign=True)
+    for buffer in module.buffers():  # tables of positions are real even where weights are only shapes
+        buffer.data = buffer.data.to(device)
+    return module.eval()
+
+
 class Transformer(nn.Module):
     """The list as one module.
 
@@ -150,10 +161,7 @@ class Transformer(nn.Module):
         """The network with these weights, each read once, in its eval mode."""
         with torch.device("meta"):
             network = cls(config)
-        network.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
-        for buffer in network.buffers():  # tables of positions are real even where weights are only shapes
-            buffer.data = buffer.data.to(device)
-        return network.eval()
+        return filled(network, {name: tensor.to(device, dtype) for name, tensor in state.items()}, device)
 
     def blocks(self) -> list[Block]:
         return [child for child in self.children() if isinstance(child, Block)]

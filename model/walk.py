@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers import Block, Passed
-from model.transformer import Layer, layers, outputs_of
+from model.transformer import Layer, filled, layers, outputs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,4 @@ def _built(name: str, layer: Layer, state: Mapping[str, Tensor], device: torch.d
     with torch.device("meta"):
         module = layer.module(*layer.arguments)
     weights = {own: state[f"{name}.{own}"].to(device, stored_as).float() for own, _ in module.named_parameters()}
-    module.load_state_dict(weights, assign=True)
-    for buffer in module.buffers():  # tables of positions are real even where weights are only shapes
-        buffer.data = buffer.data.to(device)
-    return Step(name, layer, module.eval().requires_grad_(False), blocks)
+    return Step(name, layer, filled(module, weights, device).requires_grad_(False), blocks)

@@ -31,7 +31,7 @@ Settings = TypeVar("Settings", bound=CompressionSettings)
 _MOST_ZEROS = 0.05  # of a matrix that was trained and not pruned: there are none at all
 _NOT_IN_THE_WEIGHTS = (
     *("model", "output", "data", "calibration_data"),  # of these the folder and the text itself are compared
-    *("test_samples", "max_shard_gib", "max_perplexity_ratio", "strict", "force", "dry_run"),
+    *("kv_cache", "test_samples", "max_shard_gib", "max_perplexity_ratio", "strict", "force", "dry_run"),
 )
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By the names that --precision has for them."""

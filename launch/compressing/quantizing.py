@@ -15,8 +15,8 @@ from launch.compressing.result import Result, finish
 from launch.compressing.settings import QuantizeSettings
 from model import huggingface
 from model.compression import allocation, quantization, scaling
-from model.compression.grids import Grid, round_to, scale_of
-from model.compression.packed import CacheScheme, Scheme
+from model.compression.grids import Byte, Grid, grid_of, round_to, scale_of
+from model.compression.packed import CacheScheme, Scheme, in_words
 from model.compression.statistics import Group, InputStatistics, LargestKept, Matrix, matrices
 from model.compression.sweep import Changed
 from model.config import ModelConfig
@@ -39,8 +39,7 @@ def quantize(settings: QuantizeSettings, arguments: Sequence[str]) -> int:
     if opened is None:
         print(needs)
         return 0
-    is_calibrated = is_swept or settings.scaling != "none" or settings.average_bits is not None or settings.kv_cache != "none"
-    job = open_job(settings, opened, "quantize", arguments, is_calibrated)
+    job = open_job(settings, opened, "quantize", arguments, is_swept or settings.scaling != "none")
     job.say(needs)
     if settings.dry_run:
         return 0
@@ -68,9 +67,7 @@ def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, S
                 f"average_bits {settings.average_bits:g} is below {least:.4g}, what {MIXED_BITS[0]} bits take with their scales."
             )
     schemes = dict.fromkeys(chosen, scheme)
-    huggingface.quantization_config(config, schemes, DTYPES[settings.precision])
-    if settings.kv_cache != "none":
-        huggingface.names_of_cache_scales(config)
+    huggingface.quantization_config(config, schemes, DTYPES[settings.precision], _kind_of_cache(settings))
     return schemes
 
 
@@ -114,18 +111,23 @@ def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts:
             return scaling.awq_scales(weights, statistics, grids[f"{block}.{group.linears[0]}"], job.dtype)
         return None
 
-    kept = LargestKept(job.config.total_blocks, job.workers.device) if settings.kv_cache != "none" else None
-    treatment = Treatment(change, scales, kept.watching if kept else None)
+    kind = _kind_of_cache(settings)
+    largest = LargestKept(job.config.total_blocks, job.workers.device)
+    treatment = Treatment(change, scales, largest.watching if kind else None)
     compress(job.config, job.opened.state, treatment, job.samples, parts, job.workers, job.dtype, job.say)
-    cache = None
-    if kept is not None and settings.kv_cache != "none":
-        job.workers.take_largest(kept.largest)
-        keys_and_values = scale_of(kept.largest, settings.kv_cache, job.dtype).tolist()
-        cache = CacheScheme(settings.kv_cache, tuple((key, value) for key, value in keys_and_values))
+    kv_cache = None
+    if kind is not None:
+        job.workers.take_largest(largest.sizes)
+        of_blocks = scale_of(largest.sizes, grid_of(kind), job.dtype).tolist()
+        kv_cache = CacheScheme(kind, tuple((keys, values) for keys, values in of_blocks))
     artefact = cast(report.Artefact, next(iter(schemes.values())).format)
     scaled = "" if settings.scaling == "none" else f" behind {settings.scaling}"
-    kinds = [*dict.fromkeys(map(str, schemes.values())), *([str(cache)] if cache else [])]
-    return Result(job.config, parts, artefact, f"{settings.method.upper()}{scaled}, {'; '.join(kinds)}", schemes, cache, divergences)
+    method = f"{settings.method.upper()}{scaled}, {in_words(schemes.values(), kv_cache)}"
+    return Result(job.config, parts, artefact, method, schemes, kv_cache, divergences)
+
+
+def _kind_of_cache(settings: QuantizeSettings) -> Byte | None:
+    return None if settings.kv_cache == "none" else settings.kv_cache
 
 
 def _sensitivity(

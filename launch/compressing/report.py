@@ -13,6 +13,7 @@ import torch
 from launch.compressing import pictures
 from launch.compressing.comparison import Estimate, Quality
 from launch.training.weights import OpenedModel
+from model.compression.grids import Byte
 from model.config import ModelConfig, count_parameters
 from model.layers import Block, Classifier, Head, HeadBias, LayerNorm, RMSNorm, TokenTransform
 from model.transformer import Transformer
@@ -145,10 +146,11 @@ class Speed:
 class CacheReport:
     """Keys and values that are kept as codes."""
 
-    kind: Literal["int8", "fp8"]
+    kind: Byte
     bytes_before: int
     """Of a token, in the type of what is not quantized."""
     bytes_after: int
+    """As our own generation keeps them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Report:
     quality: Quality | None = None
     calibration: Calibration | None = None
     speeds: tuple[Speed, ...] = ()
-    cache: CacheReport | None = None
+    kv_cache: CacheReport | None = None
     proof: Proof | None = None
 
 
@@ -231,21 +233,20 @@ def weights_bytes(opened: OpenedModel) -> int:
     return sum(path.stat().st_size for path in opened.folder.glob("model*.safetensors"))
 
 
-def served(artefact: Artefact, bits: Sequence[int] = (), cache: Literal["int8", "fp8"] | None = None) -> str:
+def served(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None = None) -> str:
     """Where an artefact can be served and where not, in a sentence; of keys and values that are kept as codes in another.
 
     What is here run by ourselves is transformers and llama.cpp. Of vLLM and of kernels on GPUs we have its documentation alone.
     """
-    if cache is not None:
-        if cache == "int8":
+    if kv_cache is not None:
+        kept = f"Keys and values: launch/generate.py keeps them as {kv_cache}, transformers rounds them and keeps its own type"
+        if kv_cache == "int8":
             return (
-                "Read by transformers, which rounds keys and values to int8 and keeps them in its own type; not served by vLLM, which "
-                "knows keys and values in FP8 alone, nor by llama.cpp, which has GGUF."
+                "Not for vLLM, which knows keys and values in FP8 alone and may take int8's scales for such; read by transformers, on a "
+                f"CPU as a dense model; not by llama.cpp, which has GGUF. {kept}."
             )
-        return (
-            f"{served(artefact, bits)} vLLM keeps keys and values in FP8 by its scales when told --kv-cache-dtype fp8; transformers rounds "
-            "them, and keeps them in its own type."
-        )
+        weights = served(artefact, bits)
+        return f"{weights} {kept}{', vLLM keeps them as fp8 (its documentation)' if weights.startswith('Served') else ''}."
     unproven = "by vLLM (its documentation; not proven here) on NVIDIA GPUs from"
     if artefact == "structured":
         return "Served everywhere that a dense model of this architecture is: transformers, vLLM, and as GGUF llama.cpp."
@@ -343,7 +344,7 @@ def _beginning(report: Report) -> str:
 
 
 def _served(report: Report) -> str:
-    return served(report.artefact, report.bits, report.cache.kind if report.cache else None)
+    return served(report.artefact, report.bits, report.kv_cache.kind if report.kv_cache else None)
 
 
 def _numbers(report: Report) -> str:
@@ -361,7 +362,7 @@ def _numbers(report: Report) -> str:
     rows.append(["bits a weight", bits_per_weight(old), bits_per_weight(new)])
     rows.append(["parameters", f"{old.parameters:,}", f"{new.parameters:,}"])
     rows.append(["of them 0", f"{old.zeros / old.parameters:.2%}", f"{new.zeros / new.parameters:.2%}"])
-    if (cache := report.cache) is not None:
+    if (cache := report.kv_cache) is not None:
         rows.append(["keys and values of a token, bytes", f"{cache.bytes_before:,}", f"{cache.bytes_after:,}"])
     for speed in report.speeds:
         rows.append([f"tokens/s, {speed.engine}", "" if speed.before is None else f"{speed.before:.1f}", f"{speed.after:.1f}"])

@@ -50,7 +50,7 @@ class Result:
     method: str
     """In words."""
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
-    cache: CacheScheme | None = None
+    kv_cache: CacheScheme | None = None
     divergences: Sequence[float] | None = None
     """As report.BlockReport has it, of each block."""
 
@@ -62,11 +62,11 @@ def finish(job: Job, result: Result, parts: Parts) -> int:
     folder then, but `parts` is kept.
     """
     workers, opened, settings = job.workers, job.opened, job.settings
-    after = Side(result.config, Weights(result.state), rounding(result.schemes, result.cache))
+    after = Side(result.config, Weights(result.state), rounding(result.schemes, result.kv_cache))
     quality = None
     if job.test:
         job.say(f"Measuring: {job.test.num_samples:,} samples of {job.test.what}, before and after.")
-        before = Side(opened.config, opened.state, rounding(opened.schemes, opened.cache))
+        before = Side(opened.config, opened.state, rounding(opened.schemes, opened.kv_cache))
         quality = compare(before, after, workers.share(job.test.batches), workers).quality(job.test.bytes_per_token)
     workers.part()
     if not workers.is_first:
@@ -85,7 +85,8 @@ def finish(job: Job, result: Result, parts: Parts) -> int:
     job.say(f"Writing {job.output}, and reading it with transformers.")
     try:
         shard_bytes = int(settings.max_shard_gib * 2**30)
-        huggingface.export(result.config, result.state, job.output, tokens, job.dtype, shard_bytes, complete, result.schemes, result.cache)
+        settled = result.config, result.state, job.output, tokens, job.dtype, shard_bytes, complete
+        huggingface.export(*settled, schemes=result.schemes, kv_cache=result.kv_cache)
     except (ValueError, OSError) as error:
         kept = f"What was compressed is kept in {parts.folder}; the same command goes on with it."
         raise UserError(f"{job.output} could not be written: {getattr(error, 'strerror', None) or error}. {kept}") from error
@@ -113,14 +114,14 @@ def _proof(job: Job, result: Result, after: Side, folder: Path) -> report.Proof:
 
     version, device = transformers.__version__, job.workers.device
     if job.test is None or result.config.architecture != "decoder" or result.config.document_mask:
-        difference = huggingface.verify(folder, result.config, result.state, schemes=result.schemes, cache=result.cache)
+        difference = huggingface.verify(folder, result.config, result.state, schemes=result.schemes, kv_cache=result.kv_cache)
         return report.Proof("transformers", version, "logits", difference, 1e-4)
     samples = max(1, _PROOF_TOKENS // job.test.batches[0].tokens.shape[1])
     batches = job.test.beginning(samples)
     theirs = huggingface.perplexity_by_transformers(folder, result.config, [(batch.tokens, batch.targets) for batch in batches], device)
     ours = perplexity_of(after, batches, device)
     schemes = result.schemes.values()
-    is_exact = result.cache is None and all(
+    is_exact = result.kv_cache is None and all(
         one.activations == "none" and one.grid.symmetric and one.grid.kind != "nvfp4" for one in schemes
     )
     bound = _PROOF_BOUND if is_exact else _PROOF_BOUND_OF_ROUNDED
@@ -161,7 +162,7 @@ def _report(
         model=job.settings.model,
         artefact=result.artefact,
         bits=tuple(sorted({scheme.grid.bits for scheme in result.schemes.values()})),
-        cache=_cache_report(result, job.dtype) if result.cache else None,
+        kv_cache=_cache_report(result, job.dtype) if result.kv_cache else None,
         method=result.method,
         settings=flatten(dataclasses.asdict(job.settings)),
         command=shlex.join(["python", f"launch/{job.door}.py", *job.arguments]),
@@ -183,10 +184,10 @@ def _report(
 
 
 def _cache_report(result: Result, dtype: torch.dtype) -> report.CacheReport:
-    assert result.cache is not None
+    assert result.kv_cache is not None
     config = result.config
     numbers = 2 * config.total_blocks * config.num_key_value_heads * config.head_size
-    return report.CacheReport(result.cache.kind, numbers * dtype.itemsize, numbers)
+    return report.CacheReport(result.kv_cache.kind, numbers * dtype.itemsize, numbers)
 
 
 def _speeds(job: Job, result: Result, after: Side) -> tuple[report.Speed, ...]:

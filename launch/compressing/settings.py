@@ -135,8 +135,8 @@ class QuantizeSettings(CompressionSettings):
     """What goes into the matrices is rounded too, each token by a scale of its own, while the network runs (default: fp8 beside fp8, else
     none). int8 beside --bits 8 is W8A8."""
     kv_cache: Literal["none", "int8", "fp8"] = "none"
-    """What a decoder keeps keys and values as while it generates: by a scale for all keys of a block and one for all its values, which
-    the largest of the calibration text span. vLLM knows fp8 alone."""
+    """Type in which a decoder's keys and values are cached: each block has a fixed scale for its keys and one for its values, from the
+    largest of each in the calibration text. vLLM knows fp8 alone."""
     damping: float = 0.01
     """Of gptq: share of the mean diagonal that is added to the second moment's, so that it can be inverted."""
     act_order: bool = False
@@ -167,6 +167,8 @@ class QuantizeSettings(CompressionSettings):
             found.append(f"smoothing_strength is of scaling smoothquant; scaling is {self.scaling}.")
         if self.kv_cache != "none" and not self.calibration_samples:
             found.append(f"kv_cache {self.kv_cache} takes its scales from the calibration text; calibration_samples is 0.")
+        if self.kv_cache != "none" and not self.symmetric:
+            found.append(f"kv_cache {self.kv_cache} is for symmetric weights: beside asymmetric ones transformers reads no scales of it.")
         if not 0 <= self.smoothing_strength <= 1:
             found.append(f"smoothing_strength is {self.smoothing_strength:g}; it must be from 0 to 1.")
         if not self.damping > 0:

@@ -16,7 +16,7 @@ from launch.training.run_folder import tokenizer_in
 from launch.training.state import SavedState
 from model import huggingface
 from model.compression.activations import round_activations
-from model.compression.packed import CacheScheme, Scheme
+from model.compression.packed import CacheScheme, Scheme, in_words
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -45,14 +45,14 @@ class OpenedModel:
         return self.state.schemes if isinstance(self.state, huggingface.State) else {}
 
     @property
-    def cache(self) -> CacheScheme | None:
-        """How keys and values are kept, where that is not as they are."""
-        return self.state.cache if isinstance(self.state, huggingface.State) else None
+    def kv_cache(self) -> CacheScheme | None:
+        """As which codes keys and values are kept, if so."""
+        return self.state.kv_cache if isinstance(self.state, huggingface.State) else None
 
     def refuse_quantized(self, asked: str) -> None:
         """Raise UserError where weights are quantized, with what `asked` for others."""
-        if self.schemes:
-            kinds = "; ".join(dict.fromkeys(map(str, self.schemes.values())))
+        if self.schemes or self.kv_cache:
+            kinds = in_words(self.schemes.values(), self.kv_cache)
             raise UserError(f"{self.folder} is quantized ({kinds}): {asked}. Give the model that it was made from.")
 
     def start_token(self, tokenizer: Tokenizer) -> int:
@@ -134,7 +134,7 @@ def load_model(path: str, average: int = 1) -> TrainedModel:
 def loaded(opened: OpenedModel) -> TrainedModel:
     """Read the weights too."""
     model = Transformer.holding(opened.config, opened.state)
-    round_activations(model, opened.schemes, opened.cache)
+    round_activations(model, opened.schemes, opened.kv_cache)
     known = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
     return TrainedModel(**known, model=model)
 

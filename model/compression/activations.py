@@ -1,50 +1,54 @@
-"""What a network rounds while it runs, laid over it from outside: the inputs of linear layers, and the keys and values that are kept."""
+"""What a network rounds while it runs, laid over it from outside: the inputs of linear layers, and the keys and values that it keeps."""
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from model.compression.grids import fake_quantized, fake_quantized_rows
-from model.compression.packed import Activations, CacheScheme, Scheme
-from model.layers import Block
+from model.compression.grids import Byte, codes_of, fake_quantized_rows
+from model.compression.packed import CacheScheme, Scheme
+from model.layers import Block, KeyValueCache
 from model.transformer import Transformer
 from model.walk import Step
 
 
-def round_activations(network: Transformer, schemes: Mapping[str, Scheme], cache: CacheScheme | None = None) -> None:
-    """Round in a whole network what schemes, by the names of weights, and a cache say."""
-    _round_inputs(network, {name.removesuffix(".weight"): scheme.activations for name, scheme in schemes.items()})
-    for number, block in enumerate(network.blocks() if cache else ()):
-        _round_kept(block, cache, number)
+def round_activations(network: Transformer, schemes: Mapping[str, Scheme], kv_cache: CacheScheme | None = None) -> None:
+    """In a whole network, as schemes, by the names of weights, and that of its cache say."""
+    numbers = itertools.count()
+    for name, module in network.named_children():
+        _round(module, name, next(numbers) if isinstance(module, Block) else None, schemes, kv_cache)
 
 
-def rounding(schemes: Mapping[str, Scheme], cache: CacheScheme | None = None) -> Callable[[Step], None]:
-    """The same for each step of a walk, as model.walk.outputs asks for it."""
-
-    def prepare(step: Step) -> None:
-        here = [name for name in step.parameters if name in schemes]
-        _round_inputs(step.module, {name.removeprefix(f"{step.name}.").removesuffix(".weight"): schemes[name].activations for name in here})
-        if cache is not None and step.block is not None:
-            _round_kept(step.module, cache, step.block)
-
-    return prepare
+def rounding(schemes: Mapping[str, Scheme], kv_cache: CacheScheme | None = None) -> Callable[[Step], None]:
+    """The same in each step of a walk, as model.walk.outputs asks for it."""
+    return lambda step: _round(step.module, step.name, step.block, schemes, kv_cache)
 
 
-def _round_inputs(module: nn.Module, kinds: Mapping[str, Activations]) -> None:
-    """Of linear layers, by their names in a module: each token by a scale of its own."""
-    for name, kind in kinds.items():
-        if kind != "none":
-            module.get_submodule(name).register_forward_pre_hook(_rounded_to(kind))
+def _round(module: nn.Module, name: str, block: int | None, schemes: Mapping[str, Scheme], kv_cache: CacheScheme | None) -> None:
+    """In one layer of the list; `block` is its number among the blocks."""
+    for own, linear in module.named_modules():
+        scheme = schemes.get(f"{name}.{own}.weight")
+        if scheme is not None and scheme.activations != "none":
+            linear.register_forward_pre_hook(_inputs_as(scheme.activations))
+    if kv_cache is not None and block is not None:
+        module.attention.remember = _remembering(module.attention.layer_number, kv_cache.kind, kv_cache.scales[block])
 
 
-def _rounded_to(kind: Activations) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-    return lambda module, inputs: (fake_quantized_rows(inputs[0], kind),)  # type: ignore[arg-type]
+def _inputs_as(kind: Byte) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    """Each token by a scale of its own."""
+    return lambda module, inputs: (fake_quantized_rows(inputs[0], kind),)
 
 
-def _round_kept(block: Block, cache: CacheScheme, number: int) -> None:
-    """Attention reads keys and values as a cache of codes gives them back, the newest token's too."""
-    scales = cache.scales[number]
-    block.attention.kept_as = lambda *kept: tuple(  # type: ignore[assignment]
-        fake_quantized(x, cache.kind, torch.tensor(scale, device=x.device)) for x, scale in zip(kept, scales, strict=True)
-    )
+def _remembering(layer_number: int, kind: Byte, scales: tuple[float, float]) -> Callable[..., tuple[Tensor, ...]]:
+    """Attention.remember, with a cache that keeps codes: what it gives back queries look at, the newest tokens' too."""
+
+    def remember(key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, ...]:
+        # Tensors: by a number a GPU might multiply the inverse, and find another code.
+        steps = [torch.tensor(scale, device=key.device) for scale in scales]
+        codes = codes_of(key, kind, steps[0]), codes_of(value, kind, steps[1])
+        if cache is not None:
+            codes = cache.append(layer_number, *codes)
+        return tuple(some.to(key.dtype) * step for some, step in zip(codes, steps, strict=True))
+
+    return remember

@@ -9,7 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Byte = Literal["int8", "fp8"]
+"""What is rounded while a network runs becomes one of these, symmetric."""
+
 _FIXED = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits and group size of the kinds that have but one of each
+_CODES = {"int": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST = {"fp8": 448.0, "nvfp4": 6.0, "mxfp4": 6.0}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -99,10 +103,8 @@ class Quantized:
         """With these scales, the codes nearest to this weight.  [out, in]"""
         zero_point = None if self.zero_point is None else self.zero_point[..., None]
         values = _values(_grouped(weight, self.step), self.step[..., None], zero_point, self.grid).flatten(1)
-        if self.grid.kind == "int":
-            codes = values.to(torch.int8)
-        elif self.grid.kind == "fp8":
-            codes = values.to(torch.float8_e4m3fn)
+        if self.grid.kind in ("int", "fp8"):
+            codes = values.to(_CODES[self.grid.kind])
         else:
             codes = (torch.bucketize(values.abs(), values.new_tensor(_E2M1)) + 8 * values.signbit()).to(torch.uint8)
         return dataclasses.replace(self, codes=codes)
@@ -126,7 +128,7 @@ def round_to(weight: Tensor, grid: Grid, scale_dtype: torch.dtype = torch.float3
         global_scale = torch.where(global_scale.isfinite(), global_scale, 1.0)
         scale = _stored((global_scale * (largest / high)).clamp(max=_LARGEST["fp8"]), torch.float8_e4m3fn)
     elif grid.symmetric:
-        scale = _stored(largest / ((high - low) / 2), scale_dtype)
+        scale = scale_of(largest, grid, scale_dtype)
     else:
         scale = _stored((most - least) / (high - low), scale_dtype)
         zero_point = (low - least / scale.float()).clamp(low, high).round().to(torch.int8)
@@ -139,27 +141,29 @@ def nearest(weight: Tensor, step: Tensor, zero_point: Tensor | None, grid: Grid)
     return (values if zero_point is None else values - zero_point) * step
 
 
-def fake_quantized_rows(x: Tensor, kind: Literal["int8", "fp8"]) -> Tensor:
+def scale_of(largest: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Of a symmetric grid that numbers up to `largest` in size span, in the type that it is stored in.  [...] -> same"""
+    low, high = grid.range
+    return _stored(largest / ((high - low) / 2), dtype)
+
+
+def grid_of(kind: Byte) -> Grid:
+    return Grid("int" if kind == "int8" else "fp8", 8, None)
+
+
+def fake_quantized_rows(x: Tensor, kind: Byte) -> Tensor:
     """Each token's activations rounded on a symmetric grid that its own largest spans.  [..., in] -> same
 
     What compressed-tensors calls dynamic quantization by token; computed in the type of x.
     """
-    return fake_quantized(x, kind, scale_of(x.abs().amax(dim=-1, keepdim=True), kind, x.dtype))
+    grid = grid_of(kind)
+    return nearest(x, scale_of(x.abs().amax(dim=-1, keepdim=True), grid, x.dtype), None, grid)
 
 
-def fake_quantized(x: Tensor, kind: Literal["int8", "fp8"], scale: Tensor) -> Tensor:
-    """Rounded on a symmetric grid of this scale, or these.  [...], spread to it -> [...]"""
-    return nearest(x, scale, None, _of_a_byte(kind))
-
-
-def scale_of(largest: Tensor, kind: Literal["int8", "fp8"], dtype: torch.dtype) -> Tensor:
-    """Of a symmetric grid that numbers up to `largest` in size span, in the type that it is stored in.  [...] -> same"""
-    low, high = _of_a_byte(kind).range
-    return _stored(largest / ((high - low) / 2), dtype)
-
-
-def _of_a_byte(kind: Literal["int8", "fp8"]) -> Grid:
-    return Grid("int" if kind == "int8" else "fp8", 8, None)
+def codes_of(x: Tensor, kind: Byte, scale: Tensor) -> Tensor:
+    """The codes, int8 or float8_e4m3fn, that times the scale come nearest to each entry.  [...] -> same"""
+    grid = grid_of(kind)
+    return _values(x, scale, None, grid).to(_CODES[grid.kind])
 
 
 def _values(weight: Tensor, step: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from model.compression.grids import Grid, Quantized
+from model.compression.grids import Byte, Grid, Quantized
 
 Activations = Literal["none", "int8", "fp8"]
 
@@ -77,12 +77,17 @@ class Scheme:
 class CacheScheme:
     """How a decoder quantizes the keys, rotated, and the values that it keeps: symmetric, by scales that were fixed beforehand."""
 
-    kind: Literal["int8", "fp8"]
+    kind: Byte
     scales: tuple[tuple[float, float], ...]
     """Of each block what all of its keys' codes, and what all of its values', are multiplied by."""
 
     def __str__(self) -> str:
         return f"keys and values {self.kind}"
+
+
+def in_words(schemes: Iterable[Scheme], kv_cache: CacheScheme | None) -> str:
+    """Each that there is, once."""
+    return "; ".join(dict.fromkeys(map(str, [*schemes, *([kv_cache] if kv_cache else [])])))
 
 
 def layout(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -164,8 +169,9 @@ def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
     return codes.flatten(1)[:, :count].contiguous()
 
 
-def configuration(schemes: Mapping[str, Scheme], others: Iterable[str], cache: CacheScheme | None = None) -> dict[str, Any]:
-    """What config.json says under quantization_config: of each linear layer of theirs its scheme, and which others have none.
+def configuration(schemes: Mapping[str, Scheme], others: Iterable[str], kv_cache: Byte | None = None) -> dict[str, Any]:
+    """What config.json says under quantization_config: of each linear layer of theirs its scheme, which others have none, and as what
+    keys and values are kept.
 
     Where all have one scheme it is "Linear"'s, as llm-compressor writes it. Else the layers of a block that are alike stand as one
     pattern: engines that join query, key and value look all three up.
@@ -192,7 +198,7 @@ def configuration(schemes: Mapping[str, Scheme], others: Iterable[str], cache: C
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(others),
-        "kv_cache_scheme": None if cache is None else _stated_bytes(cache.kind, "tensor", dynamic=False),
+        "kv_cache_scheme": None if kv_cache is None else _stated_bytes(kv_cache, "tensor", dynamic=False),
     }
 
 
@@ -220,7 +226,7 @@ def _stated_weights(grid: Grid) -> dict[str, Any]:
     return stated | ({"scale_dtype": str(_SCALE_TYPES[grid.kind])} if grid.kind in _SCALE_TYPES else {})
 
 
-def _stated_bytes(kind: Literal["int8", "fp8"], strategy: str, dynamic: bool) -> dict[str, Any]:
+def _stated_bytes(kind: Byte, strategy: str, dynamic: bool) -> dict[str, Any]:
     """Of what is rounded while the network runs."""
     number = "int" if kind == "int8" else "float"
     return {"num_bits": 8, "type": number, "symmetric": True, "strategy": strategy, "group_size": None, "dynamic": dynamic}
@@ -233,7 +239,7 @@ class Stated:
     schemes: tuple[tuple[tuple[str, ...], Scheme], ...]
     """Each with its targets: "Linear", names of linear layers, or patterns behind "re:"."""
     ignore: tuple[str, ...]
-    cache: Literal["int8", "fp8"] | None
+    kv_cache: Byte | None
     """What keys and values are kept as."""
 
     def of(self, layer: str) -> Scheme | None:
@@ -265,15 +271,15 @@ def understood(stated: Mapping[str, Any]) -> Stated:
             raise ValueError(f'quantization_config: format "{kept_as}" of {name} is not supported; {scheme} is "{scheme.format}".')
         schemes.append((tuple(group["targets"]), scheme))
     if not schemes:
-        raise ValueError("quantization_config has no config_groups.")
-    cache: Literal["int8", "fp8"] | None = None
-    if kept := stated.get("kv_cache_scheme"):
-        cache = _kind_of_bytes(kept)
-        _refuse_others("kv_cache_scheme", kept, _stated_bytes(cache, "tensor", dynamic=False))
-    return Stated(tuple(schemes), tuple(stated.get("ignore") or ()), cache)
+        raise ValueError("quantization_config has no config_groups; keys and values alone are not supported.")
+    kv_cache: Byte | None = None
+    if said := stated.get("kv_cache_scheme"):
+        kv_cache = _kind_of_bytes(said)
+        _refuse_others("kv_cache_scheme", said, _stated_bytes(kv_cache, "tensor", dynamic=False))
+    return Stated(tuple(schemes), tuple(stated.get("ignore") or ()), kv_cache)
 
 
-def _kind_of_bytes(stated: Mapping[str, Any]) -> Literal["int8", "fp8"]:
+def _kind_of_bytes(stated: Mapping[str, Any]) -> Byte:
     return "int8" if stated.get("type", "int") == "int" else "fp8"
 
 

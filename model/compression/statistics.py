@@ -1,4 +1,4 @@
-"""What goes into the linear layers of a block, summed over tokens, and what it keeps: all that a method knows of the data."""
+"""What passes through a block, over all tokens: all that a calibrated method knows of the data."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers import Attention, Block
+from model.layers import Attention, Block, KeyValueCache, Passed
 from model.transformer import first_uses
 from model.walk import Step
 
@@ -149,27 +149,42 @@ class Sums:
 
 
 class LargestKept:
-    """The largest key, rotated, and the largest value of each block, over all that passes through it while it is watched."""
+    """The largest key, rotated, and the largest value of each block of a decoder.
+
+    with largest.watching(step):   # each layer of a walk
+        for passed in samples:
+            step(passed)
+    """
 
     def __init__(self, num_blocks: int, device: torch.device) -> None:
-        self.largest = torch.zeros(num_blocks, 2, device=device)
+        self.sizes = torch.zeros(num_blocks, 2, device=device)
         """[blocks, 2]; of several ranks the largest is that of all."""
 
     @contextlib.contextmanager
     def watching(self, step: Step) -> Iterator[None]:
-        """Any layer of a walk; of what is no block there is nothing to see."""
+        """Tokens that pass through the step count, padding does not."""
         if step.block is None:
             yield
             return
-        largest = self.largest[step.block]
+        attention, sizes, counted = step.module.attention, self.sizes[step.block], []
+        remember = attention.remember
 
-        def see(*kept: Tensor) -> tuple[Tensor, ...]:
-            torch.maximum(largest, torch.stack([x.abs().amax() for x in kept]), out=largest)
-            return kept
+        def begin(module: nn.Module, inputs: tuple[Passed]) -> None:
+            counted[:] = [inputs[0][1] != 0]
 
-        step.module.attention.kept_as = see
-        yield
-        step.module.attention.kept_as = None
+        def see(key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
+            if counted[0].any():
+                seen = [x.transpose(1, 2)[counted[0]].abs().max() for x in (key, value)]
+                torch.maximum(sizes, torch.stack(seen), out=sizes)
+            return remember(key, value, cache)
+
+        hook = step.module.register_forward_pre_hook(begin)
+        attention.remember = see
+        try:
+            yield
+        finally:
+            hook.remove()
+            del attention.remember
 
 
 @dataclasses.dataclass(frozen=True)

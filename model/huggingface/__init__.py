@@ -6,7 +6,7 @@ generation_config.json and safetensors files (https://github.com/huggingface/saf
 
 from model.huggingface.architecture import Counterpart, SpecialTokens
 from model.huggingface.choice import architecture, auto_class, counterparts, from_huggingface, model_type, to_huggingface
-from model.huggingface.folder import State, decoder_start, export, load, names_of_cache_scales, quantization_config
+from model.huggingface.folder import State, decoder_start, export, load, quantization_config
 from model.huggingface.verification import perplexity_by_transformers, verify
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "from_huggingface",
     "load",
     "model_type",
-    "names_of_cache_scales",
     "perplexity_by_transformers",
     "quantization_config",
     "to_huggingface",

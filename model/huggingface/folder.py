@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import struct
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.compression import packed
-from model.compression.grids import Quantized
+from model.compression.grids import Byte, Quantized
 from model.compression.packed import CacheScheme, Scheme
 from model.config import ModelConfig
 from model.huggingface.architecture import NO_TOKENS, Counterpart, SpecialTokens
@@ -48,12 +49,12 @@ def export(
     max_shard_bytes: int = 5_000_000_000,
     complete: Callable[[Path], object] | None = None,
     schemes: Mapping[str, Scheme] | None = None,
-    cache: CacheScheme | None = None,
+    kv_cache: CacheScheme | None = None,
 ) -> None:
     """Write `state`, by our names, as a Hugging Face checkpoint into the new `folder`.
 
     What has a scheme is Quantized in `state`, its scales of `dtype`, and is written as compressed-tensors stores it; the rest as `dtype`.
-    `cache`, beside schemes: how keys and values are kept, its scales numbers of `dtype`.
+    `kv_cache`, beside schemes, has scales that are numbers of `dtype`.
     One tensor of `state` is asked for at a time, so a Mapping that reads lazily never holds the model. All is written beside
     `folder` and renamed at the end; `complete` is called with the unfinished folder, to add a tokenizer or to check it.
     Raises ValueError where `folder` exists, where the architecture has no counterpart, and where `state` is not the model's.
@@ -67,16 +68,19 @@ def export(
     shapes = _shapes(config)
     _check_names(set(state), set(shapes), "The model's state")
     if schemes:
-        stated["quantization_config"] = quantization_config(config, schemes, dtype, cache)
+        stated["quantization_config"] = quantization_config(config, schemes, dtype, kv_cache.kind if kv_cache else None)
     layouts = {entry: _layout(entry, shapes, schemes, dtype) for entry in counterparts(config)}
     shards = _split(layouts, max_shard_bytes)
-    names = itertools.chain.from_iterable(names_of_cache_scales(config)) if cache else ()
-    scales = dict(zip(names, torch.tensor(cache.scales if cache else (), dtype=dtype).view(-1, 1), strict=True))
+    scales = {}
+    if kv_cache is not None:
+        names = itertools.chain.from_iterable(_names_of_cache_scales(config))
+        scales = dict(zip(names, torch.tensor(kv_cache.scales, dtype=dtype).view(-1, 1), strict=True))
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         unfinished.chmod(0o755)  # mkdtemp's own is for its owner alone
         index: dict[str, str] = {}
+        total = 0
         for number, shard in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             layout = _together(layouts[entry] for entry in shard)
@@ -86,8 +90,8 @@ def export(
                 tensors = itertools.chain(tensors, scales.values())
             _write_shard(unfinished / file, layout, tensors)
             index |= dict.fromkeys(layout, file)
+            total += _num_bytes(layout)
         if len(shards) > 1:
-            total = _num_bytes(_together(layouts.values())) + sum(scale.nbytes for scale in scales.values())
             _write_json(unfinished / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
         _write_json(unfinished / "config.json", stated)
         if config.architecture != "encoder":
@@ -102,7 +106,7 @@ def export(
 
 
 def quantization_config(
-    config: ModelConfig, schemes: Mapping[str, Scheme], dtype: torch.dtype = torch.float32, cache: CacheScheme | None = None
+    config: ModelConfig, schemes: Mapping[str, Scheme], dtype: torch.dtype = torch.float32, kv_cache: Byte | None = None
 ) -> dict[str, Any]:
     """What config.json says of weights, by our names, that are quantized beside others of `dtype`, and of keys and values.
 
@@ -121,16 +125,16 @@ def quantization_config(
         if scheme.is_unpacked_to_bfloat16 and dtype != torch.bfloat16:
             raise ValueError(f"{scheme.grid.kind} beside weights of {dtype}: it must be torch.bfloat16, to which transformers unpacks it.")
         _layout(of_ours[name], shapes, schemes, dtype)
+    if kv_cache is not None and config.architecture != "decoder":
+        raise ValueError(f"kv_cache {kv_cache} is for decoders; the architecture is {config.architecture}.")
     by_module = {of_ours[name].module: scheme for name, scheme in schemes.items()}
     matrices = [entry.module for entry in entries if entry.theirs.endswith(".weight") and len(_their_shape(entry, shapes)) == 2]
     copies = [copy.removesuffix(".weight") for copy in theirs.copies(config) if copy.endswith(".weight")]
-    return packed.configuration(by_module, [name for name in (*matrices, *copies) if name not in by_module], cache)
+    return packed.configuration(by_module, [name for name in (*matrices, *copies) if name not in by_module], kv_cache)
 
 
-def names_of_cache_scales(config: ModelConfig) -> list[tuple[str, str]]:
-    """Their names for the scale of the keys, and of the values, of each block. Raises ValueError where that is no decoder."""
-    if config.architecture != "decoder":
-        raise ValueError(f"Keys and values that are kept as codes are a decoder's; architecture is {config.architecture}.")
+def _names_of_cache_scales(config: ModelConfig) -> list[tuple[str, str]]:
+    """Their names for the scale of the keys, and of the values, of each block."""
     layers = [entry.module for entry in counterparts(config) for ours in entry.ours if ours.endswith(".attention.key.weight")]
     places = [layer.rpartition(".")[0] for layer in layers]
     return [(f"{place}.k_scale", f"{place}.v_scale") for place in places]
@@ -157,8 +161,10 @@ class State(Mapping[str, Tensor]):
         shapes = _shapes(config)
         self._layouts = {entry: _layout(entry, shapes, self.schemes, torch.float32) for entry, _ in self._entries.values()}
         layout = _together(self._layouts.values())
-        kept_as = quantization.cache if quantization else None
-        scales = names_of_cache_scales(config) if kept_as else []
+        kind_of_cache = quantization.kv_cache if quantization else None
+        if kind_of_cache and config.architecture != "decoder":
+            raise ValueError(f"{folder}: kv_cache_scheme is supported in decoders alone; the architecture is {config.architecture}.")
+        scales = _names_of_cache_scales(config) if kind_of_cache else []
         layout |= dict.fromkeys(itertools.chain.from_iterable(scales), (torch.float32, (1,)))
         wanted = set(layout)
         given = {name for name in self._files if name in wanted or not name.endswith(theirs.constants)}
@@ -182,10 +188,13 @@ class State(Mapping[str, Tensor]):
             kinds = [_DTYPE_NAMES[known] for known in (_DTYPES if dtype in _DTYPES else (dtype,))]
             if kind not in kinds:
                 raise ValueError(f"{folder}: {tensor} is of type {kind}; it must be {' or '.join(kinds)}.")
-        self.cache: CacheScheme | None = None
-        """How keys and values are kept, where that is not as they are."""
-        if kept_as:
-            self.cache = CacheScheme(kept_as, tuple((self._read(key).item(), self._read(value).item()) for key, value in scales))
+        self.kv_cache: CacheScheme | None = None
+        """As which codes keys and values are kept, if so."""
+        if kind_of_cache:
+            for name in itertools.chain.from_iterable(scales):
+                if not 0 < self._read(name).item() < math.inf:
+                    raise ValueError(f"{folder}: {name} is {self._read(name).item()}; a scale is finite and above 0.")
+            self.kv_cache = CacheScheme(kind_of_cache, tuple((self._read(key).item(), self._read(value).item()) for key, value in scales))
 
     def _read(self, theirs: str) -> Tensor:
         path, name = self._files[theirs]

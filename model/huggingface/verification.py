@@ -30,12 +30,12 @@ def verify(
     state: Mapping[str, Tensor | Quantized],
     tolerance: float = 1e-4,
     schemes: Mapping[str, Scheme] | None = None,
-    cache: CacheScheme | None = None,
+    kv_cache: CacheScheme | None = None,
 ) -> float:
     """Compare a written folder, as transformers reads it, with our network on random sequences, in float32.
 
     The sequences are of full length (at most 4,096 tokens), one of them with padding, with token types where there are some.
-    `state`, `schemes` and `cache` are those that were written; what is not Quantized is rounded as the folder's weights were. Our
+    `state`, `schemes` and `kv_cache` are those that were written; what is not Quantized is rounded as the folder's weights were. Our
     network is filled and run layer by layer, so that beside theirs, which transformers holds whole, memory takes a layer and the logits.
     Returns the largest difference of a logit; where something is rounded while the network runs, that without rounding it. Raises
     RuntimeError where it is above `tolerance` x the largest logit (at least 1), or where transformers misses a tensor or finds one too
@@ -45,11 +45,11 @@ def verify(
     model = _read_by_transformers(folder, config)
     dtype = json.loads((folder / "config.json").read_text())["torch_dtype"]
     stored = _AsStored(state, getattr(torch, dtype))
-    if cache or any(scheme.activations != "none" for scheme in schemes.values()):
+    if kv_cache or any(scheme.activations != "none" for scheme in schemes.values()):
         # The last bit of float32, in which no two implementations agree, decides to which of two codes a number between them is
         # rounded: Marian's logits differ by 0.7 % of the largest between transformers' own two ways of attention. So this says
-        # that they are rounded in both; without it they are compared as closely as any others.
-        _compare(folder, model, config, stored, rounding(schemes, cache), 0.1)
+        # that rounding leads neither far off; without it they are compared as closely as any others.
+        _compare(folder, model, config, stored, rounding(schemes, kv_cache), 0.1)
         for module in model.modules():
             module.quantization_enabled = False  # type: ignore[assignment]
     return _compare(folder, model, config, stored, rounding({}), tolerance)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.command_line import UserError
-from launch import prune, quantize
+from launch import export, prune, quantize
 from launch.compressing import parts, result
 from launch.compressing.parts import Parts
 from launch.compressing.samples import calibration_text
@@ -107,8 +107,8 @@ def test_bits_go_where_they_count_within_the_average(quantized, model, capsys):
 def test_keys_and_values_become_bytes_by_the_largest_of_the_calibration_text(quantized, model):
     folder, status = quantized(model("dense"), "--method", "rtn", *INT4, "--kv_cache", "int8", "--precision", "float32")
     report = json.loads((folder / "report.json").read_text())
-    assert status == 0 and report["cache"] == {"kind": "int8", "bytes_before": 512, "bytes_after": 128}
-    assert report["proof"]["measure"] == "perplexity" and "rounds keys and values to int8 and keeps" in (folder / "report.md").read_text()
+    assert status == 0 and report["kv_cache"] == {"kind": "int8", "bytes_before": 512, "bytes_after": 128}
+    assert report["proof"]["measure"] == "perplexity" and "launch/generate.py keeps them as int8" in (folder / "report.md").read_text()
     opened = open_model(str(folder))
     seen, network = LargestKept(2, torch.device("cpu")), Transformer.holding(opened.config, opened.state)
     for batch in calibration_text(opened, "dense", [report["settings"]["data"]], 8, None).batches:
@@ -116,8 +116,10 @@ def test_keys_and_values_become_bytes_by_the_largest_of_the_calibration_text(qua
         for step in walk(opened.config, opened.state):
             with seen.watching(step):
                 passed = step(passed)
-    assert torch.allclose(torch.tensor(opened.cache.scales), seen.largest / 127.5)
+    assert torch.allclose(torch.tensor(opened.kv_cache.scales), seen.sizes / 127.5)
     assert not torch.equal(loaded(opened).model(*batch.inputs), network(*batch.inputs))
+    with pytest.raises(UserError, match=r"is quantized \(int4, a scale each 32; keys and values int8\): GGUF has no place"):
+        export.main([str(folder), "--format", "gguf", "--output", str(folder.parent / "out.gguf")])
 
 
 def test_without_any_text_a_classifier_is_pruned_by_magnitude(pruned, model):
@@ -172,6 +174,7 @@ def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_pat
         (quantize, ["--average_bits=3", "--group_size=32", "--sensitivity_samples=1"], r"average_bits 3 is below 3\.5, what 3 bits take"),
         (quantize, ["--average_bits=4", "--bits=4"], "(?s)average_bits chooses bits.*average_bits needs what each block costs"),
         (quantize, ["--method=rtn", "--act_order"], "act_order and damping are gptq's"),
+        (quantize, ["--symmetric=false", "--kv_cache=fp8"], "kv_cache fp8 is for symmetric weights"),
         (quantize, ["--method=rtn", "--kv_cache=fp8", "--calibration_samples=0"], "kv_cache fp8 takes its scales from the calibration"),
     ],
 )  # fmt: skip
@@ -192,7 +195,7 @@ def test_what_is_there_and_what_is_not_given_is_named(texts, model, tmp_path):
         prune.main([dense, "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"GPT-2 keeps linear weights .* GGUF has one"):
         quantize.main([str(model("gpt2", **GPT2)), "--data", str(texts), "--output", str(tmp_path / "out"), *INT4])
-    with pytest.raises(UserError, match=r"Keys and values that are kept as codes are a decoder's; architecture is encoder\."):
+    with pytest.raises(UserError, match="kv_cache int8 is for decoders; the architecture is encoder"):
         quantize.main([str(model("bert", **BERT)), "--data", str(texts), "--output", str(tmp_path / "out"), *INT4, "--kv_cache", "int8"])
     assert not list(tmp_path.iterdir())
 

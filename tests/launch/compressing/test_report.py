@@ -106,9 +106,12 @@ def test_every_artefact_says_in_one_sentence_where_it_is_served(artefact):
 
 def test_widths_without_kernels_and_patterns_without_engines_are_not_promised():
     assert "not proven" not in report.served("pack-quantized", [3, 4]) and "4 and 8 bits" in report.served("pack-quantized", [3, 4])
-    codes = report.served("int-quantized", [8])
-    assert report.served("int-quantized", [8], "fp8").startswith(f"{codes} vLLM keeps keys and values in FP8 by its scales")
-    assert "not served by vLLM" in report.served("int-quantized", [8], "int8")
+    codes, three = report.served("int-quantized", [8]), report.served("pack-quantized", [3])
+    assert report.served("int-quantized", [8], "fp8").startswith(codes) and "vLLM keeps them as fp8" in report.served(
+        "int-quantized", [8], "fp8"
+    )
+    assert report.served("pack-quantized", [3], "fp8").startswith(three) and "vLLM keeps" not in report.served("pack-quantized", [3], "fp8")
+    assert report.served("int-quantized", [8], "int8").startswith("Not for vLLM")
     assert "removed its 2:4 kernels (vllm#36799)" in report.served("2:4")
 
 

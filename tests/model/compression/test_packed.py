@@ -193,7 +193,7 @@ def test_perplexity_by_transformers_is_ours(llama, tmp_path, scheme):
     written(llama, tmp_path / "out", scheme, dtype)
     config, state = load(tmp_path / "out")
     llama.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    round_activations(llama, state.schemes, state.cache)
+    round_activations(llama, state.schemes, state.kv_cache)
     tokens = torch.randint(config.vocab_size, (5, 24))
     targets = torch.randint(config.vocab_size, (5, 24))
     targets[2:, 7:] = IGNORED
@@ -210,10 +210,10 @@ def test_keys_and_values_are_kept_as_transformers_keeps_them(randomise, tmp_path
     model = network(randomise, **options)
     schemes = dict.fromkeys(linears(model), INT4)
     state, cache = rounded(model, schemes, torch.bfloat16), CacheScheme(kind, ((0.03125, 0.0234375), (0.046875, 0.015625)))
-    export(model.config, state, tmp_path / "out", dtype=torch.bfloat16, schemes=schemes, cache=cache, max_shard_bytes=30_000)
+    export(model.config, state, tmp_path / "out", dtype=torch.bfloat16, schemes=schemes, kv_cache=cache, max_shard_bytes=30_000)
     config, again = load(tmp_path / "out")
-    assert (config, again.schemes, again.cache) == (model.config, schemes, cache)
-    assert verify(tmp_path / "out", config, state, schemes=schemes, cache=cache) < 1e-5
+    assert (config, again.schemes, again.kv_cache) == (model.config, schemes, cache)
+    assert verify(tmp_path / "out", config, state, schemes=schemes, kv_cache=cache) < 1e-5
     model.load_state_dict({name: tensor.float() for name, tensor in again.items()})
     tokens = torch.randint(config.vocab_size, (5, 24))
 
@@ -222,28 +222,40 @@ def test_keys_and_values_are_kept_as_transformers_keeps_them(randomise, tmp_path
             return math.exp(token_losses(network(tokens, torch.ones_like(tokens)), tokens).mean())
 
     before = perplexity(model)
-    round_activations(model, again.schemes, again.cache)
+    round_activations(model, again.schemes, again.kv_cache)
     ours, theirs = perplexity(model), perplexity_by_transformers(tmp_path / "out", config, [(tokens, tokens)])
     assert theirs == pytest.approx(ours, rel=1e-5) and abs(theirs - ours) < 0.05 * abs(ours - before)
     one_by_one, segments = KeyValueCache(), torch.ones_like(tokens)
     with torch.no_grad():
         each = [model(token, segments[:, :1], cache=one_by_one) for token in tokens.split(1, dim=1)]
+    kept = [tensor for pair in one_by_one._pairs.values() for tensor in pair]
+    assert len(kept) == 4 and {tensor.dtype for tensor in kept} == {torch.int8 if kind == "int8" else torch.float8_e4m3fn}
     differences = (torch.cat(each, dim=1) - model(tokens, segments)).abs()
     assert differences.median() < 1e-5 and differences.mean() < 1e-3  # the last bit may decide between two codes
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_of_keys_that_is_none_is_named(llama, tmp_path, scale):
+    schemes = dict.fromkeys(linears(llama), INT4)
+    cache = CacheScheme("fp8", ((1.0, 1.0), (scale, 1.0)))
+    export(llama.config, rounded(llama, schemes, torch.float32), tmp_path / "out", schemes=schemes, kv_cache=cache)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_scale is \S+; a scale is finite and above 0"):
+        load(tmp_path / "out")
 
 
 def test_the_largest_key_and_value_that_pass_are_seen_behind_their_rotation(llama):
     tokens = torch.randint(llama.config.vocab_size, (3, 24))
     seen, passed = LargestKept(2, torch.device("cpu")), (tokens, torch.ones_like(tokens))
+    passed[1][:, -1] = 0  # padding is not seen
     for step in walk(llama.config, llama.state_dict()):
         if step.block is not None:
             attention = step.module.attention
             key, value = (x.transpose(1, 2) for x in attention.keys_and_values(step.module.attention_norm(passed[0])))
-            largest = rotate(key, attention.cos[:24], attention.sin[:24]).abs().max(), value.abs().max()
+            largest = [x[:, :, :-1].abs().max() for x in (rotate(key, attention.cos[:24], attention.sin[:24]), value)]
         with seen.watching(step):
             passed = step(passed)
         if step.block is not None:
-            assert torch.allclose(seen.largest[step.block], torch.stack(largest)) and attention.kept_as is None
+            assert torch.allclose(seen.sizes[step.block], torch.stack(largest)) and "remember" not in vars(attention)
 
 
 @pytest.mark.parametrize("name", PRESETS)
