@@ -4,6 +4,7 @@ OUTPUT.unfinished/plan.json       what is compressed, and how: another plan is n
                   lock            held by the process that writes here
                   NAME.json       what was found out before the first layer
                   layer-00003.safetensors, .json    its tensors by our names, and what is told of it
+                  whole           what OUTPUT will be, until it was proven; while it is written .whole.xxxxxxxx
 """
 
 import contextlib
@@ -40,6 +41,7 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
 
     def __init__(self, output: Path, plan: dict[str, Any]) -> None:
         self.folder = folder_for(output)
+        self.whole = self.folder / "whole"
         self._plan = plan
         self._lock: BinaryIO | None = None
         self._files: dict[str, Path] = {}
@@ -59,6 +61,8 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
                     "again to go on with it, remove the folder, or give another --output."
                 )
             self._note("plan", self._plan)
+            for killed in [*self.folder.glob(f".{self.whole.name}.*"), *self.folder.glob(self.whole.name)]:
+                shutil.rmtree(killed)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
 

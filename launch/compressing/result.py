@@ -85,8 +85,9 @@ def finish(job: Job, result: Result, parts: Parts) -> int:
     job.say(f"Writing {job.output}, and reading it with transformers.")
     try:
         shard_bytes = int(settings.max_shard_gib * 2**30)
-        settled = result.config, result.state, job.output, tokens, job.dtype, shard_bytes, complete
+        settled = result.config, result.state, parts.whole, tokens, job.dtype, shard_bytes, complete
         huggingface.export(*settled, schemes=result.schemes, kv_cache=result.kv_cache)
+        parts.whole.rename(job.output)
     except (ValueError, OSError) as error:
         kept = f"What was compressed is kept in {parts.folder}; the same command goes on with it."
         raise UserError(f"{job.output} could not be written: {getattr(error, 'strerror', None) or error}. {kept}") from error

@@ -344,6 +344,11 @@ def test_a_disk_that_will_be_full_is_named_at_the_start_and_what_is_done_needs_n
 def test_one_process_at_a_time_writes_an_output_and_no_other_folder_is_taken_for_unfinished_work(quantized, model, tmp_path):
     held = Parts(tmp_path / "out", {})
     held.open()
+    for left_by_a_kill in ("whole", ".whole.a1b2c3d4"):
+        (held.folder / left_by_a_kill).mkdir()
+    held.close()
+    held.open()
+    assert sorted(path.name for path in held.folder.iterdir()) == ["lock", "plan.json"]
     with pytest.raises(UserError, match=r"Another process is writing .*out\.unfinished"):
         quantized(model("dense"), *INT4)
     held.close()
