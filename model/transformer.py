@@ -87,6 +87,12 @@ def first_uses(config: ModelConfig) -> Iterator[tuple[str, Layer]]:
             yield name, layer
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of the network's parameters, by name, in their order; none takes memory."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
+
+
 def _positions(config: ModelConfig, seed: int, is_decoder: bool) -> list[Layer]:
     kinds = {"learned": Positions, "sinusoidal": Positions, "relative": RelativePositions}
     return [Layer(kinds[config.positions], (config, seed, is_decoder))] if config.positions in kinds else []

@@ -223,12 +223,9 @@ class _Random(Mapping[str, "Tensor"]):
     """Weights of a network, each drawn when it is asked for."""
 
     def __init__(self, config: "ModelConfig") -> None:
-        import torch
+        from model.transformer import parameter_shapes
 
-        from model.transformer import Transformer
-
-        with torch.device("meta"):
-            self._shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+        self._shapes = parameter_shapes(config)
 
     def __getitem__(self, name: str) -> "Tensor":
         import torch

@@ -9,11 +9,9 @@ OUTPUT.unfinished/plan.json       what is compressed, and how: another plan is n
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from data.command_line import UserError
 from launch.training.checkpoint import write_durably
+from launch.training.run_folder import try_to_lock
 from model.compression.grids import Grid, Quantized
 
 _OF_A_BEGINNING = {"lock", "plan.json.tmp"}  # what a start that was stopped at once has left
@@ -54,7 +53,8 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
             if not self._path("plan").is_file() and {path.name for path in self.folder.iterdir()} - _OF_A_BEGINNING:
                 raise UserError(f"{self.folder} is no unfinished compression. Remove the folder, or give another --output.")
             self._lock = open(self.folder / "lock", "wb")  # noqa: SIM115
-            self._hold()
+            if not try_to_lock(self._lock, self.folder, "process writes there"):
+                raise UserError(f"Another process is writing {self.folder}. Wait for it, or give another --output.")
             if self._path("plan").is_file() and self._read("plan") != json.loads(json.dumps(self._plan)):
                 raise UserError(
                     f"{self.folder} holds what another command has begun, or the same of another model or text. Start that command "
@@ -65,15 +65,6 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
                 shutil.rmtree(killed)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
-
-    def _hold(self) -> None:
-        assert self._lock is not None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"Another process is writing {self.folder}. Wait for it, or give another --output.") from error
-        except OSError as error:  # some network disks know no locks
-            print(f"{self.folder} cannot be locked ({error.strerror}): see to it that no second process writes there.", file=sys.stderr)
 
     def close(self) -> None:
         if self._lock is not None:

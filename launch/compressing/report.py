@@ -238,6 +238,7 @@ def served(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None =
 
     What is here run by ourselves is transformers and llama.cpp. Of vLLM and of kernels on GPUs we have its documentation alone.
     """
+    has_kernels = artefact != "pack-quantized" or set(bits) <= {4, 8}
     if kv_cache is not None:
         kept = f"Keys and values: launch/generate.py keeps them as {kv_cache}, transformers rounds them and keeps its own type"
         if kv_cache == "int8":
@@ -245,8 +246,7 @@ def served(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None =
                 "Not for vLLM, which knows keys and values in FP8 alone and may take int8's scales for such; read by transformers, on a "
                 f"CPU as a dense model; not by llama.cpp, which has GGUF. {kept}."
             )
-        weights = served(artefact, bits)
-        return f"{weights} {kept}{', vLLM keeps them as fp8 (its documentation)' if weights.startswith('Served') else ''}."
+        return f"{served(artefact, bits)} {kept}{', vLLM keeps them as fp8 (its documentation)' if has_kernels else ''}."
     unproven = "by vLLM (its documentation; not proven here) on NVIDIA GPUs from"
     if artefact == "structured":
         return "Served everywhere that a dense model of this architecture is: transformers, vLLM, and as GGUF llama.cpp."
@@ -260,7 +260,7 @@ def served(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None =
             "For research, sparse fine-tuning and PyTorch's own 2:4 kernels on NVIDIA GPUs from Ampere on (to_sparse_semi_structured); "
             "vLLM has removed its 2:4 kernels (vllm#36799) and serves it, as transformers does, at the size and speed of a dense model."
         )
-    if artefact == "pack-quantized" and not set(bits) <= {4, 8}:
+    if not has_kernels:
         return "Read by transformers, which makes a dense model of it; vLLM's kernels are for 4 and 8 bits, llama.cpp reads GGUF alone."
     hardware = {
         "pack-quantized": "Turing on",

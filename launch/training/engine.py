@@ -40,7 +40,7 @@ from model.compression.grids import Grid
 from model.generation import generate
 from model.layers import Block, KeyValueCache
 from model.loss import Teaching, training_loss
-from model.transformer import Transformer
+from model.transformer import Transformer, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +298,7 @@ class Engine:
 
     def _checksums(self) -> dict[str, list[int]]:
         """Of each parameter of the model, in the order of state.KINDS; the same on every rank."""
-        with torch.device("meta"):
-            places = {name: place for place, (name, _) in enumerate(Transformer(self.config).named_parameters())}
+        places = {name: place for place, name in enumerate(parameter_shapes(self.config))}
         sums = torch.zeros(len(places), len(state.KINDS), dtype=torch.int64)
         for stretch, numbers in self._state.visit(self._state.written):
             sums[places[stretch.name]] += torch.tensor([state.checksum(numbers[kind], stretch) for kind in state.KINDS])

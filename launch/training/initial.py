@@ -3,14 +3,13 @@
 import functools
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from data.command_line import UserError
 from launch.training.state import KINDS, Stretch
 from launch.training.weights import OpenedModel, open_model
 from model.config import ModelConfig
-from model.transformer import Transformer, layers
+from model.transformer import layers, parameter_shapes
 
 opened = functools.cache(open_model)
 """A model that a run starts from; settings and weights are read of the same one, found once."""
@@ -70,7 +69,5 @@ def _roles(config: ModelConfig) -> dict[str, str]:
         if child not in of_child:
             of_child[child] = f"{kind} {kinds.setdefault(kind, 0)}"
             kinds[kind] += 1
-    with torch.device("meta"):
-        names = [name for name, _ in Transformer(config).named_parameters()]
-    children = {name: next(child for child in of_child if name.startswith(f"{child}.")) for name in names}
+    children = {name: next(child for child in of_child if name.startswith(f"{child}.")) for name in parameter_shapes(config)}
     return {name: of_child[child] + name.removeprefix(child) for name, child in children.items()}

@@ -87,16 +87,17 @@ def tell(store: dist.Store, process: Process, name: str, text: str, seconds: flo
 def sentence_of_loss(error: RuntimeError, communication_timeout: float) -> str | None:
     """Why a rank cannot go on without the others, where that is what the error is about. Its notes say when it was.
 
-    Gloo names itself in its errors but in one: that of a transfer which was under way while another ran out of its time.
+    Gloo names itself, and how long it waited, but where a transfer was under way while another ran out of its time.
     """
     text = str(error)
     if isinstance(error, RanksMissing):
         return text
-    of_communication = isinstance(error, dist.DistError) or re.search("gloo|timeout caused pair closure", text, re.I)
+    ended_with_another = "timeout caused pair closure" in text
+    of_communication = isinstance(error, dist.DistError) or "gloo" in text.lower() or ended_with_another
     if not of_communication or not re.search(r"timed? ?out|connection|connect|peer|socket|remote process|network", text, re.I):
         return None
     reason = re.sub(r"^(\[[^]]*\]\s*)+", "", " ".join(text.split())).rstrip(". ")[:500]  # without gloo's source file and line
-    if re.search(r"timed out waiting \d+ms|timeout caused pair closure", reason, re.I):
+    if ended_with_another or re.search(r"[Tt]imed out waiting \d+ms", reason):
         reason = f"no answer for {communication_timeout:g} s (--communication_timeout)"
     when = " ".join(getattr(error, "__notes__", ["at the start"]))
     return f"Rank {os.environ['RANK']} on {host_name()} lost the other ranks {when}: {reason}."

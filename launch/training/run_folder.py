@@ -148,21 +148,25 @@ def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
     except OSError as error:
         raise UserError(f"output {folder}: {error.filename} cannot be written: {error.strerror}.") from error
     deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                held.close()
-                raise UserError(f"Another process is training in {folder}. Wait for it, or give another --output.") from error
-        except OSError as error:  # some network disks know no locks
-            print(f"{folder} cannot be locked ({error.strerror}): see to it that no second run trains in it.", file=sys.stderr)
-            break
+    while not try_to_lock(held, folder, "run trains in it"):
+        if time.monotonic() > deadline:
+            held.close()
+            raise UserError(f"Another process is training in {folder}. Wait for it, or give another --output.")
         time.sleep(1)
     for left_over in folder.glob(f"{PROBE}*"):
         left_over.unlink(missing_ok=True)
     return held
+
+
+def try_to_lock(file: BinaryIO, folder: Path, second: str) -> bool:
+    """Lock a file in a folder until it is closed; whether nobody else has it. Of a disk that knows no locks a person is told."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network disks know no locks
+        print(f"{folder} cannot be locked ({error.strerror}): see to it that no second {second}.", file=sys.stderr)
+    return True
 
 
 def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path) -> None:

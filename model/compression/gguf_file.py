@@ -24,9 +24,9 @@ from torch import Tensor
 from model import huggingface
 from model.config import ModelConfig
 from model.huggingface import Counterpart
-from model.huggingface.verification import without_bars
-from model.transformer import Transformer, outputs_of
-from model.walk import walk
+from model.huggingface.verification import refuse_incomplete, without_bars
+from model.transformer import parameter_shapes
+from model.walk import outputs
 
 Kind = Literal["f32", "f16", "q8_0", "q4_0"]
 
@@ -202,10 +202,9 @@ def verify(path: Path, config: ModelConfig, tolerance: float = 1e-4) -> float:
 
 def logits(config: ModelConfig, state: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     """Of a decoder, with one layer of it in memory at a time.  [batch, seq] -> [batch, seq, vocab]"""
-    passed: tuple[Tensor, ...] = (tokens, torch.ones_like(tokens))
-    for step in walk(dataclasses.replace(config, document_mask=False), state):
-        passed = step(passed)
-    return outputs_of(config, passed)
+    [said] = outputs(dataclasses.replace(config, document_mask=False), state, [(tokens, torch.ones_like(tokens))])
+    assert isinstance(said, Tensor)
+    return said
 
 
 def _theirs(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
@@ -219,9 +218,7 @@ def _theirs(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
             if key in _NOT_READ:
                 setattr(theirs, key, value)
         model, report = loader.from_pretrained(path.parent, config=theirs, dtype=torch.float32, output_loading_info=True, **where)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report.get(kind):
-            raise RuntimeError(f"{path}: transformers reports {kind} {sorted(map(str, report[kind]))}.")
+    refuse_incomplete(report, path)
     held = types(path).total() - (_rotary_factors(config) is not None)
     if held != (taken := len(list(model.parameters()))):  # of what it does not know it says nothing
         raise RuntimeError(f"{path} holds {held} tensors; transformers has taken {taken}.")
@@ -230,8 +227,7 @@ def _theirs(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
 
 def _tensors(config: ModelConfig, kind: Kind) -> list[_Stored]:
     name = architecture(config)
-    with torch.device("meta"):
-        shapes = {own: tuple(parameter.shape) for own, parameter in Transformer(config).named_parameters()}
+    shapes = parameter_shapes(config)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[name], config.num_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if name == "llama" else {}
     found = []

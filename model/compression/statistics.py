@@ -148,6 +148,21 @@ class Sums:
         return InputStatistics(count, self.second_moment.float(), (self.magnitude / max(1, count)).float(), self.largest)
 
 
+@contextlib.contextmanager
+def counting(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """While a sample passes through a layer, the list's one entry says which of its tokens count: padding does not.  [batch, seq]"""
+    counted: list[Tensor] = []
+
+    def begin(module: nn.Module, inputs: tuple[Passed]) -> None:
+        counted[:] = [inputs[0][1] != 0]
+
+    hook = layer.register_forward_pre_hook(begin)
+    try:
+        yield counted
+    finally:
+        hook.remove()
+
+
 class LargestKept:
     """The largest key, rotated, and the largest value of each block of a decoder.
 
@@ -166,25 +181,21 @@ class LargestKept:
         if step.block is None:
             yield
             return
-        attention, sizes, counted = step.module.attention, self.sizes[step.block], []
+        attention, sizes = step.module.attention, self.sizes[step.block]
         remember = attention.remember
+        with counting(step.module) as counted:
 
-        def begin(module: nn.Module, inputs: tuple[Passed]) -> None:
-            counted[:] = [inputs[0][1] != 0]
+            def see(key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
+                if counted[0].any():
+                    seen = [x.transpose(1, 2)[counted[0]].abs().max() for x in (key, value)]
+                    torch.maximum(sizes, torch.stack(seen), out=sizes)
+                return remember(key, value, cache)
 
-        def see(key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
-            if counted[0].any():
-                seen = [x.transpose(1, 2)[counted[0]].abs().max() for x in (key, value)]
-                torch.maximum(sizes, torch.stack(seen), out=sizes)
-            return remember(key, value, cache)
-
-        hook = step.module.register_forward_pre_hook(begin)
-        attention.remember = see
-        try:
-            yield
-        finally:
-            hook.remove()
-            del attention.remember
+            attention.remember = see
+            try:
+                yield
+            finally:
+                del attention.remember
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.compression.statistics import InputStatistics
+from model.compression.statistics import InputStatistics, counting
 from model.compression.sweep import Changed
 from model.config import ModelConfig, count_parameters
 from model.huggingface import architecture
@@ -148,26 +148,23 @@ class Channels:
     @contextlib.contextmanager
     def watching(self, step: Step) -> Iterator[None]:
         """Tokens that pass through the step count, padding does not."""
-        counted: list[Tensor] = []
+        with counting(step.module) as counted:
 
-        def begin(module: nn.Module, inputs: tuple[Passed]) -> None:
-            counted[:] = [inputs[0][1] != 0]
+            def see(sums: Tensor, module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
+                x = inputs[0][counted[0]]
+                x = x - x.mean(dim=-1, keepdim=True) if isinstance(module, LayerNorm) else x
+                sums += torch.stack((outputs[counted[0]].abs().sum(dim=0), x.square().sum(dim=0)))
 
-        def see(sums: Tensor, module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
-            x = inputs[0][counted[0]]
-            x = x - x.mean(dim=-1, keepdim=True) if isinstance(module, LayerNorm) else x
-            sums += torch.stack((outputs[counted[0]].abs().sum(dim=0), x.square().sum(dim=0)))
-
-        hooks = [step.module.register_forward_pre_hook(begin)]
-        for name, module in step.module.named_modules():
-            if isinstance(module, LayerNorm | RMSNorm) and _AXES[name.split(".")[-1]] == ("hidden",):
-                zeros = torch.zeros(2, len(module.weight), dtype=torch.float64, device=module.weight.device)
-                hooks.append(module.register_forward_hook(functools.partial(see, self.sums.setdefault(f"{step.name}.{name}", zeros))))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+            hooks = []
+            for name, module in step.module.named_modules():
+                if isinstance(module, LayerNorm | RMSNorm) and _AXES[name.split(".")[-1]] == ("hidden",):
+                    zeros = torch.zeros(2, len(module.weight), dtype=torch.float64, device=module.weight.device)
+                    hooks.append(module.register_forward_hook(functools.partial(see, self.sums.setdefault(f"{step.name}.{name}", zeros))))
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
     def kept(self, hidden_size: int) -> Tensor:
         """Those with the largest mean output of all norms (Muralidharan et al. 2024, arXiv 2407.14679), in order.  -> [hidden_size]"""

@@ -22,7 +22,7 @@ from model.compression.packed import CacheScheme, Scheme
 from model.config import ModelConfig
 from model.huggingface.architecture import NO_TOKENS, Counterpart, SpecialTokens
 from model.huggingface.choice import ARCHITECTURES, architecture, counterparts, from_huggingface, model_type, to_huggingface
-from model.transformer import Transformer
+from model.transformer import parameter_shapes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = {
@@ -65,7 +65,7 @@ def export(
     if dtype not in _DTYPES:
         raise ValueError(f"Cannot export as {dtype}; there are: {', '.join(str(known) for known in _DTYPES)}.")
     stated = to_huggingface(config, tokens, dtype)
-    shapes = _shapes(config)
+    shapes = parameter_shapes(config)
     _check_names(set(state), set(shapes), "The model's state")
     if schemes:
         stated["quantization_config"] = quantization_config(config, schemes, dtype, kv_cache.kind if kv_cache else None)
@@ -112,7 +112,7 @@ def quantization_config(
 
     Raises ValueError for what the format, or transformers, has no place for, naming the weight.
     """
-    theirs, shapes = ARCHITECTURES[architecture(config)], _shapes(config)
+    theirs, shapes = ARCHITECTURES[architecture(config)], parameter_shapes(config)
     entries = list(counterparts(config))
     of_ours = {ours: entry for entry in entries for ours in entry.ours}
     for name, scheme in schemes.items():
@@ -158,7 +158,7 @@ class State(Mapping[str, Tensor]):
                 scheme = quantization.of(entry.module)
                 if scheme is not None and f"{entry.module}.weight_scale" in self._files and entry.theirs.endswith(".weight"):
                     self.schemes[ours] = scheme
-        shapes = _shapes(config)
+        shapes = parameter_shapes(config)
         self._layouts = {entry: _layout(entry, shapes, self.schemes, torch.float32) for entry, _ in self._entries.values()}
         layout = _together(self._layouts.values())
         kind_of_cache = quantization.kv_cache if quantization else None
@@ -191,10 +191,11 @@ class State(Mapping[str, Tensor]):
         self.kv_cache: CacheScheme | None = None
         """As which codes keys and values are kept, if so."""
         if kind_of_cache:
-            for name in itertools.chain.from_iterable(scales):
-                if not 0 < self._read(name).item() < math.inf:
-                    raise ValueError(f"{folder}: {name} is {self._read(name).item()}; a scale is finite and above 0.")
-            self.kv_cache = CacheScheme(kind_of_cache, tuple((self._read(key).item(), self._read(value).item()) for key, value in scales))
+            found = {name: self._read(name).item() for name in itertools.chain.from_iterable(scales)}
+            for name, scale in found.items():
+                if not 0 < scale < math.inf:
+                    raise ValueError(f"{folder}: {name} is {scale}; a scale is finite and above 0.")
+            self.kv_cache = CacheScheme(kind_of_cache, tuple((found[key], found[value]) for key, value in scales))
 
     def _read(self, theirs: str) -> Tensor:
         path, name = self._files[theirs]
@@ -260,11 +261,6 @@ def _stated(folder: Path) -> dict[str, Any]:
     if not isinstance(stated, dict):
         raise ValueError(f"{path} holds no mapping.")
     return stated
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
 
 
 def _their_shape(entry: Counterpart, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -117,6 +117,13 @@ class _AsStored(Mapping[str, Tensor]):
         return len(self._state)
 
 
+def refuse_incomplete(report: Mapping[str, Collection], place: Path) -> None:
+    """Raise RuntimeError where transformers, which says so in its loading_info, missed a tensor or found one too many."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(kind):
+            raise RuntimeError(f"{place}: transformers reports {kind} {sorted(map(str, report[kind]))}.")
+
+
 def without_bars() -> contextlib.AbstractContextManager:
     """What libraries draw on a terminal would fill a log with lines."""
     return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
@@ -181,7 +188,5 @@ def _read_by_transformers(folder: Path, config: ModelConfig, device: torch.devic
             first = torch.zeros(1, 1, dtype=torch.long, device=device)
             with torch.no_grad():
                 model(input_ids=first, **({"decoder_input_ids": first} if config.architecture == "encoder_decoder" else {}))
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report.get(kind):
-            raise RuntimeError(f"{folder}: transformers reports {kind} {sorted(map(str, report[kind]))}.")
+    refuse_incomplete(report, folder)
     return nn.Module.float(model.eval()) if is_bfloat16 else model.eval()  # its own float() refuses what was quantized
