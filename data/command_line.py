@@ -92,7 +92,7 @@ def run_door(main: Callable[[Sequence[str]], int | None], leave: Callable[[int],
 
 
 def _is_first_on_its_machine() -> bool:
-    """As the launcher says: also before launch/training/processes.py has read it."""
+    """As the launcher says: also before launch/ranks/processes.py has read it."""
     names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 

@@ -20,15 +20,24 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from data.command_line import UserError, read_settings, run_door
-from data.corpus import STANDARD_INPUT, Corpus, FileCorpus, dataset_corpus, embedded_corpus, file_corpus, keep_standard_input, spelt
-from data.duplicates import bands_for
-from data.fields import Fields
-from data.preparation import PLAN, Preparation, changes, hold
-from data.quality import FilterSettings, check
+from data.preparation.duplicates import bands_for
+from data.preparation.fields import Fields
+from data.preparation.filters import FilterSettings, check
+from data.preparation.preparation import PLAN, Preparation, changes, hold
+from data.preparation.sources import (
+    STANDARD_INPUT,
+    Corpus,
+    FileCorpus,
+    dataset_corpus,
+    embedded_corpus,
+    file_corpus,
+    keep_standard_input,
+    spelt,
+)
+from data.preparation.work_units import OnError
+from data.preparation.workers import WorkerLost
 from data.shards import MANIFEST, MANIFEST_FORMAT, PreparedData, Shard, read_manifest
-from data.tokenizer import Tokenizer, load_tokenizer
-from data.units import OnError
-from data.workers import WorkerLost
+from data.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 _LARGEST_VOCABULARY = 2**31 - 1
 _NOT_RECORDED = ("output", "workers", "rank", "world_size", "unit_megabytes", "max_errors", "tokenizer", "end_of_text")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.command_line import UserError, flatten, read_settings, run_door
-from data.sampling import Architecture, Sampling, SamplingSettings, open_folders, open_sampling
+from data.sampling.sources import Architecture, Sampling, SamplingSettings, open_folders, open_sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.batches import Batch
-    from data.packing import Piece
+    from data.sampling.batches import Batch
+    from data.sampling.packing import Piece
 
 _ALWAYS_GIVEN = ("run", "step", "rank", "characters")
 """What no run.json says."""
@@ -75,7 +75,7 @@ def read_show_settings(arguments: Sequence[str]) -> ShowSettings:
 
 def show(settings: ShowSettings) -> Iterator[str]:
     """The lines that tell a rank's micro-batches of a step, row by row. Raises UserError where there is no such step or rank."""
-    from data.batches import TrainingBatches
+    from data.sampling.batches import TrainingBatches
 
     _refuse_impossible(settings)
     if settings.run and (changes := _changes_of_run(settings.run)):
@@ -103,7 +103,7 @@ def show(settings: ShowSettings) -> Iterator[str]:
 
 def _causal_row(sampling: Sampling, source: int, sample: int, read: "Batch", characters: int) -> Iterator[str]:
     """A line or two for each document of a sample, and one for its padding."""
-    from data.fill_in_the_middle import MARKS
+    from data.sampling.fill_in_the_middle import MARKS
 
     targets, place = read.targets, 0
     for piece in sampling.samples[source].documents(sample):
@@ -118,7 +118,7 @@ def _causal_row(sampling: Sampling, source: int, sample: int, read: "Batch", cha
 
 def _row(sampling: Sampling, source: int, sample: int, read: "Batch", characters: int) -> Iterator[str]:
     """A line for each document of a sample, and what is read and asked for, segment by segment."""
-    from data.packing import IGNORED
+    from data.sampling.packing import IGNORED
 
     for piece in sampling.samples[source].documents(sample):
         yield _taken(sampling, source, piece)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.shards import PreparedData
-    from launch.compressing.comparison import Quality
-    from launch.training.weights import OpenedModel, TrainedModel
+    from launch.checkpoints.opening import OpenedModel, TrainedModel
+    from launch.evaluation.comparison import Quality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +65,10 @@ def compare(settings: CompareSettings, show_progress: bool = True) -> list[Compa
 
     Documents are kept apart where all models keep them apart.
     """
-    from data.sampling import open_folders
-    from launch.training.processes import keep_freed_memory
-    from launch.training.run_folder import paths_of
-    from launch.training.weights import loaded
+    from data.sampling.sources import open_folders
+    from launch.checkpoints.opening import loaded
+    from launch.checkpoints.run_record import paths_of
+    from launch.ranks.processes import keep_freed_memory
 
     if len(settings.models) < 2:
         raise UserError(f"models are {', '.join(settings.models) or 'none'}; give two or more to compare.")
@@ -88,7 +88,7 @@ def compare(settings: CompareSettings, show_progress: bool = True) -> list[Compa
 
 
 def _opened(name: str, before: "Sequence[OpenedModel]") -> "OpenedModel":
-    from launch.training.weights import open_model
+    from launch.checkpoints.opening import open_model
 
     path = Path(name)
     if path.suffix != ".gguf":
@@ -118,11 +118,11 @@ def _beside(
     import torch
     from tqdm import tqdm
 
-    from launch.compressing.comparison import Comparison, compared
+    from launch.checkpoints.opening import loaded
     from launch.compressing.report import weights_bytes
-    from launch.training.held_out import questions, sampling_of
-    from launch.training.processes import device_name
-    from launch.training.weights import loaded
+    from launch.evaluation.comparison import Comparison, compared
+    from launch.evaluation.evaluation_sets import questions, sampling_of
+    from launch.ranks.processes import device_name
     from model.config import count_parameters
 
     other = first if name == settings.models[0] else loaded(opened[name])
@@ -171,7 +171,7 @@ def _kind(opened: "OpenedModel") -> str:
 
 def _refuse_impossible(settings: CompareSettings, opened: "Mapping[str, OpenedModel]", folders: "Mapping[str, PreparedData]") -> None:
     """Raise UserError where models cannot be asked the same, or their answers not be laid side by side."""
-    from launch.training.held_out import strange_tokens
+    from launch.evaluation.evaluation_sets import strange_tokens
 
     context = _smallest_context(opened)
     complaints = []

@@ -36,8 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     if not settings.file_gib > 0:
         raise UserError(f"--file_gib {settings.file_gib} must be above 0.")
 
-    from launch.training.conversion import convert
-    from launch.training.processes import peak_memory_bytes
+    from launch.checkpoints.conversion import convert
+    from launch.ranks.processes import peak_memory_bytes
 
     done = convert(Path(settings.checkpoint), Path(settings.output), settings.file_gib * 2**30, functools.partial(print, flush=True))
     print(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from data.command_line import UserError, run_door
 from data.shards import PreparedData
-from data.tokenizer import load_tokenizer
-from launch.training.config import read_run_settings
+from data.tokenization.tokenizer import load_tokenizer
+from launch.training.settings import read_run_settings
 
 
 def main(arguments: list[str]) -> int:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from data.command_line import UserError, read_settings, run_door
-from data.sampling import ObjectiveName
-from launch.training.score import Score, perplexity
+from data.sampling.sources import ObjectiveName
+from launch.evaluation.score import Score, perplexity
 
 if TYPE_CHECKING:
     from data.shards import PreparedData
-    from launch.training.weights import TrainedModel
+    from launch.checkpoints.opening import TrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +94,11 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
     import torch
     from tqdm import tqdm
 
-    from data.sampling import open_folders
-    from launch.training.held_out import questions, sampling_of
-    from launch.training.processes import device_name, keep_freed_memory
-    from launch.training.score import measure
-    from launch.training.weights import load_model
+    from data.sampling.sources import open_folders
+    from launch.checkpoints.opening import load_model
+    from launch.evaluation.evaluation_sets import questions, sampling_of
+    from launch.evaluation.score import measure
+    from launch.ranks.processes import device_name, keep_freed_memory
 
     keep_freed_memory()
     trained = load_model(settings.model, settings.average)
@@ -129,7 +129,7 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
 def _refuse_impossible(
     settings: EvaluateSettings, trained: "TrainedModel", prepared: "PreparedData", length: int, stride: int, is_causal: bool
 ) -> None:
-    from launch.training.held_out import strange_tokens
+    from launch.evaluation.evaluation_sets import strange_tokens
 
     context = trained.config.sequence_length
     complaints = []
@@ -147,7 +147,7 @@ def _refuse_impossible(
 
 
 def _paths(settings: EvaluateSettings, recipe: dict) -> list[str]:
-    from launch.training.run_folder import paths_of
+    from launch.checkpoints.run_record import paths_of
 
     if settings.data:
         return [settings.data]

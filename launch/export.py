@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from data.command_line import UserError, read_settings, run_door
 
 if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
-    from launch.training.weights import OpenedModel
+    from data.tokenization.tokenizer import Tokenizer
+    from launch.checkpoints.opening import OpenedModel
 
 # How far llama.cpp's perplexity may be from ours, relative: it multiplies float16 weights by float16 activations, and blocks by
 # activations of 8 bits; GPT-2's GELU it looks up in a table of float16.
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
         "largest weights while writing; the whole model in float32, in transformers, while comparing."
     )
     settings = read_settings(ExportSettings, arguments, description, positional="model")
-    from data.tokenizer import load_tokenizer
-    from launch.training.weights import open_model
+    from data.tokenization.tokenizer import load_tokenizer
+    from launch.checkpoints.opening import open_model
 
     output = Path(settings.output)
     if output.exists():
@@ -75,9 +75,9 @@ def _refuse_meaningless(settings: ExportSettings) -> None:
 def _write_huggingface(settings: ExportSettings, opened: "OpenedModel", tokenizer: "Tokenizer", output: Path) -> str:
     import torch
 
-    from data.huggingface_tokenizer import padding, write_tokenizer
-    from launch.answers import names_of
-    from launch.training.model_card import model_card
+    from data.tokenization.huggingface import padding, write_tokenizer
+    from launch.checkpoints.model_card import model_card
+    from launch.evaluation.prediction import names_of
     from model import huggingface
 
     opened.refuse_quantized("it is a Hugging Face folder already")
@@ -98,7 +98,7 @@ def _write_huggingface(settings: ExportSettings, opened: "OpenedModel", tokenize
 
 
 def _write_gguf(settings: ExportSettings, opened: "OpenedModel", tokenizer: "Tokenizer", output: Path) -> str:
-    from data.gguf_tokenizer import gguf_tokenizer
+    from data.tokenization.gguf import gguf_tokenizer
     from launch.compressing import llama_engine
     from model.compression import gguf_file
 
@@ -140,8 +140,8 @@ def _write_gguf(settings: ExportSettings, opened: "OpenedModel", tokenizer: "Tok
 
 def _sentencepiece_beside(tokenizer: "Tokenizer") -> "Tokenizer":
     """The tokenizer.model from which a tokenizer.json was made, where it lies beside it and gives the same ids."""
-    from data.huggingface_tokenizer import texts_of_many_kinds
-    from data.tokenizer import load_tokenizer
+    from data.tokenization.huggingface import texts_of_many_kinds
+    from data.tokenization.tokenizer import load_tokenizer
 
     beside = tokenizer.path.with_name("tokenizer.model")
     if tokenizer.path.suffix == ".json" and beside.is_file():

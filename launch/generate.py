@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 from data.command_line import UserError, read_settings, run_door
 
 if TYPE_CHECKING:
-    from launch.answers import Answers
+    from launch.evaluation.prediction import Answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     settings = read_settings(GenerateSettings, arguments, "Let a model write.", positional="model")
     if settings.output and Path(settings.output).exists():
         raise UserError(f"--output {settings.output} is there already; nothing is overwritten. Give another name.")
-    from data.tokenizer import load_tokenizer
-    from launch.training.weights import load_model
+    from data.tokenization.tokenizer import load_tokenizer
+    from launch.checkpoints.opening import load_model
 
     trained = load_model(settings.model, average=settings.average)
     kind = _kind(trained.config)
@@ -133,7 +133,7 @@ def _continue(settings: GenerateSettings, trained, tokenizer) -> None:
     """Print text as it comes; the bytes of a character that is not whole yet are held back."""
     import torch
 
-    from launch.training.processes import device_name
+    from launch.ranks.processes import device_name
     from model.generation import generate
 
     ids = tokenizer.encode(settings.prompt) or [tokenizer.end_of_text]
@@ -161,8 +161,8 @@ def _continue(settings: GenerateSettings, trained, tokenizer) -> None:
 
 
 def _answers(settings: GenerateSettings, kind: str, trained, tokenizer) -> "Answers":
-    from launch.answers import Classes, Masks, Targets, names_of
-    from launch.training.processes import device_name
+    from launch.evaluation.prediction import Classes, Masks, Targets, names_of
+    from launch.ranks.processes import device_name
 
     if kind == "a classifier":
         return Classes(trained, tokenizer, device_name(), names_of(trained))

@@ -6,16 +6,16 @@ import sys
 from collections.abc import Sequence
 
 from data.command_line import run_door
-from launch.training.config import read_run_settings
-from launch.training.stopping import leave
+from launch.ranks.stopping import leave
+from launch.training.settings import read_run_settings
 
 
 def main(arguments: Sequence[str]) -> int:
     settings = dataclasses.replace(read_run_settings(arguments), dry_run=False)  # nothing is trained in any case
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in launch/pretrain.py
 
-    from launch.training.rendezvous import sentence_of_loss
-    from launch.training.start import get_ready
+    from launch.ranks.rendezvous import sentence_of_loss
+    from launch.training.setup import get_ready
 
     try:
         ready = get_ready(settings, arguments, preflight_alone=True)

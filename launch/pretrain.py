@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import UserError, flatten, run_door
-from data.packing import Samples
-from launch.training.config import RunSettings, read_run_settings
-from launch.training.stopping import StopRequest, leave
+from data.sampling.packing import Samples
+from launch.ranks.stopping import StopRequest, leave
+from launch.training.settings import RunSettings, read_run_settings
 
 NOT_TO_BE_REQUEUED = 93
 """Exit status of a run that a new start would not help."""
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported; it warns of every host without a reverse name
 
     # Torch and DeepSpeed are imported only now: --help and mistakes in settings answer at once.
-    from launch.training import checkpoint
+    from launch.checkpoints import checkpoint
+    from launch.ranks.rendezvous import sentence_of_loss
     from launch.training.plan import plan
-    from launch.training.rendezvous import sentence_of_loss
-    from launch.training.start import get_ready
+    from launch.training.setup import get_ready
 
     try:
         ready = get_ready(settings, arguments)
@@ -48,10 +48,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(ready, stop: StopRequest) -> int:
-    from data.batches import TrainingBatches, held_out_batches
-    from launch.training import checkpoint, run_folder
-    from launch.training.initial import InitialWeights
-    from launch.training.layout import describe
+    from data.sampling.batches import TrainingBatches, held_out_batches
+    from launch.checkpoints import checkpoint, run_record
+    from launch.checkpoints.initial import InitialWeights
+    from launch.ranks.layout import describe
+    from launch.training import run_folder
     from launch.training.loop import Figures, train
     from launch.training.monitor import Monitor
     from launch.training.pipeline import engine_for
@@ -117,7 +118,7 @@ def _run(ready, stop: StopRequest) -> int:
             "streams": "order: (seed, epoch, sample); dropout: (seed, step, micro-batch, layer, part of the sequence)",
         },
         "recipe": dataclasses.asdict(settings),
-        "versions": run_folder.versions(),
+        "versions": run_record.versions(),
     }
 
     def validation_batches(samples: Samples):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from data.command_line import read_settings, run_door
 from launch.compressing.settings import QuantizeSettings
-from launch.training.stopping import leave
+from launch.ranks.stopping import leave
 
 
 def main(arguments: Sequence[str]) -> int:

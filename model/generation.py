@@ -4,6 +4,7 @@ A model is (its inputs, cache=) -> logits [batch, seq, vocab], as Transformer is
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.layers import KeyValueCache
+from model.transformer import Transformer
 
 Network = Callable[..., Tensor]
 
@@ -215,3 +217,14 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
         complaints.append(f"top_p is {top_p}; it must be above 0 and at most 1.")
     if complaints:
         raise ValueError("\n".join(complaints))
+
+
+def tokens_per_second(network: Transformer, new_tokens: int = 64, prompt_tokens: int = 16) -> float:
+    """Speed of greedy generation with the cache, one token at a time after a prompt that is not timed."""
+    prompt = torch.arange(prompt_tokens)[None] % network.config.vocab_size
+    generated = generate(network, prompt, new_tokens + 1, temperature=0, sequence_length=network.config.sequence_length)
+    next(generated)
+    start = time.perf_counter()
+    for _ in generated:
+        pass
+    return new_tokens / (time.perf_counter() - start)

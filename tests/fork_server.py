@@ -52,12 +52,12 @@ if __name__ == "__main__":
     os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "DEEPSPEED_LOG_LEVEL": "warning"}  # as launch/pretrain.py does before it imports them
     import torch
 
-    from launch.training import processes
+    from launch.ranks import processes
 
     processes.device_name()
     import torch._dynamo  # as torch's optimizers do when they are made
 
-    from launch.training import loop, pipeline, start  # noqa: F401
+    from launch.training import setup as start  # noqa: F401
 
     gc.freeze()
     sys.argv = serve()

@@ -5,11 +5,12 @@ import fnmatch
 import importlib.metadata
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from launch.training.config import read_run_settings
+from launch.training.settings import read_run_settings
 from tests.ranks import REPOSITORY
 
 FOLDERS = {"model", "data", "ds_configs", "launch", "tests"}
@@ -96,8 +97,6 @@ def test_every_recipe_is_readable_and_says_how_long_to_train(path):
 
 def test_every_folder_of_packages_is_installed():
     """What pyproject.toml names is what there is: `deepspeed launch/pretrain.py` finds it from any folder."""
-    named = set(
-        re.search(r"^packages = \[(.*?)\]", (REPOSITORY / "pyproject.toml").read_text(), re.M | re.S)[1].replace('"', "").split(", ")
-    )
+    named = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     there = {name_of(path.parent).replace("/", ".") for path in sources("model", "data", "launch") if path.name == "__init__.py"}
     assert named == there

@@ -6,20 +6,20 @@ import subprocess
 
 import pytest
 
-import data.benchmark
+import launch.benchmarks.preparation
 from data.command_line import read_settings
 from data.prepare import PrepareSettings
 from data.show import read_show_settings
-from launch.benchmark import BenchmarkSettings
+from launch.benchmarks.generation import SpeedSettings
+from launch.benchmarks.pruning_and_quantization import BenchmarkSettings as CompressionBenchmarkSettings
+from launch.benchmarks.training_step import BenchmarkSettings
 from launch.compare import read_compare_settings
-from launch.compressing.benchmark import BenchmarkSettings as CompressionBenchmarkSettings
 from launch.compressing.settings import PruneSettings, QuantizeSettings
 from launch.convert import ConvertSettings
 from launch.evaluate import EvaluateSettings
 from launch.export import ExportSettings
 from launch.generate import GenerateSettings
-from launch.speed import SpeedSettings
-from launch.training.config import read_run_settings
+from launch.training.settings import read_run_settings
 from tests.ranks import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -31,11 +31,11 @@ DOORS = {
     "launch/convert.py": (ConvertSettings, "checkpoint"),
     "launch/prune.py": (PruneSettings, "model"),
     "launch/quantize.py": (QuantizeSettings, "model"),
-    "launch/speed.py": (SpeedSettings, None),
-    "launch/compressing/benchmark.py": (CompressionBenchmarkSettings, None),
-    "launch/benchmark.py": (BenchmarkSettings, None),
+    "launch/benchmarks/generation.py": (SpeedSettings, None),
+    "launch/benchmarks/pruning_and_quantization.py": (CompressionBenchmarkSettings, None),
+    "launch/benchmarks/training_step.py": (BenchmarkSettings, None),
     "data/prepare.py": (PrepareSettings, None),
-    "data/benchmark.py": (data.benchmark.BenchmarkSettings, None),
+    "launch/benchmarks/preparation.py": (launch.benchmarks.preparation.BenchmarkSettings, None),
     "launch/slurm/prepare.sbatch": (PrepareSettings, None),
 }
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from data.command_line import UserError
-from launch.compressing.parts import Parts, Weights
+from launch.compressing.layer_store import Parts, Weights
 from launch.compressing.report import LinearReport
 from launch.compressing.workers import Workers
-from launch.training.processes import peak_memory_bytes
+from launch.ranks.processes import peak_memory_bytes
 from model.compression.grids import Quantized
 from model.compression.statistics import Gatherer, Group, InputStatistics, groups_of, output_error
 from model.compression.sweep import Changed

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from data.command_line import UserError
-from data.huggingface_tokenizer import texts_of_many_kinds
-from data.tokenizer import SPACE, Tokenizer
+from data.tokenization.huggingface import texts_of_many_kinds
+from data.tokenization.tokenizer import SPACE, Tokenizer
 from model.compression import gguf_file
 from model.config import ModelConfig
 from model.loss import token_losses

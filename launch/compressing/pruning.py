@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from data.command_line import UserError
-from launch.compressing import plan, report, survey
+from launch.compressing import plan, report, sensitivity_pass
 from launch.compressing.driver import Treatment, compress
-from launch.compressing.job import Job, chosen_matrices, open_job, source_of
-from launch.compressing.parts import Parts, Weights
+from launch.compressing.layer_store import Parts, Weights
 from launch.compressing.result import Result, finish
 from launch.compressing.settings import PruneSettings
+from launch.compressing.setup import Job, chosen_matrices, open_job, source_of
 from model.compression import pruning, structured
 from model.compression.allocation import owl_sparsities
 from model.compression.statistics import InputStatistics, Matrix
@@ -80,7 +80,7 @@ def _masked(job: Job[PruneSettings], mask: _Mask, parts: Parts) -> Result:
     def smallest(block: int, linear: str, weight: Tensor) -> Tensor:
         return pruning.magnitude(weight, sparsities[block]).weight if f"{block}.{linear}" in places else weight
 
-    found = survey.divergences(job, parts, [smallest])
+    found = sensitivity_pass.divergences(job, parts, [smallest])
     compress(job.config, job.opened.state, Treatment(change), job.samples, parts, job.workers, job.dtype, job.say)
     shares = "" if settings.allocation == "uniform" else ", shares by outliers (OWL)"
     artefact: report.Artefact = "2:4" if mask.sparsity.pattern == (2, 4) else "zeros"
@@ -94,7 +94,7 @@ def _allocated(job: Job[PruneSettings], mask: _Mask, parts: Parts) -> list[pruni
     if job.settings.allocation == "uniform":
         return [mask.sparsity for _ in blocks]
     sizes = [sum(rows * columns for rows, columns in (one.shape for one in mask.chosen.values() if one.block == block)) for block in blocks]
-    shares = owl_sparsities(survey.outlier_ratios(job, parts, mask.chosen), sizes, mask.sparsity.fraction)
+    shares = owl_sparsities(sensitivity_pass.outlier_ratios(job, parts, mask.chosen), sizes, mask.sparsity.fraction)
     job.say("Sparsities of the blocks: " + " ".join(f"{share:.3f}" for share in shares))
     return [pruning.Sparsity(share) for share in shares]
 
@@ -104,7 +104,7 @@ def _cut(job: Job[PruneSettings], smaller: ModelConfig, parts: Parts) -> Result:
     config, state = job.config, job.opened.state
     shallow = dataclasses.replace(config, num_layers=smaller.num_layers, num_decoder_layers=smaller.num_decoder_layers)
     if shallow != config:
-        state = structured.shallower(config, state, shallow, survey.importance(job, parts, job.settings.depth_by))
+        state = structured.shallower(config, state, shallow, sensitivity_pass.importance(job, parts, job.settings.depth_by))
     units = {"feed_forward.down": (smaller.intermediate_size, 1)} if smaller.intermediate_size < config.intermediate_size else {}
     if smaller.num_key_value_heads < config.num_key_value_heads:
         of_a_head = config.num_attention_heads // config.num_key_value_heads * config.head_size

@@ -7,12 +7,12 @@ from typing import cast
 from torch import Tensor
 
 from data.command_line import UserError
-from launch.compressing import plan, report, survey
+from launch.compressing import plan, report, sensitivity_pass
 from launch.compressing.driver import Treatment, compress
-from launch.compressing.job import DTYPES, Job, chosen_matrices, open_job, source_of
-from launch.compressing.parts import Parts
+from launch.compressing.layer_store import Parts
 from launch.compressing.result import Result, finish
 from launch.compressing.settings import QuantizeSettings
+from launch.compressing.setup import DTYPES, Job, chosen_matrices, open_job, source_of
 from model import huggingface
 from model.compression import allocation, quantization, scaling
 from model.compression.grids import Byte, Grid, grid_of, round_to, scale_of
@@ -142,7 +142,7 @@ def _sensitivity(
     def rounding(grid: Grid) -> Callable[[int, str, Tensor], Tensor]:
         return lambda block, linear, weight: round_to(weight, grid, job.dtype).weight() if f"{block}.{linear}" in places else weight
 
-    found = survey.divergences(job, parts, [rounding(grid) for grid in grids])
+    found = sensitivity_pass.divergences(job, parts, [rounding(grid) for grid in grids])
     if found is None or average is None:
         return None if found is None else [costs[0] for costs in found], schemes
     costs_of_bits = [dict(zip(MIXED_BITS, costs, strict=True)) for costs in found]

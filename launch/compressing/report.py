@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from launch.checkpoints.opening import OpenedModel
 from launch.compressing import pictures
-from launch.compressing.comparison import Estimate, Quality
-from launch.training.weights import OpenedModel
+from launch.evaluation.comparison import Estimate, Quality
 from model.compression.grids import Byte
 from model.config import ModelConfig, count_parameters
 from model.layers import Block, Classifier, Head, HeadBias, LayerNorm, RMSNorm, TokenTransform

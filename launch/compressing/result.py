@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from data.command_line import UserError, flatten
-from data.huggingface_tokenizer import padding, write_tokenizer
-from data.tokenizer import load_tokenizer
-from launch.answers import names_of
+from data.tokenization.huggingface import padding, write_tokenizer
+from data.tokenization.tokenizer import load_tokenizer
+from launch.checkpoints.run_record import versions
 from launch.compressing import report
-from launch.compressing.comparison import Quality
-from launch.compressing.job import Job
-from launch.compressing.parts import Parts, Weights
-from launch.compressing.sides import Side, compare, perplexity_of
-from launch.speed import tokens_per_second
-from launch.training.processes import peak_memory_bytes
-from launch.training.run_folder import versions
+from launch.compressing.layer_store import Parts, Weights
+from launch.compressing.setup import Job
+from launch.compressing.streamed import Side, compare, perplexity_of
+from launch.evaluation.comparison import Quality
+from launch.evaluation.prediction import names_of
+from launch.ranks.processes import peak_memory_bytes
 from model import huggingface
 from model.compression.activations import rounding
 from model.compression.grids import Quantized
 from model.compression.packed import CacheScheme, Scheme
 from model.config import ModelConfig
+from model.generation import tokens_per_second
 from model.transformer import Transformer
 
 _PROOF_TOKENS = 16_384
@@ -192,7 +192,7 @@ def _cache_report(result: Result, dtype: torch.dtype) -> report.CacheReport:
 
 
 def _speeds(job: Job, result: Result, after: Side) -> tuple[report.Speed, ...]:
-    """Of our own generation, of what is only smaller; codes and zeros no engine here runs as such but llama.cpp (launch/speed.py)."""
+    """Of our own generation, of what is only smaller; codes and zeros no engine here runs as such but llama.cpp."""
     if result.artefact != "structured" or result.config.architecture != "decoder":
         return ()
     new_tokens = min(_SPEED_TOKENS, result.config.sequence_length // 2)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.batches import Batch
 from data.command_line import UserError
-from data.packing import IGNORED
-from data.sampling import open_folders
-from launch.training.held_out import questions, sampling_of, strange_tokens
-from launch.training.run_folder import paths_of
-from launch.training.weights import OpenedModel
+from data.sampling.batches import Batch
+from data.sampling.packing import IGNORED
+from data.sampling.sources import open_folders
+from launch.checkpoints.opening import OpenedModel
+from launch.checkpoints.run_record import paths_of
+from launch.evaluation.evaluation_sets import questions, sampling_of, strange_tokens
 
 LONGEST = 2048
 """Tokens of a sample where no length is given, at most."""
@@ -132,8 +132,3 @@ def _runs(text: Text) -> NDArray[np.uint64]:
                 views = np.lib.stride_tricks.sliding_window_view(row, length)
                 hashes.append(((views + np.uint64(1)) * powers).sum(axis=1, dtype=np.uint64))
     return np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
-
-
-def first_inputs(batches: Sequence[Batch], device: torch.device) -> list[tuple[torch.Tensor, ...]]:
-    """What the first layer of the list takes."""
-    return [batch.map(lambda tensor: tensor.to(device)).inputs for batch in batches]

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.command_line import UserError
-from launch.training import processes, rendezvous
-from launch.training.config import without_local_rank
-from launch.training.processes import Process
+from launch.ranks import processes, rendezvous
+from launch.ranks.launchers import without_local_rank
+from launch.ranks.processes import Process
 
 Thing = TypeVar("Thing")
 

@@ -7,15 +7,12 @@ import time
 from pathlib import Path
 
 from data.command_line import UserError
-from data.order import Blend
-from data.packing import Samples
 from data.prepare import PrepareSettings, prepare
-from data.sampling import Sampling, open_folders, open_held_out, open_sampling
-from data.shards import PreparedData
-from data.tokenizer import load_tokenizer
-from launch.training.config import DataSettings, RunSettings
+from data.sampling.order import Blend
+from data.sampling.packing import Samples
+from data.sampling.sources import Sampling, open_folders, open_held_out, open_sampling
+from launch.training.settings import DataSettings, RunSettings
 
-_COMPARED_TOKENS = 100_000  # of text that two tokenizers are to encode alike
 _HASHED_AT_START = 4 << 30  # bytes that are hashed in two or three seconds; above, sizes and indexes are checked, and ids while reading
 
 
@@ -74,18 +71,6 @@ def _refuse_unfit_outputs(settings: RunSettings, objective: str) -> None:
         )
     if complaints:
         raise UserError("\n".join(complaints))
-
-
-def tokenized_otherwise(folder: PreparedData, tokenizer: Path) -> bool:
-    """Whether a folder's tokens are others than this tokenizer makes: of the same file never, of another one as its first texts tell."""
-    there, here = load_tokenizer(folder.tokenizer_path), load_tokenizer(tokenizer)
-    if there.settings == here.settings and there.file_bytes() == here.file_bytes():
-        return False
-    if (there.vocab_size, there.end_of_text) != (here.vocab_size, here.end_of_text):
-        return True
-    stream = next((stream for stream in folder.splits.values() if len(stream)), None)
-    text = there.decode(stream.read(0, min(len(stream), _COMPARED_TOKENS)).tolist()) if stream is not None else ""
-    return there.encode(text) != here.encode(text)
 
 
 def _refuse_too_many_epochs(settings: RunSettings, sampling: Sampling) -> None:

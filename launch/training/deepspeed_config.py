@@ -16,8 +16,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from data.command_line import UserError, nearest
-from launch.training.config import RunSettings, accumulation_steps
-from launch.training.layout import Layout
+from launch.ranks.layout import Layout
+from launch.training.settings import RunSettings, accumulation_steps
 from model.transformer import layers
 
 # Sections that DeepSpeed reads without checking their keys.

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from launch.training.initial import InitialWeights
-from launch.training.state import KINDS, Box, SavedState, Stretch
+from launch.checkpoints.initial import InitialWeights
+from launch.checkpoints.state import KINDS, Box, SavedState, Stretch
 
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.nn.utils import get_total_norm
 
-from data.batches import Batch, target_classes, target_tokens
 from data.command_line import UserError
-from launch.training import checkpoint, parallel, state
-from launch.training.config import OptimizerSettings, RunSettings
+from data.sampling.batches import Batch, target_classes, target_tokens
+from launch.checkpoints import checkpoint, state
+from launch.checkpoints.initial import InitialWeights
+from launch.evaluation.score import Score, measure
+from launch.ranks.layout import Layout
+from launch.ranks.processes import Process, device_name, device_number
+from launch.training import parallel
 from launch.training.deepspeed_state import LiveState
-from launch.training.initial import InitialWeights
-from launch.training.layout import Layout
-from launch.training.processes import Process, device_name, device_number
-from launch.training.score import Score, measure
+from launch.training.settings import OptimizerSettings, RunSettings
 from launch.training.teacher import Teacher, fingerprint
 from model.compression.fake_quantization import fake_quantize
 from model.compression.grids import Grid

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from data.batches import Batch
-from launch.training import checkpoint
-from launch.training.config import RunSettings
+from data.sampling.batches import Batch
+from launch.checkpoints import checkpoint
+from launch.evaluation.score import Score, perplexity
+from launch.ranks.stopping import StopRequest
 from launch.training.engine import Engine, StepReport
 from launch.training.monitor import Monitor
 from launch.training.schedule import learning_rate
-from launch.training.score import Score, perplexity
-from launch.training.stopping import StopRequest
+from launch.training.settings import RunSettings
 
 SAVED_AND_UNFINISHED = 85
 """Exit status of a run that was told to stop: saved, start it again to go on."""

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from launch.training.checkpoint import write_durably
+from launch.checkpoints.checkpoint import write_durably
 
 DEEPSPEED_NAMES = {  # what DeepSpeed's own monitor calls them, over samples; old dashboards expect these
     "loss/train": "Train/Samples/train_loss",

@@ -8,9 +8,9 @@ from deepspeed.module_inject.autotp_config import AutoTPConfig
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 
+from launch.checkpoints.state import Box, whole_box
+from launch.ranks.layout import Layout
 from launch.training.deepspeed_config import PARTITION
-from launch.training.layout import Layout
-from launch.training.state import Box, whole_box
 from model.layers import Attention, Positions
 
 

@@ -12,12 +12,12 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSp
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from data.batches import Batch
+from data.sampling.batches import Batch
+from launch.checkpoints.state import Box, Stretch
+from launch.evaluation.score import Score, scored, sums_of
+from launch.ranks.layout import Layout
 from launch.training import parallel
 from launch.training.engine import Engine, Stopwatch, labels_of
-from launch.training.layout import Layout
-from launch.training.score import Score, scored, sums_of
-from launch.training.state import Box, Stretch
 from model.layers import KeyValueCache, Passed
 from model.loss import IGNORED
 from model.transformer import layers, outputs_of

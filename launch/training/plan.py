@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from launch.training.config import RunSettings, accumulation_steps
-from launch.training.layout import Layout, fewest_micro_batches, micro_batch_size
+from launch.ranks.layout import Layout, fewest_micro_batches, micro_batch_size
+from launch.training.settings import RunSettings, accumulation_steps
 from model.config import ModelConfig, count_parameters, flops_per_token
 
 # Dense bf16/fp16 tensor-core peaks of the data sheets, TFLOP/s (NVIDIA), by a part of the device's name.

@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 
 from data.command_line import UserError, flatten
-from launch.training.config import REPOSITORY, RunSettings
+from data.files import nearest_existing
+from launch import REPOSITORY
+from launch.checkpoints.run_record import versions
+from launch.ranks.layout import Layout
+from launch.ranks.processes import Process, device_number
+from launch.ranks.rendezvous import gather
 from launch.training.data import RunData
-from launch.training.layout import Layout
-from launch.training.processes import Process, device_number
-from launch.training.rendezvous import gather
-from launch.training.run_folder import PROBE, ground_of, versions
+from launch.training.run_folder import PROBE
+from launch.training.settings import RunSettings
 from model.config import count_parameters
 
 _PROBE_BYTES = 16 << 20
@@ -208,7 +211,7 @@ def _digest(names: dict) -> str:
 
 def probe_of(output: str, process: Process) -> Path:
     """Where a rank tries to write, without making the output's folder: the nearest one above it that is there."""
-    return ground_of(Path(output)) / f"{PROBE}{platform.node()}-{os.getpid()}-{process.rank}"
+    return nearest_existing(Path(output)) / f"{PROBE}{platform.node()}-{os.getpid()}-{process.rank}"
 
 
 def _seconds_to_write(probe: Path) -> float:

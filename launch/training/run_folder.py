@@ -7,23 +7,21 @@ runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, dat
 """
 
 import dataclasses
-import fcntl
 import json
 import os
-import platform
 import shutil
 import subprocess
-import sys
 import time
-import tomllib
 import uuid
-from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
 from data.command_line import UserError, flatten
-from launch.training import checkpoint
-from launch.training.config import NOT_IN_THE_WEIGHTS, REPOSITORY, RunSettings
+from data.files import nearest_existing, try_to_lock
+from launch import REPOSITORY
+from launch.checkpoints import checkpoint
+from launch.checkpoints.run_record import TOKENIZER_CONFIGURATION, paths_of, tokenizer_files, versions
+from launch.training.settings import NOT_IN_THE_WEIGHTS, RunSettings
 from model.config import ModelConfig
 
 # What may differ when a run goes on: it changes no number but by rounding, and, under dropout, by which ones are dropped.
@@ -52,7 +50,6 @@ _HARMLESS = (
 )
 
 
-TOKENIZER_CONFIGURATION = "tokenizer_config.json"
 LOCK = ".lock"
 PROBE = ".preflight-"
 """How the names of files begin that ranks write before they agree, to see that they can."""
@@ -82,7 +79,7 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     """Decide on a fresh start or going on, changing nothing. Raises UserError where the folder holds another run or something else."""
     folder = Path(settings.output)
     record = folder / "run.json"
-    ground = ground_of(folder)
+    ground = nearest_existing(folder)
     if ground.is_dir() and not os.access(ground, os.W_OK):
         raise UserError(f"output {folder}: {ground} cannot be written.")
     in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
@@ -118,22 +115,6 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed), tuple(changed))
 
 
-def json_in(path: Path) -> dict:
-    """What a file holds; nothing where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def paths_of(recipe: dict) -> list[str]:
-    """The folders of data in a recipe that was written down; versions before blends wrote one, as text."""
-    path = recipe["data"]["path"]
-    return [path] if isinstance(path, str) else path
-
-
-def ground_of(folder: Path) -> Path:
-    """The folder itself where it is there, else the nearest one above that is."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
 def _is_ours(name: str) -> bool:
     """Whether a start that did not come to its first record may have left this."""
     return name in ("run.json.tmp", LOCK) or name.startswith(PROBE)
@@ -156,17 +137,6 @@ def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
     for left_over in folder.glob(f"{PROBE}*"):
         left_over.unlink(missing_ok=True)
     return held
-
-
-def try_to_lock(file: BinaryIO, folder: Path, second: str) -> bool:
-    """Lock a file in a folder until it is closed; whether nobody else has it. Of a disk that knows no locks a person is told."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network disks know no locks
-        print(f"{folder} cannot be locked ({error.strerror}): see to it that no second {second}.", file=sys.stderr)
-    return True
 
 
 def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path) -> None:
@@ -216,22 +186,6 @@ def note_teacher(settings: RunSettings, fingerprint: str) -> str | None:
         )
     checkpoint.write_durably(path, json.dumps(about | {"teacher_fingerprint": fingerprint}, indent=1))
     return None
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer in a folder, and behind it what its file does not hold."""
-    patterns = ("tokenizer.model", "tokenizer.json", "tiktoken.model", "*.tiktoken", TOKENIZER_CONFIGURATION)
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
-
-
-def tokenizer_in(folder: Path) -> Path | None:
-    """The tokenizer in a folder."""
-    return next((path for path in tokenizer_files(folder) if path.name != TOKENIZER_CONFIGURATION), None)
-
-
-def versions() -> dict[str, str]:
-    ours = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]  # it need not be installed, in a container
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed")} | {"megabatch": ours}
 
 
 def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json: dict) -> list[str]:

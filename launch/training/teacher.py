@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from data.command_line import UserError
-from launch.training.initial import opened
-from launch.training.state import Stretch, checksum, whole_box
-from launch.training.weights import OpenedModel
+from launch.checkpoints.initial import opened
+from launch.checkpoints.opening import OpenedModel
+from launch.checkpoints.state import Stretch, checksum, whole_box
 from model.config import ModelConfig, count_parameters, flops_per_token
 from model.transformer import Transformer
 

@@ -197,7 +197,7 @@ def test_a_wrong_value_on_the_line_does_not_blame_the_recipe(recipe):
 
 def settings_of_doors() -> list[tuple[str, str]]:
     """Module and name of every settings dataclass that a door reads."""
-    found = [("launch.training.config", "RunSettings")]
+    found = [("launch.training.settings", "RunSettings")]
     for path in sorted([*REPOSITORY.glob("launch/*.py"), *REPOSITORY.glob("data/*.py")]):
         classes = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
         found += [(f"{path.parent.name}.{path.stem}", name) for name in classes if name.endswith("Settings")]

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from data.command_line import UserError
-from data.corpus import find_files
-from data.fields import Fields
+from data.preparation.fields import Fields
+from data.preparation.filters import FilterSettings
+from data.preparation.records import PartReader
+from data.preparation.sources import find_files
 from data.prepare import PrepareSettings, prepare
-from data.quality import FilterSettings
-from data.records import PartReader
 from data.shards import PreparedData, Shard
-from data.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
 from tests.ranks import REPOSITORY
 
 CORPORA = REPOSITORY.parent / "shared" / "corpora"
@@ -184,7 +184,7 @@ def test_units_that_are_done_are_not_done_again(make, corpus, spoilt, tmp_path, 
         make(input=(str(corpus), spoilt))
     before = {path.name for path in (tmp_path / "prepared.partial/units").glob("*.json")}
     done = []
-    from data.units import UnitWorker
+    from data.preparation.work_units import UnitWorker
 
     do = UnitWorker.do
     monkeypatch.setattr(UnitWorker, "do", lambda worker, unit, rows=None: (done.append(f"{unit.name}.json"), do(worker, unit, rows))[1])
@@ -341,7 +341,7 @@ def test_more_units_than_files_may_be_open_are_joined(make, corpus):
 
 
 def test_input_that_changes_while_it_is_read_is_refused(make, tmp_path, monkeypatch):
-    from data.units import UnitWorker
+    from data.preparation.work_units import UnitWorker
 
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "old"}\n' * 5000)
@@ -377,7 +377,7 @@ def test_files_of_the_same_name_are_told_apart_and_the_output_is_no_input(make, 
 
 
 def test_a_rank_that_comes_when_all_is_finished_says_so(make, tmp_path, monkeypatch):
-    from data.preparation import Preparation
+    from data.preparation.preparation import Preparation
 
     def finished_by_another(preparation, workers):
         monkeypatch.undo()

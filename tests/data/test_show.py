@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from data import show
-from data.batches import TrainingBatches
 from data.command_line import UserError
-from data.order import Blend
-from data.packing import IGNORED
 from data.prepare import PrepareSettings, prepare
-from data.sampling import SamplingSettings, names_of, open_folders, open_sampling
-from data.tokenizer import load_tokenizer, train_sentencepiece
+from data.sampling.batches import TrainingBatches
+from data.sampling.order import Blend
+from data.sampling.packing import IGNORED
+from data.sampling.sources import SamplingSettings, names_of, open_folders, open_sampling
+from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 WORDS = ["--model.sequence_length", "24", "--batch.global_batch_size", "8", "--seed", "5", "--characters", "0"]

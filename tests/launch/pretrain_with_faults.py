@@ -14,10 +14,10 @@ import sys
 
 from data.command_line import run_door
 from launch import pretrain
-from launch.training import checkpoint
+from launch.checkpoints import checkpoint
+from launch.checkpoints.state import SavedState
+from launch.ranks.stopping import leave
 from launch.training.engine import Engine
-from launch.training.state import SavedState
-from launch.training.stopping import leave
 
 
 def plant(fault: str) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from data.command_line import UserError
 from launch import convert, evaluate, export, generate, pretrain
-from launch.training import checkpoint
+from launch.checkpoints import checkpoint
+from launch.ranks.processes import free_port
 from launch.training.loop import SAVED_AND_UNFINISHED
-from launch.training.processes import free_port
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 from tests.words import over
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from data.command_line import UserError
-from data.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
 from launch import export
-from launch.training import checkpoint, state
-from launch.training.weights import load_model, open_model
+from launch.checkpoints import checkpoint, state
+from launch.checkpoints.opening import load_model, open_model
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.model.both_sides import BERT, MARIAN, T5

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from data.command_line import UserError
-from data.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
 from launch import generate
-from launch.answers import Names, names_of
-from launch.training import weights
+from launch.checkpoints import opening
+from launch.evaluation.prediction import Names, names_of
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -62,8 +62,8 @@ def door(tokenizer, tmp_path, monkeypatch, capsys):
 
     def call(kind: str, network: torch.nn.Module, *words: str, data: dict | None = None) -> str:
         config = ModelConfig(**SMALL, **KINDS[kind])
-        found = weights.TrainedModel(config, {}, tmp_path / "step", tokenizer.path, 1, {"data": data or {}}, network)
-        monkeypatch.setattr(weights, "load_model", lambda path, average=1: found)
+        found = opening.TrainedModel(config, {}, tmp_path / "step", tokenizer.path, 1, {"data": data or {}}, network)
+        monkeypatch.setattr(opening, "load_model", lambda path, average=1: found)
         assert generate.main(["runs/x", *words]) == 0
         return capsys.readouterr().out
 
@@ -131,7 +131,7 @@ def test_a_classifier_says_the_label_or_the_number_of_a_class(door, monkeypatch)
 def test_names_come_from_a_hugging_face_folder_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"id2label": {"10": "c", "0": "a", "2": "b"}}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "<mask>", "cls_token": {"content": "<s>", "lstrip": False}}))
-    found = weights.TrainedModel(ModelConfig(), {}, tmp_path, None, None, {}, torch.nn.Module())
+    found = opening.TrainedModel(ModelConfig(), {}, tmp_path, None, None, {}, torch.nn.Module())
     assert names_of(found) == Names("<s>", "<mask>", labels=("a", "b", "c"))
 
 

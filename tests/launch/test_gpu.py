@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from torch.sparse import to_sparse_semi_structured
 from torch.utils.benchmark import Timer
 
+from launch.checkpoints.opening import open_model
 from launch.training.loop import SAVED_AND_UNFINISHED
-from launch.training.weights import open_model
 from model import huggingface
 from model.compression.pruning import Sparsity, sparsegpt
 from model.compression.statistics import InputStatistics, matrices
 from model.config import ModelConfig, named_size
 from model.transformer import Transformer
-from tests.launch.test_resume import curves
+from tests.launch.training.test_resume import curves
 from tests.ranks import REPOSITORY, clean_environment, finish
 
 GPU = "cuda"

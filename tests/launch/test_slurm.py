@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.training import checkpoint
+from launch.checkpoints import checkpoint
 from tests.launch.slurm_cluster import SLURM_SCRIPTS, Cluster, await_, cluster, job_log
 from tests.ranks import REPOSITORY
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.huggingface_tokenizer import padding
 from data.prepare import PrepareSettings, prepare
-from data.tokenizer import load_tokenizer
+from data.tokenization.huggingface import padding
+from data.tokenization.tokenizer import load_tokenizer
 from launch import prune, quantize
 from model import huggingface
 from model.config import ModelConfig

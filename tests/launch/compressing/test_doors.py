@@ -14,11 +14,11 @@ import torch
 
 from data.command_line import UserError
 from launch import export, prune, quantize
-from launch.compressing import parts, result
-from launch.compressing.parts import Parts
+from launch.checkpoints import checkpoint, state
+from launch.checkpoints.opening import loaded, open_model
+from launch.compressing import layer_store, result
+from launch.compressing.layer_store import Parts
 from launch.compressing.samples import calibration_text
-from launch.training import checkpoint, state
-from launch.training.weights import loaded, open_model
 from model import huggingface
 from model.compression.statistics import LargestKept
 from model.config import ModelConfig
@@ -292,7 +292,7 @@ def whole(quantized, model, one_thread) -> bytes:
 
 
 def test_a_disk_that_is_full_at_every_write_in_turn_costs_nothing_that_was_done(quantized, model, whole, tmp_path, monkeypatch):
-    save_file, export = parts.save_file, huggingface.export
+    save_file, export = layer_store.save_file, huggingface.export
     written, unfinished = [], tmp_path / "out.unfinished"
 
     def save_one(tensors, path):
@@ -302,7 +302,7 @@ def test_a_disk_that_is_full_at_every_write_in_turn_costs_nothing_that_was_done(
         written.append(path.name)
         save_file(tensors, path)
 
-    monkeypatch.setattr(parts, "save_file", save_one)
+    monkeypatch.setattr(layer_store, "save_file", save_one)
     for layer in range(1, 5):
         with pytest.raises(
             UserError, match=rf"layer-{layer:05d}\.safetensors could not be written: .*No space left.*kept; the same command"
@@ -370,14 +370,14 @@ def test_proof_fails_the_door_where_transformers_finds_something_else(quantized,
 KILLED = """
 import os, signal, sys
 from launch import quantize
-from launch.compressing import parts
-save_file = parts.save_file
+from launch.compressing import layer_store
+save_file = layer_store.save_file
 def killed_in_the_middle(tensors, path):
     if "00002" in path.name:
         path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     save_file(tensors, path)
-parts.save_file = killed_in_the_middle
+layer_store.save_file = killed_in_the_middle
 quantize.main(sys.argv[1:])
 """
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from launch.compressing.driver import Treatment, compress
-from launch.compressing.parts import Parts, Weights
+from launch.compressing.layer_store import Parts, Weights
 from launch.compressing.workers import find_workers
-from launch.training.processes import Process
+from launch.ranks.processes import Process
 from model.compression.grids import Grid, Quantized, round_to
 from model.compression.sweep import Changed
 from model.config import ModelConfig

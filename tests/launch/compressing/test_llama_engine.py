@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.gguf_tokenizer import gguf_tokenizer
-from data.tokenizer import load_tokenizer, published_pattern, train_sentencepiece
-from launch import export, speed
+from data.tokenization.gguf import gguf_tokenizer
+from data.tokenization.tokenizer import load_tokenizer, published_pattern, train_sentencepiece
+from launch import export
+from launch.benchmarks import generation
 from launch.compressing import llama_engine
 from model import huggingface
 from model.compression import gguf_file
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.data.vocabularies import SPECIAL_TOKENS, learnt_byte_level, rank_file
+from tests.data.tokenization.vocabularies import SPECIAL_TOKENS, learnt_byte_level, rank_file
 from tests.model.both_sides import GPT2
 
 pytestmark = pytest.mark.slow
@@ -115,6 +116,6 @@ def test_other_ids_and_another_perplexity_are_noticed(words, tmp_path):
 
 
 def test_four_bits_write_at_least_twice_as_fast_as_we_do(capsys):
-    assert speed.main(["--size", "llama-160m", "--types", "q4_0", "q4_k_m", "--new_tokens", "32"]) == 0
+    assert generation.main(["--size", "llama-160m", "--types", "q4_0", "q4_k_m", "--new_tokens", "32"]) == 0
     times_ours = dict(re.findall(r"^(.*?) +[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M))
     assert float(times_ours["llama.cpp, q4_0"]) >= 2 and float(times_ours["llama.cpp, q4_k_m"]) >= 2

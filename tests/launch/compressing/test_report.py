@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from launch.checkpoints.opening import OpenedModel
 from launch.compressing import report
-from launch.compressing.comparison import compared
 from launch.compressing.report import Artefact, Basis, BlockReport, Calibration, LinearReport, Proof, Report, Speed, TensorReport, Weights
-from launch.training.weights import OpenedModel
+from launch.evaluation.comparison import compared
 from model.compression.statistics import groups_of
 from model.config import ModelConfig, count_parameters
 from model.layers import Block

@@ -1,0 +1,158 @@
+"""Samples -> batches: which rows a rank reads at a step, and the fixed order of an evaluation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.command_line import UserError
+from data.sampling.order import Blend, rank_share
+from data.sampling.packing import IGNORED, PackedSamples, Sample, Samples, padding_like
+from data.shards import TokenStream
+
+
+class Batch(NamedTuple):
+    """One micro-batch: the fields of Sample, a row a sample, int64; None for what the objective does not have."""
+
+    tokens: Tensor
+    """[micro_batch_size, sequence_length], or [micro_batch_size, target_length] where there is a source"""
+    segments: Tensor
+    """As `tokens`."""
+    targets: Tensor
+    """As `tokens`."""
+    token_types: Tensor | None = None
+    """As `tokens`."""
+    source: Tensor | None = None
+    """[micro_batch_size, sequence_length]"""
+    source_segments: Tensor | None = None
+    """[micro_batch_size, sequence_length]"""
+    classes: Tensor | None = None
+    """[micro_batch_size]"""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the network is called with, in its order."""
+        if self.source is not None:
+            return self.source, self.source_segments, self.tokens, self.segments
+        return (self.tokens, self.segments) if self.token_types is None else (self.tokens, self.segments, self.token_types)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Each tensor changed."""
+        return Batch(*(None if field is None else function(field) for field in self))
+
+
+def target_tokens(batches: list[Batch]) -> int:
+    """How many targets count."""
+    return sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+
+
+def target_classes(batches: list[Batch]) -> int:
+    """How many classes count."""
+    return sum(int((batch.classes != IGNORED).sum()) for batch in batches if batch.classes is not None)
+
+
+class TrainingBatches:
+    """The batches of one rank; which samples they are is a pure function of the step, the blend and the rank."""
+
+    def __init__(
+        self,
+        sources: Sequence[Samples],
+        blend: Blend,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        share = micro_batch_size * world
+        if global_batch_size % share:
+            below = global_batch_size // share * share
+            raise UserError(
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
+                f"data_parallel_size {world} = {share}. Nearest: {f'{below} or ' if below else ''}{below + share}."
+            )
+        self.sources = sources
+        self.blend = blend
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.rank, self.world = rank, world
+
+    def step(self, number: int) -> list[Batch]:
+        """This rank's micro-batches of an optimizer step, counted from 0."""
+        return [
+            _stack([self.sources[source].sample(sample, epoch) for source, epoch, sample in rows])
+            for rows in self.step_samples(number).tolist()
+        ]
+
+    def step_samples(self, number: int) -> NDArray[np.int64]:
+        """Source, epoch and sample of every row of this rank's micro-batches.  -> [accumulation, micro_batch_size, 3]"""
+        positions = np.arange(number * self.global_batch_size, (number + 1) * self.global_batch_size, dtype=np.int64)
+        share = rank_share(positions, self.micro_batch_size, self.rank, self.world)
+        return np.stack(self.blend.draw(share.ravel()), axis=-1).reshape(*share.shape, 3)
+
+
+def num_evaluation_samples(num_tokens: int, sequence_length: int, stride: int) -> int:
+    """How many samples, `stride` tokens apart, cover a stream of so many tokens."""
+    return 1 + max(0, -(-(num_tokens - sequence_length) // stride))
+
+
+def evaluation_batches(
+    stream: TokenStream,
+    sequence_length: int,
+    micro_batch_size: int,
+    end_of_text: int,
+    rank: int = 0,
+    world: int = 1,
+    limit_samples: int | None = None,
+    document_mask: bool = False,
+    stride: int | None = None,
+) -> Iterator[Batch]:
+    """The whole stream in a fixed order, every token a target once, the first behind end_of_text; the last sample is padded.
+
+    Each rank gets the same number of batches, the last ones padding where there is nothing left, because ranks must call the
+    model together. `limit_samples` takes so many samples, evenly spread. Samples begin `stride` tokens apart (default: side by
+    side); where they overlap, the later one reads the tokens again without counting them.
+    """
+    if len(stream) == 0:
+        raise UserError("The split to evaluate on has 0 tokens: no document was held out. Prepare with a larger --held_out.")
+    stride = stride or sequence_length
+    packed = PackedSamples(stream, sequence_length, end_of_text, document_mask)
+    num_samples = num_evaluation_samples(len(stream), sequence_length, stride)
+    for numbers in _evenly_spread(num_samples, limit_samples, micro_batch_size, rank, world):
+        rows = _rows(lambda number: packed.window(number * stride), numbers)
+        for number, row in zip(numbers, rows, strict=True):
+            if number > 0:
+                row.targets[: sequence_length - stride] = IGNORED  # the sample before has counted them
+        yield _stack(rows)
+
+
+def held_out_batches(
+    samples: Samples, micro_batch_size: int, rank: int = 0, world: int = 1, limit_samples: int | None = None
+) -> Iterator[Batch]:
+    """Samples of any objective in a fixed order, drawn as in epoch 0.
+
+    Each rank gets the same number of batches, the last ones padding where there is nothing left, because ranks must call the
+    model together. `limit_samples` takes so many samples, evenly spread.
+    """
+    for numbers in _evenly_spread(samples.num_samples, limit_samples, micro_batch_size, rank, world):
+        yield _stack(_rows(lambda number: samples.sample(number, 0), numbers))
+
+
+def _evenly_spread(num_samples: int, limit_samples: int | None, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """The samples of each of a rank's micro-batches; -1 for padding.  -> [batches][micro_batch_size]"""
+    taken = min(num_samples, limit_samples or num_samples)
+    samples = np.arange(taken, dtype=np.int64) * num_samples // taken
+    padding = np.full(-taken % (micro_batch_size * world), -1, dtype=np.int64)
+    return rank_share(np.concatenate([samples, padding]), micro_batch_size, rank, world).tolist()
+
+
+def _rows(read: Callable[[int], Sample], numbers: list[int]) -> list[Sample]:
+    """Samples, with padding of their shape for -1."""
+    return [padding_like(read(0)) if number < 0 else read(number) for number in numbers]
+
+
+def _stack(samples: list[Sample]) -> Batch:
+    """Samples [sequence_length] as the rows of a micro-batch."""
+    return Batch(*(None if rows[0] is None else torch.from_numpy(np.stack(rows)) for rows in zip(*samples, strict=True)))

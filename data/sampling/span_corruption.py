@@ -1,0 +1,97 @@
+"""Span corruption: spans of a text are cut out, and an encoder-decoder says what they were (Raffel et al. 2019, arXiv 1910.10683)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.command_line import UserError
+from data.sampling.order import sample_generator
+from data.sampling.packing import PackedSamples, Piece, Sample, Samples, encoder_decoder_sample
+from data.shards import TokenStream
+
+
+def num_noise(num_tokens: int, rate: float, span_length: float) -> tuple[int, int]:
+    """Tokens that are cut out of so many, and in how many spans; something of a text is always kept, and kept first."""
+    noise = min(max(round(num_tokens * rate), 1), num_tokens - 1)
+    return noise, min(max(round(noise / span_length), 1), noise, num_tokens - noise)
+
+
+def lengths_of(num_tokens: int, rate: float, span_length: float) -> tuple[int, int]:
+    """Tokens of the source and of the target that so many become: a sentinel a span in both, and both end with end of text."""
+    noise, spans = num_noise(num_tokens, rate, span_length)
+    return num_tokens - noise + spans + 1, noise + spans + 1
+
+
+def text_length(source_length: int, rate: float, span_length: float) -> int:
+    """The most tokens whose source is no longer; where it is more than a few, exactly so long. Raises UserError where there are none."""
+    if lengths_of(1, rate, span_length)[0] > source_length:
+        raise UserError(
+            f"model.sequence_length is {source_length}; data.objective span_corruption needs room for a token and its end: at least 2."
+        )
+    fits, too_many = 1, 2
+    while lengths_of(too_many, rate, span_length)[0] <= source_length:
+        fits, too_many = too_many, 2 * too_many
+    while too_many - fits > 1:  # a source grows with its text
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if lengths_of(middle, rate, span_length)[0] <= source_length else (fits, middle)
+    return fits
+
+
+class SpanCorruptionSamples(Samples):
+    """Documents joined and cut into texts of one length, whose source fills a sample: section 3.1.4 of the paper, figure 2.
+
+    The source is the text with a sentinel in the place of each span, the target each sentinel and its span; both end with
+    end_of_text, and the decoder begins with `start_token`. Lengths of spans and of what is kept between them are random, but not their
+    numbers and sums, so that all sources and all targets are equally long, but where a text ends with a document, whose end
+    of text is written once. A text that is a single token is kept.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        sequence_length: int,
+        rate: float,
+        span_length: float,
+        sentinels: Sequence[int],
+        end_of_text: int,
+        start_token: int,
+        seed: int = 0,
+        source: int = 0,
+    ) -> None:
+        self.stream, self.sequence_length = stream, sequence_length
+        self._rate, self._span_length = rate, span_length
+        self._sentinels, self._end_of_text, self.start_token = np.array(sentinels, np.int64), end_of_text, start_token
+        self._seed, self._source = seed, source
+        self._content = text_length(sequence_length, rate, span_length)
+        self.target_length = lengths_of(self._content, rate, span_length)[1]
+        self._windows = PackedSamples(stream, self._content, end_of_text)
+        self.num_samples = self._windows.num_samples
+
+    def documents(self, number: int) -> list[Piece]:
+        return self._windows.documents(number)
+
+    def sample(self, number: int, epoch: int) -> Sample:
+        start = number * self._content
+        text = self.stream.read(start, min(self._content, len(self.stream) - start)).astype(np.int64)
+        if len(text) > 1 and text[-1] == self._end_of_text:
+            text = text[:-1]
+        generator = sample_generator(self._seed, epoch, number, self._source)
+        noise, spans = num_noise(len(text), self._rate, self._span_length)
+        kept, cut = _partition(len(text) - noise, spans, generator), _partition(noise, spans, generator)
+        parts = np.split(text, np.cumsum(np.stack([kept, cut], axis=1))[:-1])  # kept, cut, kept, cut, ...
+        sentinels, rest, end = self._sentinels[:spans, None], parts[2 * spans :], [[self._end_of_text]]
+        source = np.concatenate([part for pair in zip(parts[0::2], sentinels, strict=False) for part in pair] + rest + end)
+        targets = np.concatenate([part for pair in zip(sentinels, parts[1::2], strict=True) for part in pair] + end)
+        ones = np.ones_like
+        return encoder_decoder_sample(
+            self.sequence_length, self.target_length, self.start_token, source, ones(source), targets, ones(targets)
+        )
+
+
+def _partition(num_tokens: int, num_parts: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Lengths of parts, none empty, each way to cut as likely.  -> [num_parts]"""
+    if not num_parts:
+        return np.zeros(0, np.int64)
+    cuts = np.sort(generator.choice(num_tokens - 1, num_parts - 1, replace=False, shuffle=False)) + 1
+    return np.diff(cuts, prepend=0, append=num_tokens)

@@ -1,0 +1,147 @@
+"""gigatoken as the fast path: the ids of another tokenizer, where it gives the same ones."""
+
+import importlib.metadata
+import json
+import random
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from sentencepiece import sentencepiece_model_pb2
+
+from data.command_line import UserError
+from data.tokenization.huggingface import convert, texts_of_many_kinds
+from data.tokenization.tokenizer import SPACE, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, published_pattern
+
+if TYPE_CHECKING:
+    import gigatoken
+
+_SCHEMES = {"r50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}  # gigatoken's names for tiktoken's patterns
+# What others change depends on the version of Unicode; of SentencePiece's tables gigatoken drops U+0737 beside some characters.
+_NORMALIZERS_ALIKE = {"NFC", "Prepend", "Replace"}
+_SAMPLE_CHARACTERS = 300_000
+_PLANES = ((0x20, 0x250), (0x250, 0x2000), (0x2000, 0x3100), (0x3100, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x110000))
+# What gigatoken remembers of the words it has seen grows without bound, by 90 bytes a word (its issue 36): it is begun anew.
+REMEMBERED_CHARACTERS = 100_000_000
+
+
+class GigatokenTokenizer(Tokenizer):
+    """A tokenizer whose texts gigatoken encodes, on one thread; raises UserError where gigatoken cannot load it.
+
+    gigatoken takes a special token written in a text for the token, the character U+2581 for a SentencePiece model's space, and
+    knows a newer Unicode: what is a letter, and what is composed. Texts with one of them are encoded by the tokenizer itself.
+    """
+
+    def __init__(self, reference: Tokenizer) -> None:
+        self.reference = reference
+        self.path, self.vocab_size, self.settings = reference.path, reference.vocab_size, reference.settings
+        self.end_of_text, self.end_of_text_token = reference.end_of_text, reference.end_of_text_token
+        self.special_tokens = reference.special_tokens
+        self.engine = f"gigatoken {importlib.metadata.version('gigatoken')}"
+        normalizers = _normalizers(reference)
+        if others := sorted(normalizers - _NORMALIZERS_ALIKE):
+            raise UserError(f"gigatoken is not used for {reference.path}, which normalises text ({', '.join(others)}).")
+        self._composes = "NFC" in normalizers
+        self._load = _loader(reference)
+        self._begin_anew()
+        self._is_special = np.zeros(self.vocab_size, dtype=bool)
+        self._is_special[list(self.special_tokens.values())] = True
+        self._assigned: set[str] = set()
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(text).tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.reference.decode(ids)
+
+    def _encode_each(self, texts: Sequence[str]) -> Iterator[NDArray]:
+        return map(self._encode, texts)
+
+    def _encode(self, text: str) -> NDArray:
+        if self._is_read_alike(text):
+            if self._remembered > REMEMBERED_CHARACTERS:
+                self._begin_anew()
+            self._remembered += len(text)
+            ids = self._fast.encode(text)
+            if not self._is_special[ids].any():
+                return ids
+        return np.array(self.reference.encode(text), dtype=np.uint32)
+
+    def _is_read_alike(self, text: str) -> bool:
+        if text.isascii():
+            return True
+        if isinstance(self.reference, SentencePieceTokenizer):
+            return SPACE not in text
+        return self._is_assigned(text) and (not self._composes or unicodedata.is_normalized("NFC", text))
+
+    def _is_assigned(self, text: str) -> bool:
+        """Whether this Python knows all characters: which are letters, and what is composed, changes only for those that are new."""
+        unseen = set(text) - self._assigned
+        self._assigned |= {character for character in unseen if unicodedata.category(character) != "Cn"}
+        return unseen <= self._assigned
+
+    def _begin_anew(self) -> None:
+        try:
+            self._fast, self._remembered = self._load(), 0
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0].removesuffix(".")
+            raise UserError(f"gigatoken cannot load {self.path}: {reason}.") from error
+
+
+def _loader(reference: Tokenizer) -> "Callable[[], gigatoken.Tokenizer]":
+    """What builds gigatoken's tokenizer, as often as it is called."""
+    import gigatoken
+
+    if isinstance(reference, HuggingFaceTokenizer):
+        contents: str | bytes = reference.file_bytes()
+        return lambda: gigatoken.Tokenizer.from_json(contents)
+    if isinstance(reference, TiktokenTokenizer):
+        pattern = reference.settings["pat_str"]
+        scheme = next((scheme for name, scheme in _SCHEMES.items() if published_pattern(name) == pattern), None)
+        if scheme is None:
+            raise UserError(f"gigatoken does not know the pattern by which {reference.path} splits text.")
+        return lambda: gigatoken.Tokenizer.from_tiktoken(reference.path, scheme, reference.special_tokens)
+    model = sentencepiece_model_pb2.ModelProto.FromString(reference.path.read_bytes())
+    # Where pieces run across spaces, gigatoken cannot remember words, and our conversion is the faster half as much again.
+    if model.trainer_spec.model_type == model.trainer_spec.BPE and not model.trainer_spec.split_by_whitespace:
+        contents = convert(reference).to_str()
+        return lambda: gigatoken.Tokenizer.from_json(contents)
+    contents = reference.path.read_bytes()
+    return lambda: gigatoken.Tokenizer.from_sentencepiece(contents)
+
+
+def _normalizers(reference: Tokenizer) -> set[str]:
+    """Names of what a tokenizer does to a text first."""
+    if isinstance(reference, HuggingFaceTokenizer):
+        normalizer = json.loads(reference.file_bytes()).get("normalizer") or {}
+        return {step["type"] for step in normalizer.get("normalizers", [normalizer]) if step}
+    if isinstance(reference, SentencePieceTokenizer):
+        normalizer = sentencepiece_model_pb2.ModelProto.FromString(reference.path.read_bytes()).normalizer_spec
+        return {normalizer.name or "by a table"} if normalizer.precompiled_charsmap else set()
+    return set()
+
+
+def texts_to_compare(tokenizer: Tokenizer, sample: Sequence[str]) -> Iterator[str]:
+    """As much of a sample as takes a moment, and what tokenizers differ on: characters of every plane, long runs, odd spaces."""
+    left = _SAMPLE_CHARACTERS
+    for text in sample:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            break
+    yield from texts_of_many_kinds(tokenizer)
+    draw = random.Random(0)
+    for first, last in _PLANES:
+        for _ in range(10):
+            yield "".join(chr(draw.randrange(first, last)) for _ in range(200))
+    everything = [chr(code) for first, last in _PLANES[:4] for code in range(first, last)]
+    draw.shuffle(everything)
+    yield from ("".join(everything[start : start + 500]) for start in range(0, len(everything), 500))
+    for run in ("a", " ", "\n", "=", "é", "汉", "1", "\u0301", "\U0001f600", "ab ", " \n", "'s"):
+        yield "x" + run * 3000 + "y"
+        yield run * 700
+    spaces = " \t\n\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2028\u2029\u202f\u205f\u3000\u200b\ufeff"
+    for _ in range(100):
+        yield "".join(draw.choice([*spaces, "a", "B", "1", ".", "'ll", "'LL", "ſ", "\u0301"]) for _ in range(30))

@@ -1,0 +1,104 @@
+"""The README.md of an exported model: what it is, how it was trained, and how the export was checked."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data.command_line import flatten
+from data.sampling.sources import OBJECTIVES
+from launch.checkpoints import checkpoint
+from launch.checkpoints.opening import OpenedModel
+from launch.checkpoints.run_record import json_in, paths_of, versions
+from model import huggingface
+from model.config import ModelConfig, count_parameters
+
+# Settings of a recipe that a reader wants to know where they are not zero, and what a card calls them.
+_NUMBERS = {
+    "batch.global_batch_size": "sequences a step",
+    "optimizer.learning_rate": "learning rate",
+    "schedule.kind": "schedule",
+    "schedule.warmup_steps": "warm-up steps",
+    "optimizer.weight_decay": "weight decay",
+    "optimizer.beta2": "AdamW's beta2",
+    "loss.label_smoothing": "label smoothing",
+    "model.dropout": "dropout",
+    "precision": "precision",
+    "seed": "seed",
+}
+_TASKS = {
+    "gpt2": "text-generation",
+    "llama": "text-generation",
+    "qwen3": "text-generation",
+    "bert": "fill-mask",
+    "marian": "translation",
+    "t5": "text2text-generation",
+}
+
+
+def model_card(opened: OpenedModel, name: str, average: int, dtype: torch.dtype, difference: float) -> str:
+    """Markdown with the head that Hugging Face's hub reads. What is not known, as of a model without its run, is left out.
+
+    `difference` is the largest between a logit of transformers and one of ours, in float32.
+    """
+    kind = huggingface.architecture(opened.config)
+    task = "text-classification" if not opened.config.token_head else _TASKS[kind]
+    loader, rows = huggingface.auto_class(opened.config), [*_shape(opened.config), *_training(opened, average)]
+    rows.append(
+        ("weights", f"{str(dtype).removeprefix('torch.')}; read by transformers, logits differ from ours by at most {difference:.1e}")
+    )
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- megabatch\n---\n\n# {name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"```python\nfrom transformers import AutoTokenizer, {loader}\n\n"
+        f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), {loader}.from_pretrained("{name}")\n```\n'
+    )
+
+
+def _shape(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    yield "architecture", f"{huggingface.to_huggingface(config)['architectures'][0]}: our {config.architecture.replace('_', '-')}"
+    yield "parameters", f"{count_parameters(config):,}"
+    decoder = f" + {config.num_decoder_layers}" if config.num_decoder_layers else ""
+    yield "shape", f"{config.num_layers}{decoder} blocks of width {config.hidden_size}, {config.num_attention_heads} heads"
+    yield "vocabulary", f"{config.vocab_size:,}"
+    yield "context", f"{config.sequence_length:,} tokens"
+
+
+def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
+    if opened.step is None:
+        return
+    mean = f", mean of the newest {average} checkpoints" if average > 1 else ""
+    yield "step", f"{opened.step:,}{mean}"
+    manifest = checkpoint.read_manifest(opened.folder)
+    record = json_in(opened.folder.parent.parent / "run.json")
+    if opened.recipe:
+        numbers = flatten(opened.recipe)
+        tokens = opened.step * numbers["batch.global_batch_size"] * numbers["model.sequence_length"]
+        yield "tokens", f"{tokens:,}"
+        yield (
+            "data",
+            ", ".join(Path(path).name for path in paths_of(opened.recipe)) + f", fingerprint {manifest['data']['fingerprint'][:12]}",
+        )
+        objective = numbers.get("data.objective") or OBJECTIVES[opened.config.architecture][0]
+        rate = f", {numbers['data.mask_rate']:g} of the tokens" if objective in ("masked", "span_corruption") else ""
+        yield "objective", objective.replace("_", " ") + rate
+        for setting, what in _NUMBERS.items():
+            if numbers.get(setting):
+                yield what, str(numbers[setting])
+    if average == 1 and (loss := _validation_loss(opened.folder.parent.parent / "metrics.jsonl", opened.step)) is not None:
+        yield "validation loss", f"{loss:.4f} nats a target token"
+    yield "written by", ", ".join(f"{name} {number}" for name, number in manifest.get("versions", versions()).items())
+    if record.get("commit"):
+        yield "commit", record["commit"]
+
+
+def _validation_loss(metrics: Path, step: int) -> float | None:
+    """The last one up to a step."""
+    found = None
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+        if re.search(r'"loss/validation": \d', line):
+            entry = json.loads(line)
+            found = entry["loss/validation"] if entry["step"] <= step else found
+    return found

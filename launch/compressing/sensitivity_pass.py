@@ -1,0 +1,91 @@
+"""What a walk over the model as it is tells of its blocks. It is noted beside the parts: an earlier start's is not found out again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from launch.compressing.driver import gathered
+from launch.compressing.layer_store import Parts
+from launch.compressing.setup import Job
+from launch.evaluation.evaluation_sets import first_inputs
+from launch.evaluation.score import sums_of
+from model.compression import sensitivity, structured
+from model.compression.allocation import outlier_ratio
+from model.compression.sensitivity import Change
+from model.compression.statistics import Matrix
+
+Found = TypeVar("Found")
+
+
+def divergences(job: Job, parts: Parts, changes: Sequence[Change]) -> list[list[float]] | None:
+    """Mean KL to the model as it is, where one block alone is changed: nats a token.  -> [blocks][changes]
+
+    None where no samples are given for it.
+    """
+    if job.calibration is None or not job.settings.sensitivity_samples:
+        return None
+    variants = job.config.total_blocks * len(changes)
+    wanted = max(1, min(job.settings.sensitivity_samples, job.calibration.num_samples // variants))
+    batches = job.calibration.beginning(wanted)
+
+    def find() -> list[list[float]]:
+        job.say(f"Each block alone: {wanted} of the calibration samples.")
+        samples = first_inputs(job.workers.share(batches), job.workers.device)
+        sums, tokens = sensitivity.divergences(job.config, job.opened.state, samples, changes, job.workers.device)
+        counted = torch.tensor(float(tokens), dtype=torch.float64, device=job.workers.device)
+        job.workers.add_up([sums, counted])
+        return (sums / counted).tolist()
+
+    return _noted(job, parts, "sensitivity", find)
+
+
+def outlier_ratios(job: Job, parts: Parts, chosen: Mapping[str, Matrix]) -> list[float]:
+    """Of the chosen matrices of each block, as model.compression.allocation has it."""
+
+    def find() -> list[float]:
+        job.say("Outliers of each block: a walk over the model as it is.")
+        ratios = []
+        for step, statistics in gathered(job.config, job.opened.state, job.samples, job.workers):
+            here = [(linear, group) for group in statistics for linear in group.linears if f"{step.name}.{linear}.weight" in chosen]
+            weights = [step.module.get_submodule(linear).weight for linear, _ in here]
+            ratios.append(outlier_ratio(weights, [statistics[group] for _, group in here]) if here else 0.0)
+        return ratios
+
+    return _noted(job, parts, "outliers", find)
+
+
+def importance(job: Job, parts: Parts, by: str) -> Tensor:
+    """What is lost without each block: its influence, or how much the calibration text's loss rises.  -> [blocks]"""
+    device, state = job.workers.device, job.opened.state
+
+    def influences() -> list[float]:
+        sums = structured.influences(job.config, state, job.samples, device)
+        job.workers.add_up([sums])
+        return sums.tolist()
+
+    def rises() -> list[float]:
+        assert job.calibration is not None
+        # Their hidden states are kept once for each block.
+        batches = job.workers.share(job.calibration.beginning(max(1, job.calibration.num_samples // job.config.total_blocks)))
+        samples = first_inputs(batches, device)
+
+        def loss(said: Tensor | tuple[Tensor, Tensor], number: int) -> Tensor:
+            batch = batches[number].map(lambda tensor: tensor.to(device))
+            return sums_of(said, batch.targets, batch.classes)[:2].sum()
+
+        losses = structured.losses_without_each_block(job.config, state, samples, loss, device)
+        job.workers.add_up([losses])
+        return (losses[1:] - losses[0]).tolist()
+
+    return torch.tensor(_noted(job, parts, "importance", influences if by == "influence" else rises), dtype=torch.float64)
+
+
+def _noted(job: Job, parts: Parts, name: str, find: Callable[[], Found]) -> Found:
+    """What an earlier start has found, or what is found now; on all ranks the same."""
+    known = job.workers.by_first(lambda: parts.known(name))
+    if known is None:
+        known = find()
+        job.workers.by_first(lambda: parts.note(name, known))
+    return known

@@ -1,0 +1,203 @@
+"""What launch/prune.py and launch/quantize.py begin with: the model, the text and the ranks, and what is refused before any work."""
+
+import contextlib
+import dataclasses
+import fnmatch
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from data.command_line import UserError, flatten, nearest
+from data.files import nearest_existing
+from launch.checkpoints.opening import OpenedModel, open_model
+from launch.checkpoints.state import Stretch, checksum, whole_box
+from launch.compressing import report
+from launch.compressing.layer_store import Parts, folder_for
+from launch.compressing.samples import Text, calibration_text, paths_for, refuse_the_same_text, test_text
+from launch.compressing.settings import CompressionSettings
+from launch.compressing.workers import Workers, find_workers
+from launch.evaluation.evaluation_sets import first_inputs
+from model import huggingface
+from model.compression.statistics import Matrix, matrices
+from model.config import SIZES, ModelConfig, count_parameters, named_size
+
+Settings = TypeVar("Settings", bound=CompressionSettings)
+
+_MOST_ZEROS = 0.05  # of a matrix that was trained and not pruned: there are none at all
+_NOT_IN_THE_WEIGHTS = (
+    *("model", "output", "data", "calibration_data"),  # of these the folder and the text itself are compared
+    *("kv_cache", "test_samples", "max_shard_gib", "max_perplexity_ratio", "strict", "force", "dry_run"),
+)
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that --precision has for them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(Generic[Settings]):
+    """A model that is to be compressed, and the text for it; everything that could be refused has been."""
+
+    settings: Settings
+    door: str
+    """Its file's name, without .py."""
+    arguments: Sequence[str]
+    opened: OpenedModel
+    workers: Workers
+    calibration: Text | None
+    test: Text | None
+    before: report.Weights
+    fingerprint: str
+    """Hash of the model's weights."""
+    begun: float
+    """By time.perf_counter."""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.opened.config
+
+    @property
+    def output(self) -> Path:
+        assert self.settings.output is not None
+        return Path(self.settings.output)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is written and not quantized."""
+        return DTYPES[self.settings.precision]
+
+    @property
+    def samples(self) -> list[tuple[Tensor, ...]]:
+        """This rank's share of the calibration text, as the first layer takes it."""
+        batches = self.workers.share(self.calibration.batches) if self.calibration else []
+        return first_inputs(batches, self.workers.device)
+
+    @contextlib.contextmanager
+    def parts(self) -> Iterator[Parts]:
+        """What has been done of this job before, and will be, held for this process."""
+        parts = Parts(self.output, self._plan())
+        try:
+            self.workers.by_first(parts.open)
+            yield parts
+        finally:
+            parts.close()
+
+    def _plan(self) -> dict[str, Any]:
+        """What tells this compression from another one: an earlier start is gone on with where it is the same."""
+        settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in _NOT_IN_THE_WEIGHTS}
+        calibration = self.calibration.fingerprint if self.calibration else None
+        return {"door": self.door, "model": self.fingerprint, "calibration": calibration} | flatten(settings)
+
+    def say(self, text: str) -> None:
+        if self.workers.is_first:
+            print(text, flush=True)
+
+
+def source_of(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel | None]:
+    """The model's shape, and itself where it is more than a name. Raises UserError for what cannot be compressed or written."""
+    if settings.output is not None and Path(settings.output).exists():
+        raise UserError(f"--output {settings.output} is there already; nothing is overwritten. Give another name.")
+    if settings.dry_run and settings.model in SIZES and not Path(settings.model).exists():
+        return ModelConfig(**named_size(settings.model)), None
+    opened = open_model(settings.model, settings.average)
+    if opened.tokenizer is None:
+        raise UserError(f"No tokenizer.model, tokenizer.json or .tiktoken file lies beside {settings.model}.")
+    if not settings.force:
+        opened.refuse_quantized("what is compressed twice loses twice. --force does it all the same")
+    try:
+        huggingface.architecture(opened.config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return opened.config, opened
+
+
+def open_job(settings: Settings, opened: OpenedModel, door: str, arguments: Sequence[str], needs_calibration: bool) -> Job[Settings]:
+    """Find the text and the ranks, and look at every weight. Raises UserError, before any long work, for whatever cannot be."""
+    begun = time.perf_counter()
+    if needs_calibration and not settings.calibration_samples:
+        raise UserError("calibration_samples is 0; this method looks at what goes into each matrix. Give some, 128 for example.")
+    calibration = test = None
+    if settings.calibration_samples or settings.test_samples:
+        paths = paths_for(opened, settings.data, settings.model)
+        length = settings.sequence_length
+        if settings.calibration_samples:
+            of_calibration = [settings.calibration_data] if settings.calibration_data else paths
+            calibration = calibration_text(opened, settings.model, of_calibration, settings.calibration_samples, length)
+        if settings.test_samples:
+            test = test_text(opened, settings.model, paths, settings.test_samples, length)
+        if calibration and test and not settings.force:
+            refuse_the_same_text(calibration, test)
+    if settings.output is not None:
+        _refuse_full_disk(Path(settings.output), opened.config, DTYPES[settings.precision])
+    workers = find_workers(arguments)
+    before, fingerprint = _looked_at(opened, workers, DTYPES[settings.precision], settings.force)
+    job = Job(settings, door, tuple(arguments), opened, workers, calibration, test, before, fingerprint, begun)
+    widest = max(matrix.shape[1] for matrix in matrices(opened.config).values())
+    if calibration and calibration.tokens < widest:
+        job.say(
+            f"Note: {calibration.tokens:,} calibration tokens for matrices of up to {widest:,} inputs: with fewer tokens than inputs "
+            "the statistics leave directions open. Give more --calibration_samples."
+        )
+    return job
+
+
+def chosen_matrices(config: ModelConfig, ignore: Sequence[str]) -> dict[str, Matrix]:
+    """Those of all blocks but what patterns such as "0.*" or "*.down" name. Raises UserError for a pattern that names none."""
+    there = matrices(config)
+    names = [str(matrix) for matrix in there.values()]
+    for pattern in ignore:
+        if not fnmatch.filter(names, pattern):
+            kinds = ", BLOCK.".join(dict.fromkeys(matrix.linear for matrix in there.values()))
+            raise UserError(f"--ignore {pattern} names no matrix.{nearest(pattern, names)} They are called BLOCK.{kinds}.")
+    chosen = {name: matrix for name, matrix in there.items() if not any(fnmatch.fnmatchcase(str(matrix), pattern) for pattern in ignore)}
+    if not chosen:
+        raise UserError(f"--ignore {' '.join(ignore)} leaves no matrix to compress.")
+    return chosen
+
+
+def _looked_at(opened: OpenedModel, workers: Workers, dtype: torch.dtype, force: bool) -> tuple[report.Weights, str]:
+    """Every weight, and a hash of all. Raises UserError for one that is not finite, and for a model that is pruned already."""
+    kinds, linears = report.kinds_of_tensors(opened.config), matrices(opened.config)
+    tensors, complaints = {}, []
+    for name in workers.share(list(kinds)):
+        weight = opened.state[name]
+        zeros = int((weight == 0).sum())
+        whole = Stretch(name, tuple(weight.shape), whole_box(weight.shape), 0, weight.numel())
+        tensors[name] = (
+            report.TensorReport(name, kinds[name], weight.numel(), zeros, weight.nbytes),
+            checksum(weight.flatten().float(), whole),
+        )
+        if not weight.isfinite().all():
+            complaints.append(
+                f"{_place(opened, name)}: {name} holds numbers that are not finite: it is damaged, or its training has failed."
+            )
+        elif weight.abs().max() > torch.finfo(dtype).max:
+            complaints.append(f"{_place(opened, name)}: {name} holds numbers above {torch.finfo(dtype).max:g}, the largest of --precision.")
+        elif name in linears and zeros > _MOST_ZEROS * weight.numel() and not force:
+            complaints.append(
+                f"{_place(opened, name)}: {zeros / weight.numel():.0%} of {name} are zero: it is pruned already, and what is compressed "
+                "twice loses twice. --force does it all the same."
+            )
+    if complaints := [one for rank in workers.gather(complaints) for one in rank]:
+        raise UserError(complaints[0] + (f" So are {len(complaints) - 1} more." if complaints[1:] else ""))
+    seen = {name: found for rank in workers.gather(tensors) for name, found in rank.items()}
+    fingerprint = hashlib.sha256(repr([(name, seen[name][1]) for name in kinds]).encode()).hexdigest()
+    return report.Weights(report.weights_bytes(opened), tuple(seen[name][0] for name in kinds)), fingerprint
+
+
+def _place(opened: OpenedModel, name: str) -> Path:
+    """The file that holds a tensor, or the checkpoint whose files share it."""
+    return opened.state.file_of(name) if isinstance(opened.state, huggingface.State) else opened.folder
+
+
+def _refuse_full_disk(output: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+    """The layers as they are done, and then the folder: twice the weights at most, less what an earlier start has done."""
+    ground = nearest_existing(output.parent)
+    done = sum(path.stat().st_size for path in folder_for(output).glob("*.safetensors"))
+    needed, free = 2 * dtype.itemsize * count_parameters(config) - done, shutil.disk_usage(ground).free
+    if free < needed:
+        raise UserError(f"{ground} has {free / 2**30:.2f} GiB free; --output {output} needs {needed / 2**30:.2f}.")

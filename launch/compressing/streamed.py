@@ -1,0 +1,72 @@
+"""Two networks on the same text, each streamed through memory layer by layer."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from data.sampling.batches import Batch, target_tokens
+from launch.compressing.workers import Workers
+from launch.evaluation.comparison import Comparison, compared
+from launch.evaluation.evaluation_sets import first_inputs
+from launch.evaluation.score import perplexity
+from model.config import ModelConfig
+from model.loss import IGNORED, token_losses
+from model.walk import Step, outputs
+
+# Hidden states of a network that are in memory at a time. Behind so many tokens, reading a block's weights again for the next ones
+# takes a small part of the time that they take to pass through it.
+_HIDDEN_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A network whose outputs are compared: its shape, its weights, and how they are stored."""
+
+    config: ModelConfig
+    state: Mapping[str, Tensor]
+    prepare: Callable[[Step], object] = lambda step: None
+    """As model.walk.outputs has it."""
+
+    def outputs(self, batches: Sequence[Batch], device: torch.device) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        """What it says of each batch."""
+        return outputs(self.config, self.state, first_inputs(batches, device), device, prepare=self.prepare)
+
+
+def compare(before: Side, after: Side, batches: Sequence[Batch], workers: Workers) -> Comparison:
+    """Two networks on this rank's share of the batches, summed over the ranks."""
+    total = Comparison()
+    for some in _rounds(batches, before.config.hidden_size, workers.device):
+        sides = (side.outputs(some, workers.device) for side in (before, after))
+        for batch, old, new in zip(some, *sides, strict=True):
+            total += compared(*_asked(old, new, batch.map(lambda tensor: tensor.to(workers.device))))
+    return functools.reduce(Comparison.__add__, workers.gather(total))
+
+
+def perplexity_of(side: Side, batches: Sequence[Batch], device: torch.device) -> float:
+    """Of a network that predicts tokens: exp of the mean loss of a target."""
+    total = 0.0
+    for some in _rounds(batches, side.config.hidden_size, device):
+        for batch, said in zip(some, side.outputs(some, device), strict=True):
+            assert isinstance(said, Tensor)
+            total += token_losses(said, batch.targets.to(device)).sum(dtype=torch.float64).item()
+    return perplexity(total / target_tokens(list(batches)))
+
+
+def _rounds(batches: Sequence[Batch], hidden_size: int, device: torch.device) -> Iterator[Sequence[Batch]]:
+    if batches:
+        size = 4 * hidden_size * max(sum(tensor.numel() for tensor in batch.inputs[::2]) for batch in batches)
+        count = max(1, _HIDDEN_BYTES[device.type] // size)
+        yield from (batches[start : start + count] for start in range(0, len(batches), count))
+
+
+def _asked(old: Tensor | tuple[Tensor, Tensor], new: Tensor | tuple[Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of both and what was asked for: of tokens, or, where none are predicted, of classes.  -> 2 x [.., choices], [..]"""
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        if batch.classes is not None and not (batch.targets != IGNORED).any():
+            return old[1], new[1], batch.classes
+        old, new = old[0], new[0]
+    assert isinstance(old, Tensor) and isinstance(new, Tensor)
+    return old, new, batch.targets

@@ -1,0 +1,181 @@
+"""Ended at any moment and started again: nothing is lost, nothing is done twice, and the bytes are those of a run that nobody disturbed."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import data.preparation.preparation
+import data.preparation.work_units
+import data.shards
+from data.command_line import UserError
+from data.preparation.sources import embedded_documents
+from data.prepare import PrepareSettings, prepare
+from tests.ranks import REPOSITORY, clean_environment
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Some two megabytes of JSON Lines, and the tokenizer learnt from them; duplicates among them, and bad lines."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [document.text[:3000] for document in embedded_documents()]
+    lines = [json.dumps({"text": text}) for text in texts + texts[:20]]
+    random.Random(0).shuffle(lines)
+    (folder / "a.jsonl").write_text("\n".join([*lines[:300], "no json", *lines[300:]]))
+    prepare(PrepareSettings(output=str(folder / "learnt"), input=(str(folder / "a.jsonl"),), on_error="skip", vocab_size=2000))
+    return folder
+
+
+def settings_for(corpus: Path, output: Path) -> dict:
+    return {
+        "input": (str(corpus / "a.jsonl"),),
+        "tokenizer": str(corpus / "learnt" / "tokenizer.model"),
+        "output": str(output),
+        "on_error": "quarantine",
+        "near_duplicates": "drop",
+        "unit_megabytes": 0.1,
+        "shard_tokens": 100_000,
+    }
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus):
+    return files(prepare(PrepareSettings(**settings_for(corpus, corpus / "undisturbed"), workers=1), lambda line: None).folder)
+
+
+def start(corpus: Path, output: Path, workers: int, *more: str) -> subprocess.Popen:
+    words = []
+    for name, value in settings_for(corpus, output).items():
+        words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]
+    command = [sys.executable, REPOSITORY / "data/prepare.py", *words, "--workers", str(workers), *more]
+    return subprocess.Popen(
+        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=output.parent
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a process of ours has started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in found.split()]
+
+
+def kill_until_done(corpus: Path, output: Path, kills: int, dice: random.Random) -> int:
+    """Start, and kill -9 at a random moment: the parent, or one of its workers. -> how often it was killed before it was done"""
+    killed = 0
+    longest = 1.2
+    while True:
+        process = start(corpus, output, dice.choice([1, 2, 3]))
+        moment = time.monotonic() + dice.uniform(0.3, longest)
+        while killed < kills and process.poll() is None and time.monotonic() < moment:
+            time.sleep(0.01)
+        if killed < kills and process.poll() is None:
+            workers = children_of(process.pid)
+            os.kill(dice.choice([process.pid, *workers]), signal.SIGKILL)
+            killed += 1
+        said = process.communicate(timeout=120)[0]
+        if process.returncode == 0:
+            return killed
+        assert process.returncode in (-signal.SIGKILL, 1), said
+        assert process.returncode != 1 or "A worker process was ended from outside" in said, said
+        longest = min(3.0, longest * 1.1)  # so that later moments are met too
+
+
+def test_killed_and_started_again_the_bytes_are_the_same(corpus, undisturbed, tmp_path):
+    assert kill_until_done(corpus, tmp_path / "prepared", 4, random.Random(1)) > 0
+    assert files(tmp_path / "prepared") == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
+
+
+@pytest.mark.slow
+def test_killed_forty_times_the_bytes_are_the_same(corpus, undisturbed, tmp_path):
+    dice, killed, rounds = random.Random(2), 0, 0
+    while killed < 40:
+        killed += kill_until_done(corpus, tmp_path / str(rounds), 10, dice)
+        assert files(tmp_path / str(rounds)) == undisturbed
+        rounds += 1
+    print(f"{killed} times killed in {rounds} preparations")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_nodes_at_the_same_time_one_of_which_is_killed_give_the_same_bytes(corpus, undisturbed, tmp_path, nodes):
+    ranks = [start(corpus, tmp_path / "prepared", 1, "--rank", str(rank), "--world_size", str(nodes)) for rank in range(nodes)]
+    time.sleep(1.5)
+    ranks[1].kill()
+    assert [rank.wait(timeout=120) for rank in ranks][2:] == [0] * (nodes - 2)
+    for rank in ranks:
+        rank.stdout.close()
+    again = start(corpus, tmp_path / "prepared", 1, "--rank", "1", "--world_size", str(nodes))
+    said = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, said
+    assert files(tmp_path / "prepared") == undisturbed
+
+
+def test_workers_end_with_a_killed_parent(corpus, tmp_path):
+    process = start(corpus, tmp_path / "prepared", 2)
+    deadline = time.monotonic() + 30
+    while not (workers := children_of(process.pid)) or not list((tmp_path / "prepared.partial/units").glob("*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_with_a_sentence_and_the_same_command_goes_on(corpus, undisturbed, tmp_path, sent, status):
+    process = start(corpus, tmp_path / "prepared", 2)
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "prepared.partial/units").glob("*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = children_of(process.pid)
+    process.send_signal(sent)
+    said = process.communicate(timeout=30)[0].splitlines()
+    assert process.returncode == status, said
+    assert said[-1].startswith("Stopped") and said[-1].endswith("prepared.partial; the same command goes on from there.")
+    assert "Traceback" not in "".join(said) and not any(Path(f"/proc/{worker}/exe").exists() for worker in workers)
+    assert start(corpus, tmp_path / "prepared", 2).communicate(timeout=60) and files(tmp_path / "prepared") == undisturbed
+
+
+def test_a_disk_that_is_full_at_the_nth_write_stops_with_a_sentence_and_loses_nothing(corpus, undisturbed, tmp_path, monkeypatch):
+    publish = data.shards.publish
+    left = 0
+
+    def full(file, path, is_last=True):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            file.close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        publish(file, path, is_last)
+
+    for module in (data.shards, data.preparation.work_units, data.preparation.preparation, data.preparation.merging):
+        monkeypatch.setattr(module, "publish", full)
+    settings = PrepareSettings(**settings_for(corpus, tmp_path / "prepared"), workers=1)
+    done = attempts = 0
+    while not (tmp_path / "prepared").exists():
+        left, attempts = 14, attempts + 1
+        assert attempts < 100, "every attempt brings it on"
+        try:
+            prepare(settings, lambda line: None)
+        except UserError as error:
+            kept = len(list((tmp_path / "prepared.partial/units").glob("*.json")))
+            assert "prepared cannot be written: No space left on device. What is done is kept in" in str(error)
+            assert kept >= done
+            done = kept
+    assert attempts > 5
+    assert files(tmp_path / "prepared") == undisturbed

@@ -1,0 +1,270 @@
+"""Records of every kind of file: a file cut anywhere gives what it gives whole, and a bad record costs itself alone."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.preparation.fields import Fields, Problem, TokenRecord
+from data.preparation.records import PartReader
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+QUICK = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None, "max_examples": 25}
+TEXTS = ["one", "zwei\nZeilen", '"quoted", with\r\na line\'s end', "tab\tinside", "汉字 ▁ <|endoftext|>", "x" * 3000, "\u2028 \0 é", "last"]
+
+
+def records(path, fields=None, cuts=()):
+    """What is read of a file in parts that meet at the cuts."""
+    reader = PartReader(fields or Fields("text"))
+    ends = [*sorted(set(cuts)), None]
+    return [found for start, end in zip([0, *ends[:-1]], ends, strict=True) for found in reader.read(path, start, end)]
+
+
+def texts(path, fields=None, cuts=()):
+    return [record[0] for _, record in records(path, fields, cuts) if isinstance(record, tuple)]
+
+
+def reasons(path, fields=None):
+    return [record.reason for _, record in records(path, fields) if isinstance(record, Problem)]
+
+
+def json_lines(path):
+    return "".join(json.dumps({"text": text}, ensure_ascii=len(text) % 2 == 0) + "\n" for text in TEXTS).encode()
+
+
+def comma_separated(path):
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([["id", "text"], *enumerate(TEXTS)])
+    return file.getvalue().encode()
+
+
+def tab_separated(path):
+    return "".join(["text\tlabel\n", *(f"{' '.join(text.split())}\t1\n" for text in TEXTS)]).encode()
+
+
+def by_blank_lines(path):
+    return "".join(text.replace("\r\n", "\n") + "\n\n \n" for text in TEXTS).encode()
+
+
+def by_marker(path):
+    return "<|end|>\n".join(text + "\n" for text in TEXTS).encode()
+
+
+KINDS = {
+    "a.jsonl": (json_lines, Fields("text")),
+    "a.csv": (comma_separated, Fields("text")),
+    "a.tsv": (tab_separated, Fields("text")),
+    "blank.txt": (by_blank_lines, Fields("text", separator="blank")),
+    "marker.txt": (by_marker, Fields("text", separator="<|end|>")),
+}
+
+
+@pytest.fixture(params=[(name, suffix) for name in KINDS for suffix in COMPRESS], ids="".join)
+def file(request, tmp_path):
+    """A file of each kind and compression that is cut by bytes, what reads it, and how many bytes it has uncompressed."""
+    name, suffix = request.param
+    write, fields = KINDS[name]
+    content = write(name)
+    (tmp_path / f"{name}{suffix}").write_bytes(COMPRESS[suffix](content))
+    return tmp_path / f"{name}{suffix}", fields, len(content)
+
+
+def test_each_kind_gives_its_texts(file):
+    path, fields, _ = file
+    expected = {"a.tsv": [" ".join(text.split()) for text in TEXTS]}.get(path.name.partition(".tsv")[0] + ".tsv", TEXTS)
+    found = texts(path, fields)
+    assert [text.rstrip("\n").replace("\r\n", "\n") for text in found] == [text.replace("\r\n", "\n") for text in expected]
+
+
+@given(data=st.data())
+@settings(**QUICK)
+def test_a_file_cut_anywhere_gives_what_it_gives_whole(file, data):
+    path, fields, size = file
+    cuts = data.draw(st.lists(st.integers(1, size + 50), max_size=6))
+    assert records(path, fields, cuts) == records(path, fields)
+
+
+def test_parts_can_be_read_in_any_order(file):
+    path, fields, size = file
+    reader = PartReader(fields)
+    middle = size // 2
+    later, earlier = (list(reader.read(path, *part)) for part in ((middle, None), (0, middle)))
+    assert earlier + later == records(path, fields)
+
+
+def test_the_end_of_a_file_is_told(file):
+    path, fields, size = file
+    reader = PartReader(fields)
+    list(reader.read(path, 0, 10))
+    assert not reader.at_end
+    list(reader.read(path, 10, size + 1))
+    assert reader.at_end
+    assert list(reader.read(path, size + 1, size + 2)) == [] and reader.at_end
+
+
+@pytest.mark.parametrize("name, write", [("a.parquet", "parquet"), ("a.arrow", "stream"), ("b.arrow", "file")])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_tables_give_their_rows_whole_and_in_parts(tmp_path, name, write, suffix):
+    table = pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS})
+    buffer = io.BytesIO()
+    if write == "parquet":
+        pyarrow.parquet.write_table(table, buffer, row_group_size=3)
+    else:
+        with (pyarrow.ipc.new_stream if write == "stream" else pyarrow.ipc.new_file)(buffer, table.schema) as writer:
+            for batch in table.to_batches(max_chunksize=3):
+                writer.write_batch(batch)
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(COMPRESS[suffix](buffer.getvalue()))
+    assert records(path) == [(number, (text,)) for number, text in enumerate(TEXTS)]
+    assert records(path, cuts=[1, 2]) == records(path)
+
+
+def test_a_pair_is_two_texts_and_a_label_may_be_a_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"en": "one", "de": "eins", "label": 1}\n{"en": "two", "de": "zwei", "label": true}\n')
+    assert [record for _, record in records(tmp_path / "a.jsonl", Fields("en", "de"))] == [("one", "eins"), ("two", "zwei")]
+    labelled = [record for _, record in records(tmp_path / "a.jsonl", Fields("en", "label"))]
+    assert labelled[0] == ("one", "1") and labelled[1].reason == "wrong type"
+
+
+def test_columns_can_be_named_where_the_file_does_not(tmp_path):
+    for name, row in (("a.csv", "good,1\n"), ("a.tsv", "good\t1\n")):
+        (tmp_path / name).write_text(row)
+        assert records(tmp_path / name, Fields("text", "label", columns=("text", "label"))) == [(0, ("good", "1"))]
+
+
+def test_a_format_that_is_given_counts_more_than_the_name(tmp_path):
+    (tmp_path / "part-0001").write_text('{"text": "one"}\n')
+    assert texts(tmp_path / "part-0001", Fields("text", format="jsonl")) == ["one"]
+    assert texts(tmp_path / "part-0001") == ['{"text": "one"}\n']
+
+
+def test_token_files_give_their_documents(write_shard):
+    prefix = write_shard([[1, 2, 3], [4], [5, 6]])
+    found = records(prefix.with_suffix(".idx"), cuts=[2])
+    assert all(isinstance(record, TokenRecord) for _, record in found)
+    assert [record.tokens.tolist() for _, record in found] == [[1, 2, 3], [4], [5, 6]]
+    assert np.array_equal([place for place, _ in found], [0, 1, 2])
+
+
+BAD_LINES = [
+    (b'{"text": "cut', "broken JSON", "Unterminated string starting at, column 10"),
+    (b'["text"]', "wrong type", "it holds a list; a record is an object"),
+    (b'{"txt": "a"}', "missing field", 'no field "text". Did you mean "txt"?'),
+    (b'{"text": 7}', "wrong type", '"text" is 7, a int; it must be a string'),
+    (b'{"text": null}', "wrong type", '"text" is None, a NoneType; it must be a string'),
+    (b'{"text": "\xff"}', "invalid UTF-8", "not UTF-8"),
+    (b'{"text": "\\ud800"}', "invalid UTF-8", "not text that UTF-8 can hold"),
+    (b'{"text": " \\n"}', "empty document", '"text" is empty'),
+    (b"[" * 100_000, "broken JSON", ""),
+    (b'{"text": "a", "n": NaN, "m": ' + b"1" * 5000 + b"}", "broken JSON", "not JSON that Python reads"),
+]
+
+
+@pytest.mark.parametrize("line, reason, sentence", BAD_LINES, ids=[reason for _, reason, _ in BAD_LINES])
+def test_a_bad_line_is_named_and_costs_itself_alone(tmp_path, line, reason, sentence):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "two", "score": NaN}\n')
+    (_, first), (place, problem), (_, last) = records(path)
+    assert (first, last) == (("one",), ("two",))
+    assert (place, problem.reason, problem.raw) == (16, reason, line + b"\n")
+    assert sentence in problem.sentence and not problem.is_of_file
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b'text,n\none,1\ntwo,"1\nthree,3\nfour,4\n', ["one", "broken CSV", "three", "four"]),
+        (b"text,n\none,1\ntwo\nthree,3\n", ["one", "wrong number of fields", "three"]),
+        (b'text,n\n"o\xff",1\ntwo,2\n', ["invalid UTF-8", "two"]),
+        (b'text,n\nsay "hi",1\n"a ""b"" c",2\n\n', ['say "hi"', 'a "b" c']),
+        (b"txt,n\none,1\n", ["missing field"]),
+        (b"text\xff,n\none,1\n", ["invalid UTF-8"]),
+        (b"text,n\n,1\n", ["empty document"]),
+    ],
+)
+def test_a_bad_row_costs_itself_alone(tmp_path, content, expected):
+    (tmp_path / "a.csv").write_bytes(content)
+    found = [record.reason if isinstance(record, Problem) else record[0] for _, record in records(tmp_path / "a.csv")]
+    assert found == expected
+
+
+def test_bad_values_of_a_table_cost_their_rows_alone(tmp_path):
+    column = pyarrow.array([b"one", b"\xff", None, b"", b"two"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == ["one", "two"]
+    assert reasons(tmp_path / "a.parquet") == ["invalid UTF-8", "wrong type", "empty document"]
+    (found,) = records(tmp_path / "a.parquet", Fields("txt"))
+    assert found[1].reason == "missing field" and 'Did you mean "text"?' in found[1].sentence and found[1].is_of_file
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESS if suffix])
+@pytest.mark.parametrize("share", [0.5, 0.999])
+def test_what_stands_before_the_place_where_an_archive_is_cut_off_is_read(tmp_path, suffix, share):
+    lines = [json.dumps({"text": os.urandom(500).hex()}) for _ in range(1000)]
+    whole = COMPRESS[suffix]("\n".join(lines).encode())
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(whole[: int(len(whole) * share)])
+    *good, (_, problem) = records(path)
+    assert (problem.reason, problem.is_of_file) == ("cut off or damaged", True)
+    assert [record[0] for _, record in good] == [json.loads(line)["text"] for line in lines[: len(good)]]
+    assert share == 0.5 or suffix == ".bz2" or len(good) > 700  # bzip2 decompresses 900 kB at a time or none
+    if suffix == ".gz":
+        readable = zlib.decompressobj(wbits=31).decompress(path.read_bytes())
+        assert len(good) >= readable.count(b"\n") - 20  # what is behind the last full buffer of Python's reader is not given out
+    cuts = [100_000, 200_000, 300_000, 10**9]
+    assert [record for _, record in records(path, cuts=cuts)] == [record for _, record in [*good, (0, problem)]], "and it is said once"
+
+
+def test_the_record_before_the_place_where_an_archive_is_cut_off_is_not_lost(tmp_path):
+    one, other = (json.dumps({"text": text}).encode() + b"\n" for text in ("one", "other"))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(one + other) + b"rubbish")
+    *good, (_, problem) = records(tmp_path / "a.jsonl.gz")
+    assert [record for _, record in good] == [("one",), ("other",)] and problem.reason == "cut off or damaged"
+
+
+def test_a_damaged_row_group_costs_itself_alone_wherever_the_file_is_cut(tmp_path):
+    texts_of = [f"{number:04d} " + os.urandom(200).hex() for number in range(400)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts_of}), path, row_group_size=50, compression="zstd")
+    start = pyarrow.parquet.ParquetFile(path).metadata.row_group(3).column(0).data_page_offset
+    whole = bytearray(path.read_bytes())
+    whole[start : start + 400] = b"x" * 400
+    path.write_bytes(whole)
+    found = records(path)
+    assert [place for place, record in found if isinstance(record, tuple)] == [*range(150), *range(200, 400)]
+    assert [(place, record.reason) for place, record in found if isinstance(record, Problem)] == [(150, "cut off or damaged")]
+    assert records(path, cuts=[1, 3, 4, 6]) == found
+
+
+def test_a_mark_of_utf8_at_the_beginning_is_no_text(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,n\none,1\n")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbftext\tn\none\t1\n")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    for name in ("a.csv", "a.jsonl", "a.tsv", "a.txt"):
+        assert texts(tmp_path / name) == ["one"], name
+
+
+def test_names_say_the_format_in_any_case_and_json_is_read_by_the_line(tmp_path):
+    for name in ("a.JSONL", "b.json", "c.Json.gz"):
+        content = b'{"text": "one"}\n'
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert texts(tmp_path / name) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst", "a.txt.xz"])
+def test_what_is_no_such_file_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    assert reasons(tmp_path / name) == ["cut off or damaged"]

@@ -1,0 +1,82 @@
+"""A tokenizer as GGUF's entries; that llama.cpp gives its ids is in tests/launch/compressing/test_llama_engine.py."""
+
+import argparse
+from pathlib import Path
+
+import gguf
+import pytest
+import tokenizers
+
+from data.command_line import UserError
+from data.tokenization.gguf import gguf_tokenizer
+from data.tokenization.huggingface import texts_of_many_kinds
+from data.tokenization.tokenizer import load_tokenizer, published_pattern, train_sentencepiece
+from tests.data.tokenization.vocabularies import SPECIAL_TOKENS, learnt_byte_level, rank_file
+
+TEXT = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000]
+
+
+def entries_of(path: Path, vocab_size: int = 0) -> dict:
+    prefix = "tokenizer.ggml."
+    return {key.removeprefix(prefix): value for key, value in gguf_tokenizer(load_tokenizer(path), vocab_size).items()}
+
+
+def test_pieces_keep_their_scores_and_kinds_and_spare_ids_are_unused(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    train_sentencepiece([TEXT], path, vocab_size=600, special_tokens=["[MASK]"])
+    entries = entries_of(path, vocab_size=610)
+    kinds = [gguf.TokenType(kind) for kind in entries["token_type"]]
+    special = {entries["tokens"][number] for number, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL}
+    assert special == {"<|endoftext|>", "[MASK]"} and kinds.count(gguf.TokenType.BYTE) == 256
+    assert entries["tokens"][600:] == [f"[PAD{number}]" for number in range(600, 610)]
+    assert set(kinds[600:]) == {gguf.TokenType.UNUSED} and len(entries["scores"]) == 610
+    assert entries["eos_token_id"] == load_tokenizer(path).end_of_text and entries["add_space_prefix"] is False
+    unigram = tmp_path / "unigram.model"
+    train_sentencepiece([TEXT], unigram, vocab_size=600, kind="unigram")
+    with pytest.raises(UserError, match=r"unigram\.model cannot be written as GGUF: it is not bpe"):
+        entries_of(unigram)
+
+
+def test_byte_level_bpe_is_read_by_transformers_with_the_same_ids(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the independent reference is transformers")
+    path = tmp_path / "tokenizer.json"
+    learnt_byte_level([TEXT], SPECIAL_TOKENS).save(str(path))
+    ours = load_tokenizer(path)
+    writer = gguf.GGUFWriter(tmp_path / "words.gguf", "llama")
+    for key, value in gguf_tokenizer(ours, ours.vocab_size).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="words.gguf", split_special_tokens=True)
+    texts = [text for text in texts_of_many_kinds(ours) if not any(token in text for token in SPECIAL_TOKENS)]
+    assert len(texts) > 300
+    for text in texts:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text), text
+    assert entries_of(path)["pre"] == "gpt-2"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [(published_pattern("o200k_base"), "gpt-4o"), (r"\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+", None)],
+    ids=["known", "unknown"],
+)
+def test_how_words_are_cut_has_a_name_or_is_refused(tmp_path, pattern, name):
+    path = tmp_path / "words.tiktoken"
+    rank_file(path, [TEXT], pattern)
+    if name is None:
+        with pytest.raises(UserError, match=r"words\.tiktoken cannot be written as GGUF: it cuts text into words as none of"):
+            entries_of(path)
+    else:
+        entries = entries_of(path)
+        assert entries["pre"] == name and entries["tokens"][load_tokenizer(path).end_of_text] == "<|endoftext|>"
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    model.add_special_tokens(["[SEP]"])
+    model.save(str(path))
+    with pytest.raises(UserError, match="it is WordPiece, not byte-level BPE"):
+        entries_of(path)

@@ -1,0 +1,51 @@
+"""Small vocabularies of every kind, made on the spot."""
+
+import base64
+import json
+from pathlib import Path
+
+import tokenizers
+
+from data.tokenization.tokenizer import published_pattern
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<s>", "</s>", "<|im_end|>", "[MASK]"]
+
+
+def byte_level(vocabulary: dict, merges: list, special: list[str]) -> tokenizers.Tokenizer:
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens(special)
+    return model
+
+
+def bytes_alone(special: list[str]) -> tokenizers.Tokenizer:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    return byte_level({character: number for number, character in enumerate(alphabet)}, [], special)
+
+
+def learnt_byte_level(texts: list[str], special: list[str], vocab_size: int = 600) -> tokenizers.Tokenizer:
+    model = byte_level({}, [], [])
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator(texts, trainer)
+    model.add_special_tokens(special)
+    return model
+
+
+def byte_characters() -> list[str]:
+    """What GPT-2 writes for each byte: the printable ones of Latin-1 for themselves, the others from U+0100 on.  [256]"""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def rank_file(path: Path, texts: list[str], pattern: str | None = None) -> None:
+    """A tiktoken vocabulary, and beside it what it does not say, with more special tokens behind a gap."""
+    byte = {character: byte for byte, character in enumerate(byte_characters())}
+    vocabulary = sorted(learnt_byte_level(texts, []).get_vocab().items(), key=lambda item: item[1])
+    lines = [base64.b64encode(bytes(byte[character] for character in token)) + b" %d\n" % rank for token, rank in vocabulary]
+    path.write_bytes(b"".join(lines))
+    added = {str(len(vocabulary) + 10 + number): {"content": token} for number, token in enumerate(SPECIAL_TOKENS)}
+    configuration = {"pat_str": pattern or published_pattern("cl100k_base"), "added_tokens_decoder": added}
+    (path.parent / "tokenizer_config.json").write_text(json.dumps(configuration))

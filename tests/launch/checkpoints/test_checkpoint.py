@@ -1,0 +1,316 @@
+"""A checkpoint is published whole or not at all, and no damage to one goes unseen."""
+
+import builtins
+import contextlib
+import io
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.command_line import UserError
+from launch.checkpoints import checkpoint
+from launch.checkpoints.checkpoint import HashingFile, damage, newest_good, published, retain
+
+ABOUT = {"model": {"hidden_size": 8}, "layout": {"world_size": 2}, "rates": (0.1, 1e-8)}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """What fsync does to a disk cannot be seen from here; that it is called, and may fail, can."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def content(step: int, version: int = 0) -> dict[int, dict[str, bytes]]:
+    """What each of two ranks writes."""
+    return {
+        rank: {f"rank_{rank}.pt": bytes([step, version, rank]) * 9, f"model_{rank}.pt": bytes([rank + 1, version, step]) * 4}
+        for rank in (0, 1)
+    }
+
+
+def save(root: Path, step: int, version: int = 0, num_ranks: int = 2) -> Path:
+    folder = checkpoint.begin(root, step, "run1")
+    for rank, files in list(content(step, version).items())[:num_ranks]:
+        entries = {}
+        for name, data in files.items():
+            file = HashingFile(folder / name)
+            file.write(data[:5])
+            file.write(memoryview(data)[5:])
+            entries[name] = file.finish()
+        checkpoint.write_part(folder, rank, entries)
+    return checkpoint.publish(folder, step, ABOUT | {"layout": {"world_size": num_ranks}})
+
+
+def read(folder: Path) -> dict[int, dict[str, bytes]]:
+    return {rank: {name: (folder / name).read_bytes() for name in files} for rank, files in content(0).items()}
+
+
+def good(root: Path) -> Path | None:
+    return newest_good(root, damage, lambda line: None, may_rename=False)
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+def test_what_is_written_is_published_and_is_the_newest_good(tmp_path):
+    for step in (3, 12, 7):
+        save(tmp_path, step)
+    newest = good(tmp_path)
+    assert newest == tmp_path / "step_00000012"
+    assert read(newest) == content(12)
+    manifest = checkpoint.read_manifest(newest)
+    assert (manifest["step"], manifest["model"], manifest["rates"]) == (12, ABOUT["model"], [0.1, 1e-8])
+    assert sum(entry["bytes"] for entry in manifest["files"].values()) == 2 * (27 + 12)
+    assert names(newest) == {*manifest["files"], "manifest.json"}
+    assert (tmp_path / "latest").read_text() == "step_00000007\n"
+
+
+def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
+    assert good(tmp_path) is None
+    assert good(tmp_path / "nowhere") is None
+
+
+def test_a_rank_whose_files_are_not_seen_keeps_the_checkpoint_from_being_published(tmp_path):
+    folder = checkpoint.begin(tmp_path, 1, "run1")
+    checkpoint.write_part(folder, 0, {})
+    with pytest.raises(OSError, match="1 of 2 ranks"):
+        checkpoint.publish(folder, 1, ABOUT)
+    assert checkpoint.published(tmp_path) == []
+
+
+def test_files_that_the_engine_wrote_by_itself_are_in_the_manifest_too(tmp_path):
+    folder = checkpoint.begin(tmp_path, 1, "run1")
+    (folder / "offloaded" / "rank0").mkdir(parents=True)
+    (folder / "offloaded" / "rank0" / "moments.swp").write_bytes(b"12345678")
+    whole = checkpoint.publish(folder, 1, ABOUT | {"layout": {"world_size": 0}})
+    assert damage(whole) is None
+    (whole / "offloaded" / "rank0" / "moments.swp").write_bytes(b"12345679")
+    assert "moments.swp is damaged" in damage(whole)
+
+
+def test_every_flipped_bit_and_every_truncation_of_every_file_is_found(tmp_path):
+    folder = save(tmp_path, 5, num_ranks=1)
+    assert damage(folder) is None
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0", whole + b"\n"]
+        for place, bit in itertools.product(range(len(whole)), range(8)):
+            damaged.append(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+        for data in damaged:
+            path.write_bytes(data)
+            assert damage(folder), f"{path.name}: {data!r}"
+        path.write_bytes(whole)
+    assert damage(folder) is None
+
+
+def test_every_missing_added_exchanged_or_unreadable_file_is_found_and_named(tmp_path):
+    folder, earlier = save(tmp_path, 5), save(tmp_path, 4)
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        path.unlink()
+        assert path.name in damage(folder), "missing"
+        path.mkdir()
+        assert path.name in damage(folder), "a folder in its place"
+        path.rmdir()
+        path.symlink_to(path)
+        assert path.name in damage(folder), "a link to itself"
+        path.unlink()
+        path.write_bytes((earlier / path.name).read_bytes())
+        assert damage(folder), "that of another step"
+        path.write_bytes(whole)
+    for name in ("rank_2.pt", "model_0.pt.tmp", "manifest.json.tmp", "deeper/more.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+        assert damage(folder) == f"{folder / name} does not belong to the checkpoint."
+        (folder / name).unlink()
+    assert damage(folder) is None
+    shutil.move(earlier, tmp_path / "step_00000009")
+    assert damage(tmp_path / "step_00000009") == f"{tmp_path / 'step_00000009'} holds the checkpoint of step 4."
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z]{1,8}\.pt", fullmatch=True), st.binary(max_size=200), max_size=5), st.integers(1, 7))
+@settings(max_examples=25, deadline=None)
+def test_readers_that_share_the_files_find_what_one_reader_finds(tmp_path_factory, files, parts):
+    folder = checkpoint.begin(tmp_path_factory.mktemp("run"), 1, "run1")
+    entries = {}
+    for name, data in files.items():
+        file = HashingFile(folder / name)
+        file.write(data)
+        entries[name] = file.finish()
+    checkpoint.write_part(folder, 0, entries)
+    folder = checkpoint.publish(folder, 1, ABOUT | {"layout": {"world_size": 1}})
+    assert [damage(folder, part, parts) for part in range(parts)] == [None] * parts
+    for name in files:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1] + b"?!")
+        assert sum(damage(folder, part, parts) is not None for part in range(parts)) == 1
+        (folder / name).write_bytes(whole)
+
+
+def test_a_damaged_newest_is_named_and_set_aside_and_the_older_one_is_taken(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step_00000003" / "rank_1.pt").write_bytes(b"zero")
+    (tmp_path / "step_00000002" / "manifest.json").write_text('{"step": 2, "mod')
+    said: list[str] = []
+    assert newest_good(tmp_path, damage, said.append) == tmp_path / "step_00000001"
+    assert "rank_1.pt has 4 bytes; 27 were written." in said[0]
+    assert "step_00000002 has no readable manifest.json" in said[1]
+    assert names(tmp_path) == {"step_00000001", "step_00000002.corrupt", "step_00000003.corrupt", "latest"}
+    save(tmp_path, 3)  # the run comes there again, and again the disk fails
+    (tmp_path / "step_00000003" / "rank_1.pt").unlink()
+    assert newest_good(tmp_path, damage, said.append) == tmp_path / "step_00000001"
+    assert "step_00000003.corrupt" in names(tmp_path) and "step_00000003" not in names(tmp_path)
+
+
+def test_a_reader_that_may_not_rename_leaves_everything_as_it_is(tmp_path):
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "rank_0.pt").unlink()
+    before = names(tmp_path)
+    assert good(tmp_path) == tmp_path / "step_00000001"
+    assert names(tmp_path) == before
+
+
+def test_where_none_is_whole_nothing_starts(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path, step) / "rank_0.pt").unlink()
+    for _ in range(2):  # the second time only *.corrupt are left
+        with pytest.raises(UserError, match=r"holds no whole checkpoint, .* will not start again from step 0 by itself"):
+            newest_good(tmp_path, damage, lambda line: None)
+
+
+def test_the_newest_are_kept_and_what_was_interrupted_goes(tmp_path):
+    for step in range(1, 7):
+        save(tmp_path, step)
+    for leftover in ("step_00000004.tmp-run0", "step_00000006.tmp-run1", "step_00000003.deleted", "step_00000006.old"):
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / leftover)
+    for kept in ("step_00000009.tmp-run1", "step_00000002.corrupt", "notes"):
+        (tmp_path / kept).mkdir()
+    retain(tmp_path, 2)
+    stays = {"step_00000005", "step_00000006", "latest", "step_00000009.tmp-run1", "step_00000002.corrupt", "notes"}
+    assert names(tmp_path) == stays
+    retain(tmp_path, 2)
+    assert names(tmp_path) == stays
+    assert damage(tmp_path / "step_00000005") is None and damage(tmp_path / "step_00000006") is None
+
+
+def test_a_step_that_is_saved_again_is_replaced(tmp_path):
+    save(tmp_path, 2)
+    save(tmp_path, 2, version=1)
+    assert read(good(tmp_path)) == content(2, version=1)
+    assert names(tmp_path) == {"step_00000002", "latest"}
+
+
+class Stopped(BaseException):
+    """Not an Exception, as a power cut is none: nothing may catch it."""
+
+
+@contextlib.contextmanager
+def failing_at(number: int, failure: BaseException):
+    """Count every operation on files, and let the `number`-th and all later ones raise; gives the list of operations begun."""
+    begun: list[str] = []
+    places = [(builtins, "open"), (io, "open"), (HashingFile, "write"), (shutil, "rmtree")]
+    places += [(os, name) for name in ("replace", "rename", "fsync", "mkdir", "unlink")]
+
+    def counted(name, whole):
+        def operation(*arguments, **more):
+            begun.append(name)
+            if len(begun) >= number:
+                raise failure
+            return whole(*arguments, **more)
+
+        return operation
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in places:
+            patch.setattr(owner, name, counted(name, getattr(owner, name)))
+        yield begun
+
+
+def every_interruption(failure: BaseException, prepare, act, tmp_path: Path):
+    """`act(root)` stopped at its first, second, ... operation, until one run is not stopped any more; gives each root after the stop."""
+    for number in itertools.count(1):
+        root = tmp_path / str(number)
+        prepare(root)
+        try:
+            with failing_at(number, failure) as begun:
+                act(root)
+        except type(failure):
+            pass
+        finished = len(begun) < number
+        yield root
+        if finished:
+            assert number > 10, "too few operations were counted"
+            return
+
+
+FAILURES = [Stopped(), OSError(28, "No space left on device")]
+
+
+def assert_none_is_partial(root: Path) -> None:
+    for folder in published(root):
+        assert damage(folder) is None
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["power cut", "full disk"])
+def test_a_write_stopped_at_any_operation_loses_nothing_and_the_next_one_works(failure, tmp_path):
+    def two(root):
+        save(root, 1)
+        save(root, 2)
+
+    for root in every_interruption(failure, two, lambda root: (save(root, 3), retain(root, 2)), tmp_path):
+        assert_none_is_partial(root)
+        newest = good(root)
+        assert read(newest) == content(checkpoint.step_of(newest))
+        assert checkpoint.step_of(newest) in (2, 3)
+        save(root, 3, version=1)
+        retain(root, 2)
+        assert names(root) == {"step_00000002", "step_00000003", "latest"}
+        assert read(good(root)) == content(3, version=1)
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["power cut", "full disk"])
+def test_saving_a_step_again_stopped_at_any_operation_leaves_the_old_or_the_new(failure, tmp_path):
+    for root in every_interruption(failure, lambda root: save(root, 2), lambda root: save(root, 2, version=1), tmp_path):
+        assert_none_is_partial(root)
+        assert read(good(root)) in (content(2), content(2, version=1))
+        retain(root, 2)
+        assert read(good(root)) in (content(2), content(2, version=1))
+        save(root, 2, version=2)
+        save(root, 4)
+        retain(root, 2)
+        assert names(root) == {"step_00000002", "step_00000004", "latest"}
+        assert read(root / "step_00000002") == content(2, version=2)
+
+
+def test_a_small_file_is_replaced_whole_or_stays(tmp_path):
+    def first(root):
+        root.mkdir()
+        (root / "latest").write_text("old")
+
+    def rewrite(root):
+        for _ in range(4):  # more than ten operations
+            checkpoint.write_durably(root / "latest", "new")
+
+    for root in every_interruption(Stopped(), first, rewrite, tmp_path):
+        assert (root / "latest").read_text() in ("old", "new")
+
+
+def test_a_checkpoint_under_any_name_is_read(tmp_path):
+    folder = save(tmp_path, 2).rename(tmp_path / "best")
+    assert damage(folder) is None
+    assert json.loads((folder / "manifest.json").read_text())["step"] == 2
+
+
+def test_a_checkpoint_with_the_waves_of_before_is_refused(tmp_path):
+    model = {"positions": "sinusoidal", "hidden_size": 8}
+    with pytest.raises(UserError, match="whose sinusoidal positions had sines and cosines in other columns"):
+        checkpoint.refuse_earlier_format(tmp_path, {"checksums": {}, "model": model})
+    checkpoint.refuse_earlier_format(tmp_path, {"checksums": {}, "model": model | {"architecture": "decoder"}})

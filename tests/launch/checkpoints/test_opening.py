@@ -1,0 +1,41 @@
+"""Quantized folders at the doors: read as what they compute with, and refused where whole weights are asked for."""
+
+import pytest
+import torch
+
+from data.command_line import UserError
+from launch.checkpoints.initial import InitialWeights
+from launch.checkpoints.opening import load_model, open_model
+from model.compression.grids import Grid, fake_quantized_rows, round_to
+from model.compression.packed import Scheme
+from model.config import ModelConfig
+from model.huggingface import export
+from model.transformer import Transformer
+
+CONFIG = ModelConfig(vocab_size=61, sequence_length=24, hidden_size=32, num_layers=1, num_attention_heads=4)
+SCHEME = Scheme(Grid("int", 8, None), "int8")
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    """A folder in which the last layer of the one block has eight bits, and its inputs too."""
+    state = dict(Transformer(CONFIG).state_dict())
+    state["1.feed_forward.down.weight"] = round_to(state["1.feed_forward.down.weight"], SCHEME.grid)
+    export(CONFIG, state, tmp_path / "out", schemes={"1.feed_forward.down.weight": SCHEME})
+    return str(tmp_path / "out"), state
+
+
+def test_a_quantized_folder_is_loaded_as_what_it_computes_with(quantized):
+    folder, state = quantized
+    model = load_model(folder).model
+    weight = state["1.feed_forward.down.weight"].weight()
+    x = torch.randn(2, 3, CONFIG.intermediate_size)
+    assert torch.equal(model.get_submodule("1.feed_forward.down")(x), fake_quantized_rows(x, "int8") @ weight.T)
+    assert torch.equal(model.get_submodule("1.feed_forward.up").weight, state["1.feed_forward.up.weight"])
+
+
+def test_a_run_does_not_start_from_quantized_weights(quantized):
+    folder, _ = quantized
+    assert open_model(folder).schemes == {"1.feed_forward.down.weight": SCHEME}
+    with pytest.raises(UserError, match=r"is quantized \(int8, a scale a row, inputs int8\): a run starts from weights that are not"):
+        InitialWeights(folder, CONFIG)

@@ -1,0 +1,144 @@
+"""Stretches of parameters: however they were cut when written, they are read back whole, and a wrong one is noticed."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.command_line import UserError
+from launch.checkpoints import state
+from launch.checkpoints.checkpoint import HashingFile
+from launch.checkpoints.state import KINDS, SavedState, Stretch, checksum, whole_box
+
+SHAPES = {"tied_modules.embedding.weight": (10, 6), "1.attention.query.weight": (8, 6), "1.norm.weight": (6,), "2.weight": (4, 3)}
+
+
+def numbers(kind: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(KINDS.index(kind))
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+ALL = {kind: numbers(kind) for kind in KINDS}
+
+
+def boxes(shape: tuple[int, ...], dim: int, parts: int) -> list[state.Box]:
+    """A tensor cut along a dimension into nearly equal parts; one part where it has no such dimension or is too short."""
+    if dim >= len(shape) or shape[dim] < parts:
+        return [whole_box(shape)]
+    edges = [shape[dim] * number // parts for number in range(parts + 1)]
+    return [tuple((edges[n], edges[n + 1]) if d == dim else (0, size) for d, size in enumerate(shape)) for n in range(parts)]
+
+
+def cut(dim: int, tensor_ranks: int, zero_ranks: int) -> list[list[Stretch]]:
+    """By rank: what each of tensor_ranks x zero_ranks holds of all parameters, cut along `dim`, then flat among the zero ranks."""
+    ranks: list[list[Stretch]] = [[] for _ in range(tensor_ranks * zero_ranks)]
+    for name, shape in SHAPES.items():
+        for place, box in enumerate(boxes(shape, dim, tensor_ranks)):
+            size = math.prod(end - first for first, end in box)
+            each = -(-size // zero_ranks)
+            for zero in range(zero_ranks):
+                if (count := min(each, size - zero * each)) > 0:
+                    ranks[zero * tensor_ranks + place].append(Stretch(name, shape, box, zero * each, count))
+    return ranks
+
+
+def values_of(stretch: Stretch, kind: str) -> torch.Tensor:
+    part = ALL[kind][stretch.name][tuple(slice(first, end) for first, end in stretch.box)]
+    return part.reshape(-1)[stretch.start : stretch.start + stretch.count].clone()
+
+
+def write(folder: Path, ranks: list[list[Stretch]]) -> Path:
+    for rank, stretches in enumerate(ranks):
+        if stretches:
+            file = HashingFile(folder / f"rank_{rank:05d}.safetensors")
+            state.write(file, stretches, ((stretch, {kind: values_of(stretch, kind) for kind in KINDS}) for stretch in stretches))
+            file.finish()
+    return folder
+
+
+cuts = st.tuples(st.integers(0, 1), st.integers(1, 3), st.integers(1, 5))
+
+
+@given(cuts, cuts)
+@settings(deadline=None, max_examples=60)
+def test_what_any_ranks_wrote_any_other_ranks_read(tmp_path_factory, written, wanted):
+    saved = SavedState(write(tmp_path_factory.mktemp("state"), cut(*written)))
+    assert saved.shapes == SHAPES
+    for name in SHAPES:
+        for kind in KINDS:
+            assert torch.equal(saved.whole(name, kind), ALL[kind][name])
+    for stretch in (stretch for stretches in cut(*wanted) for stretch in stretches):
+        for kind in KINDS:
+            into = torch.full((stretch.count,), torch.nan)
+            saved.read(stretch, kind, into)
+            assert torch.equal(into, values_of(stretch, kind)), (stretch, kind)
+
+
+@given(cuts)
+@settings(deadline=None, max_examples=60)
+def test_the_checksums_of_all_stretches_add_up_to_that_of_the_whole_parameter(written):
+    sums = dict.fromkeys(SHAPES, 0)
+    for stretch in (stretch for stretches in cut(*written) for stretch in stretches):
+        sums[stretch.name] += checksum(values_of(stretch, "weight"), stretch)
+    for name in SHAPES:
+        bits = ALL["weight"][name].numpy().reshape(-1).view(np.int32).astype(object)
+        by_hand = sum(int(bit) * (2 * place + 1) for place, bit in enumerate(bits))
+        assert sums[name] % 2**64 == by_hand % 2**64
+
+
+def test_a_checksum_knows_every_bit_and_every_place():
+    name = "2.weight"
+    stretch = Stretch(name, SHAPES[name], whole_box(SHAPES[name]), 0, 12)
+    values = values_of(stretch, "weight")
+    seen = {checksum(values, stretch)}
+    for place in range(12):
+        for bit in range(32):
+            changed = values.clone()
+            changed.view(torch.int32)[place] ^= -(2**31) if bit == 31 else 2**bit
+            seen.add(checksum(changed, stretch))
+        for other in range(place):
+            swapped = values.clone()
+            swapped[[place, other]] = swapped[[other, place]]
+            seen.add(checksum(swapped, stretch))
+    assert len(seen) == 1 + 12 * 32 + 12 * 11 // 2
+
+
+def test_a_long_stretch_has_the_checksum_of_its_parts_whatever_is_computed_at_a_time():
+    values = torch.randn(200_001)
+    whole = Stretch("long", (200_001,), whole_box((200_001,)), 0, 200_001)
+    parts = [(0, 70_000), (70_000, 65_536), (135_536, 64_465)]
+    added = sum(checksum(values[a : a + n], dataclasses.replace(whole, start=a, count=n)) for a, n in parts)
+    assert (added - checksum(values, whole)) % 2**64 == 0
+
+
+def test_the_files_are_safetensors(tmp_path):
+    write(tmp_path, cut(0, 1, 2))
+    first = safetensors.torch.load_file(tmp_path / "rank_00000.safetensors")
+    assert torch.equal(first["1.norm.weight.exp_avg"], ALL["exp_avg"]["1.norm.weight"][:3])
+    raw = (tmp_path / "rank_00000.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert (8 + length) % 8 == 0 and len(raw) == 8 + length + max(entry["data_offsets"][1] for entry in header.values() if "dtype" in entry)
+
+
+def test_the_names_come_in_the_order_of_the_network(tmp_path):
+    assert list(SavedState(write(tmp_path, cut(0, 1, 1))).names()) == list(SHAPES)
+
+
+def test_a_missing_file_and_another_shape_are_refused_by_name(tmp_path):
+    write(tmp_path, cut(0, 1, 2))
+    stretch = Stretch("1.norm.weight", (7,), ((0, 7),), 0, 7)
+    with pytest.raises(UserError, match=r"holds 1.norm.weight as \[6\]; this model has \[7\]"):
+        SavedState(tmp_path).read(stretch, "weight", torch.empty(7))
+    with pytest.raises(UserError, match=r"holds 9.weight as \[\]"):
+        SavedState(tmp_path).read(dataclasses.replace(stretch, name="9.weight"), "weight", torch.empty(7))
+    (tmp_path / "rank_00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds 3 of 6 numbers of 1.norm.weight.weight"):
+        SavedState(tmp_path).whole("1.norm.weight")

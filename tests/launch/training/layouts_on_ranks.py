@@ -1,0 +1,263 @@
+"""One rank of the equality tests: trains a tiny model under each job of a JSON list, answers with losses and gradient norms.
+
+A job is {"case": what to train and in which layout, "first": step, "steps": how many, "load": a checkpoint or null, "init": likewise,
+"save": a folder or null}.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data.sampling.batches import Batch
+from launch.checkpoints.opening import open_model
+from launch.ranks.layout import Layout
+from launch.ranks.processes import Process, find_process
+from launch.training import deepspeed_config
+from launch.training.settings import RunSettings, read_run_settings
+from model.config import ModelConfig
+from model.loss import IGNORED, training_loss
+from model.transformer import Transformer
+from tests.ranks import answer
+
+STEPS = 20
+GLOBAL_BATCH = 8
+SEQUENCE = 16
+TARGET_LENGTH = 12
+VOCABULARY = 64
+
+
+def model_config(case: dict) -> ModelConfig:
+    shape = dict(vocab_size=VOCABULARY, sequence_length=SEQUENCE, hidden_size=32, num_layers=2, num_attention_heads=2)
+    return ModelConfig(**shape | case.get("model", {}))
+
+
+settings_of = functools.cache(read_run_settings)  # a parser takes longer to build than a small model
+
+
+def run_settings(case: dict) -> RunSettings:
+    words = ["--batch.global_batch_size", str(GLOBAL_BATCH)]
+    words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5)), "--optimizer.learning_rate", "1e-3"]
+    words += ["--precision", case.get("precision", "float32"), "--recompute", str(case.get("recompute", False)).lower()]
+    words += ["--compile", str(case.get("compile", False)).lower()]
+    words += [f"--loss.{name}={value}" for name, value in case.get("loss", {}).items()]
+    words += [f"--{name}={size}" for name, size in case.get("layout", {}).items()]
+    words += case.get("words", [])
+    return dataclasses.replace(settings_of(tuple(words)), model=model_config(case))
+
+
+def global_batch(step: int, config: ModelConfig) -> Batch:
+    """What the ranks share out at a step; a third of the targets are left out, unevenly over the samples."""
+    generator = torch.Generator().manual_seed(step)
+    length = TARGET_LENGTH if config.architecture == "encoder_decoder" else SEQUENCE
+    drawn = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, length + 1), generator=generator)
+    share = torch.linspace(0.0, 0.7, GLOBAL_BATCH)[:, None]
+    left_out = torch.rand((GLOBAL_BATCH, length), generator=generator) < share
+    batch = Batch(drawn[:, :-1], segments(length, generator), drawn[:, 1:].masked_fill(left_out, IGNORED))
+    if config.architecture == "decoder":
+        return batch
+    batch = batch._replace(segments=batch.segments.masked_fill(torch.arange(length) >= length - 1 - torch.arange(8)[:, None] % 3, 0))
+    batch = batch._replace(targets=batch.targets.masked_fill(batch.segments == 0, IGNORED))
+    if config.architecture == "encoder_decoder":
+        source = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE), generator=generator)
+        of_source = segments(SEQUENCE, generator).masked_fill(torch.arange(SEQUENCE) >= SEQUENCE - torch.arange(8)[:, None] % 4, 0)
+        return batch._replace(source=source, source_segments=of_source)
+    if not config.token_head:
+        batch = batch._replace(targets=torch.full_like(batch.targets, IGNORED))
+    if config.num_classes:
+        classes = batch.tokens[:, 0] % config.num_classes
+        batch = batch._replace(classes=classes.masked_fill(torch.arange(GLOBAL_BATCH) % 5 == 1, IGNORED))
+    return batch._replace(token_types=(batch.segments == 2).long()) if config.token_types else batch
+
+
+def segments(length: int, generator: torch.Generator) -> torch.Tensor:
+    """Two documents in each sample [8, length], told apart where the model does so."""
+    cuts = torch.randint(1, length, (GLOBAL_BATCH, 1), generator=generator)
+    return 1 + (torch.arange(length) >= cuts).long()
+
+
+def micro_batches(step: int, config: ModelConfig, layout: Layout, rank: int, size: int) -> list[Batch]:
+    starts = range(layout.data_rank(rank) * size, GLOBAL_BATCH, layout.data_parallel_size * size)
+    return [global_batch(step, config).map(lambda whole, start=start: whole[start : start + size]) for start in starts]
+
+
+def counts_of(batch: Batch) -> list[torch.Tensor]:
+    """How many targets and classes count."""
+    return [(labels != IGNORED).sum() for labels in (batch.targets, batch.classes) if labels is not None]
+
+
+def rate(step: int, settings: RunSettings) -> float:
+    return settings.optimizer.learning_rate * (step + 1) / (2 * STEPS)
+
+
+def train_plain(
+    case: dict, steps: int = 2 * STEPS, initial: dict[str, torch.Tensor] | None = None
+) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """The reference: one process, the whole batch at once, torch's own optimizer and clipping.
+
+    Losses and gradient norms of all steps, and the weights as they were after STEPS.
+    """
+    from launch.training.engine import labels_of
+
+    settings = run_settings(case)
+    model = Transformer(settings.model, settings.seed).train()
+    if settings.init:
+        initial = dict(open_model(settings.init).state)
+    model.load_state_dict(initial or {}, strict=False)
+    held = {name: weight == 0 for name, weight in model.named_parameters() if settings.hold_zeros and is_of_a_linear(name)}
+    teacher = None
+    if settings.distillation.teacher:
+        there = open_model(settings.distillation.teacher)
+        teacher = Transformer(dataclasses.replace(there.config, document_mask=settings.model.document_mask))
+        teacher.load_state_dict(dict(there.state))
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(settings.optimizer.beta1, settings.optimizer.beta2),
+        eps=settings.optimizer.epsilon,
+    )
+    history, weights = [], {}
+    for step in range(steps):
+        if step == STEPS:
+            weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        if step == case.get("poison"):  # as if the step had never been asked for
+            history.append((float("nan"), float("nan")))
+            continue
+        batch = global_batch(step, settings.model)
+        outputs = torch.func.functional_call(model, rounded(model, settings), batch.inputs)
+        loss = training_loss(outputs, labels_of(batch, counts_of(batch)), **case.get("loss", {}))
+        if teacher:
+            with torch.no_grad():
+                taught = teacher(*batch.inputs)
+            loss = with_teacher(loss, outputs, taught, batch, settings)
+        optimizer.zero_grad()
+        loss.backward()
+        for name, is_zero in held.items():
+            model.get_parameter(name).grad[is_zero] = 0
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping or float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, settings)
+        optimizer.step()
+        history.append((float(loss.detach()), float(norm)))
+    return history, weights
+
+
+def is_of_a_linear(name: str) -> bool:
+    return name.split(".")[-2] in ("query", "key", "value", "output", "gate", "up", "down") and name.endswith(".weight")
+
+
+def rounded(model: Transformer, settings: RunSettings) -> dict[str, torch.Tensor]:
+    """Weights of linear layers on integers with a zero point, whose gradient is the weights' own."""
+    chosen, weights = settings.quantization, {}
+    for name, weight in model.named_parameters():
+        if chosen.bits is not None and is_of_a_linear(name):
+            groups = weight.detach().unflatten(1, (-1, chosen.group_size))
+            least, most = groups.amin(dim=2, keepdim=True).clamp(max=0), groups.amax(dim=2, keepdim=True).clamp(min=0)
+            scale = (most - least) / (2**chosen.bits - 1)
+            zero = (-least / scale).round()
+            codes = (groups / scale + zero).round().clamp(0, 2**chosen.bits - 1)
+            weights[name] = weight + (((codes - zero) * scale).flatten(1) - weight.detach())
+    return weights
+
+
+def with_teacher(loss: torch.Tensor, outputs: torch.Tensor, taught: torch.Tensor, batch: Batch, settings: RunSettings) -> torch.Tensor:
+    """Hinton's formula, by torch's own functions."""
+    chosen = settings.distillation
+    ours, theirs = ((logits / chosen.temperature).log_softmax(dim=-1)[batch.targets != IGNORED] for logits in (outputs, taught))
+    divergence = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return chosen.cross_entropy_weight * loss + chosen.kl_weight * chosen.temperature**2 * divergence
+
+
+def build_engine(case: dict, process: Process):
+    from launch.training.pipeline import engine_for
+
+    settings = run_settings(case)
+    path = f"ds_configs/{case['json']}.json"
+    written = deepspeed_config.read_deepspeed_json(path) if case["json"] != "zero0" else {"zero_optimization": {"stage": 0}}
+    written["zero_optimization"] |= case.get("zero", {})
+    if "aio_bytes" in case:  # what is smaller stays in memory
+        from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
+
+        optimizer_utils.MIN_AIO_BYTES = partitioned_param_swapper.MIN_AIO_BYTES = written["aio"]["block_size"] = case["aio_bytes"]
+    if "pipeline" in case:
+        written["pipeline"] |= case["pipeline"]
+    layout = deepspeed_config.layout_of(written, settings, process.world_size)
+    size = case.get("micro_batch", 2 if layout.pipeline_stages > 1 else 4 // layout.data_parallel_size)  # two for each data rank
+    settings = dataclasses.replace(settings, batch=dataclasses.replace(settings.batch, micro_batch_size=size))
+    merged = deepspeed_config.complete(written, path, settings, layout, "cpu")
+    return engine_for(layout)(settings, merged, process, layout), settings
+
+
+@contextlib.contextmanager
+def poisoned(here: bool):
+    """Within it, a loss on this rank is not a number."""
+    from launch.training import engine
+
+    whole = engine.training_loss
+    if here:
+        engine.training_loss = lambda *arguments: whole(*arguments) * float("nan")
+    yield
+    engine.training_loss = whole
+
+
+def train_under_deepspeed(job: dict, process: Process) -> dict:
+    from launch.checkpoints.initial import InitialWeights
+
+    case, first = job["case"], job["first"]
+    engine, settings = build_engine(case, process)
+    if job["load"]:
+        engine.load(Path(job["load"]))
+    if job["init"]:
+        engine.begin_from(InitialWeights(job["init"], settings.model))
+    reports, answers = [], {}
+    for step in range(first, first + job["steps"]):
+        batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size)
+        with poisoned(step == case.get("poison") and engine.layout.data_rank(process.rank) == 0):
+            reports.append(engine.train_step(batches, rate(step, settings), step))
+        if case.get("samples") and step == 3:  # must leave nothing behind in the weights that ZeRO-3 gathered
+            if settings.model.architecture != "encoder":
+                source = [5, 6, 7, 8, 9] if settings.model.architecture == "encoder_decoder" else None
+                answers["drawn"] = engine.sample([1, 2, 3], 4, 0.0 if source else 1.0, step, VOCABULARY, source)
+            score = engine.validate(batches)
+            answers["validated"] = [score.loss, score.tokens, score.classes, score.right]
+            first = engine.validate(batches[:1])
+            assert 0 < first.token_loss < score.token_loss and 0 < first.tokens < score.tokens
+    assert [step for step, report in enumerate(reports) if report.skipped] == [step for step in [case.get("poison")] if step is not None]
+    if job["save"]:
+        root = Path(job["save"])
+        about = {"run_id": "test", "layout": {"world_size": process.world_size}, "model": dataclasses.asdict(settings.model)}
+        complaint = engine.save(root, STEPS, about)
+        assert complaint is None, complaint
+    return answers | {"history": [(report.loss, report.gradient_norm) for report in reports]}
+
+
+def main() -> None:
+    from deepspeed.utils import groups
+
+    from launch.ranks.rendezvous import meet
+    from launch.training.engine import initialize_communication
+
+    torch.set_num_threads(1)
+    process = find_process()
+    initialize_communication(process, meet(process, 30, sys.argv), 600)
+    answers = []
+    gc.freeze()  # what was imported stays; to walk it at every collection is a tenth of the work
+    for job in json.loads(sys.argv[1]):
+        start = time.perf_counter()
+        answers.append(train_under_deepspeed(job, process))
+        print(f"{time.perf_counter() - start:.1f} s: {job['case']}", flush=True)
+        groups._release_process_group_references()  # of this engine's layout; a run has one engine, these ranks have many
+    answer(answers)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Runs on several prepared folders: refused before they start, or followed source by source."""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import show
+from data.command_line import UserError, flatten
+from data.prepare import PrepareSettings, prepare
+from data.sampling.batches import evaluation_batches
+from data.tokenization.tokenizer import published_pattern
+from launch import evaluate, pretrain
+from launch.checkpoints.opening import load_model
+from launch.checkpoints.run_record import tokenizer_files
+from launch.training.data import open_data
+from launch.training.settings import RunSettings, read_run_settings
+from model.loss import token_losses
+from tests.data.tokenization.vocabularies import rank_file
+from tests.ranks import REPOSITORY, finish, start_ranks
+from tests.words import over
+
+PRETRAIN = REPOSITORY / "launch" / "pretrain.py"
+
+
+@pytest.fixture(scope="session")
+def other(prepared, tmp_path_factory):
+    """A second, smaller prepared folder with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("other corpus")
+    dice = random.Random(1)
+    for number in range(40):
+        (folder / f"{number:03d}.txt").write_text(" ".join(str(dice.randint(0, 9999)) for _ in range(60)) + "\n")
+    output = tmp_path_factory.mktemp("other") / "numbers"
+    tokenizer = str(prepared / "tokenizer.model")
+    prepare(PrepareSettings(input=(str(folder),), output=str(output), tokenizer=tokenizer, held_out=0.2, workers=1))
+    return output
+
+
+@pytest.fixture
+def blend(tiny, prepared, other):
+    """Words of a tiny run on both, three samples of one to one of the other."""
+    return over(tiny, ["--data", str(prepared), str(other), "--data.weights", "3", "1"])
+
+
+def refusal(words: list[str], monkeypatch) -> str:
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(UserError) as refused:
+        pretrain.main([*words, "--dry_run"])
+    return str(refused.value)
+
+
+def plan_of(words: list[str], monkeypatch, capsys) -> dict[str, list[str]]:
+    """The rows of a run's plan by name."""
+    monkeypatch.chdir(REPOSITORY)
+    assert pretrain.main([*words, "--dry_run"]) == 0
+    rows: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, _, text = line.strip().partition(": ")
+        rows.setdefault(name, []).append(text)
+    return rows
+
+
+def test_the_plan_says_how_much_of_each_source_is_read(blend, prepared, other, monkeypatch, capsys):
+    rows = plan_of(blend, monkeypatch, capsys)
+    first, second = rows["data"]
+    assert first.startswith(f"{prepared}: ") and "; 75.000% of the samples, which reads its " in first
+    assert second.startswith(f"{other}: ") and "; 25.000% of the samples, which reads its " in second
+    samples, times = re.search(r"reads its ([\d,]+) samples ([\d.]+) times", second).groups()
+    assert float(times) == pytest.approx(12 * 8 / 4 / int(samples.replace(",", "")), abs=0.005)
+
+
+def test_the_plan_says_the_packing_and_its_padding(blend, monkeypatch, capsys):
+    joined, whole = (plan_of([*blend, "--data.packing", packing], monkeypatch, capsys) for packing in ("packed", "best_fit"))
+    padding = [float(re.search(r"([\d.]+)% padding", rows["samples"][0])[1]) for rows in (joined, whole)]
+    assert padding[0] < padding[1]
+    sampling = open_data(read_run_settings([*blend, "--data.packing", "best_fit"])).sampling
+    empty = [1 - len(one.stream) / (32 * one.num_samples) for one in sampling.samples]
+    assert padding[1] == pytest.approx(100 * (3 * empty[0] + empty[1]) / 4, abs=0.005)
+    assert "note" not in joined and whole["note"] == [
+        "best-fit packing keeps documents whole, but without model.document_mask they see their neighbours"
+    ]
+
+
+def test_too_many_epochs_are_refused_before_the_start_with_what_would_fit(blend, monkeypatch, capsys):
+    words = [*blend, "--train_steps", "400", "--data.max_epochs", "2"]
+    sentence = refusal(words, monkeypatch)
+    found = re.fullmatch(
+        r"numbers would be read ([\d.]+) times in 400 steps; data\.max_epochs is 2\.\nNearest: train_steps (\d+) would fit\.",
+        sentence,
+    )
+    assert found and float(found[1]) > 2
+    steps = int(found[2])
+    plan_of([*words, "--train_steps", str(steps)], monkeypatch, capsys)
+    assert "numbers would be read 2." in refusal([*words, "--train_steps", str(steps + 1)], monkeypatch)
+
+
+def test_one_sample_too_many_is_named_as_more_than_the_limit(tiny, monkeypatch, capsys):
+    samples = open_data(read_run_settings(tiny)).sampling.samples[0].num_samples
+    words = [*tiny, "--batch.global_batch_size", "1", "--batch.micro_batch_size", "1", "--data.max_epochs", "1"]
+    plan_of([*words, "--train_steps", str(samples)], monkeypatch, capsys)
+    sentence = refusal([*words, "--train_steps", str(samples + 1)], monkeypatch)
+    assert sentence == (
+        f"prepared would be read 1.01 times in {samples + 1:,} steps; data.max_epochs is 1.\nNearest: train_steps {samples:,} would fit."
+    )
+
+
+def test_a_limit_that_not_even_a_step_keeps_is_refused(tiny, monkeypatch):
+    assert refusal([*tiny, "--data.max_epochs", "1e-6"], monkeypatch).endswith("\nNot even one step would fit.")
+    assert refusal([*tiny, "--data.max_epochs", "0"], monkeypatch) == "data.max_epochs is 0.0; it must be above 0."
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data.weights", "1", "2", "3"], "data.weights has 3 weights for 2 sources"),
+        (["--data.weights", "1", "0"], "data.weights has 0; a weight is a finite number above 0"),
+        (["--data.weights", "1", "1e-17"], "data.weights has 1e-17; beside the others the least that is told apart from 0 is 6e-14"),
+        (["--data.weights", "one", "two"], "data.weights is"),
+        (["--data.fim_rate", "0.5"], 'has no special token "<|fim_prefix|>"'),
+        (["--data.fim_rate", "-0.5", "--data.fim_tokens", *["<|endoftext|>"] * 3], "it must be at least 0 and at most 1"),
+        (["--data.packing", "bestfit"], 'Did you mean "best_fit"?'),
+        (["--data"], "data.path names no folder"),
+    ],
+)
+def test_a_blend_that_cannot_be_is_refused(blend, words, sentence, monkeypatch):
+    assert sentence in refusal(over(blend, words), monkeypatch)
+
+
+def test_folders_of_other_tokenizers_are_refused_by_name(blend, prepared, other, tmp_path, monkeypatch):
+    copy = shutil.copytree(other, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    sentence = refusal(over(blend, ["--data", str(prepared), str(copy)]), monkeypatch)
+    assert sentence.startswith(f"{copy} was tokenized otherwise than {prepared}: 000000000000 (800 ids) is not ")
+
+
+def test_the_fingerprint_is_of_all_sources_in_their_order(tiny, prepared, other):
+    def fingerprint(*folders: Path) -> str:
+        return open_data(read_run_settings(over(tiny, ["--data", *map(str, folders)]))).fingerprint
+
+    alone = fingerprint(prepared)
+    assert alone == open_data(read_run_settings(tiny)).sampling.folders["prepared"].fingerprint
+    assert len({alone, fingerprint(other), fingerprint(prepared, other), fingerprint(other, prepared)}) == 4
+
+
+def test_showing_has_the_names_and_defaults_of_a_recipe():
+    recipe = flatten(dataclasses.asdict(RunSettings()))
+    for name, default in flatten(dataclasses.asdict(show.ShowSettings())).items():
+        if name not in ("run", "step", "rank", "world_size", "characters"):
+            assert recipe[name] == default, name
+
+
+def entries(folder: Path) -> dict[int, dict]:
+    """What metrics.jsonl has of each step."""
+    found: dict[int, dict] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        found.setdefault(entry["step"], {}).update(entry)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, other, tmp_path_factory):
+    """A tiny run on both folders, best-fit with a document mask, and what it was started with."""
+    folder = tmp_path_factory.mktemp("blended") / "run"
+    words = ["--data", str(prepared), str(other), "--data.weights", "3", "1", "--data.packing", "best_fit", "--output", str(folder)]
+    words += ["--model.vocab_size", "800", "--model.sequence_length", "32", "--model.hidden_size", "32", "--model.num_layers", "2"]
+    words += ["--model.num_attention_heads", "2", "--model.document_mask", "--batch.global_batch_size", "8", "--log.interval", "1"]
+    words += ["--batch.micro_batch_size", "2", "--train_steps", "8", "--schedule.warmup_steps", "2", "--log.validation_samples", "0"]
+    words += ["--log.validation_interval", "4", "--checkpoint.interval", "4", "--precision", "float32"]
+    finish(start_ranks(1, PRETRAIN, *words, OMP_NUM_THREADS="1"))
+    return folder, words
+
+
+def test_the_curves_of_a_blend_follow_each_source(finished, prepared, other):
+    folder, words = finished
+    seen = entries(folder)
+    sampling = open_data(read_run_settings(words)).sampling
+    for step in range(1, 9):
+        for name, epochs in sampling.epochs(8 * step).items():
+            assert seen[step][f"progress/epochs/{name}"] == pytest.approx(epochs)
+    assert sampling.epochs(64)["numbers"] == 16 / sampling.samples[1].num_samples
+    last = seen[8]
+    tokens = [len(one.splits["validation"]) for one in sampling.folders.values()]
+    losses = [last["loss/validation/prepared"], last["loss/validation/numbers"]]
+    assert min(tokens) > 0 and losses[0] != losses[1]
+    assert last["loss/validation"] == pytest.approx(np.average(losses, weights=tokens), rel=1e-6)
+    num_bytes = sum(one.splits["validation"].num_bytes for one in sampling.folders.values())
+    assert last["bits_per_byte/validation"] == pytest.approx(last["loss/validation"] / np.log(2) * sum(tokens) / num_bytes, rel=1e-6)
+    assert "validation loss: " in (folder / "log.txt").read_text() and "| numbers: " in (folder / "log.txt").read_text()
+
+
+def test_evaluation_of_a_blended_run_gives_the_losses_that_training_saw(finished, other, capsys):
+    folder, _ = finished
+    last = entries(folder)[8]
+    sources = evaluate.evaluate_sources(evaluate.EvaluateSettings(str(folder)), show_progress=False)
+    for name, evaluation in sources.items():
+        assert evaluation.loss == pytest.approx(last[f"loss/validation/{name}"], abs=1e-5)
+    assert evaluate.together(list(sources.values())).loss == pytest.approx(last["loss/validation"], abs=1e-5)
+    assert evaluate.evaluate(evaluate.EvaluateSettings(str(folder), str(other)), False).loss == sources["numbers"].loss
+    assert evaluate.main([str(folder)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed[:3]] == ["prepared", "numbers", "loss"]
+
+
+def test_a_folder_that_was_tokenized_with_other_settings_is_not_evaluated_on(finished, tmp_path):
+    """tiktoken's files have the vocabulary alone: how text is cut into words is said beside them."""
+    texts = [" ".join(str(number) for number in range(first, first + 50)) for first in range(0, 1000, 50)]
+    (tmp_path / "numbers.txt").write_text("\n---\n".join(texts))
+    for name in ("cl100k_base", "o200k_base"):
+        (tmp_path / name).mkdir()
+        rank_file(tmp_path / name / "small.tiktoken", texts, published_pattern(name))
+        source, tokenizer = str(tmp_path / "numbers.txt"), str(tmp_path / name / "small.tiktoken")
+        prepare(
+            PrepareSettings(input=(source,), separator="---", tokenizer=tokenizer, output=str(tmp_path / f"{name}-prepared"), workers=1)
+        )
+    copy = shutil.copytree(finished[0], tmp_path / "run")
+    (copy / "tokenizer.model").unlink()
+    there, other = tmp_path / "cl100k_base-prepared", tmp_path / "o200k_base-prepared"
+    for path in tokenizer_files(there):
+        shutil.copyfile(path, copy / path.name)
+    assert evaluate.evaluate(evaluate.EvaluateSettings(str(copy), str(there), "train"), False).tokens > 0
+    with pytest.raises(UserError, match=r"o200k_base-prepared was tokenized with other settings beside \S+ than .*/run was trained with\."):
+        evaluate.evaluate(evaluate.EvaluateSettings(str(copy), str(other), "train"), False)
+
+
+def test_a_blended_run_that_was_stopped_goes_on_with_the_same_batches(finished, tmp_path):
+    folder, words = finished
+    copy = shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "step_00000008")
+    said = finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), OMP_NUM_THREADS="1"))[0]
+    assert "Going on from step 4 of 8" in said
+    there, here = entries(folder), entries(copy)
+    for step in range(1, 9):
+        for name in ("loss/train", "optimization/gradient_norm", "progress/epochs/prepared", "progress/epochs/numbers"):
+            assert here[step][name] == there[step][name], (step, name)
+    assert here[8]["loss/validation/numbers"] == there[8]["loss/validation/numbers"]
+
+
+def test_validation_samples_are_shared_by_the_sources(finished, tmp_path):
+    """Three of two sources: two of each, so one more than asked for."""
+    folder, words = finished
+    copy = shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "step_00000008")
+    finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), "--log.validation_samples", "3", OMP_NUM_THREADS="1"))
+    trained, data = load_model(str(copy)), open_data(read_run_settings(words))
+    for name, samples in data.held_out.items():
+        batches = evaluation_batches(samples.stream, 32, 2, data.sampling.end_of_text, limit_samples=2, document_mask=True)
+        nats = [token_losses(trained.model(batch.tokens, batch.segments), batch.targets) for batch in batches]
+        counted = sum(int((losses != 0).sum()) for losses in nats)
+        expected = sum(float(losses.detach().sum()) for losses in nats) / counted
+        assert entries(copy)[8][f"loss/validation/{name}"] == pytest.approx(expected, abs=1e-5)
+        assert abs(expected - entries(folder)[8][f"loss/validation/{name}"]) > 1e-4, "all of the split have another loss"
+
+
+def test_a_change_of_what_is_read_is_shown(finished, tmp_path, capsys):
+    folder, words = finished
+    copy = shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "step_00000008")
+    changed = ["--seed", "9", "--optimizer.learning_rate", "0.001", "--allow_changes"]
+    assert "Going on with a change: seed: 1 -> 9" in finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), *changed))[0]
+    show.main(["--run", str(copy), "--step", "8"])
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert re.fullmatch(r"The run went on with changes: seed: 1 -> 9 \([-\d]+ [:\d]+\); steps before that were read otherwise\.", first)
+    assert second.startswith("step 8, rank 0 of 1: ") and second.endswith("seed 9")
+
+
+def test_a_run_that_goes_on_longer_is_held_to_the_limit_on_repetition(finished, monkeypatch):
+    _, words = finished
+    longer = [*words, "--train_steps", "4000", "--data.max_epochs", "3", "--allow_changes"]
+    assert re.match(r"\w+ would be read [\d.]+ times in 4,000 steps; data\.max_epochs is 3\.\n", refusal(longer, monkeypatch))
+
+
+def test_other_weights_or_another_packing_are_another_run(finished, monkeypatch):
+    _, words = finished
+    sentence = refusal(over(words, ["--data.weights", "1", "1", "--data.packing", "packed"]), monkeypatch)
+    assert "  data.weights: [3.0, 1.0] -> [1.0, 1.0]\n" in sentence and "  data.packing: best_fit -> packed\n" in sentence
+
+
+def test_what_a_rank_of_the_run_read_is_shown(finished, capsys):
+    folder, words = finished
+    show.main(["--run", str(folder), "--step", "6"])
+    rows = re.findall(r"^micro-batch (\d), row (\d): (\w+), epoch (\d+), sample (\d+)$", capsys.readouterr().out, re.M)
+    sampling = open_data(read_run_settings(words)).sampling
+    drawn = zip(*(column.tolist() for column in sampling.blend.draw(np.arange(40, 48))), strict=True)
+    assert [(sampling.names.index(name), int(epoch), int(sample)) for _, _, name, epoch, sample in rows] == list(drawn)
+    assert [(number, row) for number, row, *_ in rows] == [(str(n), str(row)) for n in range(4) for row in range(2)]

@@ -1,0 +1,50 @@
+"""State on a disk: the same numbers, and checkpoints in both directions. DeepSpeed compiles its asynchronous reader for it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch.checkpoints.checkpoint import name_of as folder_of
+from launch.checkpoints.opening import Averaged
+from tests.launch.training.layout_cases import case_of
+from tests.launch.training.layouts_on_ranks import STEPS, train_plain
+from tests.ranks import answers_of_ranks
+
+RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
+MISSING = [name for name in ("g++", "ninja") if not shutil.which(name)] + ([] if Path("/usr/include/libaio.h").exists() else ["libaio-dev"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"DeepSpeed compiles its reader with them: {', '.join(MISSING)} not there")
+def test_state_on_nvme_gives_the_numbers_of_plain_pytorch_and_goes_on_in_memory_and_back(tmp_path):
+    zero = {
+        "sub_group_size": 6000,
+        "stage3_param_persistence_threshold": 0,
+        "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 4, "fast_init": False},
+        "offload_param": {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 30, "buffer_size": 100_000, "max_in_cpu": 0},
+    }
+    on_nvme = case_of("zero3_nvme", {}, "llama", zero=zero, aio_bytes=4096)
+    in_memory = case_of("zero1", {}, "llama")
+    (tmp_path / "saved").mkdir()
+
+    def job(case: dict, first: int, load: str | None, save: str | None) -> dict:
+        checkpoint = str(tmp_path / "saved" / load / folder_of(STEPS)) if load else None
+        saved = str(tmp_path / "saved" / save) if save else None
+        return {"case": case, "first": first, "steps": STEPS, "load": checkpoint, "init": None, "save": saved}
+
+    jobs = [
+        job(on_nvme, 0, None, "nvme"),
+        job(in_memory, 0, None, "memory"),
+        job(in_memory, STEPS, "nvme", None),
+        job(on_nvme, STEPS, "memory", None),
+    ]
+    history, weights = train_plain(in_memory)
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}  # a start killed while it compiles would leave a lock
+    for each, measured in zip(jobs, answers_of_ranks(2, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=900, **environment)[0], strict=True):
+        for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], history[each["first"] : each["first"] + STEPS], strict=True):
+            assert loss == pytest.approx(plain_loss, abs=1e-5)
+            assert norm == pytest.approx(plain_norm, rel=1e-5)
+    ours = Averaged([tmp_path / "saved" / "nvme" / folder_of(STEPS)])
+    assert all(float((ours[name] - tensor).abs().max()) < 1e-5 for name, tensor in weights.items())

@@ -1,0 +1,229 @@
+"""Stopped and resumed equals never stopped, bit for bit; and no moment of dying loses a published checkpoint."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch import evaluate
+from launch.checkpoints import checkpoint
+from launch.checkpoints.opening import Averaged
+from launch.training.loop import SAVED_AND_UNFINISHED
+from tests.ranks import ForkedRank, finish, start_ranks
+
+DOOR = Path(__file__).parents[1] / "pretrain_with_faults.py"
+CURVES = ("loss/train", "optimization/gradient_norm", "optimization/learning_rate", "loss/validation")
+
+SILENT_IN_SEVERAL_TRANSFERS = """
+import os, threading
+from datetime import timedelta
+import torch, torch.distributed as dist
+from launch.ranks.rendezvous import sentence_of_loss
+store, groups = dist.HashStore(), {}
+def join(rank): groups[rank] = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=0.5))
+threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+for work in [groups[0].allreduce([torch.ones(1)]) for _ in range(5)]:
+    try: work.wait()
+    except RuntimeError as error: print(error, "->", sentence_of_loss(error, 0.5), flush=True)
+os._exit(0)
+"""
+
+
+def run(world_size: int, words: list[str], **environment: str) -> str:
+    return "\n---\n".join(finish(start_ranks(world_size, DOOR, *words, OMP_NUM_THREADS="1", **environment)))
+
+
+def statuses(world_size: int, words: list[str], **environment: str) -> list[int]:
+    """Run and let it die: each rank's status."""
+    return [status for status, _ in endings(start_ranks(world_size, DOOR, *words, OMP_NUM_THREADS="1", **environment))]
+
+
+def endings(processes: list[ForkedRank]) -> list[tuple[int, str]]:
+    """Each rank's status and what it said. What a dead rank leaves waiting is ended here, as a launcher would."""
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def listens_to(signal_number: int, process: ForkedRank) -> bool:
+    """Whether a process has a handler for a signal. See proc_pid_status(5)."""
+    caught = re.search(r"^SigCgt:\t(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+    return bool(caught and int(caught[1], 16) >> (signal_number - 1) & 1)
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {name: {} for name in CURVES}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        for name in set(CURVES) & set(entry):
+            assert entry["step"] not in found[name], f"{name} of step {entry['step']} stands twice"
+            found[name][entry["step"]] = entry[name]
+    return found
+
+
+def board_curve(folder: Path) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss/train")]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert curves(one) == curves(other)
+    assert board_curve(one) == board_curve(other)
+    ours, theirs = (Averaged(checkpoint.published(folder / "checkpoints")[:1]) for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+CASES = [
+    (1, ["--deepspeed", "ds_configs/zero1.json"]),
+    (2, ["--deepspeed", "ds_configs/zero2.json", "--precision", "float32", "--model.dropout", "0.1"]),
+    (2, ["--deepspeed", "ds_configs/zero3.json", "--model.tie_embeddings", "false"]),
+]
+
+
+@pytest.mark.parametrize(("world_size", "choice"), CASES)
+def test_a_killed_run_goes_on_with_the_numbers_of_one_that_never_stopped(world_size, choice, tiny, tmp_path):
+    words = [*tiny, *choice]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(world_size, [*words, "--output", str(whole)])
+    assert any(status == -signal.SIGKILL for status in statuses(world_size, [*words, "--output", str(stopped)], FAULT="0:step:7"))
+    assert "Going on from step 4 of 12" in run(world_size, [*words, "--output", str(stopped)])
+    assert_same_run(whole, stopped)
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_same_step_saved_and_the_same_command_goes_on(tiny, tmp_path):
+    words = [*tiny, "--deepspeed", "ds_configs/zero1.json"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(2, [*words, "--output", str(whole)])
+    assert statuses(2, [*words, "--output", str(stopped)], FAULT_TERMINATE="1:6") == [SAVED_AND_UNFINISHED] * 2
+    assert checkpoint.step_of(checkpoint.published(stopped / "checkpoints")[0]) == 8  # asked during step 7, all know in step 8
+    run(2, [*words, "--output", str(stopped), "--resume"])
+    assert_same_run(whole, stopped)
+
+
+def test_a_signal_while_a_run_starts_is_obeyed_after_its_first_step(tiny, tmp_path):
+    ranks = start_ranks(2, DOOR, *tiny, OMP_NUM_THREADS="1")
+    while not listens_to(signal.SIGUSR1, ranks[1]):
+        time.sleep(0.01)
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert [status for status, _ in endings(ranks)] == [SAVED_AND_UNFINISHED] * 2
+    assert [checkpoint.step_of(folder) for folder in checkpoint.published(tmp_path / "run" / "checkpoints")] == [1]
+
+
+def test_a_second_sigint_leaves_at_once(tiny):
+    (rank,) = start_ranks(1, DOOR, *tiny)
+    for _ in range(2):
+        while rank.poll() is None and not listens_to(signal.SIGUSR1, rank):
+            time.sleep(0.01)
+        rank.send_signal(signal.SIGINT)
+        while rank.poll() is None and listens_to(signal.SIGINT, rank):
+            time.sleep(0.01)
+    assert endings([rank])[0][0] == -signal.SIGINT
+
+
+def test_a_rank_that_loses_the_others_says_so_and_what_there_is_to_go_on_from(tiny):
+    (status, said), (killed, _) = endings(start_ranks(2, DOOR, *tiny, OMP_NUM_THREADS="1", FAULT="1:step:7"))
+    assert (status, killed) == (1, -signal.SIGKILL)
+    assert re.search(
+        r"^Rank 0 on .* lost the other ranks in step 8: .*Connection .*\. The newest checkpoint is step_00000004; ", said, re.M
+    ), said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3", "pipeline_zero1"])
+def test_a_rank_that_falls_silent_is_waited_for_so_long_as_was_said(engine, tiny, tmp_path):
+    """Also where the others wait in a group that DeepSpeed made."""
+    words = [*tiny, "--deepspeed", f"ds_configs/{engine}.json", "--train_steps", "100000", "--communication_timeout", "3"]
+    ranks = start_ranks(2, DOOR, *words, OMP_NUM_THREADS="1")
+    while ranks[0].poll() is None and not checkpoint.published(tmp_path / "run" / "checkpoints"):
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGSTOP)
+    said = ranks[0].communicate(timeout=60)[0]
+    ranks[1].kill()
+    endings(ranks[1:])
+    assert ranks[0].returncode == 1
+    assert re.search(
+        r"^Rank 0 on .* in step \d+: no answer for 3 s \(--communication_timeout\)\. The newest checkpoint is step_", said, re.M
+    ), said
+
+
+def test_each_of_several_transfers_under_way_together_is_known_for_a_silent_rank():
+    """Gloo ends the others with another text, which does not name it, than the first that ran out of time."""
+    command = [sys.executable, "-c", SILENT_IN_SEVERAL_TRANSFERS]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, env=os.environ | {"RANK": "0"}).stdout.splitlines()
+    assert len(said) == 5
+    assert any(line.startswith("Application timeout caused pair closure") for line in said), said
+    assert all(line.endswith("at the start: no answer for 0.5 s (--communication_timeout).") for line in said), said
+
+
+def test_a_run_whose_gradients_are_never_finite_again_ends_with_93(tiny):
+    words = [*tiny, "--precision", "float32", "--optimizer.learning_rate", "1e30", "--train_steps", "80", "--log.sample_interval", "0"]
+    ((status, said),) = endings(start_ranks(1, DOOR, *words, OMP_NUM_THREADS="1"))
+    assert status == 93, said
+    assert said.splitlines()[-1].startswith("The gradient was not finite in 50 steps in a row")
+
+
+# A checkpoint of this run is 13 writes on rank 0 and 55 on rank 1.
+@pytest.mark.parametrize(("fault", "last_whole"), [("1:write:80", 4), ("0:write:20", 4), ("0:publish:1", 4)])
+def test_dying_while_the_second_checkpoint_is_written_leaves_the_first(fault, last_whole, tiny, tmp_path):
+    words = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
+    root = tmp_path / "run" / "checkpoints"
+    assert any(status == -signal.SIGKILL for status in statuses(2, words, FAULT=fault))
+    assert [checkpoint.step_of(folder) for folder in checkpoint.published(root)] == [last_whole]
+    assert checkpoint.damage(checkpoint.published(root)[0]) is None
+    run(2, [*words, "--resume"])
+    assert checkpoint.step_of(checkpoint.published(root)[0]) == 12
+
+
+def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(tiny, tmp_path):
+    output = run(2, [*tiny, "--deepspeed", "ds_configs/zero2.json"], FULL_DISK="1:100")
+    root = tmp_path / "run" / "checkpoints"
+    assert "The checkpoint of step 8 could not be written: OSError: [Errno 28] No space left on device" in output
+    assert [checkpoint.step_of(folder) for folder in checkpoint.published(root)] == [12, 4]
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000004", "step_00000012"]
+
+
+def test_a_run_goes_on_in_other_layouts_with_its_own_curves_and_says_what_it_converts(tiny, tmp_path):
+    """From ZeRO-3 on two ranks to a pipeline to one rank: losses, norms and validation of a run that stayed where it was."""
+    words = [*tiny, "--precision", "float32", "--model.dropout", "0.1", "--log.validation_samples", "0"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run(1, [*words, "--deepspeed", "ds_configs/zero1.json", "--output", str(whole)])
+    kill_at = {"FAULT": "0:step:5"}
+    statuses(2, [*words, "--deepspeed", "ds_configs/zero3.json", "--output", str(moved)], **kill_at)
+    statuses(2, [*words, "--deepspeed", "ds_configs/pipeline_zero1.json", "--output", str(moved), "--resume"], **kill_at)
+    said = run(1, [*words, "--deepspeed", "ds_configs/zero2.json", "--output", str(moved), "--resume"])
+    assert "Going on from step 8 of 12, read in " in said
+    assert "converted from 2 rank(s): 2 pipeline stages under ZeRO-1 in float32 to 1 rank(s) under ZeRO-2 in float32" in said
+    there, here = curves(whole), curves(moved)
+    for name in CURVES:
+        assert there[name].keys() == here[name].keys()
+        for step, value in there[name].items():
+            assert here[name][step] == pytest.approx(value, rel=1e-5), (name, step)
+    evaluation = evaluate.evaluate(evaluate.EvaluateSettings(str(moved)), show_progress=False)
+    assert evaluation.loss == pytest.approx(here["loss/validation"][12], rel=1e-5)
+
+
+def test_a_checkpoint_that_is_read_wrong_is_not_trained_on(tiny):
+    words = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
+    statuses(2, words, FAULT="0:step:5")
+    processes = start_ranks(2, DOOR, *words, OMP_NUM_THREADS="1", MISREAD="1")
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode not in (0, 2, SAVED_AND_UNFINISHED) for process in processes)
+    assert all("1.attention.query.weight" in output and "have other checksums than were saved" in output for output in outputs)
