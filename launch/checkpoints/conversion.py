@@ -140,38 +140,38 @@ def _write(source: Path, manifest: dict, folder: Path, file_bytes: float, say: C
     if strangers := sorted(saved.shapes.keys() ^ manifest["checksums"].keys()):
         raise UserError(f"{source} does not hold the parameters that its manifest has checksums of: {strangers[0]} is one.")
     whole = [
-        state.Stretch(name, saved.shapes[name], state.whole_box(saved.shapes[name]), 0, math.prod(saved.shapes[name]))
+        state.ShardSlice(name, saved.shapes[name], state.whole_region(saved.shapes[name]), 0, math.prod(saved.shapes[name]))
         for name in saved.names()
     ]
     written = {}
     with _Progress("Copied", _bytes_of(manifest["files"].values()), say) as progress:
-        reader = _Reader(source, manifest, max(stretch.count for stretch in whole), progress)
+        reader = _Reader(source, manifest, max(shard_slice.count for shard_slice in whole), progress)
         for number, members in enumerate(_share_out(whole, file_bytes)):
             file = checkpoint.HashingFile(folder / f"state_{number:05d}.safetensors")
-            state.write(file, members, ((stretch, _WhenAsked(reader, stretch)) for stretch in members))
+            state.write(file, members, ((shard_slice, _WhenAsked(reader, shard_slice)) for shard_slice in members))
             written[file.path.name] = file.finish()
         reader.compare()
     return written
 
 
-def _share_out(stretches: Iterable, file_bytes: float) -> Iterator[list]:
-    """Consecutive stretches whose state fits one file; at least one."""
+def _share_out(slices: Iterable, file_bytes: float) -> Iterator[list]:
+    """Consecutive slices whose state fits one file; at least one."""
     members, size = [], 0
-    for stretch in stretches:
-        if members and size + 12 * stretch.count > file_bytes:
+    for shard_slice in slices:
+        if members and size + 12 * shard_slice.count > file_bytes:
             yield members
             members, size = [], 0
-        members.append(stretch)
-        size += 12 * stretch.count  # three kinds of float32
+        members.append(shard_slice)
+        size += 12 * shard_slice.count  # three kinds of float32
     yield members
 
 
 class _WhenAsked(dict):
     """The numbers of a parameter by kind, read when they are asked for and not kept: state.write asks for each once."""
 
-    def __init__(self, reader: "_Reader", stretch: state.Stretch):
+    def __init__(self, reader: "_Reader", shard_slice: state.ShardSlice):
         super().__init__()
-        self._reader, self._stretch = reader, stretch
+        self._reader, self._stretch = reader, shard_slice
 
     def __missing__(self, kind: str) -> torch.Tensor:
         return self._reader.read(self._stretch, kind)
@@ -188,17 +188,17 @@ class _Reader:
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))  # counts while the other hashes and writes
         self._counted: tuple[Future, str, int] | None = None
 
-    def read(self, stretch: state.Stretch, kind: str) -> torch.Tensor:
+    def read(self, shard_slice: state.ShardSlice, kind: str) -> torch.Tensor:
         """The numbers of a whole parameter, float32 [count], good until the next are read."""
         self.compare()
-        self._mapped_bytes += 4 * stretch.count
+        self._mapped_bytes += 4 * shard_slice.count
         if self._saved is None or self._mapped_bytes > self._most_mapped_bytes:  # what was read counts as memory until files are closed
-            self._saved, self._mapped_bytes = state.SavedState(self._source), 4 * stretch.count
-        numbers = self._numbers[: stretch.count]
-        self._thread.submit(self._saved.read, stretch, kind, numbers).result()
-        saved_sum = self._checksums[stretch.name][state.KINDS.index(kind)]
-        self._counted = self._thread.submit(state.checksum, numbers, stretch), f"{stretch.name}.{kind}", saved_sum
-        self._progress.add(4 * stretch.count)
+            self._saved, self._mapped_bytes = state.SavedState(self._source), 4 * shard_slice.count
+        numbers = self._numbers[: shard_slice.count]
+        self._thread.submit(self._saved.read, shard_slice, kind, numbers).result()
+        saved_sum = self._checksums[shard_slice.name][state.KINDS.index(kind)]
+        self._counted = self._thread.submit(state.checksum, numbers, shard_slice), f"{shard_slice.name}.{kind}", saved_sum
+        self._progress.add(4 * shard_slice.count)
         return numbers
 
     def compare(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.command_line import UserError
 from launch.checkpoints.opening import OpenedModel, open_model
-from launch.checkpoints.state import KINDS, Stretch
+from launch.checkpoints.state import KINDS, ShardSlice
 from model.config import ModelConfig
 from model.transformer import layers, parameter_shapes
 
@@ -16,7 +16,7 @@ opened = functools.cache(open_model)
 
 
 class InitialWeights:
-    """Another model's weights as the beginning of this one's: what LiveState reads as it reads a checkpoint.
+    """Another model's weights as the beginning of this one's: what OptimizerState reads as it reads a checkpoint.
 
     Parameters are the same where they have the same name inside the same layer of the list, counted by kind: an encoder may have
     a classifier, or a head for tokens, that the other has not.
@@ -35,8 +35,8 @@ class InitialWeights:
         self.unused = sorted(set(self.opened.state) - set(self._names.values()))
         """Parameters of the other that this model has not."""
 
-    def read(self, wanted: Stretch, kind: str, into: Tensor) -> None:
-        """Fill `into` [count] with the numbers of a stretch; moments begin at zero. Raises UserError where the shapes differ."""
+    def read(self, wanted: ShardSlice, kind: str, into: Tensor) -> None:
+        """Fill `into` [count] with the numbers of a shard_slice; moments begin at zero. Raises UserError where the shapes differ."""
         if kind != KINDS[0]:
             into.zero_()
         elif wanted.name in self._names:

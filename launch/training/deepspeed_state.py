@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps the float32 weights and AdamW's moments under each ZeRO stage: the only place that looks inside its optimizers.
 
 As of DeepSpeed 0.19. ZeRO-0 leaves them with the parameters. ZeRO-1 and -2 lay the parameters of a group behind one another and cut
-that vector among the data-parallel ranks; each parameter knows its stretch as `_hp_mapping`. ZeRO-3 cuts every parameter by itself
+that vector among the data-parallel ranks; each parameter knows its shard_slice as `_hp_mapping`. ZeRO-3 cuts every parameter by itself
 and keeps the pieces in sub-groups, which under NVMe offload are on the disk between steps.
 """
 
@@ -13,49 +13,52 @@ import torch
 from torch import Tensor, nn
 
 from launch.checkpoints.initial import InitialWeights
-from launch.checkpoints.state import KINDS, Box, SavedState, Stretch
+from launch.checkpoints.state import KINDS, Region, SavedState, ShardSlice
 
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class LiveState:
+class OptimizerState:
     """What this rank's optimizer holds, as views of the memory that it trains in."""
 
     def __init__(
         self,
         engine,
-        box_of: Callable[[str, nn.Parameter], tuple[tuple[int, ...], Box] | None],
-        is_copy: Callable[[Stretch, nn.Parameter], bool],
+        region_of: Callable[[str, nn.Parameter], tuple[tuple[int, ...], Region] | None],
+        is_replica: Callable[[ShardSlice, nn.Parameter], bool],
     ):
-        """`box_of` gives a parameter's whole shape and the part of it that this rank has, not counting what ZeRO cuts; or None to
-        leave it out. `is_copy` says of a stretch that a checkpoint has it from another rank.
+        """`region_of` gives a parameter's whole shape and the part of it that this rank has, not counting what ZeRO cuts; or None to
+        leave it out. `is_replica` says of a shard_slice that a checkpoint has it from another rank.
         """
         self._optimizer = engine.optimizer
         self._stage = int(engine.zero_optimization_stage())
         self._adamw: torch.optim.AdamW = engine.optimizer if self._stage == 0 else engine.optimizer.optimizer
-        self.stretches: list[Stretch] = []
-        self.written: list[Stretch] = []
+        self.slices: list[ShardSlice] = []
+        self.owned: list[ShardSlice] = []
         """Those that go into a checkpoint from this rank; over all ranks every number is there once."""
         self._places: dict[str, tuple[Tensor, int, int]] = {}  # the optimizer's own tensor, where in it, of which sub-group
         for name, parameter in engine.module.named_parameters():
-            if (placed := box_of(name, parameter)) and (found := self._find(parameter)):
-                (shape, box), (place, start, count) = placed, found
-                stretch = Stretch(name, shape, box, start, count)
+            if (placed := region_of(name, parameter)) and (found := self._find(parameter)):
+                (shape, region), (place, start, count) = placed, found
+                shard_slice = ShardSlice(name, shape, region, start, count)
                 self._places[name] = place
-                self.stretches.append(stretch)
-                if not is_copy(stretch, parameter):
-                    self.written.append(stretch)
-        for stretches in (self.stretches, self.written):
-            stretches.sort(key=self._sub_group)  # stable: in the order of the network within each
+                self.slices.append(shard_slice)
+                if not is_replica(shard_slice, parameter):
+                    self.owned.append(shard_slice)
+        for slices in (self.slices, self.owned):
+            slices.sort(key=self._sub_group)  # stable: in the order of the network within each
 
-    def visit(self, stretches: list[Stretch], keep_changes: bool = False) -> Iterator[tuple[Stretch, dict[str, Tensor]]]:
-        """Each of the stretches with its numbers by kind, float32 [count]: views, good until the next one is asked for."""
-        for group, members in itertools.groupby(stretches, key=self._sub_group):
-            with self._at_hand(group, keep_changes):
-                for stretch in members:
-                    flat, offset, _ = self._places[stretch.name]
+    def visit(self, slices: list[ShardSlice], keep_changes: bool = False) -> Iterator[tuple[ShardSlice, dict[str, Tensor]]]:
+        """Each of the slices with its numbers by kind, float32 [count]: views, good until the next one is asked for."""
+        for group, members in itertools.groupby(slices, key=self._sub_group):
+            with self._swapped_in(group, keep_changes):
+                for shard_slice in members:
+                    flat, offset, _ = self._places[shard_slice.name]
                     tensors = {KINDS[0]: flat} | {kind: self._moments(flat)[kind] for kind in KINDS[1:]}
-                    yield stretch, {kind: tensor.detach().view(-1)[offset : offset + stretch.count] for kind, tensor in tensors.items()}
+                    yield (
+                        shard_slice,
+                        {kind: tensor.detach().view(-1)[offset : offset + shard_slice.count] for kind, tensor in tensors.items()},
+                    )
 
     @property
     def steps(self) -> int:
@@ -70,10 +73,10 @@ class LiveState:
 
     @torch.no_grad()
     def read(self, saved: SavedState | InitialWeights) -> None:
-        """Take this rank's stretches from a checkpoint or from another model, one at a time. Raises UserError where it lacks one."""
-        for stretch, values in self.visit(self.stretches, keep_changes=True):
+        """Take this rank's slices from a checkpoint or from another model, one at a time. Raises UserError where it lacks one."""
+        for shard_slice, values in self.visit(self.slices, keep_changes=True):
             for kind, into in values.items():
-                saved.read(stretch, kind, into)
+                saved.read(shard_slice, kind, into)
 
     @torch.no_grad()
     def begin_from(self, steps: int, loss_scaler: dict | None) -> None:
@@ -93,14 +96,14 @@ class LiveState:
         elif self._stage == 3:
             optimizer._partition_all_parameters()
             for group in range(len(optimizer.fp16_groups)):
-                with self._at_hand(group, keep_changes=False):
+                with self._swapped_in(group, keep_changes=False):
                     optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
             optimizer.invalidate_secondary_tensor()
 
     def _find(self, parameter: nn.Parameter) -> tuple[tuple[Tensor, int, int], int, int] | None:
-        """The place of this rank's stretch of a parameter, its first number, and how many; None where it has none."""
+        """The place of this rank's shard_slice of a parameter, its first number, and how many; None where it has none."""
         if self._stage == 0:
             return (parameter, 0, 0), 0, parameter.numel()
         if self._stage == 3:
@@ -115,8 +118,8 @@ class LiveState:
         place = flat, mapping.hp_fragment_address.start, 0
         return place, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
 
-    def _sub_group(self, stretch: Stretch) -> int:
-        return self._places[stretch.name][2]
+    def _sub_group(self, shard_slice: ShardSlice) -> int:
+        return self._places[shard_slice.name][2]
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:
         """AdamW's state of one of its tensors; before the first step that is all zeros, as torch begins it."""
@@ -127,7 +130,7 @@ class LiveState:
         return state
 
     @contextlib.contextmanager
-    def _at_hand(self, group: int, keep_changes: bool) -> Iterator[None]:
+    def _swapped_in(self, group: int, keep_changes: bool) -> Iterator[None]:
         """Within it, a sub-group that lives on NVMe is in memory."""
         optimizer = self._optimizer
         if self._stage < 3 or not optimizer._swappable_optimizer_subgroup(group):

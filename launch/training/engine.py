@@ -33,7 +33,7 @@ from launch.evaluation.score import Score, measure
 from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, device_name, device_number
 from launch.training import parallel
-from launch.training.deepspeed_state import LiveState
+from launch.training.deepspeed_state import OptimizerState
 from launch.training.settings import OptimizerSettings, RunSettings
 from launch.training.teacher import Teacher, fingerprint
 from model.compression.fake_quantization import fake_quantize
@@ -124,7 +124,7 @@ class Engine:
         for name, layer in self._model.named_children():
             if self.config.dropout and name.isdigit():
                 layer.register_forward_pre_hook(functools.partial(self._begin_stream, int(name)))
-        self._state = LiveState(self._deepspeed, self._box_of, self._is_copy)
+        self._state = OptimizerState(self._deepspeed, self._region_of, self._is_replica)
 
     def _build(self, merged_json: dict, recompute: bool, mpu: ModuleType | None) -> nn.Module:
         data_group = mpu.get_data_parallel_group() if mpu else None
@@ -266,9 +266,9 @@ class Engine:
 
     def _write(self, folder: Path) -> None:
         written = {}
-        if self._state.written:
+        if self._state.owned:
             file = checkpoint.HashingFile(folder / f"rank_{self.process.rank:05d}.safetensors")
-            state.write(file, self._state.written, self._state.visit(self._state.written))
+            state.write(file, self._state.owned, self._state.visit(self._state.owned))
             written[file.path.name] = file.finish()
         checkpoint.write_part(folder, self.process.rank, written)
 
@@ -301,20 +301,20 @@ class Engine:
         """Of each parameter of the model, in the order of state.KINDS; the same on every rank."""
         places = {name: place for place, name in enumerate(parameter_shapes(self.config))}
         sums = torch.zeros(len(places), len(state.KINDS), dtype=torch.int64)
-        for stretch, numbers in self._state.visit(self._state.written):
-            sums[places[stretch.name]] += torch.tensor([state.checksum(numbers[kind], stretch) for kind in state.KINDS])
+        for shard_slice, numbers in self._state.visit(self._state.owned):
+            sums[places[shard_slice.name]] += torch.tensor([state.checksum(numbers[kind], shard_slice) for kind in state.KINDS])
         sums = sums.to(self.device)
         dist.all_reduce(sums)
         return dict(zip(places, sums.tolist(), strict=True))
 
-    def _box_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], state.Box] | None:
+    def _region_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], state.Region] | None:
         """The whole shape of a parameter, and the part of it that this rank has, not counting what ZeRO cuts; None: not the model's."""
-        return parallel.box_of(parameter, self.layout.tensor_place(self.process.rank))
+        return parallel.region_of(parameter, self.layout.tensor_place(self.process.rank))
 
-    def _is_copy(self, stretch: state.Stretch, parameter: nn.Parameter) -> bool:
+    def _is_replica(self, shard_slice: state.ShardSlice, parameter: nn.Parameter) -> bool:
         """Whether a checkpoint has these numbers from another rank."""
         rank, layout = self.process.rank, self.layout
-        on_all_tensor_places = stretch.box == state.whole_box(stretch.shape)
+        on_all_tensor_places = shard_slice.region == state.whole_region(shard_slice.shape)
         in_all_of_zero = self.zero_stage == 0 and rank // layout.tensor_parallel_size % layout.zero_size > 0
         return in_all_of_zero or (on_all_tensor_places and layout.tensor_place(rank) > 0)
 

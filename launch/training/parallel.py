@@ -8,7 +8,7 @@ from deepspeed.module_inject.autotp_config import AutoTPConfig
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 
-from launch.checkpoints.state import Box, whole_box
+from launch.checkpoints.state import Region, whole_region
 from launch.ranks.layout import Layout
 from launch.training.deepspeed_config import PARTITION
 from model.layers import Attention, Positions
@@ -32,17 +32,17 @@ def split_matrices(model: nn.Module, size: int, group: dist.ProcessGroup) -> Non
     cutter.register_replicated_grad_hooks(model)
 
 
-def box_of(parameter: nn.Parameter, place: int) -> tuple[tuple[int, ...], Box]:
+def region_of(parameter: nn.Parameter, place: int) -> tuple[tuple[int, ...], Region]:
     """The whole shape of a parameter, and the part of it that the rank at `place` in a tensor-parallel group has."""
     about = getattr(parameter, DS_AUTOTP_UC_META, None)
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: before ZeRO-3 cut it
     if not about or about["partition_dim"] is None:
-        return shape, whole_box(shape)
+        return shape, whole_region(shape)
     shape, cut = tuple(about["logical_shape"]), about["partition_dim"]
     first = sum(about["partition_sizes"][:place])
-    box = [*whole_box(shape)]
-    box[cut] = first, first + about["partition_sizes"][place]
-    return shape, tuple(box)
+    region = [*whole_region(shape)]
+    region[cut] = first, first + about["partition_sizes"][place]
+    return shape, tuple(region)
 
 
 def spread_sequences(model: nn.Module, sequence_length: int, layout: Layout, rank: int) -> None:

@@ -13,7 +13,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from data.sampling.batches import Batch
-from launch.checkpoints.state import Box, Stretch
+from launch.checkpoints.state import Region, ShardSlice
 from launch.evaluation.score import Score, scored, sums_of
 from launch.ranks.layout import Layout
 from launch.training import parallel
@@ -133,11 +133,11 @@ class PipelinedEngine(Engine):
         """Micro-batches that an evaluation must have: DualPipeV finds its buffers with as many as in training alone (DeepSpeed 0.19.8)."""
         return self._deepspeed.gradient_accumulation_steps() if isinstance(self._model, DualPipeVModule) else None
 
-    def _box_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], Box] | None:
-        return None if name.startswith(_STAND_IN) else super()._box_of(name, parameter)
+    def _region_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], Region] | None:
+        return None if name.startswith(_STAND_IN) else super()._region_of(name, parameter)
 
-    def _is_copy(self, stretch: Stretch, parameter: nn.Parameter) -> bool:
-        return parameter.ds_pipe_replicated or super()._is_copy(stretch, parameter)  # a tied module's second home
+    def _is_replica(self, shard_slice: ShardSlice, parameter: nn.Parameter) -> bool:
+        return parameter.ds_pipe_replicated or super()._is_replica(shard_slice, parameter)  # a tied module's second home
 
 
 class _Mended:

@@ -48,7 +48,7 @@ def run(tmp_path, tokenizer_file):
             beside = checkpoint.begin(folder / "checkpoints", step, "id")
             file = checkpoint.HashingFile(beside / "rank_00000.safetensors")
             weights = dict(Transformer(config, seed=step).named_parameters())
-            whole = [state.Stretch(name, tuple(w.shape), state.whole_box(w.shape), 0, w.numel()) for name, w in weights.items()]
+            whole = [state.ShardSlice(name, tuple(w.shape), state.whole_region(w.shape), 0, w.numel()) for name, w in weights.items()]
             numbers = ((one, dict.fromkeys(state.KINDS, weights[one.name].detach().flatten())) for one in whole)
             state.write(file, whole, numbers)
             checkpoint.write_part(beside, 0, {file.path.name: file.finish()})

@@ -21,7 +21,7 @@ import torch
 from data.command_line import UserError
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.conversion import convert
-from launch.checkpoints.state import KINDS, SavedState, Stretch, whole_box
+from launch.checkpoints.state import KINDS, SavedState, ShardSlice, whole_region
 from launch.convert import ConvertSettings, main
 from launch.ranks.layout import describe
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
@@ -36,38 +36,38 @@ SHAPES = {
 }
 
 
-def one_behind_the_other(shapes: dict, world_size: int) -> list[list[Stretch]]:
-    """Each rank's stretches where all parameters are one vector that is cut, as in ZeRO-1 and -2."""
+def one_behind_the_other(shapes: dict, world_size: int) -> list[list[ShardSlice]]:
+    """Each rank's shard slices where all parameters are one vector that is cut, as in ZeRO-1 and -2."""
     total = sum(math.prod(shape) for shape in shapes.values())
     borders = [total * rank // world_size for rank in range(world_size + 1)]
-    ranks: list[list[Stretch]] = []
+    ranks: list[list[ShardSlice]] = []
     for first, end in itertools.pairwise(borders):
         ranks.append([])
         begins = 0
         for name, shape in shapes.items():
             start, stop = max(first - begins, 0), min(end - begins, math.prod(shape))
             if start < stop:
-                ranks[-1].append(Stretch(name, shape, whole_box(shape), start, stop - start))
+                ranks[-1].append(ShardSlice(name, shape, whole_region(shape), start, stop - start))
             begins += math.prod(shape)
     return ranks
 
 
-def each_by_itself(shapes: dict, world_size: int) -> list[list[Stretch]]:
-    """Each rank's stretches where every parameter is cut, as in ZeRO-3."""
+def each_by_itself(shapes: dict, world_size: int) -> list[list[ShardSlice]]:
+    """Each rank's shard slices where every parameter is cut, as in ZeRO-3."""
     cut = [one_behind_the_other({name: shape}, world_size) for name, shape in shapes.items()]
-    return [[stretch for ranks in cut for stretch in ranks[rank]] for rank in range(world_size)]
+    return [[shard_slice for ranks in cut for shard_slice in ranks[rank]] for rank in range(world_size)]
 
 
-def by_rows_or_columns(shapes: dict, world_size: int) -> list[list[Stretch]]:
-    """Each rank's stretches where matrices are cut as in tensor parallelism; one rank has the vectors."""
-    ranks: list[list[Stretch]] = [[] for _ in range(world_size)]
+def by_rows_or_columns(shapes: dict, world_size: int) -> list[list[ShardSlice]]:
+    """Each rank's shard slices where matrices are cut as in tensor parallelism; one rank has the vectors."""
+    ranks: list[list[ShardSlice]] = [[] for _ in range(world_size)]
     for number, (name, shape) in enumerate(shapes.items()):
         dimension = number % len(shape)
         for rank in range(world_size if len(shape) > 1 else 1):
-            box = list(whole_box(shape))
+            region = list(whole_region(shape))
             if len(shape) > 1:
-                box[dimension] = (shape[dimension] * rank // world_size, shape[dimension] * (rank + 1) // world_size)
-            ranks[rank].append(Stretch(name, shape, tuple(box), 0, math.prod(end - first for first, end in box)))
+                region[dimension] = (shape[dimension] * rank // world_size, shape[dimension] * (rank + 1) // world_size)
+            ranks[rank].append(ShardSlice(name, shape, tuple(region), 0, math.prod(end - first for first, end in region)))
     return ranks
 
 
@@ -87,18 +87,18 @@ def numbers_of(shapes: dict) -> dict[str, dict[str, torch.Tensor]]:
     return {name: {kind: torch.from_numpy(bits(shape).view(np.float32)) for kind in KINDS} for name, shape in shapes.items()}
 
 
-def save(root: Path, step: int, ranks: list[list[Stretch]], numbers: dict, **more) -> Path:
+def save(root: Path, step: int, ranks: list[list[ShardSlice]], numbers: dict, **more) -> Path:
     folder = checkpoint.begin(root, step, "run")
-    for rank, stretches in enumerate(ranks):
+    for rank, slices in enumerate(ranks):
         file = checkpoint.HashingFile(folder / f"rank_{rank:05d}.safetensors")
 
-        def values(stretches=stretches):
-            for stretch in stretches:
-                part = tuple(slice(first, end) for first, end in stretch.box)
-                place = slice(stretch.start, stretch.start + stretch.count)
-                yield stretch, {kind: numbers[stretch.name][kind][part].reshape(-1)[place].contiguous() for kind in KINDS}
+        def values(slices=slices):
+            for shard_slice in slices:
+                part = tuple(slice(first, end) for first, end in shard_slice.region)
+                place = slice(shard_slice.start, shard_slice.start + shard_slice.count)
+                yield shard_slice, {kind: numbers[shard_slice.name][kind][part].reshape(-1)[place].contiguous() for kind in KINDS}
 
-        state.write(file, stretches, values())
+        state.write(file, slices, values())
         checkpoint.write_part(folder, rank, {file.path.name: file.finish()})
     layout = {"world_size": len(ranks), "pipeline_stages": 1, "tensor_parallel_size": 1, "sequence_parallel_size": 1}
     about = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data.command_line import UserError
 from launch.checkpoints import state
 from launch.checkpoints.checkpoint import HashingFile
-from launch.checkpoints.state import KINDS, SavedState, Stretch, checksum, whole_box
+from launch.checkpoints.state import KINDS, SavedState, ShardSlice, checksum, whole_region
 
 SHAPES = {"tied_modules.embedding.weight": (10, 6), "1.attention.query.weight": (8, 6), "1.norm.weight": (6,), "2.weight": (4, 3)}
 
@@ -28,37 +28,37 @@ def numbers(kind: str) -> dict[str, torch.Tensor]:
 ALL = {kind: numbers(kind) for kind in KINDS}
 
 
-def boxes(shape: tuple[int, ...], dim: int, parts: int) -> list[state.Box]:
+def regions(shape: tuple[int, ...], dim: int, parts: int) -> list[state.Region]:
     """A tensor cut along a dimension into nearly equal parts; one part where it has no such dimension or is too short."""
     if dim >= len(shape) or shape[dim] < parts:
-        return [whole_box(shape)]
+        return [whole_region(shape)]
     edges = [shape[dim] * number // parts for number in range(parts + 1)]
     return [tuple((edges[n], edges[n + 1]) if d == dim else (0, size) for d, size in enumerate(shape)) for n in range(parts)]
 
 
-def cut(dim: int, tensor_ranks: int, zero_ranks: int) -> list[list[Stretch]]:
+def cut(dim: int, tensor_ranks: int, zero_ranks: int) -> list[list[ShardSlice]]:
     """By rank: what each of tensor_ranks x zero_ranks holds of all parameters, cut along `dim`, then flat among the zero ranks."""
-    ranks: list[list[Stretch]] = [[] for _ in range(tensor_ranks * zero_ranks)]
+    ranks: list[list[ShardSlice]] = [[] for _ in range(tensor_ranks * zero_ranks)]
     for name, shape in SHAPES.items():
-        for place, box in enumerate(boxes(shape, dim, tensor_ranks)):
-            size = math.prod(end - first for first, end in box)
+        for place, region in enumerate(regions(shape, dim, tensor_ranks)):
+            size = math.prod(end - first for first, end in region)
             each = -(-size // zero_ranks)
             for zero in range(zero_ranks):
                 if (count := min(each, size - zero * each)) > 0:
-                    ranks[zero * tensor_ranks + place].append(Stretch(name, shape, box, zero * each, count))
+                    ranks[zero * tensor_ranks + place].append(ShardSlice(name, shape, region, zero * each, count))
     return ranks
 
 
-def values_of(stretch: Stretch, kind: str) -> torch.Tensor:
-    part = ALL[kind][stretch.name][tuple(slice(first, end) for first, end in stretch.box)]
-    return part.reshape(-1)[stretch.start : stretch.start + stretch.count].clone()
+def values_of(shard_slice: ShardSlice, kind: str) -> torch.Tensor:
+    part = ALL[kind][shard_slice.name][tuple(slice(first, end) for first, end in shard_slice.region)]
+    return part.reshape(-1)[shard_slice.start : shard_slice.start + shard_slice.count].clone()
 
 
-def write(folder: Path, ranks: list[list[Stretch]]) -> Path:
-    for rank, stretches in enumerate(ranks):
-        if stretches:
+def write(folder: Path, ranks: list[list[ShardSlice]]) -> Path:
+    for rank, slices in enumerate(ranks):
+        if slices:
             file = HashingFile(folder / f"rank_{rank:05d}.safetensors")
-            state.write(file, stretches, ((stretch, {kind: values_of(stretch, kind) for kind in KINDS}) for stretch in stretches))
+            state.write(file, slices, ((shard_slice, {kind: values_of(shard_slice, kind) for kind in KINDS}) for shard_slice in slices))
             file.finish()
     return folder
 
@@ -74,19 +74,19 @@ def test_what_any_ranks_wrote_any_other_ranks_read(tmp_path_factory, written, wa
     for name in SHAPES:
         for kind in KINDS:
             assert torch.equal(saved.whole(name, kind), ALL[kind][name])
-    for stretch in (stretch for stretches in cut(*wanted) for stretch in stretches):
+    for shard_slice in (shard_slice for slices in cut(*wanted) for shard_slice in slices):
         for kind in KINDS:
-            into = torch.full((stretch.count,), torch.nan)
-            saved.read(stretch, kind, into)
-            assert torch.equal(into, values_of(stretch, kind)), (stretch, kind)
+            into = torch.full((shard_slice.count,), torch.nan)
+            saved.read(shard_slice, kind, into)
+            assert torch.equal(into, values_of(shard_slice, kind)), (shard_slice, kind)
 
 
 @given(cuts)
 @settings(deadline=None, max_examples=60)
 def test_the_checksums_of_all_stretches_add_up_to_that_of_the_whole_parameter(written):
     sums = dict.fromkeys(SHAPES, 0)
-    for stretch in (stretch for stretches in cut(*written) for stretch in stretches):
-        sums[stretch.name] += checksum(values_of(stretch, "weight"), stretch)
+    for shard_slice in (shard_slice for slices in cut(*written) for shard_slice in slices):
+        sums[shard_slice.name] += checksum(values_of(shard_slice, "weight"), shard_slice)
     for name in SHAPES:
         bits = ALL["weight"][name].numpy().reshape(-1).view(np.int32).astype(object)
         by_hand = sum(int(bit) * (2 * place + 1) for place, bit in enumerate(bits))
@@ -95,24 +95,24 @@ def test_the_checksums_of_all_stretches_add_up_to_that_of_the_whole_parameter(wr
 
 def test_a_checksum_knows_every_bit_and_every_place():
     name = "2.weight"
-    stretch = Stretch(name, SHAPES[name], whole_box(SHAPES[name]), 0, 12)
-    values = values_of(stretch, "weight")
-    seen = {checksum(values, stretch)}
+    shard_slice = ShardSlice(name, SHAPES[name], whole_region(SHAPES[name]), 0, 12)
+    values = values_of(shard_slice, "weight")
+    seen = {checksum(values, shard_slice)}
     for place in range(12):
         for bit in range(32):
             changed = values.clone()
             changed.view(torch.int32)[place] ^= -(2**31) if bit == 31 else 2**bit
-            seen.add(checksum(changed, stretch))
+            seen.add(checksum(changed, shard_slice))
         for other in range(place):
             swapped = values.clone()
             swapped[[place, other]] = swapped[[other, place]]
-            seen.add(checksum(swapped, stretch))
+            seen.add(checksum(swapped, shard_slice))
     assert len(seen) == 1 + 12 * 32 + 12 * 11 // 2
 
 
 def test_a_long_stretch_has_the_checksum_of_its_parts_whatever_is_computed_at_a_time():
     values = torch.randn(200_001)
-    whole = Stretch("long", (200_001,), whole_box((200_001,)), 0, 200_001)
+    whole = ShardSlice("long", (200_001,), whole_region((200_001,)), 0, 200_001)
     parts = [(0, 70_000), (70_000, 65_536), (135_536, 64_465)]
     added = sum(checksum(values[a : a + n], dataclasses.replace(whole, start=a, count=n)) for a, n in parts)
     assert (added - checksum(values, whole)) % 2**64 == 0
@@ -134,11 +134,11 @@ def test_the_names_come_in_the_order_of_the_network(tmp_path):
 
 def test_a_missing_file_and_another_shape_are_refused_by_name(tmp_path):
     write(tmp_path, cut(0, 1, 2))
-    stretch = Stretch("1.norm.weight", (7,), ((0, 7),), 0, 7)
+    shard_slice = ShardSlice("1.norm.weight", (7,), ((0, 7),), 0, 7)
     with pytest.raises(UserError, match=r"holds 1.norm.weight as \[6\]; this model has \[7\]"):
-        SavedState(tmp_path).read(stretch, "weight", torch.empty(7))
+        SavedState(tmp_path).read(shard_slice, "weight", torch.empty(7))
     with pytest.raises(UserError, match=r"holds 9.weight as \[\]"):
-        SavedState(tmp_path).read(dataclasses.replace(stretch, name="9.weight"), "weight", torch.empty(7))
+        SavedState(tmp_path).read(dataclasses.replace(shard_slice, name="9.weight"), "weight", torch.empty(7))
     (tmp_path / "rank_00001.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds 3 of 6 numbers of 1.norm.weight.weight"):
         SavedState(tmp_path).whole("1.norm.weight")
