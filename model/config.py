@@ -2,7 +2,20 @@
 
 import dataclasses
 import difflib
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+
+    class DerivedInt:
+        """A field that may be given as None and is always read as a number: __post_init__ derives it from the other fields."""
+
+        def __get__(self, instance: object, owner: type | None = None) -> int: ...
+        def __set__(self, instance: object, value: int | None) -> None: ...
+
+else:
+    DerivedInt = int | None
+
+_DERIVED: Any = None  # the default of such a field, in a type that mypy accepts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +37,11 @@ class ModelConfig:
     """Blocks of an encoder-decoder's decoder (default: num_layers)."""
     num_attention_heads: int = 4
     """Query heads."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: DerivedInt = _DERIVED
     """Key/value heads, a divisor of num_attention_heads (default: as many; arXiv 2305.13245)."""
-    head_size: int | None = None
+    head_size: DerivedInt = _DERIVED
     """Width of a head (default: hidden_size / num_attention_heads)."""
-    intermediate_size: int | None = None
+    intermediate_size: DerivedInt = _DERIVED
     """Width inside the feed-forward (default: 4 x hidden_size)."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467)."""
@@ -102,7 +115,6 @@ class ModelConfig:
                 object.__setattr__(self, name, value)
         if self.architecture == "encoder_decoder" and self.num_decoder_layers is None:
             object.__setattr__(self, "num_decoder_layers", self.num_layers)
-        assert self.num_key_value_heads and self.head_size and self.intermediate_size
         if self.positions == "rotary" and self.head_size % 2 and not complaints:
             complaints.append(f"model.head_size {self.head_size} is odd; rotary positions turn pairs. Nearest: {self.head_size + 1}.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -317,7 +329,6 @@ def named_size(name: str) -> dict:
 
 def _inner_widths(config: ModelConfig) -> tuple[int, int, int]:
     """Width of all queries, of all keys, and inside the feed-forward."""
-    assert config.num_key_value_heads and config.head_size and config.intermediate_size
     return config.num_attention_heads * config.head_size, config.num_key_value_heads * config.head_size, config.intermediate_size
 
 
