@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.command_line import UserError, flatten, read_settings, run_door
+from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.sources import Architecture, Sampling, SamplingSettings, open_folders, open_sampling
 
 if TYPE_CHECKING:
@@ -29,14 +30,6 @@ class ModelSettings:
     """What the objective follows from, where data.objective does not say."""
     token_types: int = 0
     """Texts of a sample that an encoder tells apart."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchSettings:
-    global_batch_size: int = 32
-    """Samples per optimizer step, over all ranks."""
-    micro_batch_size: int | None = None
-    """Samples of a rank at a time (default: the rank's whole share)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +76,9 @@ def show(settings: ShowSettings) -> Iterator[str]:
     model, batch = settings.model, settings.batch
     of_model = (model.sequence_length, model.document_mask, settings.seed, model.architecture, model.token_types)
     sampling = open_sampling(open_folders(settings.data.path), settings.data, *of_model)
-    size = batch.micro_batch_size or max(1, batch.global_batch_size // settings.world_size)
-    batches = TrainingBatches(sampling.samples, sampling.blend, batch.global_batch_size, size, settings.rank, settings.world_size)
+    batch = dataclasses.replace(batch, micro_batch_size=batch.micro_batch_size or batch.accumulation_steps(settings.world_size))
+    plan = BatchPlan(batch, model.sequence_length)
+    batches = TrainingBatches(sampling.samples, sampling.blend, plan, settings.rank, settings.world_size)
     way = [settings.data.packing if sampling.objective == "causal" else sampling.objective]
     if sampling.objective in ("causal", "prefix", "masked"):
         way.append(f"documents {'apart by mask' if model.document_mask else 'seeing one another'}")
@@ -229,21 +223,9 @@ def _refuse_impossible(settings: ShowSettings) -> None:
     complaints = [f"{name} is {value}; it must be at least {bound}." for name, (value, bound) in least.items() if value < bound]
     if settings.rank >= settings.world_size:
         complaints.append(f"rank is {settings.rank}; with world_size {settings.world_size} it must be at most {settings.world_size - 1}.")
-    if not complaints:
-        complaints = _unfitting_batch(settings.batch, settings.world_size)
     if complaints:
         raise UserError("\n".join(complaints))
-
-
-def _unfitting_batch(batch: BatchSettings, world_size: int) -> list[str]:
-    share, words = (batch.micro_batch_size or 1) * world_size, f"world_size {world_size}"
-    if batch.global_batch_size % share == 0:
-        return []
-    if batch.micro_batch_size:
-        words = f"batch.micro_batch_size {batch.micro_batch_size} x {words} = {share}"
-    below = batch.global_batch_size // share * share
-    nearest = f"{f'{below} or ' if below else ''}{below + share}"
-    return [f"batch.global_batch_size {batch.global_batch_size} is not a multiple of {words}. Nearest: {nearest}."]
+    settings.batch.accumulation_steps(settings.world_size, "world_size")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,7 @@ def _run(ready, stop: StopRequest) -> int:
     batches = TrainingBatches(
         data.sampling.samples,
         data.sampling.blend,
-        settings.batch.global_batch_size,
-        settings.batch.micro_batch_size,
+        settings.batch_plan,
         layout.data_rank(process.rank),
         layout.data_parallel_size,
     )
@@ -105,14 +104,14 @@ def _run(ready, stop: StopRequest) -> int:
             run_folder.note_beginning(settings, read_from)
     monitor, peak = None, 1.0
     if process.is_first:
-        monitor = Monitor(Path(settings.output), first_step, settings.steps, settings.batch.global_batch_size)
+        monitor = Monitor(Path(settings.output), first_step, settings.batch_plan)
         peak, peak_source = peak_flops(settings, engine.device.type)
         _introduce(monitor, settings, ready.merged_json, start, first_step, read, f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})")
     about = {
         "run_id": engine.first_sentence(start.run_id),
         "model": dataclasses.asdict(settings.model),
         "layout": layout_now,
-        "data": {"fingerprint": data.fingerprint, "samples_per_step": settings.batch.global_batch_size},
+        "data": {"fingerprint": data.fingerprint, "samples_per_step": len(settings.batch_plan.positions(0))},
         "random": {
             "seed": settings.seed,
             "streams": "order: (seed, epoch, sample); dropout: (seed, step, micro-batch, layer, part of the sequence)",
@@ -145,7 +144,7 @@ def _run(ready, stop: StopRequest) -> int:
         flops_per_counted_token(model, data.sampling.target_length),
         peak,
         process.world_size,
-        lambda steps: data.sampling.epochs(steps * settings.batch.global_batch_size),
+        lambda steps: data.sampling.epochs(settings.batch_plan.position(steps)),
         data.sampling.bytes_per_token,
         {name: samples.stream.num_bytes / len(samples.stream) for name, samples in held_out.items()},
     )
@@ -158,7 +157,9 @@ def _run(ready, stop: StopRequest) -> int:
         raise
     if monitor:
         if status == 0:
-            monitor.say(f"Done: {settings.steps} steps. {settings.output} holds the model; python launch/evaluate.py {settings.output}")
+            monitor.say(
+                f"Done: {settings.batch_plan.steps} steps. {settings.output} holds the model; python launch/evaluate.py {settings.output}"
+            )
         monitor.close()
     engine.close()
     return status
@@ -167,7 +168,11 @@ def _run(ready, stop: StopRequest) -> int:
 def _introduce(monitor, settings: RunSettings, merged: dict, start, first_step: int, read: str, peak: str) -> None:
     for note in start.notes:
         monitor.say(note)
-    begun = f"Going on from step {first_step} of {settings.steps}, {read}" if first_step else f"Starting at step 0 of {settings.steps}"
+    begun = (
+        f"Going on from step {first_step} of {settings.batch_plan.steps}, {read}"
+        if first_step
+        else f"Starting at step 0 of {settings.batch_plan.steps}"
+    )
     monitor.say(f"{begun}; {peak}")
     monitor.text("recipe", json.dumps(dataclasses.asdict(settings), indent=1))
     monitor.text("deepspeed", json.dumps(merged, indent=1))

@@ -91,7 +91,7 @@ def test_what_is_imported_is_in_the_requirements():
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "launch" / "recipes").glob("*")), ids=lambda path: path.name)
 def test_every_recipe_is_readable_and_says_how_long_to_train(path):
     settings = read_run_settings(["--config", str(path)])
-    assert settings.steps > 0
+    assert settings.batch_plan.steps > 0
     read_run_settings(["--config", str(path), "--seed", "2"])
 
 

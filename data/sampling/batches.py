@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.command_line import UserError
+from data.sampling.batch_plan import BatchPlan
 from data.sampling.order import Blend, rank_share
 from data.sampling.packing import IGNORED, PackedSamples, Sample, Samples, padding_like
 from data.shards import TokenStream
@@ -55,28 +56,23 @@ def target_classes(batches: list[Batch]) -> int:
 
 
 class TrainingBatches:
-    """The batches of one rank; which samples they are is a pure function of the step, the blend and the rank."""
+    """The batches of one rank; which samples they are is a pure function of the step, the plan, the blend and the rank."""
 
     def __init__(
         self,
         sources: Sequence[Samples],
         blend: Blend,
-        global_batch_size: int,
-        micro_batch_size: int,
+        plan: BatchPlan,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        share = micro_batch_size * world
-        if global_batch_size % share:
-            below = global_batch_size // share * share
-            raise UserError(
-                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
-                f"data_parallel_size {world} = {share}. Nearest: {f'{below} or ' if below else ''}{below + share}."
-            )
+        """`plan` must have a micro-batch size. Raises UserError if `world` data-parallel ranks cannot share its batches."""
+        assert plan.batch.micro_batch_size is not None
+        plan.batch.accumulation_steps(world)
         self.sources = sources
         self.blend = blend
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
+        self.plan = plan
+        self.micro_batch_size = plan.batch.micro_batch_size
         self.rank, self.world = rank, world
 
     def step(self, number: int) -> list[Batch]:
@@ -88,7 +84,8 @@ class TrainingBatches:
 
     def step_samples(self, number: int) -> NDArray[np.int64]:
         """Source, epoch and sample of every row of this rank's micro-batches.  -> [accumulation, micro_batch_size, 3]"""
-        positions = np.arange(number * self.global_batch_size, (number + 1) * self.global_batch_size, dtype=np.int64)
+        step = self.plan.positions(number)
+        positions = np.arange(step.start, step.stop, dtype=np.int64)
         share = rank_share(positions, self.micro_batch_size, self.rank, self.world)
         return np.stack(self.blend.draw(share.ravel()), axis=-1).reshape(*share.shape, 3)
 

@@ -300,6 +300,7 @@ def _ours_under_deepspeed(
 ) -> Callable[[], object]:
     import torch
 
+    from data.sampling.batch_plan import BatchSettings
     from data.sampling.batches import Batch
     from launch import REPOSITORY
     from launch.ranks import processes
@@ -307,7 +308,7 @@ def _ours_under_deepspeed(
     from launch.training import deepspeed_config
     from launch.training.engine import initialize_communication
     from launch.training.pipeline import engine_for
-    from launch.training.settings import BatchSettings, RunSettings
+    from launch.training.settings import RunSettings
 
     process = processes.find_process()
     processes.share_the_cores(process)

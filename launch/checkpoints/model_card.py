@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data.command_line import flatten
+from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.sources import OBJECTIVES
 from launch.checkpoints import checkpoint
 from launch.checkpoints.opening import OpenedModel
@@ -75,8 +76,8 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
     record = json_in(opened.folder.parent.parent / "run.json")
     if opened.recipe:
         numbers = flatten(opened.recipe)
-        tokens = opened.step * numbers["batch.global_batch_size"] * numbers["model.sequence_length"]
-        yield "tokens", f"{tokens:,}"
+        plan = BatchPlan(BatchSettings(numbers["batch.global_batch_size"]), numbers["model.sequence_length"])
+        yield "tokens", f"{plan.tokens_before(opened.step):,}"
         yield (
             "data",
             ", ".join(Path(path).name for path in paths_of(opened.recipe)) + f", fingerprint {manifest['data']['fingerprint'][:12]}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.command_line import UserError
 from data.prepare import PrepareSettings, prepare
+from data.sampling.batch_plan import BatchPlan
 from data.sampling.order import Blend
 from data.sampling.packing import Samples
 from data.sampling.sources import Sampling, open_folders, open_held_out, open_sampling
@@ -76,27 +77,28 @@ def _refuse_unfit_outputs(settings: RunSettings, objective: str) -> None:
 def _refuse_too_many_epochs(settings: RunSettings, sampling: Sampling) -> None:
     """Raise UserError where the run reads a source more often than data.max_epochs, with what would fit."""
     limit = settings.data.max_epochs
-    positions = settings.steps * settings.batch.global_batch_size
+    plan = settings.batch_plan
+    positions = plan.position(plan.steps)
     epochs = sampling.blend.epochs(positions).tolist()
     most = max(range(len(epochs)), key=epochs.__getitem__)
     if limit is None or epochs[most] <= limit:
         return
-    fitting = _longest(sampling.blend, limit, settings.batch.global_batch_size, settings.steps)
+    fitting = _longest(sampling.blend, limit, plan)
     hundredths = -(
         -100 * int(sampling.blend.counts(positions)[most]) // int(sampling.blend.sizes[most])
     )  # up: 1.00 would be no more than 1
     raise UserError(
-        f"{sampling.names[most]} would be read {hundredths / 100:.2f} times in {settings.steps:,} steps; data.max_epochs is {limit:g}.\n"
+        f"{sampling.names[most]} would be read {hundredths / 100:.2f} times in {plan.steps:,} steps; data.max_epochs is {limit:g}.\n"
         + (f"Nearest: train_steps {fitting:,} would fit." if fitting else "Not even one step would fit.")
     )
 
 
-def _longest(blend: Blend, limit: float, global_batch_size: int, steps: int) -> int:
+def _longest(blend: Blend, limit: float, plan: BatchPlan) -> int:
     """The most steps after which no source has been read more than `limit` times. A bisection: epochs only grow."""
-    fits, too_many = 0, steps
+    fits, too_many = 0, plan.steps
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if blend.epochs(middle * global_batch_size).max() <= limit else (fits, middle)
+        fits, too_many = (middle, too_many) if blend.epochs(plan.position(middle)).max() <= limit else (fits, middle)
     return fits
 
 

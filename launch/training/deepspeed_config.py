@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from data.command_line import UserError, nearest
 from launch.ranks.layout import Layout
-from launch.training.settings import RunSettings, accumulation_steps
+from launch.training.settings import RunSettings
 from model.transformer import layers
 
 # Sections that DeepSpeed reads without checking their keys.
@@ -126,7 +126,7 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
     owned = {
         "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(batch, layout.data_parallel_size),
+        "gradient_accumulation_steps": batch.accumulation_steps(layout.data_parallel_size),
         "gradient_clipping": optimizer.gradient_clipping,
         "bf16.enabled": settings.precision == "bf16",
         "fp16.enabled": settings.precision == "fp16",

@@ -62,7 +62,7 @@ def train(
                 monitor.scalars(step, {"alarm/save_failed": 1.0})
             monitor.flush()  # what a checkpoint stands on is on the disk when it is
 
-    for step in range(first_step, settings.steps):
+    for step in range(first_step, settings.batch_plan.steps):
         start = time.perf_counter()
         rate = _rate(settings, step)
         micro_batches = batches_of_step(step)
@@ -75,7 +75,7 @@ def train(
             _show_step(settings, monitor, figures, done, rate, report, seconds, data_seconds, engine)
         if skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(f"The gradient was not finite in {skipped_in_a_row} steps in a row; the last was step {done}.")
-        last = done == settings.steps
+        last = done == settings.batch_plan.steps
         if validation_batches and (last or (settings.log.validation_interval and done % settings.log.validation_interval == 0)):
             _validate(engine, validation_batches, monitor, figures, done)
         if sample and settings.log.sample_interval and (last or done % settings.log.sample_interval == 0):
@@ -88,7 +88,7 @@ def train(
             if monitor:
                 monitor.say(f"Stopped by {stop.asked or 'a signal to another rank'} after step {done}; " + _how_to_go_on(saved_step, done))
             return SAVED_AND_UNFINISHED if saved_step == done else 1
-    return 0 if saved_step == settings.steps else 1
+    return 0 if saved_step == settings.batch_plan.steps else 1
 
 
 class Figures:
@@ -104,7 +104,7 @@ class Figures:
         validation_bytes_per_token: dict[str, float],
     ):
         self.flops_per_token = flops_per_token
-        """Of a token as RunSettings.tokens_per_step counts them."""
+        """Of a token as BatchPlan counts them."""
         self.peak_flops = peak_flops
         self.world_size = world_size
         self.epochs = epochs
@@ -127,7 +127,7 @@ def _rate(settings: RunSettings, step: int) -> float:
     schedule = settings.schedule
     return learning_rate(
         step,
-        settings.steps,
+        settings.batch_plan.steps,
         settings.optimizer.learning_rate,
         schedule.kind,
         schedule.warmup_steps,
@@ -147,13 +147,13 @@ def _show_step(
     data_seconds: float,
     engine: Engine,
 ) -> None:
-    tokens_per_second = settings.tokens_per_step / seconds
+    tokens_per_second = settings.batch_plan.tokens(done - 1) / seconds
     used = figures.flops_per_device(tokens_per_second)
     scalars = {
         "loss/train": report.loss,
         "optimization/learning_rate": rate,
         "optimization/gradient_norm": report.gradient_norm,
-        "progress/tokens": done * settings.tokens_per_step,
+        "progress/tokens": settings.batch_plan.tokens_before(done),
         **_by_source("progress/epochs", figures.epochs(done)),
     }
     if report.loss_scale is not None:
@@ -161,7 +161,7 @@ def _show_step(
     if report.skipped:
         scalars["alarm/skipped_step"] = 1.0
         monitor.say(f"Step {done} was skipped: its gradient was not finite. No weight was changed.")
-    at_interval = done % settings.log.interval == 0 or done == settings.steps
+    at_interval = done % settings.log.interval == 0 or done == settings.batch_plan.steps
     if at_interval:
         scalars |= {
             "throughput/tokens_per_second": tokens_per_second,

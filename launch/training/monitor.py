@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from data.sampling.batch_plan import BatchPlan
 from launch.checkpoints.checkpoint import write_durably
 
 DEEPSPEED_NAMES = {  # what DeepSpeed's own monitor calls them, over samples; old dashboards expect these
@@ -29,18 +30,18 @@ class Monitor:
     stopped. A full disk silences the files, with one sentence, and not the training.
     """
 
-    def __init__(self, folder: Path, first_step: int, steps: int, samples_per_step: int):
-        self._steps = steps
-        self._samples_per_step = samples_per_step
+    def __init__(self, folder: Path, first_step: int, plan: BatchPlan):
+        self._plan = plan
         self._muted = False
         self._recent_seconds: deque[float] = deque(maxlen=50)
         self._log = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
         _cut_off(folder / "metrics.jsonl", first_step)
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         self._board = SummaryWriter(folder / "tb", flush_secs=20, purge_step=first_step + 1)
-        samples = first_step * samples_per_step
-        self._board_by_samples = SummaryWriter(folder / "tb" / "by_samples", flush_secs=20, purge_step=samples + 1)
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True)
+        self._board_by_samples = SummaryWriter(folder / "tb" / "by_samples", flush_secs=20, purge_step=plan.position(first_step) + 1)
+        self._bar = tqdm(
+            total=plan.steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True
+        )
 
     def say(self, line: str) -> None:
         """A line for the console and log.txt."""
@@ -64,7 +65,7 @@ class Monitor:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
                 if name in DEEPSPEED_NAMES:
-                    self._board_by_samples.add_scalar(DEEPSPEED_NAMES[name], value, step * self._samples_per_step)
+                    self._board_by_samples.add_scalar(DEEPSPEED_NAMES[name], value, self._plan.position(step))
             finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
             self._metrics.write(json.dumps({"step": step} | finite) + "\n")
 
@@ -72,10 +73,10 @@ class Monitor:
 
     def console(self, step: int, loss: float, learning_rate: float, gradient_norm: float, tokens_per_second: float, use: float) -> None:
         """The steady line."""
-        left = median(self._recent_seconds) * (self._steps - step)
+        left = median(self._recent_seconds) * (self._plan.steps - step)
         self.say(
-            f"step: {step}/{self._steps} | loss: {loss:.4f} | learning rate: {learning_rate:.2e} | gradient norm: {gradient_norm:.3f} | "
-            f"tokens/s: {tokens_per_second:,.0f} | MFU: {100 * use:.1f} % | left: {_clock(left)}"
+            f"step: {step}/{self._plan.steps} | loss: {loss:.4f} | learning rate: {learning_rate:.2e} | "
+            f"gradient norm: {gradient_norm:.3f} | tokens/s: {tokens_per_second:,.0f} | MFU: {100 * use:.1f} % | left: {_clock(left)}"
         )
 
     def text(self, name: str, text: str, step: int = 0) -> None:

@@ -7,7 +7,7 @@ import time
 import torch
 
 from launch.ranks.layout import Layout, fewest_micro_batches, micro_batch_size
-from launch.training.settings import RunSettings, accumulation_steps
+from launch.training.settings import RunSettings
 from model.config import ModelConfig, count_parameters, flops_per_token
 
 # Dense bf16/fp16 tensor-core peaks of the data sheets, TFLOP/s (NVIDIA), by a part of the device's name.
@@ -91,7 +91,7 @@ def _outside_of_blocks(model: ModelConfig) -> int:
 
 
 def flops_per_counted_token(model: ModelConfig, target_length: int | None) -> float:
-    """Of a token as RunSettings.tokens_per_step counts them: of an encoder-decoder, of one of the source and its share of the target."""
+    """Of a token as BatchPlan counts them: of an encoder-decoder, of one of the source and its share of the target."""
     per_source = 1 + (target_length or 0) / model.sequence_length
     return flops_per_token(model, target_length=target_length) * per_source
 
@@ -110,8 +110,9 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
     hpz = int(zero.get("zero_hpz_partition_size", 1))
     if hpz > 1:
         states["weights again (hpZ)"] = states["weights"] * layout.zero_size / hpz
-    accumulation = accumulation_steps(batch, layout.data_parallel_size)
-    tokens = settings.steps * settings.tokens_per_step
+    accumulation = batch.accumulation_steps(layout.data_parallel_size)
+    steps = settings.batch_plan.steps
+    tokens = settings.batch_plan.tokens_before(steps)
     flops = flops_per_counted_token(model, data.sampling.target_length if data else None)
     offload = [
         f"{part.removeprefix('offload_')} on {zero[part]['device']}"
@@ -138,12 +139,8 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
             if data
             else [("data", f"{', '.join(settings.data.path)} is not there: the embedded corpus would be prepared first")]
         ),
-        (
-            "batch",
-            f"{batch.global_batch_size} sequences = micro-batch {batch.micro_batch_size} x accumulation {accumulation} "
-            f"x data parallel {layout.data_parallel_size}; {settings.tokens_per_step:,} tokens a step",
-        ),
-        ("length", f"{settings.steps:,} steps, {tokens:,} tokens" + (f", {_epochs(settings, data)} epochs" if data else "")),
+        ("batch", settings.batch_plan.describe(layout.data_parallel_size)),
+        ("length", f"{steps:,} steps, {tokens:,} tokens" + (f", {_epochs(settings, data)} epochs" if data else "")),
         (
             "rate",
             f"{settings.optimizer.learning_rate:g}, {settings.schedule.kind}, warm-up {settings.schedule.warmup_steps} steps"
@@ -185,7 +182,7 @@ def _data_rows(settings: RunSettings, data) -> list[tuple[str, str]]:
     """A line for each source, how their documents become samples, and what of it is to be noted."""
     sampling, model = data.sampling, settings.model
     several, length = len(sampling.names) > 1, model.sequence_length
-    epochs = sampling.epochs(settings.steps * settings.batch.global_batch_size)
+    epochs = sampling.epochs(settings.batch_plan.position(settings.batch_plan.steps))
     rows, warnings = [], []
     for path, share, (name, folder), samples in zip(
         settings.data.path, sampling.blend.shares, sampling.folders.items(), sampling.samples, strict=True
@@ -249,7 +246,7 @@ def _objective(settings: RunSettings, sampling) -> str:
 
 def _epochs(settings: RunSettings, data) -> str:
     """How often the run reads its source, or the least and the most read of several."""
-    epochs = data.sampling.epochs(settings.steps * settings.batch.global_batch_size).values()
+    epochs = data.sampling.epochs(settings.batch_plan.position(settings.batch_plan.steps)).values()
     return " to ".join(f"{end:.2f}" for end in sorted({min(epochs), max(epochs)}))
 
 

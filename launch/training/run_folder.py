@@ -110,8 +110,10 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
         )
     if newest := _newest_manifest(root):
         _refuse_other_model(*newest, settings)
-        if newest[1]["step"] > settings.steps:
-            raise UserError(f"{newest[0]} is already beyond the {settings.steps} steps that are asked for. Nearest: {newest[1]['step']}.")
+        if newest[1]["step"] > settings.batch_plan.steps:
+            raise UserError(
+                f"{newest[0]} is already beyond the {settings.batch_plan.steps} steps that are asked for. Nearest: {newest[1]['step']}."
+            )
     return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed), tuple(changed))
 
 

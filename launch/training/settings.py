@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.command_line import UserError, flatten, read_settings
+from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.sources import SamplingSettings
 from launch import REPOSITORY
 from launch.ranks.launchers import without_local_rank
@@ -29,15 +30,6 @@ NOT_IN_THE_WEIGHTS = (
     "rope_original_length",
 )
 """Settings of the model with which the same weights can go on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchSettings:
-    global_batch_size: int = 32
-    """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int | None = None
-    """Sequences per forward pass of a rank; accumulation follows from it (default: the rank's whole share, no accumulation;
-    in a pipeline so many that it has four micro-batches a stage)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,16 +197,9 @@ class RunSettings:
     """Print the plan and stop."""
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps in the whole run."""
-        if self.train_steps is not None:
-            return self.train_steps
-        assert self.train_tokens is not None
-        return int(self.train_tokens // self.tokens_per_step)
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch.global_batch_size * self.model.sequence_length
+    def batch_plan(self) -> BatchPlan:
+        """The samples that each step reads, and the run's steps and tokens, which follow from them."""
+        return BatchPlan(self.batch, self.model.sequence_length, self.train_steps, self.train_tokens)
 
 
 def read_run_settings(arguments: Sequence[str]) -> RunSettings:
@@ -303,8 +288,8 @@ def _refuse_impossible(settings: RunSettings) -> None:
             f"train_steps {settings.train_steps} and train_tokens {settings.train_tokens:g} both say how long to train; "
             "keep one and set the other to null."
         )
-    elif settings.train_tokens is not None and settings.train_tokens < settings.tokens_per_step:
-        complaints.append(f"train_tokens {settings.train_tokens:g} is less than one step of {settings.tokens_per_step:,} tokens.")
+    elif settings.train_tokens is not None and settings.train_tokens < settings.batch_plan.tokens(0):
+        complaints.append(f"train_tokens {settings.train_tokens:g} is less than one step of {settings.batch_plan.tokens(0):,} tokens.")
     positive = {
         "batch.global_batch_size": settings.batch.global_batch_size,
         "batch.micro_batch_size": 1 if settings.batch.micro_batch_size is None else settings.batch.micro_batch_size,
@@ -351,10 +336,10 @@ def _refuse_impossible(settings: RunSettings) -> None:
         complaints.append(
             f"checkpoint.keep is {settings.checkpoint.keep}; at least 2 are kept, so that a damaged one leaves another to go on from."
         )
-    if not complaints and settings.schedule.warmup_steps >= settings.steps and settings.schedule.kind != "constant":
+    if not complaints and settings.schedule.warmup_steps >= settings.batch_plan.steps and settings.schedule.kind != "constant":
         complaints.append(
-            f"schedule.warmup_steps {settings.schedule.warmup_steps} leaves nothing of the {settings.steps} steps. "
-            f"Nearest: {max(0, settings.steps - 1)}."
+            f"schedule.warmup_steps {settings.schedule.warmup_steps} leaves nothing of the {settings.batch_plan.steps} steps. "
+            f"Nearest: {max(0, settings.batch_plan.steps - 1)}."
         )
     if complaints:
         raise UserError("\n".join(complaints))
@@ -406,24 +391,7 @@ def _other_than_in_init(settings: RunSettings) -> list[str]:
 
 def share_the_batch(settings: RunSettings, layout: Layout) -> RunSettings:
     """The same settings with a micro-batch size, where none was given. Raises UserError where the batch does not divide."""
-    share = accumulation_steps(settings.batch, layout.data_parallel_size)
+    share = settings.batch.accumulation_steps(layout.data_parallel_size)
     size = settings.batch.micro_batch_size or micro_batch_size(share, layout.pipeline_stages)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
     return dataclasses.replace(settings, batch=batch, pipeline_stages=layout.pipeline_stages)
-
-
-def accumulation_steps(batch: BatchSettings, data_parallel_size: int) -> int:
-    """Micro-batches (without a size: sequences) that each rank adds up for one optimizer step.
-
-    Raises UserError where the batch does not divide.
-    """
-    unit = (batch.micro_batch_size or 1) * data_parallel_size
-    steps, remainder = divmod(batch.global_batch_size, unit)
-    if remainder or not steps:
-        nearest = [str(unit * n) for n in (steps, steps + 1) if n]
-        size = f"batch.micro_batch_size {batch.micro_batch_size} x " if batch.micro_batch_size else ""
-        raise UserError(
-            f"batch.global_batch_size {batch.global_batch_size} is not a multiple of {size}"
-            f"data_parallel_size {data_parallel_size}{f' = {unit}' if size else ''}.\nNearest: {' or '.join(nearest)}."
-        )
-    return steps

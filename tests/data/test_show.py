@@ -14,6 +14,7 @@ import pytest
 from data import show
 from data.command_line import UserError
 from data.prepare import PrepareSettings, prepare
+from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.batches import TrainingBatches
 from data.sampling.order import Blend
 from data.sampling.packing import IGNORED
@@ -85,7 +86,7 @@ def test_what_is_shown_is_what_training_reads(folders, capsys, world_size, micro
         read = []
         for rank in range(world_size):
             lines = shown(capsys, *folders, *words, "--step", str(step), "--rank", str(rank))
-            batches = TrainingBatches(sampling.samples, sampling.blend, 8, micro_batch_size, rank, world_size)
+            batches = TrainingBatches(sampling.samples, sampling.blend, BatchPlan(BatchSettings(8, micro_batch_size), 24), rank, world_size)
             targets = np.concatenate([batch.targets.numpy() for batch in batches.step(step - 1)])
             segments = np.concatenate([batch.segments.numpy() for batch in batches.step(step - 1)])
             assert texts_of(lines) == [tokenizer.decode(row[row != IGNORED].tolist()) for row in targets]
@@ -170,10 +171,10 @@ def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
         (["--step", "0", "--characters", "-1"], "step is 0; it must be at least 1.\ncharacters is -1; it must be at least 0."),
         (
             ["--world_size", "3", "--batch.micro_batch_size", "2"],
-            "batch.global_batch_size 8 is not a multiple of batch.micro_batch_size 2 x world_size 3 = 6. Nearest: 6 or 12.",
+            "batch.global_batch_size 8 is not a multiple of batch.micro_batch_size 2 x world_size 3 = 6.\nNearest: 6 or 12.",
         ),
-        (["--world_size", "3"], "batch.global_batch_size 8 is not a multiple of world_size 3. Nearest: 6 or 9."),
-        (["--world_size", "9"], "batch.global_batch_size 8 is not a multiple of world_size 9. Nearest: 9."),
+        (["--world_size", "3"], "batch.global_batch_size 8 is not a multiple of world_size 3.\nNearest: 6 or 9."),
+        (["--world_size", "9"], "batch.global_batch_size 8 is not a multiple of world_size 9.\nNearest: 9."),
         (["--data.weights", "1", "2"], "data.weights has 2 weights for 1 sources; give one for each folder of data.path."),
         (["--data.packing", "best"], 'data.packing is best; it must be packed or best_fit. Did you mean "best_fit"?'),
         (

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import data.sampling.batches
 import model.loss
 from data.command_line import UserError
+from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.batches import IGNORED, TrainingBatches, evaluation_batches, target_tokens
 from data.sampling.order import Blend, permute
 from data.sampling.packing import BestFitSamples, PackedSamples
@@ -19,7 +20,7 @@ END = 60_000
 
 def training_batches(sources, global_batch_size, micro_batch_size, seed=0, rank=0, world=1, weights=None):
     blend = Blend([source.num_samples for source in sources], weights, seed)
-    return TrainingBatches(sources, blend, global_batch_size, micro_batch_size, rank, world)
+    return TrainingBatches(sources, blend, BatchPlan(BatchSettings(global_batch_size, micro_batch_size), 1), rank, world)
 
 
 def kept_targets(batches):
@@ -138,5 +139,7 @@ def test_one_token_is_an_evaluation(stream):
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused_with_the_nearest_that_can(stream, counted):
     samples = PackedSamples(stream(counted(9)), 4, END)
-    with pytest.raises(UserError, match=r"500 is not a multiple of micro_batch_size 4 x data_parallel_size 8 = 32\. Nearest: 480 or 512"):
+    with pytest.raises(
+        UserError, match=r"500 is not a multiple of batch\.micro_batch_size 4 x data_parallel_size 8 = 32\.\nNearest: 480 or 512"
+    ):
         training_batches([samples], 500, 4, world=8)

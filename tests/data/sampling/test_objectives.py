@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from data.command_line import UserError
 from data.prepare import PrepareSettings, prepare
+from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.batches import TrainingBatches, evaluation_batches, held_out_batches, target_classes, target_tokens
 from data.sampling.masking import ClassificationSamples, MaskedSamples, Masking, NextSentenceSamples, classes_of
 from data.sampling.order import Blend
@@ -428,7 +429,8 @@ def test_every_kind_of_sample_becomes_batches_of_one_shape(ended, pairs):
         "span_corruption": ("source", "source_segments", "tokens", "segments"),
     }
     for name, samples in kinds(ended, pairs).items():
-        (batch,) = TrainingBatches([samples], Blend([samples.num_samples], None, 1), 3, 3).step(0)
+        plan = BatchPlan(BatchSettings(3, 3), samples.sequence_length)
+        (batch,) = TrainingBatches([samples], Blend([samples.num_samples], None, 1), plan).step(0)
         assert batch.source is None if samples.target_length is None else batch.source.shape == (3, samples.sequence_length)
         assert batch.tokens.shape == batch.targets.shape == (3, samples.target_length or samples.sequence_length)
         if name in fields:

@@ -8,9 +8,10 @@ import re
 import pytest
 
 from data.command_line import UserError
+from data.sampling.batch_plan import BatchSettings
 from launch.ranks.layout import Layout
 from launch.training.deepspeed_config import complete, known_wrong_gradients, layout_of, read_deepspeed_json
-from launch.training.settings import BatchSettings, OptimizerSettings, RunSettings, share_the_batch
+from launch.training.settings import OptimizerSettings, RunSettings, share_the_batch
 from model.config import ModelConfig
 from tests.ranks import REPOSITORY
 

@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from data.sampling.batch_plan import BatchPlan, BatchSettings
 from launch.evaluation.score import perplexity
 from launch.training.monitor import Monitor
 
@@ -31,7 +32,7 @@ def wait_for_the_next_second() -> None:
 
 def start(folder, first_step: int, last_step: int, value: float) -> Monitor:
     """A process that shows steps up to `last_step`, each with a loss of `value`, and is not closed."""
-    monitor = Monitor(folder, first_step, steps=10, samples_per_step=4)
+    monitor = Monitor(folder, first_step, BatchPlan(BatchSettings(4), 1, 10))
     for step in range(first_step + 1, last_step + 1):
         monitor.step(step, {"loss/train": value, "optimization/learning_rate": value / 100}, seconds=1.0)
     monitor.flush()
@@ -111,7 +112,7 @@ def test_the_steady_line(tmp_path, capsys):
 
 @pytest.mark.parametrize(("seconds", "left"), [(0.05, "0:00"), (7.4999, "1:00"), (450, "1:00:00"), (100_000, "222:13:20")])
 def test_the_time_left_is_read_as_a_clock(seconds, left, tmp_path, capsys):
-    monitor = Monitor(tmp_path, 0, steps=10, samples_per_step=1)
+    monitor = Monitor(tmp_path, 0, BatchPlan(BatchSettings(1), 1, 10))
     monitor.step(2, {}, seconds)
     monitor.console(2, 1.0, 1.0, 1.0, 1.0, 1.0)
     monitor.close()
@@ -120,7 +121,7 @@ def test_the_time_left_is_read_as_a_clock(seconds, left, tmp_path, capsys):
 
 def test_a_full_disk_silences_the_files_with_one_sentence_and_not_the_console(tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to("/dev/full")
-    monitor = Monitor(tmp_path, 0, steps=10, samples_per_step=1)
+    monitor = Monitor(tmp_path, 0, BatchPlan(BatchSettings(1), 1, 10))
     monitor.say("first")
     monitor.step(1, {"loss/train": 1.0}, 1.0)
     monitor.say("second")

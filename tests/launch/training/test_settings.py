@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.command_line import UserError
+from data.sampling.batch_plan import BatchSettings
 from launch.ranks.layout import Layout
-from launch.training.settings import BatchSettings, accumulation_steps, read_run_settings, share_the_batch
+from launch.training.settings import read_run_settings, share_the_batch
 from model.config import SIZES, ModelConfig
 
 
@@ -28,14 +29,14 @@ def recipe(tmp_path):
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
 def test_micro_batches_of_all_ranks_add_up_to_the_global_batch(micro, ranks, steps):
-    assert accumulation_steps(BatchSettings(micro * ranks * steps, micro), ranks) == steps
+    assert BatchSettings(micro * ranks * steps, micro).accumulation_steps(ranks) == steps
 
 
 @pytest.mark.parametrize("batch, ranks, nearest", [((500, 4), 8, "480 or 512"), ((3, 4), 1, "4"), ((33, 32), 1, "32 or 64")])
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(batch, ranks, nearest):
     unit = batch[1] * ranks
     with pytest.raises(UserError) as refused:
-        accumulation_steps(BatchSettings(*batch), ranks)
+        BatchSettings(*batch).accumulation_steps(ranks)
     assert str(refused.value) == (
         f"batch.global_batch_size {batch[0]} is not a multiple of batch.micro_batch_size {batch[1]} "
         f"x data_parallel_size {ranks} = {unit}.\nNearest: {nearest}."
@@ -50,7 +51,7 @@ def test_without_a_recipe_it_is_the_demo():
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 4), (8, 1)])
 def test_without_a_micro_batch_size_each_rank_takes_its_whole_share(ranks, micro_batch):
     batch = share_the_batch(read_run_settings([]), Layout(ranks)).batch
-    assert (batch.micro_batch_size, accumulation_steps(batch, ranks)) == (micro_batch, 1)
+    assert (batch.micro_batch_size, batch.accumulation_steps(ranks)) == (micro_batch, 1)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_without_a_micro_batch_size_each_rank_takes_its_whole_share(ranks, micro
 def test_in_a_pipeline_the_share_is_cut_into_four_micro_batches_a_stage(layout, micro_batch):
     settings = share_the_batch(read_run_settings(["--batch.global_batch_size", "48"]), layout)
     assert settings.batch.micro_batch_size == micro_batch
-    assert accumulation_steps(settings.batch, layout.data_parallel_size) * micro_batch * layout.data_parallel_size == 48
+    assert settings.batch.accumulation_steps(layout.data_parallel_size) * micro_batch * layout.data_parallel_size == 48
     assert settings.pipeline_stages == layout.pipeline_stages
 
 
@@ -97,7 +98,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_by_what_was_given(words,
 
 def test_tokens_become_whole_steps(recipe):
     tokens = recipe("train_tokens: 100000\nbatch: {global_batch_size: 10, micro_batch_size: 5}\nmodel: {sequence_length: 64}\n")
-    assert read_run_settings(["--config", tokens, "--schedule.warmup_steps", "0"]).steps == 100000 // 640
+    assert read_run_settings(["--config", tokens, "--schedule.warmup_steps", "0"]).batch_plan.steps == 100000 // 640
 
 
 def test_the_length_is_given_in_steps_or_in_tokens_and_once(recipe):
@@ -107,8 +108,8 @@ def test_the_length_is_given_in_steps_or_in_tokens_and_once(recipe):
     ]
     assert refusal("--train_steps", "null") == ["Give train_steps or train_tokens, the length of training."]
     settings = read_run_settings(["--config", both, "--train_tokens", "1e6"])  # the command line's takes the place of the recipe's
-    assert settings.steps == 1_000_000 // settings.tokens_per_step
-    assert read_run_settings(["--config", both, "--train_steps", "7", "--schedule.warmup_steps", "1"]).steps == 7
+    assert settings.batch_plan.steps == 1_000_000 // settings.batch_plan.tokens(0)
+    assert read_run_settings(["--config", both, "--train_steps", "7", "--schedule.warmup_steps", "1"]).batch_plan.steps == 7
     assert "is less than one step" in refusal("--train_tokens=5")[0]
 
 
