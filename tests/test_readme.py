@@ -6,13 +6,10 @@ import subprocess
 
 import pytest
 
-import launch.benchmarks.preparation
 from data.command_line import read_settings
 from data.prepare import PrepareSettings
 from data.show import read_show_settings
-from launch.benchmarks.generation import SpeedSettings
-from launch.benchmarks.pruning_and_quantization import BenchmarkSettings as CompressionBenchmarkSettings
-from launch.benchmarks.training_step import BenchmarkSettings
+from launch.benchmarks import settings as benchmarks
 from launch.compare import read_compare_settings
 from launch.compressing.settings import PruneSettings, QuantizeSettings
 from launch.convert import ConvertSettings
@@ -31,11 +28,11 @@ DOORS = {
     "launch/convert.py": (ConvertSettings, "checkpoint"),
     "launch/prune.py": (PruneSettings, "model"),
     "launch/quantize.py": (QuantizeSettings, "model"),
-    "launch/benchmarks/generation.py": (SpeedSettings, None),
-    "launch/benchmarks/pruning_and_quantization.py": (CompressionBenchmarkSettings, None),
-    "launch/benchmarks/training_step.py": (BenchmarkSettings, None),
+    "launch/benchmarks/generation.py": (benchmarks.GenerationSettings, None),
+    "launch/benchmarks/pruning_and_quantization.py": (benchmarks.CompressionSettings, None),
+    "launch/benchmarks/training_step.py": (benchmarks.TrainingStepSettings, None),
     "data/prepare.py": (PrepareSettings, None),
-    "launch/benchmarks/preparation.py": (launch.benchmarks.preparation.BenchmarkSettings, None),
+    "launch/benchmarks/preparation.py": (benchmarks.PreparationSettings, None),
     "launch/slurm/prepare.sbatch": (PrepareSettings, None),
 }
 

@@ -1,4 +1,4 @@
-"""Measure pruning and quantization beside llm-compressor's.
+"""Measure pruning and quantization next to llm-compressor.
 
     python launch/benchmarks/pruning_and_quantization.py --peer_python peers/bin/python
 
@@ -6,278 +6,33 @@
     peers/bin/pip install torch==2.13.0
     peers/bin/pip install llmcompressor==0.14.0.1
 
-Both start from one model, one calibration text and the same settings, and what both have written is measured by launch/evaluate.py.
+Both start from one model, one calibration text and the same settings; the outputs of both are measured by launch/evaluate.py.
 """
 
-import contextlib
-import dataclasses
-import io
-import json
-import os
-import platform
-import re
 import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from data.command_line import UserError, nearest, read_settings, run_door
-from launch import REPOSITORY
+from launch.benchmarks.settings import CompressionSettings
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from model.config import ModelConfig
-
-# A file of its own, because another Python runs it. It prints the seconds of each recipe, from reading the model to the written folder.
-_LLM_COMPRESSOR = """
-import json, sys, time
-from llmcompressor import oneshot
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-
-model, calibration, output, recipes = sys.argv[1:]
-samples = [{"input_ids": row} for row in load_file(calibration)["tokens"]]
-for name, modifiers in json.loads(recipes).items():
-    start = time.perf_counter()
-    recipe = json.dumps({"default_stage": {"default_modifiers": modifiers}})
-    oneshot(model=model, recipe=recipe, dataset=DataLoader(samples, batch_size=16), output_dir=output + "/" + name)
-    print(json.dumps({name: time.perf_counter() - start}), flush=True)
-"""
-_LARGE: dict[str, Any] = {  # a Llama of 0.49 B parameters
-    "vocab_size": 32_000,
-    "sequence_length": 256,
-    "hidden_size": 2048,
-    "num_layers": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 5632,
-    "tie_embeddings": False,
-}
-_LINEAR_LAYERS = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchmarkSettings:
-    model: str = "runs/demo"
-    """Run folder, a checkpoint in one, or an exported folder of a decoder; its weights are taken in float32."""
-    data: str = "prepared"
-    """Folder that data/prepare.py wrote: its training split calibrates, all of its validation split measures."""
-    calibration_samples: int = 128
-    """Samples that calibrate, for both."""
-    peer_python: str | None = None
-    """Python of an environment that has llm-compressor. Without it there is no peer."""
-    rounds: int = 5
-    """How often the speed of generation is measured."""
-    only: tuple[str, ...] = ()
-    """Parts to measure (default: all)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Method:
-    """The same, asked of our doors and of llm-compressor."""
-
-    door: str
-    options: str
-    modifiers: dict[str, Any] | None
-    """None where it has no such method."""
-
-
-def _pruned(method: str, sparsity: str) -> _Method:
-    theirs = {"mask_structure": sparsity, "sparsity": 0.5} if ":" in sparsity else {"sparsity": float(sparsity)}
-    modifier = {"wanda": "WandaPruningModifier", "sparsegpt": "SparseGPTModifier"}[method]
-    return _Method("prune", f"--method {method} --sparsity {sparsity}", {modifier: theirs | _LINEAR_LAYERS})
-
-
-def _quantized(method: str, options: str, more: dict[str, Any] | None = None, **scheme: Any) -> _Method:
-    modifier = {"rtn": "QuantizationModifier", "gptq": "GPTQModifier"}[method]
-    theirs = {modifier: _LINEAR_LAYERS | scheme}
-    return _Method("quantize", f"--method {method} --precision float32 {options}", (more or {}) | theirs)
-
-
-def _grouped(bits: int) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
-    return {"group": {"targets": ["Linear"], "weights": weights}}
-
-
-_METHODS = {
-    "magnitude 70 %": _Method("prune", "--method magnitude --sparsity 0.7", None),
-    "Wanda 50 %": _pruned("wanda", "0.5"),
-    "Wanda 2:4": _pruned("wanda", "2:4"),
-    "Wanda 70 %": _pruned("wanda", "0.7"),
-    "SparseGPT 50 %": _pruned("sparsegpt", "0.5"),
-    "SparseGPT 2:4": _pruned("sparsegpt", "2:4"),
-    "SparseGPT 70 %": _pruned("sparsegpt", "0.7"),
-    "RTN W4A16": _quantized("rtn", "--bits 4", config_groups=_grouped(4)),
-    "RTN W3A16": _quantized("rtn", "--bits 3", config_groups=_grouped(3)),
-    "RTN W8A8": _quantized("rtn", "--bits 8 --activations int8", scheme="W8A8"),
-    "RTN FP8": _quantized("rtn", "--kind fp8", scheme="FP8_DYNAMIC"),
-    "GPTQ W4A16": _quantized("gptq", "--bits 4", config_groups=_grouped(4), actorder=None),
-    "GPTQ W4A16, act-order": _quantized("gptq", "--bits 4 --act_order true", config_groups=_grouped(4), actorder="static"),
-    "GPTQ W3A16": _quantized("gptq", "--bits 3", config_groups=_grouped(3), actorder=None),
-    "SmoothQuant + GPTQ W8A8": _quantized(
-        "gptq",
-        "--bits 8 --activations int8 --scaling smoothquant --smoothing_strength 0.5",
-        {"SmoothQuantModifier": {"smoothing_strength": 0.5, "ignore": ["re:.*lm_head"]}},
-        scheme="W8A8",
-        actorder=None,
-    ),
-}
+PARTS = ("methods", "large", "generation")
+"""Names of the parts, in their order."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    settings = read_settings(BenchmarkSettings, arguments, "Measure pruning and quantization beside others.")
+    """Print the tables. Return the exit status."""
+    settings = read_settings(CompressionSettings, arguments, "Measure pruning and quantization next to llm-compressor.")
     for name in settings.only:
         if name not in PARTS:
-            raise UserError(f'Unknown part "{name}".{nearest(name, list(PARTS))} There are: {", ".join(PARTS)}.')
+            raise UserError(f'Unknown part "{name}".{nearest(name, list(PARTS))} Parts: {", ".join(PARTS)}.')
     for name in ("calibration_samples", "rounds"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
     if settings.peer_python is not None and not shutil.which(settings.peer_python):
-        raise UserError(f"--peer_python {settings.peer_python} is no program.")
-    from launch.checkpoints.run_record import versions
+        raise UserError(f"--peer_python {settings.peer_python} is not a program.")
+    from launch.benchmarks import compression_parts  # torch and transformers, which --help does not need
 
-    with tempfile.TemporaryDirectory() as folder:
-        for name, measure in PARTS.items():
-            if not settings.only or name in settings.only:
-                print(f"{name} ...", file=sys.stderr, flush=True)
-                measure(settings, Path(folder))
-    known = ", ".join(f"{name} {version}" for name, version in versions().items())
-    print(f"\nPython {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {known}")
-    return 0
-
-
-def methods(settings: BenchmarkSettings, folder: Path) -> None:
-    """Perplexity of what both have made, and the seconds that it took both; ours have then read it with transformers too."""
-    from launch import export, prune, quantize
-    from launch.evaluate import EvaluateSettings, evaluate
-
-    perplexity = lambda model: evaluate(EvaluateSettings(str(model), settings.data), show_progress=False).perplexity  # noqa: E731
-    dense = folder / "dense"
-    with contextlib.redirect_stdout(io.StringIO()):
-        export.main([settings.model, "--output", str(dense)])
-    theirs = _llm_compressor(settings, dense, folder) if settings.peer_python else {}
-    asked = f"--data {settings.data} --calibration_samples {settings.calibration_samples} --test_samples 0 --sensitivity_samples 0"
-    doors = {"prune": prune.main, "quantize": quantize.main}
-    print(f"\n{'perplexity; dense: ' + format(perplexity(dense), '.4f'):28}{'ours':>12}{'theirs':>12}{'ours/theirs':>13}", end="")
-    print(f"{'seconds':>10}{'theirs':>10}")
-    for number, (name, method) in enumerate(_METHODS.items()):
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            output = folder / f"ours-{number}"
-            doors[method.door]([str(dense), "--output", str(output), *asked.split(), *method.options.split()])
-        seconds, ours = time.perf_counter() - start, perplexity(output)
-        beside, after = f"{'':12}{'':13}", ""
-        if name in theirs:
-            peer = perplexity(folder / "theirs" / name)
-            beside, after = f"{peer:12.4f}{ours / peer:13.5f}", f"{theirs[name]:10.1f}"
-        print(f"{name:28}{ours:12.4f}{beside}{seconds:10.1f}{after}", flush=True)
-
-
-def _llm_compressor(settings: BenchmarkSettings, dense: Path, folder: Path) -> dict[str, float]:
-    """Seconds by method; what it wrote lies in folder/theirs, by method."""
-    import torch
-    from safetensors.torch import save_file
-
-    from launch.checkpoints.opening import open_model
-    from launch.compressing.samples import calibration_text
-
-    text = calibration_text(open_model(str(dense)), str(dense), [settings.data], settings.calibration_samples, None)
-    tokens, segments = (torch.cat([batch.inputs[place] for batch in text.batches]) for place in (0, 1))
-    if (segments != 1).any():
-        raise UserError(f"{settings.data}: {settings.calibration_samples} samples take all there are, and the last one is not whole.")
-    save_file({"tokens": tokens.long()}, folder / "calibration.safetensors")
-    recipes = json.dumps({name: method.modifiers for name, method in _METHODS.items() if method.modifiers})
-    program = [str(settings.peer_python), "-c", _LLM_COMPRESSOR, str(dense), str(folder / "calibration.safetensors")]
-    lines = _output([*program, str(folder / "theirs"), recipes])
-    return {name: seconds for line in lines if line.startswith("{") for name, seconds in json.loads(line).items()}
-
-
-def large(settings: BenchmarkSettings, folder: Path) -> None:
-    """Seconds a block and peak memory of launch/quantize.py on a model of 0.5 B parameters, which is nowhere in memory as a whole."""
-    from data.shards import PreparedData
-    from data.tokenization.huggingface import write_tokenizer
-    from model import huggingface
-    from model.config import ModelConfig
-
-    config = ModelConfig(**_LARGE)
-    tokenizer = PreparedData(settings.data).tokenizer_path
-    complete = lambda unfinished: write_tokenizer(tokenizer, unfinished, config.sequence_length)  # noqa: E731
-    huggingface.export(config, _Random(config), folder / "large", complete=complete)
-    options = f"--data {settings.data} --calibration_samples 32 --test_samples 0 --sensitivity_samples 0 --output {folder / 'small'}"
-    door = REPOSITORY / "launch" / "quantize.py"
-    seconds, gigabytes = [], 0.0
-    for line in _output([sys.executable, str(door), str(folder / "large"), *options.split()]):
-        if found := re.search(r"([\d.]+) s \| peak memory ([\d.]+) GB", line):
-            seconds.append(float(found[1]))
-            gigabytes = float(found[2])
-        if found or line.startswith("Needs"):
-            print(line.rstrip(), flush=True)
-    print(f"GPTQ of 0.5 B parameters: {statistics.median(seconds):.1f} s a block, {gigabytes:.2f} GB at most before the proof")
-
-
-class _Random(Mapping[str, "Tensor"]):
-    """Weights of a network, each drawn when it is asked for."""
-
-    def __init__(self, config: "ModelConfig") -> None:
-        from model.transformer import parameter_shapes
-
-        self._shapes = parameter_shapes(config)
-
-    def __getitem__(self, name: str) -> "Tensor":
-        import torch
-
-        shape = self._shapes[name]
-        return torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-
-def generation(settings: BenchmarkSettings, folder: Path) -> None:
-    """Tokens a second of a model of random weights and of what structured pruning would leave of it, in turns."""
-    import torch
-
-    from model.compression.structured import sizes_for
-    from model.config import ModelConfig, count_parameters, flops_per_token
-    from model.generation import tokens_per_second
-    from model.transformer import Transformer
-
-    dense = ModelConfig(**_LARGE)
-    configs = [dense, *(sizes_for(dense, parameters=share) for share in (0.75, 0.5))]
-    print(f"\n{'generation, batch of 1':28}{'parameters':>14}{'tokens/s':>10}{'faster':>9}{'fewer FLOPs':>13}")
-    for dtype in (torch.bfloat16, torch.float32):
-        networks = [Transformer(config).to(dtype).eval() for config in configs]
-        measured: list[list[float]] = [[] for _ in networks]
-        for _ in range(settings.rounds):
-            for network, found in zip(networks, measured, strict=True):
-                found.append(tokens_per_second(network))
-        rates = [statistics.median(found) for found in measured]
-        for config, rate in zip(configs, rates, strict=True):
-            fewer = flops_per_token(dense, 64) / flops_per_token(config, 64)
-            what = f"{str(dtype).removeprefix('torch.')}, width {config.intermediate_size}"
-            print(f"{what:28}{count_parameters(config):14,}{rate:10.1f}{rate / rates[0]:9.2f}{fewer:13.2f}", flush=True)
-
-
-def _output(command: list[str]) -> Iterator[str]:
-    """Lines of its standard output as they come. Raises RuntimeError where it fails."""
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-        assert process.stdout is not None
-        yield from process.stdout
-        if process.wait():
-            errors.seek(0)
-            raise RuntimeError(f"{command[0]} failed:\n{errors.read()[-4000:]}")
-
-
-PARTS: dict[str, Callable[[BenchmarkSettings, Path], None]] = {"methods": methods, "large": large, "generation": generation}
+    return compression_parts.measure([name for name in PARTS if name in (settings.only or PARTS)], settings)
 
 
 if __name__ == "__main__":

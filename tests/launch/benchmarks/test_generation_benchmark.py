@@ -1,4 +1,4 @@
-"""The door that times generation beside other engines."""
+"""The script that measures generation next to other engines."""
 
 import re
 
@@ -23,7 +23,7 @@ def exported(folder, **options) -> str:
     return str(folder)
 
 
-def test_every_engine_that_is_there_has_a_row_and_ours_is_1(tmp_path, capsys):
+def test_every_installed_engine_has_a_row_and_ours_is_1(tmp_path, capsys):
     assert generation.main(["--model", exported(tmp_path / "hf"), "--types", "q8_0", "--new_tokens", "2", "--rounds", "1"]) == 0
     rows = re.findall(r"^(\S.*?) {2,}[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M)
     engines = ["ours, bf16", "transformers, bf16"] + ["llama.cpp, q8_0"] * llama_engine.is_installed()
@@ -31,13 +31,13 @@ def test_every_engine_that_is_there_has_a_row_and_ours_is_1(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "words", "complaint"),
+    ("options", "arguments", "message"),
     [
         ({}, ["--new_tokens", "16"], "new_tokens 16 and a prompt make 33 tokens; the model's context is 32"),
         (BERT, [], "GGUF holds decoders here"),
         ({}, ["--rounds", "0"], "rounds is 0; it must be at least 1"),
     ],
 )
-def test_what_cannot_be_timed_is_refused(tmp_path, options, words, complaint):
-    with pytest.raises(UserError, match=complaint):
-        generation.main(["--model", exported(tmp_path / "hf", **options), *words])
+def test_unsupported_models_and_options_are_refused(tmp_path, options, arguments, message):
+    with pytest.raises(UserError, match=message):
+        generation.main(["--model", exported(tmp_path / "hf", **options), *arguments])

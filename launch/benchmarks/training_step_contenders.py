@@ -1,0 +1,204 @@
+"""The contenders of launch/benchmarks/training_step.py: each builds what it needs and returns a function that runs one step."""
+
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data.sampling.batch_plan import BatchSettings
+from data.sampling.batches import Batch
+from launch import REPOSITORY
+from launch.benchmarks.settings import TrainingStepSettings
+from launch.ranks import processes
+from launch.ranks.rendezvous import meet
+from launch.training import deepspeed_config
+from launch.training.engine import initialize_communication
+from launch.training.pipeline import engine_for
+from launch.training.settings import RunSettings
+from model.config import ModelConfig
+from model.loss import training_loss
+from model.transformer import Transformer
+
+
+def measure(name: str, settings: TrainingStepSettings) -> int:
+    """Run a contender in this process, and print the seconds of its steps as JSON."""
+    measured = _measure(TABLE[name](settings), settings.steps)
+    if dist.is_initialized():  # threads of a group that still exists when Python ends may end it with "terminate called"
+        dist.barrier()
+        dist.destroy_process_group()
+    print(json.dumps(measured))
+    return 0
+
+
+def _measure(step: Callable[[], object], steps: int) -> dict:
+    """Return the seconds of each step after two warm-up steps, and, if a step reports them, the mean seconds of its parts."""
+    seconds, reported = [], []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        reported.append(getattr(step(), "seconds", {}))
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds[2:], "parts": {part: statistics.mean(one[part] for one in reported[2:]) for part in reported[-1]}}
+
+
+def _config(settings: TrainingStepSettings) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=settings.vocab_size,
+        sequence_length=settings.sequence_length,
+        hidden_size=settings.hidden_size,
+        num_layers=settings.num_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+        tie_embeddings=False,
+    )
+
+
+def _draw(settings: TrainingStepSettings) -> Tensor:
+    """Draw random tokens.  -> [micro_batch_size, sequence_length + 1]"""
+    return torch.randint(0, settings.vocab_size, (settings.micro_batch_size, settings.sequence_length + 1))
+
+
+def _bare_products(settings: TrainingStepSettings) -> Callable[[], object]:
+    """Every matrix product of one step, forward and backward, and nothing else: bf16, contiguous, outputs discarded.
+
+    Attention has two products forward (scores and mixture) and four backward, over whole (not causal) squares.
+    """
+    rows = settings.micro_batch_size * settings.sequence_length
+    hidden, inner = settings.hidden_size, settings.intermediate_size
+    shapes = [(hidden, hidden)] * 4 + [(hidden, inner)] * 2 + [(inner, hidden)]
+    draw = lambda *shape: torch.randn(*shape).bfloat16()  # noqa: E731
+    linear = {(i, o): (draw(rows, i), draw(o, i), draw(rows, o)) for i, o in {*shapes, (hidden, settings.vocab_size)}}
+    heads = settings.micro_batch_size * settings.num_attention_heads
+    head_size = hidden // settings.num_attention_heads
+    part, square = draw(heads, settings.sequence_length, head_size), draw(heads, settings.sequence_length, settings.sequence_length)
+
+    def products(shape: tuple[int, int]) -> None:
+        x, weight, gradient = linear[shape]
+        x @ weight.t()
+        gradient @ weight
+        gradient.t() @ x
+
+    def step() -> None:
+        for _ in range(settings.accumulation):
+            for _ in range(settings.num_layers):
+                for shape in shapes:
+                    products(shape)
+                for _ in range(2):
+                    part @ part.transpose(1, 2)
+                for _ in range(4):
+                    square @ part
+            products((hidden, settings.vocab_size))
+
+    return step
+
+
+def _transformers(settings: TrainingStepSettings, compiled: bool) -> Callable[[], object]:
+    """Llama of transformers with the same shape in a plain loop: float32 weights, bf16 autocast, fused AdamW."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=settings.vocab_size,
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_attention_heads,
+            intermediate_size=settings.intermediate_size,
+            max_position_embeddings=settings.sequence_length,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    call = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        for _ in range(settings.accumulation):
+            drawn = _draw(settings)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = call(input_ids=drawn[:, :-1], labels=drawn[:, :-1]).loss / settings.accumulation
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _ours_in_a_plain_loop(settings: TrainingStepSettings, compiled: bool) -> Callable[[], object]:
+    """Our layers without DeepSpeed: bf16 weights, float32 master weights and gradients, as ZeRO-1 keeps them."""
+    processes.keep_freed_memory()
+    model = Transformer(_config(settings)).bfloat16()
+    if compiled:
+        for block in model.blocks():
+            block.compile()
+    weights = list(model.parameters())
+    masters = [weight.detach().float() for weight in weights]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        for _ in range(settings.accumulation):
+            drawn = _draw(settings)
+            tokens, targets = drawn[:, :-1], drawn[:, 1:]
+            divisor = torch.tensor(float(targets.numel() * settings.accumulation))
+            training_loss(model(tokens, torch.ones_like(tokens)), (targets, divisor)).backward()
+            for weight, master in zip(weights, masters, strict=True):
+                master.grad += weight.grad
+                weight.grad = None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        torch._foreach_copy_([weight.detach() for weight in weights], masters)
+        for master in masters:
+            master.grad.zero_()
+
+    return step
+
+
+def _ours_under_deepspeed(
+    settings: TrainingStepSettings, compiled: bool = False, json_name: str = "zero1", **sizes: int
+) -> Callable[[], object]:
+    process = processes.find_process()
+    processes.share_the_cores(process)
+    processes.keep_freed_memory()
+    initialize_communication(process, meet(process, 30, sys.argv), 600)
+    path = str(REPOSITORY / "ds_configs" / f"{json_name}.json")
+    batch = BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size)
+    run = RunSettings(model=_config(settings), batch=batch, train_steps=1, compile=compiled, **sizes)
+    written = deepspeed_config.read_deepspeed_json(path)
+    layout = deepspeed_config.layout_of(written, run, process.world_size)
+    engine = engine_for(layout)(run, deepspeed_config.complete(written, path, run, layout, "cpu"), process, layout)
+    number = 0
+
+    def step() -> object:
+        nonlocal number
+        torch.manual_seed(number * process.world_size + layout.data_rank(process.rank))  # ranks that share a batch draw the same
+        drawn = [_draw(settings) for _ in range(settings.accumulation // layout.data_parallel_size)]
+        number += 1
+        batches = [Batch(one[:, :-1], one[:, :-1].new_ones(one[:, :-1].shape), one[:, 1:]) for one in drawn]
+        return engine.train_step(batches, 1e-4, number - 1)
+
+    return step
+
+
+TABLE: dict[str, Callable[[TrainingStepSettings], Callable[[], object]]] = {
+    "bare products": _bare_products,
+    "transformers eager": functools.partial(_transformers, compiled=False),
+    "transformers compiled": functools.partial(_transformers, compiled=True),
+    "ours plain eager": functools.partial(_ours_in_a_plain_loop, compiled=False),
+    "ours plain compiled": functools.partial(_ours_in_a_plain_loop, compiled=True),
+    "ours ZeRO-1 eager": _ours_under_deepspeed,
+    "ours ZeRO-1 compiled": functools.partial(_ours_under_deepspeed, compiled=True),
+    "ours ZeRO-1 eager, two ranks": _ours_under_deepspeed,
+    "ours ZeRO-2 eager, two ranks": functools.partial(_ours_under_deepspeed, json_name="zero2"),
+    "ours ZeRO-3 eager, two ranks": functools.partial(_ours_under_deepspeed, json_name="zero3"),
+    "pipeline, two ranks": functools.partial(_ours_under_deepspeed, json_name="pipeline_zero1"),
+    "pipeline DualPipeV, two ranks": functools.partial(_ours_under_deepspeed, json_name="pipeline_dualpipev"),
+    "tensor parallel, two ranks": functools.partial(_ours_under_deepspeed, tensor_parallel_size=2),
+    "sequence parallel, two ranks": functools.partial(_ours_under_deepspeed, sequence_parallel_size=2),
+}
+"""The function of each contender, by its name in `only`."""

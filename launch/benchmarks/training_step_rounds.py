@@ -1,0 +1,106 @@
+"""The rounds of launch/benchmarks/training_step.py: start each contender in its own processes, collect the seconds, print the tables."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from launch import REPOSITORY
+from launch.benchmarks.settings import TrainingStepSettings
+from launch.ranks.processes import free_port
+
+_SCRIPT = REPOSITORY / "launch" / "benchmarks" / "training_step.py"
+
+
+def run(names: Sequence[str], settings: TrainingStepSettings, arguments: Sequence[str]) -> int:
+    """Measure these contenders in turn and print the medians, and where the time of each rank goes."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    parts: dict[str, list[dict[str, float]]] = {}
+    for number in range(settings.rounds):
+        for name in names:
+            print(f"round {number + 1}/{settings.rounds}: {name} ...", file=sys.stderr, flush=True)
+            ranks = _start(name, arguments)
+            seconds[name] += ranks[0]["seconds"]
+            parts[name] = [rank["parts"] for rank in ranks]
+    tokens = settings.micro_batch_size * settings.accumulation * settings.sequence_length
+    bare = statistics.median(seconds["bare products"]) if "bare products" in seconds else None
+    print(f"\n{'':40}{'s/step':>8}{'tokens/s':>11}{'of bare products':>18}")
+    for name in names:
+        median = statistics.median(seconds[name])
+        share = f"{bare / median:18.2f}" if bare else ""
+        print(f"{name:40}{median:8.3f}{tokens / median:11,.0f}{share}")
+    for name in names:
+        if parts[name][0]:
+            _print_parts(name, parts[name], settings.accumulation)
+    return 0
+
+
+def _start(name: str, arguments: Sequence[str]) -> list[dict]:
+    """Run a contender on its ranks, and return what each printed."""
+    world_size = 2 if name.endswith("two ranks") else 1
+    ours = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in ours} | {"DS_ACCELERATOR": "cpu"}
+    if world_size > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    command = [sys.executable, str(_SCRIPT), *arguments, "--contender", name]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    outputs = [rank.communicate() for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError(f"{name} failed:\n" + "\n".join(error for _, error in outputs))
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+def _print_parts(name: str, ranks: list[dict[str, float]], micro_batches: int) -> None:
+    """Where the time of each rank went in the last round; for a pipeline also why it waited."""
+    print(f"\n{name + ', last round':40}" + "".join(f"{part:>11}" for part in ranks[0]) + "   (seconds per step)")
+    for number, parts in enumerate(ranks):
+        print(f"{f'    rank {number}':40}" + "".join(f"{parts[part]:11.3f}" for part in ranks[0]))
+    if name == "pipeline, two ranks":
+        step = sum(ranks[0].values())
+        busy = [sum(parts.values()) - parts["passing"] for parts in ranks]
+        mean = sum(busy) / len(busy)
+        equal = mean * (1 + (len(ranks) - 1) / micro_batches)
+        unequal = _one_forward_one_backward([(parts["forward"], parts["backward"]) for parts in ranks], micro_batches)
+        unequal += max(parts["optimizer"] for parts in ranks)
+        rows = {
+            "work": mean,
+            "bubble of equal stages": equal - mean,
+            "unequal stages": unequal - equal,
+            "sending and the rest": step - unequal,
+        }
+        print("    of a step: " + ", ".join(f"{what} {seconds / step:.0%}" for what, seconds in rows.items()))
+
+
+def _one_forward_one_backward(stages: list[tuple[float, float]], micro_batches: int) -> float:
+    """Return the seconds of a 1F1B pipeline, given each stage's seconds for all forward and all backward passes, if sending is free."""
+    done: dict[tuple[str, int, int], float] = {}
+    orders = []
+    for stage in range(len(stages)):
+        ahead = min(len(stages) - stage - 1, micro_batches)
+        order = [("forward", number) for number in range(ahead)]
+        for number in range(micro_batches):
+            order += [("forward", ahead + number)] if ahead + number < micro_batches else []
+            order.append(("backward", number))
+        orders.append(order)
+    clocks = [0.0] * len(stages)
+    while any(orders):
+        for stage, order in enumerate(orders):
+            kind, number = order[0] if order else ("", -1)
+            sender = stage - 1 if kind == "forward" else stage + 1
+            if not order or (0 <= sender < len(stages) and (kind, sender, number) not in done):
+                continue
+            seconds = stages[stage][kind == "backward"] / micro_batches
+            clocks[stage] = done[kind, stage, number] = max(clocks[stage], done.get((kind, sender, number), 0.0)) + seconds
+            order.pop(0)
+    return max(clocks)
