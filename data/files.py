@@ -1,9 +1,135 @@
-"""Files and folders as a crash, a full disk or a second process leaves them: always whole."""
+"""Writing files and folders that a crash, a full disk or a second process cannot leave half written.
 
+Everything is written under a temporary name, flushed to the disk and then renamed, so a final name always stands for whole contents.
+"""
+
+import contextlib
 import fcntl
+import hashlib
+import os
+import shutil
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from data.command_line import UserError
+
+
+def publish_file(temporary: BinaryIO | Path, path: str | Path, sync_folder: bool = True) -> None:
+    """Flush a temporary file (open for writing, then it is closed; or a path) to the disk, and rename it to `path`.
+
+    With `sync_folder` the new name is on the disk too when this returns; of several files of a folder only the last needs it.
+    """
+    if isinstance(temporary, Path):
+        sync_to_disk(temporary)
+        name = str(temporary)
+    else:
+        temporary.flush()
+        os.fsync(temporary.fileno())
+        temporary.close()
+        name = temporary.name
+    os.replace(name, path)
+    if sync_folder:
+        sync_to_disk(Path(path).parent)
+
+
+def publish_folder(temporary: Path, path: Path, sync_contents: bool = True) -> None:
+    """Flush a folder with all it contains to the disk, and rename it to `path`. `sync_contents=False`: the contents are flushed already."""
+    for inside in [*temporary.rglob("*"), temporary] if sync_contents else []:
+        sync_to_disk(inside)
+    os.rename(temporary, path)
+    sync_to_disk(path.absolute().parent)
+
+
+def write_file(path: Path, contents: str | bytes, temporary: Path | None = None) -> None:
+    """Create or replace a small file (text is written as UTF-8); after a failure the old one is still there.
+
+    `temporary` (default: `path` with ".tmp" appended) must be unique if several processes may write the same file.
+    """
+    with open(temporary or path.with_name(f"{path.name}.tmp"), "wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
+        publish_file(file, path)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Path of a temporary file with the same name in a hidden folder next to `path`; it is published when the block ends.
+
+    The hidden folder is removed, also after an error. Raises UserError if `path` exists by then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder / path.name
+        _refuse_existing(path)
+        publish_file(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Temporary folder that is published as `path` when the block ends, and removed after an error.
+
+    `temporary` is its path (default: a hidden folder next to `path`). Raises UserError if `path` exists, before or by then.
+    """
+    _refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if temporary is None:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary.chmod(0o755)  # mkdtemp's own permissions are for its owner alone
+    else:
+        temporary.mkdir()
+    try:
+        yield temporary
+        _refuse_existing(path)
+        publish_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or the list of names in a folder, to the disk, so that it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's contents, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_file(path: Path, wait_seconds: float = 0, warning: str | None = None) -> BinaryIO | None:
+    """Create and lock a file; the lock ends when the returned file is closed, or with the process.
+
+    Returns None if another process still holds the lock after `wait_seconds`. Some network disks do not support locks: then OSError is
+    raised or, where a `warning` is given, it is printed and the file is returned without a lock.
+    """
+    file: BinaryIO = open(path, "wb")  # noqa: SIM115  closed by the caller
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                return None
+            time.sleep(0.1)
+        except OSError as error:
+            if warning is None:
+                file.close()
+                raise
+            print(f"{path.parent} cannot be locked ({error.strerror}). {warning}", file=sys.stderr)
+            return file
 
 
 def nearest_existing(path: Path) -> Path:
@@ -11,15 +137,6 @@ def nearest_existing(path: Path) -> Path:
     return next(one for one in (path, *path.absolute().parents) if one.exists())
 
 
-def try_to_lock(file: BinaryIO, folder: Path, second: str) -> bool:
-    """Lock an open file of `folder` until it is closed. Return False where another process holds the lock.
-
-    Some network disks do not support locks: then a warning is printed that no second `second` may run.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        print(f"{folder} cannot be locked ({error.strerror}): see to it that no second {second}.", file=sys.stderr)
-    return True
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already; nothing is overwritten.")

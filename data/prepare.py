@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from data.command_line import UserError, read_settings, run_door
+from data.files import lock_file
 from data.preparation.duplicates import bands_for
 from data.preparation.fields import Fields
 from data.preparation.filters import FilterSettings, check
-from data.preparation.preparation import PLAN, Preparation, changes, hold
+from data.preparation.preparation import PLAN, Preparation, changes
 from data.preparation.sources import (
     STANDARD_INPUT,
     Corpus,
@@ -307,8 +308,9 @@ def _take(partial: Path, rank: int, held: ExitStack) -> None:
     if partial.exists() and any(partial.iterdir()) and not any(partial.glob("rank-*.lock")):
         raise UserError(f"{partial}, where unfinished work is kept, exists and is something else. Give another --output.")
     partial.mkdir(parents=True, exist_ok=True)
-    if not hold(partial / f"rank-{rank}.lock", held):
+    if (lock := lock_file(partial / f"rank-{rank}.lock")) is None:
         raise UserError(f"Another process is preparing {partial} as rank {rank}. Wait for it, or give another --output.")
+    held.enter_context(lock)
 
 
 if __name__ == "__main__":

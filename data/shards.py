@@ -16,12 +16,12 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.command_line import UserError
+from data.files import publish_file, sha256_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -78,13 +78,13 @@ class ShardWriter:
         self.tokens += len(tokens)
 
     def close(self) -> None:
-        publish(self._file, f"{self.prefix}.bin", is_last=False)
+        publish_file(self._file, f"{self.prefix}.bin", sync_folder=False)
         digest = hashlib.sha256()
         with open(f"{self.prefix}.idx.{os.getpid()}.partial", "wb") as file:
             for part in self._index():
                 digest.update(part)
                 file.write(part)
-            publish(file, f"{self.prefix}.idx")
+            publish_file(file, f"{self.prefix}.idx")
         self.sha256 = {"bin": self._digest.hexdigest(), "idx": digest.hexdigest()}
 
     def __enter__(self) -> "ShardWriter":
@@ -368,9 +368,8 @@ class PreparedData:
             for shard in split["shards"]:
                 expected |= {self.folder / f"{shard['prefix']}.{kind}": digest for kind, digest in shard["sha256"].items()}
         for path, digest in expected.items():
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise UserError(f"{path} was changed after it was written: its sha256 is not that of {self.folder / MANIFEST}.")
+            if sha256_of(path) != digest:
+                raise UserError(f"{path} was changed after it was written: its sha256 is not that of {self.folder / MANIFEST}.")
 
     def _open_split(self, split: dict) -> TokenStream:
         shards = []
@@ -404,21 +403,6 @@ def read_manifest(folder: Path) -> dict:
     if found not in (1, MANIFEST_FORMAT):
         raise UserError(f"{path} has format {found}; formats 1 and {MANIFEST_FORMAT} are read here.")
     return manifest
-
-
-def publish(file: BinaryIO, path: str, is_last: bool = True) -> None:
-    """Give a file its name: its bytes are on the disk before, and, of the last of several, all their names when this returns."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.rename(file.name, path)
-    if not is_last:
-        return
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _map_file(path: str) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data.command_line import UserError, read_settings, run_door
+from data.files import new_file, new_folder
 
 if TYPE_CHECKING:
     from data.tokenization.tokenizer import Tokenizer
@@ -83,18 +84,15 @@ def _write_huggingface(settings: ExportSettings, opened: "OpenedModel", tokenize
     opened.refuse_quantized("it is a Hugging Face folder already")
     names = names_of(opened)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    differences: list[float] = []
-
-    def complete(unfinished: Path) -> None:
-        marks = opened.config.architecture, names.class_token, names.mask_token
-        write_tokenizer(tokenizer.path, unfinished, opened.config.sequence_length, None, *marks)
-        differences.append(huggingface.verify(unfinished, opened.config, opened.state))
-        card = model_card(opened, output.name, settings.average, dtype, differences[0])
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-
     tokens = huggingface.SpecialTokens(tokenizer.end_of_text, padding(tokenizer)[1], names.labels, opened.start_token(tokenizer))
-    huggingface.export(opened.config, opened.state, output, tokens, dtype, int(settings.max_shard_gib * 2**30), complete)
-    return f"{output}: transformers loads it with no missing or unexpected key; largest difference of logits {differences[0]:.1e}."
+    with new_folder(output) as folder:
+        huggingface.export(opened.config, opened.state, folder, tokens, dtype, int(settings.max_shard_gib * 2**30))
+        marks = opened.config.architecture, names.class_token, names.mask_token
+        write_tokenizer(tokenizer.path, folder, opened.config.sequence_length, None, *marks)
+        difference = huggingface.verify(folder, opened.config, opened.state)
+        card = model_card(opened, output.name, settings.average, dtype, difference)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return f"{output}: transformers loads it with no missing or unexpected key; largest difference of logits {difference:.1e}."
 
 
 def _write_gguf(settings: ExportSettings, opened: "OpenedModel", tokenizer: "Tokenizer", output: Path) -> str:
@@ -113,7 +111,7 @@ def _write_gguf(settings: ExportSettings, opened: "OpenedModel", tokenizer: "Tok
         llama_engine.refuse_missing(f"--type {kind} is written by llama.cpp")
     tokenizer = _sentencepiece_beside(tokenizer)
     entries = gguf_tokenizer(tokenizer, config.vocab_size)
-    with gguf_file.written_beside(output) as unfinished:
+    with new_file(output) as unfinished:
         if kind in llama_engine.K_QUANTS:
             floats = unfinished.parent / "f16" / output.name
             floats.parent.mkdir()

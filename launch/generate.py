@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from data.command_line import UserError, read_settings, run_door
+from data.files import publish_file
 
 if TYPE_CHECKING:
     from launch.evaluation.prediction import Answers
@@ -184,9 +185,8 @@ def _write_lines(path: str, settings: GenerateSettings, answers: "Answers") -> N
         texts = _decoded(source, path)
         for line in answers.in_order(texts, 64 if settings.batch_size is None else settings.batch_size, bar.update):
             target.write(f"{line}\n".encode())
-        target.flush()
-    if settings.output:
-        unfinished.rename(settings.output)
+        if settings.output:
+            publish_file(target, settings.output)
 
 
 def _decoded(lines: Iterable[bytes], path: str) -> Iterator[str]:

@@ -14,9 +14,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data.files import publish_file, write_file
 from data.preparation.duplicates import NUM_PERMUTATIONS, PLACED_DIGEST, exact_duplicates, near_duplicates
 from data.preparation.work_units import EXAMPLES, document_dtype
-from data.shards import PLACE, ShardWriter, publish
+from data.shards import PLACE, ShardWriter
 
 SPLITS = ("train", "validation")
 _DUPLICATE, _NEAR_DUPLICATE = 2, 3
@@ -163,10 +164,9 @@ class Join:
                     its = documents["source"] == source
                     found = np.array([its.sum(), sizes[its].sum(), documents["bytes"][its].sum()], np.int64)
                     of_sources[source] = of_sources.get(source, 0) + found
-            publish(places, f"{prefix}.places", is_last=False)
-        with open(self.joined / f"{plan.name}.counts.{os.getpid()}.partial", "wb") as file:
-            file.write(np.concatenate([length_counts, token_counts]).tobytes())
-            publish(file, str(self.joined / f"{plan.name}.counts"))
+            publish_file(places, f"{prefix}.places", sync_folder=False)
+        counts = np.concatenate([length_counts, token_counts]).tobytes()
+        write_file(self.joined / f"{plan.name}.counts", counts, self.joined / f"{plan.name}.counts.{os.getpid()}.partial")
         total = sum(of_sources.values())
         return {
             "prefix": plan.prefix,

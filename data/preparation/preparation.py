@@ -3,10 +3,9 @@
 OUTPUT.partial holds plan.json (what the units are of), units/ (what is done), join/ (shards that are done), whole/ (what OUTPUT will be).
 """
 
-import fcntl
-import hashlib
 import itertools
 import json
+import math
 import os
 import secrets
 from collections import Counter
@@ -15,17 +14,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.command_line import UserError
+from data.files import lock_file, publish_folder, sha256_of, write_file
 from data.preparation import merging
 from data.preparation.duplicates import DIGEST, digest_of
 from data.preparation.sources import STANDARD_INPUT, Corpus, FileCorpus, Row, Unit
 from data.preparation.work_units import EXAMPLES, Task, UnitWorker, read_entry, remove_unfinished
 from data.preparation.workers import Progress, Workers, count_off
-from data.shards import MANIFEST, describe_place, publish, token_dtype
+from data.shards import MANIFEST, describe_place, token_dtype
 from data.tokenization.tokenizer import Tokenizer, copy_tokenizer, fastest, load_tokenizer, train_sentencepiece
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ class Preparation:
 
         Raises UserError, with what differs, where it was made for other text or other settings.
         """
-        with ExitStack() as held:
-            hold(self.partial / "agree.lock", held, wait=True)
+        lock = lock_file(self.partial / "agree.lock", wait_seconds=math.inf)
+        assert lock is not None
+        with lock:
             path = self.partial / PLAN
             before = json.loads(path.read_bytes()) if path.exists() else None
             plan = recorded | {"files": self.corpus.identity()}
@@ -203,18 +204,17 @@ class Preparation:
             if (found := self._found()) is None:
                 self.say(f"Rank {self.rank} is done; others of the {self.world_size} are not. The one that is done last joins all parts.")
                 return False
-            if not hold(self.partial / "join.lock", held):
+            if (lock := lock_file(self.partial / "join.lock")) is None:
                 self.say(f"Rank {self.rank} is done; another rank is joining all parts.")
                 return False
+            held.enter_context(lock)
             self._refuse_changed_input()
             manifest = self._write_shards(workers, found, recorded)
             self._write_quarantine(found.names)
             write_json(manifest, self.whole / MANIFEST, indent=2)
             for left in self.whole.rglob("*.partial"):
                 left.unlink()
-            put_on_disk(self.whole)
-            self.whole.rename(output)
-            put_on_disk(output.absolute().parent, recursive=False)
+            publish_folder(self.whole, output)
             self.say(summary(manifest, output))
         return True
 
@@ -404,31 +404,9 @@ def _changed_files(before: list[list], now: list[list]) -> list[str]:
     return found or (["the order of the input files"] if before != now else [])
 
 
-def hold(path: Path, held: ExitStack, wait: bool = False) -> bool:
-    """Lock a file until `held` is left, or until this process ends however it may; whether nobody else has it."""
-    file: BinaryIO = held.enter_context(open(path, "wb"))  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
 def write_json(value: dict, path: Path, indent: int | None = None) -> None:
-    """Whole or not at all."""
-    with open(f"{path}.{secrets.token_hex(4)}.partial", "wb") as file:  # several nodes may write the same
-        file.write(json.dumps(value, indent=indent, ensure_ascii=False).encode())
-        publish(file, str(path))
-
-
-def put_on_disk(folder: Path, recursive: bool = True) -> None:
-    """What is in a folder is there also after the power fails."""
-    for path in [*(folder.rglob("*") if recursive else ()), folder]:
-        opened = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+    """Create or replace a JSON file; several nodes may write the same one."""
+    write_file(path, json.dumps(value, indent=indent, ensure_ascii=False), Path(f"{path}.{secrets.token_hex(4)}.partial"))
 
 
 def summary(manifest: dict, output: Path) -> str:
@@ -448,7 +426,3 @@ def summary(manifest: dict, output: Path) -> str:
 def usable_cores() -> int:
     """The cores that a batch system left to this process, where the system can say, else all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

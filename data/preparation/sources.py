@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from data.command_line import UserError
+from data.files import publish_file, sha256_of
 from data.preparation.columnar import Table
 from data.preparation.compressed import COMPRESSED, is_compressed
 from data.preparation.fields import FORMATS, Fields, Problem, is_known, read_fields
@@ -364,16 +365,12 @@ def keep_standard_input(folder: Path | None) -> SourceFile:
         while piece := sys.stdin.buffer.read(1 << 20):
             digest.update(piece)
             size += file.write(piece)
-        if folder:
-            file.flush()
-            os.fsync(file.fileno())
     if folder and path.exists():
         beside.unlink()
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest.hexdigest():
-                raise UserError(f"Standard input is not what it was when {folder} was begun. Give the same again, or another --output.")
+        if sha256_of(path) != digest.hexdigest():
+            raise UserError(f"Standard input is not what it was when {folder} was begun. Give the same again, or another --output.")
     elif folder:
-        beside.rename(path)
+        publish_file(beside, path)
     return SourceFile(path, "standard input", STANDARD_INPUT, size, digest.hexdigest())
 
 

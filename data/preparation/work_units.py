@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.command_line import UserError
+from data.files import publish_file, write_file
 from data.preparation.compressed import open_decompressed
 from data.preparation.duplicates import DIGEST, digest_of, sorted_digests
 from data.preparation.fields import Problem, Record, TokenRecord
 from data.preparation.filters import FilterSettings, reason_to_drop
 from data.preparation.records import PartReader
 from data.preparation.sources import FileCorpus, Row, Unit
-from data.shards import publish
 from data.tokenization.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 1_000_000  # that are tokenized at a time
@@ -125,9 +125,7 @@ class UnitWorker:
             "bytes_on_disk": self._parts.bytes_on_disk() if unit.is_open_ended else unit.size,
             **{name: getattr(counts, name) for name in _Counts.__dataclass_fields__},
         }
-        with open(f"{prefix}.json{_unfinished(self.task)}", "wb") as file:
-            file.write(json.dumps(entry).encode())
-            publish(file, f"{prefix}.json")
+        write_file(Path(f"{prefix}.json"), json.dumps(entry), Path(f"{prefix}.json{_unfinished(self.task)}"))
         return entry
 
     def _documents(self, unit: Unit, rows: list[Row] | None, counts: _Counts, files: "_Files") -> Iterator[_Document]:
@@ -254,7 +252,7 @@ class _Files:
     def __exit__(self, kind: type | None, *error: object) -> None:
         for name, file in self._open.items():
             if kind is None:
-                publish(file, f"{self._prefix}.{name}", is_last=False)
+                publish_file(file, f"{self._prefix}.{name}", sync_folder=False)
             else:
                 file.close()
                 os.unlink(file.name)

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import hashlib
 import io
 import itertools
 import json
@@ -19,6 +18,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from data.command_line import UserError, nearest
+from data.files import sha256_of
 
 SPACE = "\u2581"  # what SentencePiece writes for a space; a real one in the text has to be spelt in bytes
 _SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
@@ -461,7 +461,7 @@ def _definition_of_name(path: Path, ranks: dict[bytes, int]) -> tuple[str, dict[
     """Pattern and special tokens of a vocabulary that OpenAI publishes."""
 
     def load(url: str, expected_hash: str) -> dict[bytes, int]:
-        if hashlib.sha256(path.read_bytes()).hexdigest() != expected_hash:
+        if sha256_of(path) != expected_hash:
             raise UserError(f"{path} is not the file of this name that OpenAI publishes: its sha256 is not {expected_hash}.")
         return ranks
 

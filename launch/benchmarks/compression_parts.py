@@ -167,8 +167,8 @@ def _large(settings: CompressionSettings, folder: Path) -> None:
     """Print the seconds per block and the peak memory of launch/quantize.py on 0.5 B parameters, which are never in memory all at once."""
     config = ModelConfig(**_LARGE)
     tokenizer = PreparedData(settings.data).tokenizer_path
-    complete = lambda unfinished: write_tokenizer(tokenizer, unfinished, config.sequence_length)  # noqa: E731
-    huggingface.export(config, _RandomWeights(config), folder / "large", complete=complete)
+    huggingface.export(config, _RandomWeights(config), folder / "large")
+    write_tokenizer(tokenizer, folder / "large", config.sequence_length)
     options = f"--data {settings.data} --calibration_samples 32 --test_samples 0 --sensitivity_samples 0 --output {folder / 'small'}"
     script = REPOSITORY / "launch" / "quantize.py"
     seconds, gigabytes = [], 0.0

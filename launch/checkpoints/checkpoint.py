@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.command_line import UserError
+from data.files import publish_file, publish_folder, sha256_of, sync_to_disk, write_file
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -29,8 +30,7 @@ class HashingFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._beside = path.with_name(path.name + ".tmp")
-        self._file: BinaryIO = open(self._beside, "wb")  # noqa: SIM115
+        self._file: BinaryIO = open(path.with_name(f"{path.name}.tmp"), "wb")  # noqa: SIM115  closed by finish
         self._hash = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)  # hashing takes as long as writing, and needs no interpreter
         self.bytes = 0
@@ -49,17 +49,9 @@ class HashingFile:
 
     def finish(self) -> dict:
         """Close; the manifest's entry: bytes and sha256."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        publish_file(self._file, self.path, sync_folder=False)
         self._hasher.shutdown()
-        os.replace(self._beside, self.path)
         return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def name_of(step: int) -> str:
@@ -102,29 +94,17 @@ def publish(folder: Path, step: int, about: dict) -> Path:
     for name in sorted(_files_in(folder) - files.keys()):  # DeepSpeed copies what it keeps on NVMe by itself
         files[name] = _entry_of(folder / name)
     manifest = about | {"step": step, "files": files}
-    write_durably(folder / MANIFEST, _text(manifest | {"sha256": _seal(manifest)}))
+    write_file(folder / MANIFEST, _text(manifest | {"sha256": _seal(manifest)}))
     final = folder.parent / name_of(step)
     old = final.with_name(final.name + ".old")
     if final.exists():  # the step was saved before; what is there is replaced only by a whole one
         discard(old)
         os.rename(final, old)
-    os.rename(folder, final)
-    _sync(folder.parent)
+    publish_folder(folder, final, sync_contents=False)
     discard(old)
     with contextlib.suppress(OSError):  # the checkpoint is published; this is a hint
-        write_durably(folder.parent / "latest", final.name + "\n")
+        write_file(folder.parent / "latest", final.name + "\n")
     return final
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file, or leave the old one."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    _sync(path.parent)
 
 
 def published(root: Path) -> list[Path]:
@@ -250,7 +230,7 @@ def _files_in(folder: Path) -> set[str]:
 
 def _entry_of(path: Path) -> dict:
     """The manifest's entry of a file that another wrote; it reaches the disk first."""
-    _sync(path)
+    sync_to_disk(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -260,11 +240,3 @@ def _text(manifest: dict) -> str:
 
 def _seal(manifest: dict) -> str:
     return hashlib.sha256(_text(manifest).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ import torch
 import tqdm
 
 from data.command_line import UserError
+from data.files import publish_folder, write_file
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.run_record import tokenizer_files, tokenizer_in
 from launch.ranks.layout import Layout
@@ -54,11 +55,9 @@ def convert(folder: Path, output: Path, file_bytes: float, say: Callable[[str], 
         checkpoint.write_part(unfinished, 0, files)
         published = checkpoint.publish(unfinished, manifest["step"], _about(source, manifest))
         for tokenizer in tokenizer_files(run):
-            copy = checkpoint.HashingFile(partial / tokenizer.name)
-            copy.write(tokenizer.read_bytes())
-            copy.finish()
-        checkpoint.write_durably(partial / "run.json", (run / "run.json").read_text(encoding="utf-8"))
-        partial.rename(output)
+            write_file(partial / tokenizer.name, tokenizer.read_bytes())
+        write_file(partial / "run.json", (run / "run.json").read_bytes())
+        publish_folder(partial, output, sync_contents=False)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}. Nothing was converted.") from error
     finally:

@@ -4,13 +4,12 @@ OUTPUT.unfinished/plan.json       what is compressed, and how: another plan is n
                   lock            held by the process that writes here
                   NAME.json       what was found out before the first layer
                   layer-00003.safetensors, .json    its tensors by our names, and what is told of it
-                  whole           what OUTPUT will be, until it was proven; while it is written .whole.xxxxxxxx
+                  whole           what OUTPUT will be, until it was proven
 """
 
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,8 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.command_line import UserError
-from data.files import try_to_lock
-from launch.checkpoints.checkpoint import write_durably
+from data.files import lock_file, publish_file, write_file
 from model.compression.grids import Grid, Quantized
 
 _OF_A_BEGINNING = {"lock", "plan.json.tmp"}  # what a start that was stopped at once has left
@@ -52,8 +50,8 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._path("plan").is_file() and {path.name for path in self.folder.iterdir()} - _OF_A_BEGINNING:
                 raise UserError(f"{self.folder} is no unfinished compression. Remove the folder, or give another --output.")
-            self._lock = open(self.folder / "lock", "wb")  # noqa: SIM115
-            if not try_to_lock(self._lock, self.folder, "process writes there"):
+            self._lock = lock_file(self.folder / "lock", warning="Make sure that no second process writes there.")
+            if self._lock is None:
                 raise UserError(f"Another process is writing {self.folder}. Wait for it, or give another --output.")
             if self._path("plan").is_file() and self._read("plan") != json.loads(json.dumps(self._plan)):
                 raise UserError(
@@ -61,7 +59,7 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
                     "again to go on with it, remove the folder, or give another --output."
                 )
             self._note("plan", self._plan)
-            for killed in [*self.folder.glob(f".{self.whole.name}.*"), *self.folder.glob(self.whole.name)]:
+            for killed in [*self.folder.glob(f".{self.whole.name}.*"), *self.folder.glob(self.whole.name)]:  # .whole.*: earlier versions
                 shutil.rmtree(killed)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
@@ -93,9 +91,7 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
         path, temporary = self._path(_layer(number), "safetensors"), self._path(_layer(number), "tmp")
         try:
             save_file({name: piece.detach().cpu().contiguous() for name, piece in pieces.items()}, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            publish_file(temporary, path, sync_folder=False)
             self._note(_layer(number), {"names": list(tensors), "grids": grids, "told": told})
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
@@ -129,7 +125,7 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
         return json.loads(self._path(name).read_text(encoding="utf-8"))
 
     def _note(self, name: str, contents: Any) -> None:
-        write_durably(self._path(name), json.dumps(contents, indent=1))
+        write_file(self._path(name), json.dumps(contents, indent=1))
 
     def __getitem__(self, name: str) -> "Tensor | Quantized":
         with safe_open(self._files[name], framework="pt") as file:

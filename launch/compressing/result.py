@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import shlex
 import statistics
 import sys
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.command_line import UserError, flatten
+from data.files import new_folder, sha256_of
 from data.tokenization.huggingface import padding, write_tokenizer
 from data.tokenization.tokenizer import load_tokenizer
 from launch.checkpoints.run_record import versions
@@ -73,21 +73,17 @@ def finish(job: Job, result: Result, parts: Parts) -> int:
         return 0
     assert opened.tokenizer is not None
     tokenizer, names = load_tokenizer(opened.tokenizer), names_of(opened)
-    made: list[report.Report] = []
-
-    def complete(unfinished: Path) -> None:
-        marks = opened.config.architecture, names.class_token, names.mask_token
-        write_tokenizer(tokenizer.path, unfinished, opened.config.sequence_length, None, *marks)
-        made.append(_report(job, result, after, parts, quality, _proof(job, result, after, unfinished), unfinished))
-        report.write(made[0], unfinished)
-
     tokens = huggingface.SpecialTokens(tokenizer.end_of_text, padding(tokenizer)[1], names.labels, opened.start_token(tokenizer))
     job.say(f"Writing {job.output}, and reading it with transformers.")
     try:
-        shard_bytes = int(settings.max_shard_gib * 2**30)
-        settled = result.config, result.state, parts.whole, tokens, job.dtype, shard_bytes, complete
-        huggingface.export(*settled, schemes=result.schemes, kv_cache=result.kv_cache)
-        parts.whole.rename(job.output)
+        with new_folder(job.output, parts.whole) as folder:
+            shard_bytes = int(settings.max_shard_gib * 2**30)
+            arguments = result.config, result.state, folder, tokens, job.dtype, shard_bytes
+            huggingface.export(*arguments, schemes=result.schemes, kv_cache=result.kv_cache)
+            marks = opened.config.architecture, names.class_token, names.mask_token
+            write_tokenizer(tokenizer.path, folder, opened.config.sequence_length, None, *marks)
+            made = _report(job, result, after, parts, quality, _proof(job, result, after, folder), folder)
+            report.write(made, folder)
     except (ValueError, OSError) as error:
         kept = f"What was compressed is kept in {parts.folder}; the same command goes on with it."
         raise UserError(f"{job.output} could not be written: {getattr(error, 'strerror', None) or error}. {kept}") from error
@@ -95,7 +91,7 @@ def finish(job: Job, result: Result, parts: Parts) -> int:
         parts.remove()
     print("\n" + (job.output / "report.md").read_text(encoding="utf-8").split("\n## ")[0].rstrip())
     print(f"\n{job.output}: transformers loads it with no missing or unexpected key. {job.output}/report.md has the rest.")
-    return _status(job, made[0])
+    return _status(job, made)
 
 
 def _status(job: Job, made: report.Report) -> int:
@@ -149,7 +145,7 @@ def _report(
             objective="the next token" if is_causal else "what the model was trained for",
             sequence_length=length,
             stride=length if is_causal else None,
-            tokenizer=hashlib.sha256(opened.tokenizer.read_bytes()).hexdigest(),
+            tokenizer=sha256_of(opened.tokenizer),
             bytes_per_token=test.bytes_per_token,
         )
     kinds = report.kinds_of_tensors(result.config)

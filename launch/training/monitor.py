@@ -13,8 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from data.files import write_file
 from data.sampling.batch_plan import BatchPlan
-from launch.checkpoints.checkpoint import write_durably
 
 DEEPSPEED_NAMES = {  # what DeepSpeed's own monitor calls them, over samples; old dashboards expect these
     "loss/train": "Train/Samples/train_loss",
@@ -130,4 +130,4 @@ def _cut_off(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    write_durably(path, "".join(kept))
+    write_file(path, "".join(kept))

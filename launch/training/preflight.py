@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from data.command_line import UserError, flatten
-from data.files import nearest_existing
+from data.files import nearest_existing, sha256_of
 from launch import REPOSITORY
 from launch.checkpoints.run_record import versions
 from launch.ranks.layout import Layout
@@ -202,7 +202,7 @@ def _device(device: str) -> str:
 def _code() -> dict[str, str]:
     """The digest of every file that a run is made of, by name."""
     files = [path for folder in ("model", "data", "launch") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
-    return {path.relative_to(REPOSITORY).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in files}
+    return {path.relative_to(REPOSITORY).as_posix(): sha256_of(path)[:8] for path in files}
 
 
 def _digest(names: dict) -> str:

@@ -9,7 +9,6 @@ runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, dat
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import time
 import uuid
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.command_line import UserError, flatten
-from data.files import nearest_existing, try_to_lock
+from data.files import lock_file, nearest_existing, write_file
 from launch import REPOSITORY
 from launch.checkpoints import checkpoint
 from launch.checkpoints.run_record import TOKENIZER_CONFIGURATION, paths_of, tokenizer_files, versions
@@ -127,15 +126,11 @@ def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
     folder = Path(settings.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = open(folder / LOCK, "wb")  # noqa: SIM115
+        held = lock_file(folder / LOCK, patience_seconds, warning="Make sure that no second run trains in it.")
     except OSError as error:
         raise UserError(f"output {folder}: {error.filename} cannot be written: {error.strerror}.") from error
-    deadline = time.monotonic() + patience_seconds
-    while not try_to_lock(held, folder, "run trains in it"):
-        if time.monotonic() > deadline:
-            held.close()
-            raise UserError(f"Another process is training in {folder}. Wait for it, or give another --output.")
-        time.sleep(1)
+    if held is None:
+        raise UserError(f"Another process is training in {folder}. Wait for it, or give another --output.")
     for left_over in folder.glob(f"{PROBE}*"):
         left_over.unlink(missing_ok=True)
     return held
@@ -160,21 +155,19 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
         "starts": [*before.get("starts", []), now],
         "changes": changes,
     }
-    checkpoint.write_durably(path, json.dumps(about, indent=1))
+    write_file(path, json.dumps(about, indent=1))
     copied = [path for path in (tokenizer, tokenizer.with_name(TOKENIZER_CONFIGURATION)) if path.is_file()]
     for path in tokenizer_files(folder):
         if path.name not in [one.name for one in copied]:  # of an earlier start on other data
             path.unlink()
     for path in copied:
-        beside = folder / f"{path.name}.tmp"
-        shutil.copyfile(path, beside)
-        os.replace(beside, folder / path.name)
+        write_file(folder / path.name, path.read_bytes())
 
 
 def note_beginning(settings: RunSettings, fingerprint: str) -> None:
     """Add to run.json what a run that starts from other weights has read: a hash of its parameters' checksums."""
     path = Path(settings.output) / "run.json"
-    checkpoint.write_durably(path, json.dumps(json.loads(path.read_text()) | {"init_fingerprint": fingerprint}, indent=1))
+    write_file(path, json.dumps(json.loads(path.read_text()) | {"init_fingerprint": fingerprint}, indent=1))
 
 
 def note_teacher(settings: RunSettings, fingerprint: str) -> str | None:
@@ -186,7 +179,7 @@ def note_teacher(settings: RunSettings, fingerprint: str) -> str | None:
             f"distillation.teacher {settings.distillation.teacher} holds other weights than those that {settings.output} has learnt from. "
             "Give the checkpoint that it was, or --allow_changes to go on with these."
         )
-    checkpoint.write_durably(path, json.dumps(about | {"teacher_fingerprint": fingerprint}, indent=1))
+    write_file(path, json.dumps(about | {"teacher_fingerprint": fingerprint}, indent=1))
     return None
 
 

@@ -4,11 +4,8 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; block types Q8_0 and 
 Tensors have the names that the `gguf` package gives to those of their Hugging Face architecture, and lie there [out, in], as ours do.
 """
 
-import contextlib
 import dataclasses
-import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -117,25 +114,6 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
             writer.write_tensor_data(_encoded(tensor, state))
     finally:
         writer.close()
-
-
-@contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A path of the same name in a hidden folder beside `path`: what is written there is flushed to the disk and renamed at the end.
-
-    After an error it is gone. Raises ValueError where `path` has come to be meanwhile.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield unfinished / path.name
-        with open(unfinished / path.name, "rb+") as file:
-            os.fsync(file.fileno())
-        if path.exists():
-            raise ValueError(f"{path} has come to be meanwhile; nothing is overwritten.")
-        os.rename(unfinished / path.name, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class GGUFState(Mapping[str, Tensor]):

@@ -5,10 +5,8 @@ import itertools
 import json
 import math
 import os
-import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +45,20 @@ def export(
     tokens: SpecialTokens = NO_TOKENS,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5_000_000_000,
-    complete: Callable[[Path], object] | None = None,
     schemes: Mapping[str, Scheme] | None = None,
     kv_cache: CacheScheme | None = None,
 ) -> None:
-    """Write `state`, by our names, as a Hugging Face checkpoint into the new `folder`.
+    """Write `state`, by our names, as a Hugging Face checkpoint into `folder`, which is empty or does not exist yet.
 
     What has a scheme is Quantized in `state`, its scales of `dtype`, and is written as compressed-tensors stores it; the rest as `dtype`.
     `kv_cache`, beside schemes, has scales that are numbers of `dtype`.
-    One tensor of `state` is asked for at a time, so a Mapping that reads lazily never holds the model. All is written beside
-    `folder` and renamed at the end; `complete` is called with the unfinished folder, to add a tokenizer or to check it.
-    Raises ValueError where `folder` exists, where the architecture has no counterpart, and where `state` is not the model's.
+    One tensor of `state` is asked for at a time, so a Mapping that reads lazily never holds the model. After an error the folder may be
+    incomplete: the caller gives a temporary one and renames it when all is written and checked.
+    Raises ValueError if `folder` holds files, if the architecture has no counterpart, and if `state` is not the model's.
     """
     folder, schemes = Path(folder), schemes or {}
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; an export is written to a new folder.")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists already and is not empty; an export is written to a new folder.")
     if dtype not in _DTYPES:
         raise ValueError(f"Cannot export as {dtype}; there are: {', '.join(str(known) for known in _DTYPES)}.")
     stated = to_huggingface(config, tokens, dtype)
@@ -75,34 +72,25 @@ def export(
     if kv_cache is not None:
         names = itertools.chain.from_iterable(_names_of_cache_scales(config))
         scales = dict(zip(names, torch.tensor(kv_cache.scales, dtype=dtype).view(-1, 1), strict=True))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        unfinished.chmod(0o755)  # mkdtemp's own is for its owner alone
-        index: dict[str, str] = {}
-        total = 0
-        for number, shard in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            layout = _together(layouts[entry] for entry in shard)
-            tensors = (tensor for entry in shard for tensor in _tensors(entry, layouts[entry], state, schemes))
-            if number == len(shards):
-                layout |= dict.fromkeys(scales, (dtype, (1,)))
-                tensors = itertools.chain(tensors, scales.values())
-            _write_shard(unfinished / file, layout, tensors)
-            index |= dict.fromkeys(layout, file)
-            total += _num_bytes(layout)
-        if len(shards) > 1:
-            _write_json(unfinished / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-        _write_json(unfinished / "config.json", stated)
-        if config.architecture != "encoder":
-            keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-            _write_json(unfinished / "generation_config.json", {key: stated[key] for key in keys if stated.get(key) is not None})
-        if complete is not None:
-            complete(unfinished)
-        os.rename(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    index: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        layout = _together(layouts[entry] for entry in shard)
+        tensors = (tensor for entry in shard for tensor in _tensors(entry, layouts[entry], state, schemes))
+        if number == len(shards):
+            layout |= dict.fromkeys(scales, (dtype, (1,)))
+            tensors = itertools.chain(tensors, scales.values())
+        _write_shard(folder / file, layout, tensors)
+        index |= dict.fromkeys(layout, file)
+        total += _num_bytes(layout)
+    if len(shards) > 1:
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    _write_json(folder / "config.json", stated)
+    if config.architecture != "encoder":
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        _write_json(folder / "generation_config.json", {key: stated[key] for key in keys if stated.get(key) is not None})
 
 
 def quantization_config(
@@ -346,15 +334,10 @@ def _write_shard(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> None:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors:
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    with open(path, "w") as file:
-        file.write(json.dumps(contents, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(contents, indent=2) + "\n")
 
 
 def _files_of_tensors(folder: Path) -> dict[str, Path]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.files import new_folder
 from model.config import SIZES, ModelConfig, named_size
 from model.generation import generate
 from model.huggingface import SpecialTokens, architecture, auto_class, decoder_start, export, from_huggingface, load, to_huggingface, verify
@@ -267,12 +268,10 @@ def test_an_existing_folder_is_refused(llama, tmp_path):
 
 
 def test_an_export_that_fails_leaves_nothing(llama, tmp_path):
-    def fail(folder):
+    with pytest.raises(RuntimeError, match="the tokenizer"), new_folder(tmp_path / "out") as folder:
+        export(*llama, folder)
         assert (folder / "config.json").exists()
         raise RuntimeError("the tokenizer is not there")
-
-    with pytest.raises(RuntimeError, match="the tokenizer"):
-        export(*llama, tmp_path / "out", complete=fail)
     assert not list(tmp_path.iterdir())
 
 
@@ -286,8 +285,8 @@ def test_a_state_of_another_model_is_refused(llama, tmp_path, change):
     else:
         state["1.attention.key.weight"] = torch.zeros(3, 32)
     name = "9.weight" if change == "unknown" else "1.attention.key.weight"
-    with pytest.raises(ValueError, match=name):
-        export(config, state, tmp_path / "out")
+    with pytest.raises(ValueError, match=name), new_folder(tmp_path / "out") as folder:
+        export(config, state, folder)
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import data.preparation.preparation
+import data.files
+import data.preparation.merging
 import data.preparation.work_units
 import data.shards
 from data.command_line import UserError
@@ -152,19 +153,19 @@ def test_a_signal_ends_it_with_a_sentence_and_the_same_command_goes_on(corpus, u
 
 
 def test_a_disk_that_is_full_at_the_nth_write_stops_with_a_sentence_and_loses_nothing(corpus, undisturbed, tmp_path, monkeypatch):
-    publish = data.shards.publish
+    publish = data.files.publish_file
     left = 0
 
-    def full(file, path, is_last=True):
+    def full(file, path, sync_folder=True):
         nonlocal left
         left -= 1
         if left < 0:
             file.close()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        publish(file, path, is_last)
+        publish(file, path, sync_folder)
 
-    for module in (data.shards, data.preparation.work_units, data.preparation.preparation, data.preparation.merging):
-        monkeypatch.setattr(module, "publish", full)
+    for module in (data.files, data.shards, data.preparation.work_units, data.preparation.merging):
+        monkeypatch.setattr(module, "publish_file", full)
     settings = PrepareSettings(**settings_for(corpus, tmp_path / "prepared"), workers=1)
     done = attempts = 0
     while not (tmp_path / "prepared").exists():

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.command_line import UserError
+from data.files import write_file
 from launch.checkpoints import checkpoint
 from launch.checkpoints.checkpoint import HashingFile, damage, newest_good, published, retain
 
@@ -297,7 +298,7 @@ def test_a_small_file_is_replaced_whole_or_stays(tmp_path):
 
     def rewrite(root):
         for _ in range(4):  # more than ten operations
-            checkpoint.write_durably(root / "latest", "new")
+            write_file(root / "latest", "new")
 
     for root in every_interruption(Stopped(), first, rewrite, tmp_path):
         assert (root / "latest").read_text() in ("old", "new")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.files import new_file
 from model.compression import gguf_file
 from tests.model.both_sides import BERT, GPT2
 
@@ -104,7 +105,7 @@ def test_a_weight_that_is_no_number_or_too_large_is_named_and_nothing_is_left(ti
     name = "2.feed_forward.up.weight"
     state[name][1, 2] = wrong
     path = tmp_path / "model.gguf"
-    with pytest.raises(ValueError, match=name), gguf_file.written_beside(path) as unfinished:
+    with pytest.raises(ValueError, match=name), new_file(path) as unfinished:
         gguf_file.write(config, state, WORDS, unfinished, kind)
     assert not list(tmp_path.iterdir())
 
@@ -120,7 +121,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(tiny, network, t
 
 def test_nothing_is_overwritten(tmp_path):
     path = tmp_path / "model.gguf"
-    with pytest.raises(ValueError, match="nothing is overwritten"), gguf_file.written_beside(path) as unfinished:
+    with pytest.raises(ValueError, match="nothing is overwritten"), new_file(path) as unfinished:
         unfinished.write_bytes(b"new")
         path.write_bytes(b"old")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
