@@ -19,7 +19,7 @@ from launch.benchmarks.settings import TrainingStepSettings
 from launch.ranks import processes
 from launch.ranks.rendezvous import meet
 from launch.training import deepspeed_config
-from launch.training.engine import initialize_communication
+from launch.training.communication import initialize_communication
 from launch.training.pipeline import engine_for
 from launch.training.settings import RunSettings
 from model.config import ModelConfig

@@ -1,7 +1,6 @@
 """A checkpoint of any layout, rewritten in files of whole parameters: verified, streamed, compared, published."""
 
 import dataclasses
-import math
 import os
 import secrets
 import shutil
@@ -138,30 +137,29 @@ def _write(source: Path, manifest: dict, folder: Path, file_bytes: float, say: C
     saved = state.SavedState(source)
     if strangers := sorted(saved.shapes.keys() ^ manifest["checksums"].keys()):
         raise UserError(f"{source} does not hold the parameters that its manifest has checksums of: {strangers[0]} is one.")
-    whole = [
-        state.ShardSlice(name, saved.shapes[name], state.whole_region(saved.shapes[name]), 0, math.prod(saved.shapes[name]))
-        for name in saved.names()
-    ]
+    whole, kinds = [state.ShardSlice.of_whole(name, saved.shapes[name]) for name in saved.names()], state.kinds_in(manifest)
     written = {}
     with _Progress("Copied", _bytes_of(manifest["files"].values()), say) as progress:
         reader = _Reader(source, manifest, max(shard_slice.count for shard_slice in whole), progress)
-        for number, members in enumerate(_share_out(whole, file_bytes)):
+        for number, members in enumerate(_share_out(whole, 4 * len(kinds), file_bytes)):
             file = checkpoint.HashingFile(folder / f"state_{number:05d}.safetensors")
-            state.write(file, members, ((shard_slice, _WhenAsked(reader, shard_slice)) for shard_slice in members))
+            state.write(file, members, kinds, ((shard_slice, _WhenAsked(reader, shard_slice)) for shard_slice in members))
             written[file.path.name] = file.finish()
         reader.compare()
     return written
 
 
-def _share_out(slices: Iterable, file_bytes: float) -> Iterator[list]:
-    """Consecutive slices whose state fits one file; at least one."""
-    members, size = [], 0
+def _share_out(slices: Iterable[state.ShardSlice], bytes_per_value: int, file_bytes: float) -> Iterator[list[state.ShardSlice]]:
+    """Yield groups of consecutive slices whose state fits in one file; a group has at least one."""
+    members: list[state.ShardSlice] = []
+    size = 0
     for shard_slice in slices:
-        if members and size + 12 * shard_slice.count > file_bytes:
+        added = bytes_per_value * shard_slice.count
+        if members and size + added > file_bytes:
             yield members
             members, size = [], 0
         members.append(shard_slice)
-        size += 12 * shard_slice.count  # three kinds of float32
+        size += added
     yield members
 
 
@@ -170,10 +168,10 @@ class _WhenAsked(dict):
 
     def __init__(self, reader: "_Reader", shard_slice: state.ShardSlice):
         super().__init__()
-        self._reader, self._stretch = reader, shard_slice
+        self._reader, self._slice = reader, shard_slice
 
     def __missing__(self, kind: str) -> torch.Tensor:
-        return self._reader.read(self._stretch, kind)
+        return self._reader.read(self._slice, kind)
 
 
 class _Reader:
@@ -181,8 +179,10 @@ class _Reader:
 
     def __init__(self, source: Path, manifest: dict, largest: int, progress: "_Progress"):
         self._source, self._checksums, self._progress = source, manifest["checksums"], progress
+        self._kinds = state.kinds_in(manifest)
         self._numbers = torch.empty(largest)
-        self._saved, self._mapped_bytes = None, 0
+        self._saved: state.SavedState | None = None
+        self._mapped_bytes = 0
         self._most_mapped_bytes = 2**23 * len(manifest["files"])  # so that opening the files again takes little of the time
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))  # counts while the other hashes and writes
         self._counted: tuple[Future, str, int] | None = None
@@ -195,7 +195,7 @@ class _Reader:
             self._saved, self._mapped_bytes = state.SavedState(self._source), 4 * shard_slice.count
         numbers = self._numbers[: shard_slice.count]
         self._thread.submit(self._saved.read, shard_slice, kind, numbers).result()
-        saved_sum = self._checksums[shard_slice.name][state.KINDS.index(kind)]
+        saved_sum = self._checksums[shard_slice.name][self._kinds.index(kind)]
         self._counted = self._thread.submit(state.checksum, numbers, shard_slice), f"{shard_slice.name}.{kind}", saved_sum
         self._progress.add(4 * shard_slice.count)
         return numbers

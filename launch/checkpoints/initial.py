@@ -1,4 +1,4 @@
-"""The weights that a run starts from with --init: read a parameter at a time into whatever layout, in place of fresh ones."""
+"""The weights that a run with --init starts from: read one parameter at a time, into any layout, instead of fresh ones."""
 
 import functools
 from pathlib import Path
@@ -7,37 +7,38 @@ from torch import Tensor
 
 from data.command_line import UserError
 from launch.checkpoints.opening import OpenedModel, open_model
-from launch.checkpoints.state import KINDS, ShardSlice
+from launch.checkpoints.state import WEIGHT, ShardSlice
 from model.config import ModelConfig
 from model.transformer import layers, parameter_shapes
 
 opened = functools.cache(open_model)
-"""A model that a run starts from; settings and weights are read of the same one, found once."""
+"""Open a model that a run starts from, once: its settings and its weights come from the same checkpoint."""
 
 
 class InitialWeights:
-    """Another model's weights as the beginning of this one's: what OptimizerState reads as it reads a checkpoint.
+    """Weights of another model that a run starts from. The optimizer's state reads them as it reads a checkpoint.
 
-    Parameters are the same where they have the same name inside the same layer of the list, counted by kind: an encoder may have
-    a classifier, or a head for tokens, that the other has not.
+    Two parameters correspond if they have the same name in the same layer, where layers are counted by kind: an encoder may have a
+    classifier or a token head that the other model does not have.
     """
 
     def __init__(self, path: str, config: ModelConfig):
+        """Open the model at `path` for a run with `config`. Raises UserError if it cannot be opened or is quantized."""
         self.path = path
         self.opened: OpenedModel = opened(path)
         self.opened.refuse_quantized("a run starts from weights that are not")
-        there = {role: name for name, role in _roles(self.opened.config).items()}
-        here = _roles(config)
+        saved = {role: name for name, role in _roles(self.opened.config).items()}
+        own = _roles(config)
         same_outputs = all(getattr(self.opened.config, name) == getattr(config, name) for name in ("num_classes", "token_head"))
-        self._names = {name: there[role] for name, role in here.items() if role in there and (same_outputs or ".classes." not in role)}
-        self.fresh = [name for name in here if name not in self._names]
-        """Parameters of this model that the other has not: they stay as they were drawn. Classes of another task are not taken over."""
+        self._names = {name: saved[role] for name, role in own.items() if role in saved and (same_outputs or ".classes." not in role)}
+        self.fresh = [name for name in own if name not in self._names]
+        """Parameters of this model without a counterpart: they keep their fresh values. So do classes of another task."""
         self.unused = sorted(set(self.opened.state) - set(self._names.values()))
-        """Parameters of the other that this model has not."""
+        """Parameters of the other model without a counterpart."""
 
     def read(self, wanted: ShardSlice, kind: str, into: Tensor) -> None:
-        """Fill `into` [count] with the numbers of a shard_slice; moments begin at zero. Raises UserError where the shapes differ."""
-        if kind != KINDS[0]:
+        """Fill `into` [count] with the values of a slice; the optimizer's states start at zero. Raises UserError if shapes differ."""
+        if kind != WEIGHT:
             into.zero_()
         elif wanted.name in self._names:
             whole = self.opened.state[self._names[wanted.name]]
@@ -45,7 +46,7 @@ class InitialWeights:
                 raise UserError(
                     f"init {self.path} holds {self._names[wanted.name]} as {list(whole.shape)}; this model has {list(wanted.shape)}."
                 )
-            into.copy_(wanted.of(whole))
+            into.copy_(wanted.take_from(whole))
 
     def __str__(self) -> str:
         taken, step = len(self._names), self.opened.step
@@ -56,18 +57,19 @@ class InitialWeights:
 
     @property
     def tokenizer(self) -> Path | None:
+        """The tokenizer's file next to the other model."""
         return self.opened.tokenizer
 
 
 def _roles(config: ModelConfig) -> dict[str, str]:
-    """Of each parameter, by name, its layer's kind and number among those, and its name inside: what it is called in any list."""
+    """Return what each parameter is in any list of layers: its layer's kind, the count among layers of that kind, and its name inside."""
     kinds: dict[str, int] = {}
-    of_child: dict[str, str] = {}
+    role_of_child: dict[str, str] = {}
     for number, layer in enumerate(layers(config)):
         kind = layer.module.__name__
         child = str(number) if layer.tied_key is None else f"tied_modules.{layer.tied_key}"
-        if child not in of_child:
-            of_child[child] = f"{kind} {kinds.setdefault(kind, 0)}"
+        if child not in role_of_child:
+            role_of_child[child] = f"{kind} {kinds.setdefault(kind, 0)}"
             kinds[kind] += 1
-    children = {name: next(child for child in of_child if name.startswith(f"{child}.")) for name in parameter_shapes(config)}
-    return {name: of_child[child] + name.removeprefix(child) for name, child in children.items()}
+    children = {name: next(child for child in role_of_child if name.startswith(f"{child}.")) for name in parameter_shapes(config)}
+    return {name: role_of_child[child] + name.removeprefix(child) for name, child in children.items()}

@@ -10,7 +10,7 @@ import torch
 from data.command_line import flatten
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.sources import OBJECTIVES
-from launch.checkpoints import checkpoint
+from launch.checkpoints import checkpoint, state
 from launch.checkpoints.opening import OpenedModel
 from launch.checkpoints.run_record import json_in, paths_of, versions
 from model import huggingface
@@ -23,7 +23,7 @@ _NUMBERS = {
     "schedule.kind": "schedule",
     "schedule.warmup_steps": "warm-up steps",
     "optimizer.weight_decay": "weight decay",
-    "optimizer.beta2": "AdamW's beta2",
+    "optimizer.beta2": "beta2",
     "loss.label_smoothing": "label smoothing",
     "model.dropout": "dropout",
     "precision": "precision",
@@ -85,6 +85,7 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
         objective = numbers.get("data.objective") or OBJECTIVES[opened.config.architecture][0]
         rate = f", {numbers['data.mask_rate']:g} of the tokens" if objective in ("masked", "span_corruption") else ""
         yield "objective", objective.replace("_", " ") + rate
+        yield "optimizer", state.optimizer_name_in(manifest)
         for setting, what in _NUMBERS.items():
             if numbers.get(setting):
                 yield what, str(numbers[setting])

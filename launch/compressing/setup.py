@@ -16,7 +16,7 @@ from torch import Tensor
 from data.command_line import UserError, flatten, nearest
 from data.files import nearest_existing
 from launch.checkpoints.opening import OpenedModel, open_model
-from launch.checkpoints.state import ShardSlice, checksum, whole_region
+from launch.checkpoints.state import ShardSlice, checksum
 from launch.compressing import report
 from launch.compressing.layer_store import Parts, folder_for
 from launch.compressing.samples import Text, calibration_text, paths_for, refuse_the_same_text, test_text
@@ -166,7 +166,7 @@ def _looked_at(opened: OpenedModel, workers: Workers, dtype: torch.dtype, force:
     for name in workers.share(list(kinds)):
         weight = opened.state[name]
         zeros = int((weight == 0).sum())
-        whole = ShardSlice(name, tuple(weight.shape), whole_region(weight.shape), 0, weight.numel())
+        whole = ShardSlice.of_whole(name, weight.shape)
         tensors[name] = (
             report.TensorReport(name, kinds[name], weight.numel(), zeros, weight.nbytes),
             checksum(weight.flatten().float(), whole),

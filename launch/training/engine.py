@@ -5,24 +5,17 @@ import dataclasses
 import functools
 import hashlib
 import io
-import logging
 import math
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
 from torch.nn.utils import get_total_norm
 
 from data.command_line import UserError
@@ -34,7 +27,10 @@ from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, device_name, device_number
 from launch.training import parallel
 from launch.training.deepspeed_state import OptimizerState
-from launch.training.settings import OptimizerSettings, RunSettings
+from launch.training.optimizers import optimizer_for
+from launch.training.optimizers.base import is_matrix
+from launch.training.settings import RunSettings
+from launch.training.stopwatch import Stopwatch
 from launch.training.teacher import Teacher, fingerprint
 from model.compression.fake_quantization import fake_quantize
 from model.compression.grids import Grid
@@ -61,28 +57,6 @@ class StepReport:
     """Under fp16."""
     seconds: dict[str, float]
     """Of this rank, by part: forward, backward, optimizer; in a pipeline also passing: sending, receiving and waiting for both."""
-
-
-def initialize_communication(process: Process, store: dist.Store, timeout_seconds: float) -> None:
-    """Join the process group over the store that the ranks met at, quietly; `timeout_seconds` is how long a rank waits for others."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="deepspeed|torch.distributed")
-    warnings.filterwarnings("ignore", message="c10d::broadcast_")  # of tied weights, while a pipeline is built
-    if device_name() == "cpu":
-        # Else a CPU start compiles a C++ helper: two minutes once, and, killed meanwhile, a lock that hangs all later starts.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Any ZeRO optimizer imports Muon, which no run here uses, and to decorate its functions all of torch's compiler: a second a start.
-    compiler.compile = lambda: compiler.dummy_decorator
-    if device_name() == "cuda":
-        torch.cuda.set_device(device_number(process))
-    backend = "nccl" if device_name() == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    store.set_timeout(timeout)  # NCCL asks it for its ids at the first use of each group
-    # DeepSpeed makes its groups of ranks without a timeout and takes none; torch's default is 10 or 30 minutes.
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    group = dist.PrefixStore("process group", store)
-    dist.init_process_group(backend, store=group, rank=process.rank, world_size=process.world_size, timeout=timeout)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 class Engine:
@@ -112,8 +86,9 @@ class Engine:
                     fake_quantize(block, Grid("int", chosen.bits, chosen.shared_by, chosen.symmetric), chosen.activations)
                 if settings.compile:
                     block.compile()
-            optimizer = _adamw(model, settings.optimizer)
-            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged_json, mpu=mpu)
+            optimizer = optimizer_for(settings.optimizer)
+            built = optimizer.build(model)
+            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=built, config=merged_json, mpu=mpu)
         self._model = self._deepspeed.module
         if settings.hold_zeros:
             _hold_zeros(self._model)
@@ -124,7 +99,7 @@ class Engine:
         for name, layer in self._model.named_children():
             if self.config.dropout and name.isdigit():
                 layer.register_forward_pre_hook(functools.partial(self._begin_stream, int(name)))
-        self._state = OptimizerState(self._deepspeed, self._region_of, self._is_replica)
+        self._state = OptimizerState(self._deepspeed, optimizer, self._region_of, self._is_replica)
 
     def _build(self, merged_json: dict, recompute: bool, mpu: ModuleType | None) -> nn.Module:
         data_group = mpu.get_data_parallel_group() if mpu else None
@@ -165,7 +140,7 @@ class Engine:
             seconds=watch.seconds(),
         )
 
-    def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: "Stopwatch") -> tuple[float, float, bool]:
+    def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         """The loss of this rank (its mean over all ranks is the step's), the gradient norm, and whether the update was left out."""
         engine = self._deepspeed
         engine.train()
@@ -256,8 +231,9 @@ class Engine:
         attempt.to(lambda: self._write(folder))
         checksums = self._checksums()
         if self.agree(attempt.failure is None) and self.process.is_first:
-            restored = {"steps": self._state.steps, "loss_scaler": self._state.loss_scaler}
-            attempt.to(lambda: checkpoint.publish(folder, step, about | {"optimizer": restored, "checksums": checksums}))
+            counters = {"steps": self._state.steps, "loss_scaler": self._state.loss_scaler}
+            about = about | self._state.optimizer.record() | {"optimizer": counters, "checksums": checksums}
+            attempt.to(lambda: checkpoint.publish(folder, step, about))
         if self.agree(attempt.failure is None):
             return None
         if self.process.is_first:
@@ -268,7 +244,8 @@ class Engine:
         written = {}
         if self._state.owned:
             file = checkpoint.HashingFile(folder / f"rank_{self.process.rank:05d}.safetensors")
-            state.write(file, self._state.owned, self._state.visit(self._state.owned))
+            kinds = self._state.optimizer.kinds
+            state.write(file, self._state.owned, kinds, self._state.visit(self._state.owned))
             written[file.path.name] = file.finish()
         checkpoint.write_part(folder, self.process.rank, written)
 
@@ -278,7 +255,7 @@ class Engine:
         attempt.to(lambda: self._state.read(weights))
         if not self.agree(attempt.failure is None):
             raise UserError(self.first_sentence(attempt.failure) or "")
-        self._state.begin_from(0, None)
+        self._state.resume(0, None)
         return hashlib.sha256(repr(self._checksums()).encode()).hexdigest()
 
     def load(self, folder: Path) -> None:
@@ -292,20 +269,21 @@ class Engine:
         attempt.to(lambda: self._state.read(state.SavedState(folder)))
         if not self.agree(attempt.failure is None):
             raise UserError(self.first_sentence(attempt.failure) or "")
-        self._state.begin_from(**manifest["optimizer"])
+        self._state.resume(**manifest["optimizer"])
         wrong = [name for name, sums in self._checksums().items() if sums != manifest["checksums"].get(name)]
         if wrong:
             raise RuntimeError(f"{folder} was read, but {len(wrong)} parameters have other checksums than were saved, {wrong[0]} first.")
 
     def _checksums(self) -> dict[str, list[int]]:
-        """Of each parameter of the model, in the order of state.KINDS; the same on every rank."""
-        places = {name: place for place, name in enumerate(parameter_shapes(self.config))}
-        sums = torch.zeros(len(places), len(state.KINDS), dtype=torch.int64)
-        for shard_slice, numbers in self._state.visit(self._state.owned):
-            sums[places[shard_slice.name]] += torch.tensor([state.checksum(numbers[kind], shard_slice) for kind in state.KINDS])
+        """Return the checksums of each parameter, one for each kind of tensor; the same on every rank."""
+        kinds = self._state.optimizer.kinds
+        rows = {name: row for row, name in enumerate(parameter_shapes(self.config))}
+        sums = torch.zeros(len(rows), len(kinds), dtype=torch.int64)
+        for shard_slice, tensors in self._state.visit(self._state.owned):
+            sums[rows[shard_slice.name]] += torch.tensor([state.checksum(tensors[kind], shard_slice) for kind in kinds])
         sums = sums.to(self.device)
         dist.all_reduce(sums)
-        return dict(zip(places, sums.tolist(), strict=True))
+        return dict(zip(rows, sums.tolist(), strict=True))
 
     def _region_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], state.Region] | None:
         """The whole shape of a parameter, and the part of it that this rank has, not counting what ZeRO cuts; None: not the model's."""
@@ -396,27 +374,13 @@ def _hold_zeros(model: nn.Module) -> None:
     still has a weight gathered.
     """
     for block in _blocks(model):
-        for weight in (parameter for parameter in block.parameters() if _is_matrix(parameter)):
+        for weight in (parameter for parameter in block.parameters() if is_matrix(parameter)):
             weight.register_hook(lambda gradient, weight=weight: gradient.masked_fill(weight == 0, 0))
 
 
 def labels_of(batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What the loss is measured against: targets and classes, each with the number that its sum is divided by."""
     return (batch.targets, divisors[0]) + (() if batch.classes is None else (batch.classes, divisors[1]))
-
-
-def _adamw(model: nn.Module, numbers: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only."""
-    matrices = [parameter for parameter in model.parameters() if _is_matrix(parameter)]
-    vectors = [parameter for parameter in model.parameters() if not _is_matrix(parameter)]
-    groups = [{"params": matrices, "weight_decay": numbers.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]  # a stage of a pipeline may have one kind alone
-    return torch.optim.AdamW(groups, lr=0.0, betas=(numbers.beta1, numbers.beta2), eps=numbers.epsilon, fused=True)
-
-
-def _is_matrix(parameter: nn.Parameter) -> bool:
-    """Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole."""
-    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
 
 
 def _stream(*place: int) -> int:
@@ -437,38 +401,3 @@ class Attempt:
             self.failure = self.failure or str(error)
         except OSError as error:
             self.failure = self.failure or f"{type(error).__name__}: {error}."
-
-
-class Stopwatch:
-    """Seconds spent in named parts of a step; on a GPU between events on its stream, so that nothing waits."""
-
-    def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-        self._spans: dict[str, list[tuple]] = {}
-
-    def measure(self, part: str) -> "_Span":
-        return _Span(self._spans.setdefault(part, []), self._on_gpu)
-
-    def seconds(self) -> dict[str, float]:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-            return {part: sum(start.elapsed_time(end) for start, end in spans) / 1000 for part, spans in self._spans.items()}
-        return {part: sum(end - start for start, end in spans) for part, spans in self._spans.items()}
-
-
-class _Span:
-    def __init__(self, spans: list, on_gpu: bool):
-        self._spans, self._on_gpu = spans, on_gpu
-
-    def __enter__(self) -> None:
-        self._start = self._now()
-
-    def __exit__(self, *_) -> None:
-        self._spans.append((self._start, self._now()))
-
-    def _now(self):
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

@@ -17,7 +17,8 @@ from launch.checkpoints.state import Region, ShardSlice
 from launch.evaluation.score import Score, scored, sums_of
 from launch.ranks.layout import Layout
 from launch.training import parallel
-from launch.training.engine import Engine, Stopwatch, labels_of
+from launch.training.engine import Engine, labels_of
+from launch.training.stopwatch import Stopwatch
 from model.layers import KeyValueCache, Passed
 from model.loss import IGNORED
 from model.transformer import layers, outputs_of

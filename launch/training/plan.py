@@ -7,6 +7,8 @@ import time
 import torch
 
 from launch.ranks.layout import Layout, fewest_micro_batches, micro_batch_size
+from launch.training.optimizers import optimizer_for
+from launch.training.optimizers.base import WEIGHT_BYTES
 from launch.training.settings import RunSettings
 from model.config import ModelConfig, count_parameters, flops_per_token
 
@@ -51,20 +53,21 @@ def measured_flops(precision: str, device: str) -> float:
     return 2 * 1024**3 / best
 
 
-def model_state_bytes(parameters: float, stage: int, data_parallel_size: int, precision: str) -> dict[str, float]:
+def model_state_bytes(parameters: float, stage: int, data_parallel_size: int, precision: str, state_bytes: int) -> dict[str, float]:
     """Bytes per rank of weights, gradients and optimizer states.  Rajbhandari et al. 2020 (ZeRO), arXiv 1910.02054, section 3.
 
-    Weights in the run's precision, gradients accumulated in float32 (fp16: in fp16), AdamW's two moments and, below float32, a
-    master copy in float32. ZeRO-1 divides the optimizer states by the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too.
+    Weights in the run's precision, gradients accumulated in float32 (fp16: in fp16), the optimizer's states of `state_bytes` per
+    parameter and, below float32, master weights in float32. ZeRO-1 divides the optimizer states by the ranks, ZeRO-2 the gradients
+    too, ZeRO-3 the weights too.
     """
     weight = 4 if precision == "float32" else 2
     gradient = 2 if precision == "fp16" else 4
-    states = 8 if precision == "float32" else 12
+    optimizer = state_bytes + (0 if precision == "float32" else WEIGHT_BYTES)
     share = lambda from_stage: data_parallel_size if stage >= from_stage else 1  # noqa: E731
     return {
         "weights": parameters * weight / share(3),
         "gradients": parameters * gradient / share(2),
-        "optimizer": parameters * states / share(1),
+        "optimizer": parameters * optimizer / share(1),
     }
 
 
@@ -105,7 +108,7 @@ def plan(settings: RunSettings, merged_json: dict, layout: Layout, device: str, 
     zero = merged_json["zero_optimization"]
     stage = zero.get("stage", 0)
     on_a_rank = parameters_per_rank(model, layout, merged_json.get("pipeline", {}).get("schedule", "1f1b"))
-    states = model_state_bytes(on_a_rank, stage, layout.zero_size, settings.precision)
+    states = model_state_bytes(on_a_rank, stage, layout.zero_size, settings.precision, optimizer_for(settings.optimizer).state_bytes)
     taught_by = count_parameters(teacher.config) * (4 if settings.precision == "float32" else 2) if teacher else 0
     hpz = int(zero.get("zero_hpz_partition_size", 1))
     if hpz > 1:

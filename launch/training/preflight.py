@@ -23,6 +23,7 @@ from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, device_number
 from launch.ranks.rendezvous import gather
 from launch.training.data import RunData
+from launch.training.optimizers import optimizer_for
 from launch.training.run_folder import PROBE
 from launch.training.settings import RunSettings
 from model.config import count_parameters
@@ -41,7 +42,7 @@ def look(settings: RunSettings, merged_json: dict, layout: Layout, process: Proc
     write_seconds = _seconds_to_write(probe)
     chosen = flatten(dataclasses.asdict(settings)) | {f"DeepSpeed's {name}": value for name, value in flatten(merged_json).items()}
     del chosen["deepspeed"]  # where the JSON lies is no matter
-    checkpoint_bytes = 12 * count_parameters(settings.model)  # float32 weights and two moments
+    checkpoint_bytes = optimizer_for(settings.optimizer).checkpoint_bytes * count_parameters(settings.model)
     free = shutil.disk_usage(probe.parent).free
     if free < checkpoint_bytes:
         raise UserError(

@@ -79,7 +79,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     if not preflight_alone:
         held, start = _hold_the_folder(settings, merged, process, data, start, store)
 
-    from launch.training.engine import initialize_communication  # DeepSpeed, which had to be told of the device first
+    from launch.training.communication import initialize_communication  # DeepSpeed, which had to be told of the device first
 
     initialize_communication(process, store, settings.communication_timeout)
     if compare:

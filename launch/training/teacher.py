@@ -9,7 +9,7 @@ import torch
 from data.command_line import UserError
 from launch.checkpoints.initial import opened
 from launch.checkpoints.opening import OpenedModel
-from launch.checkpoints.state import ShardSlice, checksum, whole_region
+from launch.checkpoints.state import ShardSlice, checksum
 from model.config import ModelConfig, count_parameters, flops_per_token
 from model.transformer import Transformer
 
@@ -56,9 +56,7 @@ def fingerprint(network: Transformer) -> str:
     sums = [
         (
             name,
-            checksum(
-                parameter.float().flatten(), ShardSlice(name, tuple(parameter.shape), whole_region(parameter.shape), 0, parameter.numel())
-            ),
+            checksum(parameter.float().flatten(), ShardSlice.of_whole(name, parameter.shape)),
         )
         for name, parameter in network.named_parameters()
     ]

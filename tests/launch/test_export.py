@@ -48,9 +48,9 @@ def run(tmp_path, tokenizer_file):
             beside = checkpoint.begin(folder / "checkpoints", step, "id")
             file = checkpoint.HashingFile(beside / "rank_00000.safetensors")
             weights = dict(Transformer(config, seed=step).named_parameters())
-            whole = [state.ShardSlice(name, tuple(w.shape), state.whole_region(w.shape), 0, w.numel()) for name, w in weights.items()]
-            numbers = ((one, dict.fromkeys(state.KINDS, weights[one.name].detach().flatten())) for one in whole)
-            state.write(file, whole, numbers)
+            whole = [state.ShardSlice.of_whole(name, w.shape) for name, w in weights.items()]
+            numbers = ((one, dict.fromkeys(state.kinds_in({}), weights[one.name].detach().flatten())) for one in whole)
+            state.write(file, whole, state.kinds_in({}), numbers)
             checkpoint.write_part(beside, 0, {file.path.name: file.finish()})
             about = {"layout": {"world_size": 1}, "model": recipe["model"], "recipe": recipe, "checksums": {}}
             about |= {"data": {"fingerprint": "f" * 64}, "versions": {"megabatch": "0.0"}}

@@ -21,12 +21,13 @@ import torch
 from data.command_line import UserError
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.conversion import convert
-from launch.checkpoints.state import KINDS, SavedState, ShardSlice, whole_region
+from launch.checkpoints.state import SavedState, ShardSlice, whole_region
 from launch.convert import ConvertSettings, main
 from launch.ranks.layout import describe
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 
 DOOR = REPOSITORY / "launch" / "convert.py"
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 SHAPES = {
     "0.weight": (50, 12),
     "1.attention.query.weight": (12, 12),
@@ -98,7 +99,7 @@ def save(root: Path, step: int, ranks: list[list[ShardSlice]], numbers: dict, **
                 place = slice(shard_slice.start, shard_slice.start + shard_slice.count)
                 yield shard_slice, {kind: numbers[shard_slice.name][kind][part].reshape(-1)[place].contiguous() for kind in KINDS}
 
-        state.write(file, slices, values())
+        state.write(file, slices, KINDS, values())
         checkpoint.write_part(folder, rank, {file.path.name: file.finish()})
     layout = {"world_size": len(ranks), "pipeline_stages": 1, "tensor_parallel_size": 1, "sequence_parallel_size": 1}
     about = {
@@ -298,7 +299,7 @@ def test_a_number_that_changed_before_it_was_written_is_refused_by_name(name, ki
 def test_a_checkpoint_without_some_of_the_numbers_is_refused(tmp_path):
     ranks = one_behind_the_other(SHAPES, 4)
     run = make_run(tmp_path / "run", lambda shapes, world_size: ranks[:-1])
-    assert "numbers of 10.weight.weight" in refusal(run, tmp_path / "whole")
+    assert "values of 10.weight.weight" in refusal(run, tmp_path / "whole")
     run = make_run(tmp_path / "other", lambda shapes, world_size: one_behind_the_other(shapes, 2)[:1])
     assert "does not hold the parameters that its manifest has checksums of: 10.weight" in refusal(run, tmp_path / "whole")
 

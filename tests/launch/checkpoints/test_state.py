@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from data.command_line import UserError
 from launch.checkpoints import state
 from launch.checkpoints.checkpoint import HashingFile
-from launch.checkpoints.state import KINDS, SavedState, ShardSlice, checksum, whole_region
+from launch.checkpoints.state import SavedState, ShardSlice, checksum, whole_region
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 SHAPES = {"tied_modules.embedding.weight": (10, 6), "1.attention.query.weight": (8, 6), "1.norm.weight": (6,), "2.weight": (4, 3)}
 
 
@@ -58,7 +59,8 @@ def write(folder: Path, ranks: list[list[ShardSlice]]) -> Path:
     for rank, slices in enumerate(ranks):
         if slices:
             file = HashingFile(folder / f"rank_{rank:05d}.safetensors")
-            state.write(file, slices, ((shard_slice, {kind: values_of(shard_slice, kind) for kind in KINDS}) for shard_slice in slices))
+            values = ((shard_slice, {kind: values_of(shard_slice, kind) for kind in KINDS}) for shard_slice in slices)
+            state.write(file, slices, KINDS, values)
             file.finish()
     return folder
 
@@ -95,7 +97,7 @@ def test_the_checksums_of_all_stretches_add_up_to_that_of_the_whole_parameter(wr
 
 def test_a_checksum_knows_every_bit_and_every_place():
     name = "2.weight"
-    shard_slice = ShardSlice(name, SHAPES[name], whole_region(SHAPES[name]), 0, 12)
+    shard_slice = ShardSlice.of_whole(name, SHAPES[name])
     values = values_of(shard_slice, "weight")
     seen = {checksum(values, shard_slice)}
     for place in range(12):
@@ -112,7 +114,7 @@ def test_a_checksum_knows_every_bit_and_every_place():
 
 def test_a_long_stretch_has_the_checksum_of_its_parts_whatever_is_computed_at_a_time():
     values = torch.randn(200_001)
-    whole = ShardSlice("long", (200_001,), whole_region((200_001,)), 0, 200_001)
+    whole = ShardSlice.of_whole("long", (200_001,))
     parts = [(0, 70_000), (70_000, 65_536), (135_536, 64_465)]
     added = sum(checksum(values[a : a + n], dataclasses.replace(whole, start=a, count=n)) for a, n in parts)
     assert (added - checksum(values, whole)) % 2**64 == 0
@@ -134,11 +136,11 @@ def test_the_names_come_in_the_order_of_the_network(tmp_path):
 
 def test_a_missing_file_and_another_shape_are_refused_by_name(tmp_path):
     write(tmp_path, cut(0, 1, 2))
-    shard_slice = ShardSlice("1.norm.weight", (7,), ((0, 7),), 0, 7)
+    shard_slice = ShardSlice.of_whole("1.norm.weight", (7,))
     with pytest.raises(UserError, match=r"holds 1.norm.weight as \[6\]; this model has \[7\]"):
         SavedState(tmp_path).read(shard_slice, "weight", torch.empty(7))
     with pytest.raises(UserError, match=r"holds 9.weight as \[\]"):
         SavedState(tmp_path).read(dataclasses.replace(shard_slice, name="9.weight"), "weight", torch.empty(7))
     (tmp_path / "rank_00001.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds 3 of 6 numbers of 1.norm.weight.weight"):
+    with pytest.raises(UserError, match=r"holds 3 of 6 values of 1.norm.weight.weight"):
         SavedState(tmp_path).whole("1.norm.weight")

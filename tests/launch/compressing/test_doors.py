@@ -138,8 +138,9 @@ def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_pat
         beside = checkpoint.begin(run / "checkpoints", step, "id")
         file = checkpoint.HashingFile(beside / "rank_00000.safetensors")
         weights = {name: weight.detach() for name, weight in Transformer(config, seed=step).named_parameters()}
-        whole = [state.ShardSlice(name, tuple(w.shape), state.whole_region(w.shape), 0, w.numel()) for name, w in weights.items()]
-        state.write(file, whole, ((one, dict.fromkeys(state.KINDS, weights[one.name].flatten())) for one in whole))
+        whole = [state.ShardSlice.of_whole(name, w.shape) for name, w in weights.items()]
+        kinds = state.kinds_in({})
+        state.write(file, whole, kinds, ((one, dict.fromkeys(kinds, weights[one.name].flatten())) for one in whole))
         checkpoint.write_part(beside, 0, {file.path.name: file.finish()})
         checkpoint.publish(beside, step, {"layout": {"world_size": 1}, "model": recipe["model"], "recipe": recipe, "checksums": {}})
     shutil.copy(texts / "tokenizer.model", run)

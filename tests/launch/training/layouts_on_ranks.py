@@ -242,7 +242,7 @@ def main() -> None:
     from deepspeed.utils import groups
 
     from launch.ranks.rendezvous import meet
-    from launch.training.engine import initialize_communication
+    from launch.training.communication import initialize_communication
 
     torch.set_num_threads(1)
     process = find_process()

@@ -1,4 +1,4 @@
-"""What goes into a checkpoint beside weights and moments; the rest of OptimizerState is proved by the layouts' tests."""
+"""The part of OptimizerState that the tests of layouts do not show: the loss scale, and the state before the first step."""
 
 from types import SimpleNamespace
 
@@ -7,31 +7,33 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from launch.checkpoints.state import whole_region
 from launch.training.deepspeed_state import OptimizerState
+from launch.training.optimizers import optimizer_for
+from launch.training.settings import OptimizerSettings
 
 
-def live(scale: float = 1.0) -> OptimizerState:
+def state_of_new_model(scale: float = 1.0) -> OptimizerState:
     model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    optimizer.loss_scaler = DynamicLossScaler(scale, scale_window=1000, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False)
-    engine = SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 0, module=model)
-    return OptimizerState(
-        engine, lambda name, parameter: (tuple(parameter.shape), whole_region(parameter.shape)), lambda shard_slice, parameter: False
-    )
+    optimizer = optimizer_for(OptimizerSettings())
+    built = optimizer.build(model)
+    built.loss_scaler = DynamicLossScaler(scale, scale_window=1000, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False)
+    engine = SimpleNamespace(optimizer=built, zero_optimization_stage=lambda: 0, module=model)
+    shape_and_region = lambda name, parameter: (tuple(parameter.shape), whole_region(parameter.shape))  # noqa: E731
+    return OptimizerState(engine, optimizer, shape_and_region, lambda shard_slice, parameter: False)
 
 
-def test_the_loss_scale_of_fp16_goes_on_where_it_was():
-    there, here = live(2.0**16), live(2.0**16)
-    scaler = there._optimizer.loss_scaler
+def test_resume_restores_the_loss_scale_of_fp16():
+    saved, resumed = state_of_new_model(2.0**16), state_of_new_model(2.0**16)
+    scaler = saved._zero.loss_scaler
     scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis = 1024.0, 40, 17, 1
-    assert here.loss_scaler != there.loss_scaler
-    here.begin_from(steps=3, loss_scaler=there.loss_scaler)
-    assert here._optimizer.loss_scaler.__dict__ == scaler.__dict__
+    assert resumed.loss_scaler != saved.loss_scaler
+    resumed.resume(steps=3, loss_scaler=saved.loss_scaler)
+    assert resumed._zero.loss_scaler.__dict__ == scaler.__dict__
 
 
-def test_before_the_first_step_the_moments_are_zero_and_the_steps_that_were_made_are_taken_over():
-    state = live()
+def test_state_starts_at_zero_and_resume_sets_the_number_of_steps():
+    state = state_of_new_model()
     assert state.steps == 0
-    for _, numbers in state.visit(state.slices):
-        assert not numbers["exp_avg"].any() and not numbers["exp_avg_sq"].any()
-    state.begin_from(steps=7, loss_scaler=None)
+    for _, tensors in state.visit(state.slices):
+        assert not tensors["exp_avg"].any() and not tensors["exp_avg_sq"].any()
+    state.resume(steps=7, loss_scaler=None)
     assert state.steps == 7

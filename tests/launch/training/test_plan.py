@@ -25,12 +25,12 @@ BYTES = {"float32": (4, 4, 8), "bf16": (2, 4, 12), "fp16": (2, 2, 12)}
 @pytest.mark.parametrize(("stage", "divided"), [(0, (1, 1, 1)), (1, (1, 1, 4)), (2, (1, 4, 4)), (3, (4, 4, 4))])
 def test_model_states_by_hand_on_four_ranks(precision, stage, divided):
     weights, gradients, optimizer = (1000 * size / by for size, by in zip(BYTES[precision], divided, strict=True))
-    assert model_state_bytes(1000, stage, 4, precision) == {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    assert model_state_bytes(1000, stage, 4, precision, 8) == {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
 def test_the_papers_example_of_seven_and_a_half_billion_parameters_on_64_ranks():
     """Figure 1 of arXiv 1910.02054, fp16 with Adam: 120, 31.4, 16.6 and 1.9 GB."""
-    totals = [sum(model_state_bytes(7_500_000_000, stage, 64, "fp16").values()) / 1e9 for stage in range(4)]
+    totals = [sum(model_state_bytes(7_500_000_000, stage, 64, "fp16", 8).values()) / 1e9 for stage in range(4)]
     assert totals == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
 
 

@@ -1,0 +1,40 @@
+"""How the ranks of a run join one process group for DeepSpeed."""
+
+import logging
+import warnings
+from datetime import timedelta
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.runtime import compiler
+from torch.distributed import distributed_c10d
+
+from launch.ranks.processes import Process, device_name, device_number
+
+
+def initialize_communication(process: Process, store: dist.Store, timeout_seconds: float) -> None:
+    """Create the process group over the store through which the ranks connected. A rank waits `timeout_seconds` for the others.
+
+    It also turns off what DeepSpeed would print, compile or import without need.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="deepspeed|torch.distributed")
+    warnings.filterwarnings("ignore", message="c10d::broadcast_")  # of tied weights, while a pipeline is built
+    if device_name() == "cpu":
+        # Otherwise the first start on a CPU compiles a C++ helper for two minutes. If it is killed meanwhile, its lock file blocks all
+        # later starts.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Every ZeRO optimizer imports DeepSpeed's Muon, which no run uses. Its decorator would import torch's compiler: one second per start.
+    compiler.compile = lambda: compiler.dummy_decorator
+    if device_name() == "cuda":
+        torch.cuda.set_device(device_number(process))
+    backend = "nccl" if device_name() == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    store.set_timeout(timeout)  # NCCL reads its ids from the store when each group is first used
+    # DeepSpeed creates its groups of ranks without a timeout and has no option for one; torch's default is 10 or 30 minutes.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    group = dist.PrefixStore("process group", store)
+    dist.init_process_group(backend, store=group, rank=process.rank, world_size=process.world_size, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

@@ -1,0 +1,94 @@
+"""What the engine, checkpoints, the plan and DeepSpeed's JSON need to know about an optimizer."""
+
+import abc
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from launch.checkpoints.state import WEIGHT
+from launch.training.settings import OptimizerSettings
+
+WEIGHT_BYTES = 4
+"""Size of a float32 weight, which the optimizer updates and a checkpoint stores."""
+
+
+class Optimizer(abc.ABC):
+    """An optimizer with its settings. DeepSpeed drives the torch optimizer that `build` returns, in every layout.
+
+    The defaults below fit an optimizer that keeps, as torch's do, its states and a tensor "step" for each tensor that it updates.
+    """
+
+    name: ClassVar[str]
+    """Name in OPTIMIZERS and in checkpoints."""
+    states: ClassVar[Mapping[str, int]]
+    """Bytes per parameter of each state, in the order in which checkpoints store them. In files every state is float32."""
+    json_type: ClassVar[str]
+    """Value of `optimizer.type` in DeepSpeed's JSON."""
+    json_parameters: ClassVar[Mapping[str, tuple[str, ...]]]
+    """The fields of OptimizerSettings that this optimizer reads, by their key in `optimizer.params` of DeepSpeed's JSON."""
+
+    def __init__(self, settings: OptimizerSettings):
+        self.settings = settings
+
+    @abc.abstractmethod
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the torch optimizer of the parameters of `model`, with learning rate 0: the engine sets it before each step."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the tensors that a checkpoint stores for each parameter: the weight, then the states."""
+        return WEIGHT, *self.states
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states per parameter, in memory."""
+        return sum(self.states.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint per parameter."""
+        return WEIGHT_BYTES * len(self.kinds)
+
+    def record(self) -> dict[str, object]:
+        """Return the manifest's entries about this optimizer, which launch/checkpoints/state.py reads."""
+        return {"optimizer_name": self.name, "optimizer_states": list(self.states)}
+
+    def json_values(self) -> dict[str, object]:
+        """Return the values of `optimizer.params` in DeepSpeed's JSON."""
+        values = {key: [getattr(self.settings, field) for field in fields] for key, fields in self.json_parameters.items()}
+        return {key: value if len(value) > 1 else value[0] for key, value in values.items()}
+
+    def state_of(self, built: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the state of one tensor that `built` updates; before the first step it is created as zeros, as torch does."""
+        state = built.state[tensor]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            state |= {name: torch.zeros_like(tensor, requires_grad=False) for name in self.states}
+        return state
+
+    def steps(self, built: torch.optim.Optimizer) -> int:
+        """Return the number of steps that changed weights."""
+        return max((int(state["step"]) for state in built.state.values() if "step" in state), default=0)
+
+    def set_steps(self, built: torch.optim.Optimizer, steps: int) -> None:
+        """Continue counting at `steps`."""
+        for state in built.state.values():
+            state["step"].fill_(steps)
+
+
+def split_by_decay(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return the parameters of `model` as groups for a torch optimizer: matrices with weight decay, vectors (biases, norms) without.
+
+    A stage of a pipeline may have only one of the two groups.
+    """
+    matrices = [parameter for parameter in model.parameters() if is_matrix(parameter)]
+    vectors = [parameter for parameter in model.parameters() if not is_matrix(parameter)]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """True if a parameter has two or more dimensions. Under ZeRO-3 its own shape is that of its partition; ds_shape is the whole."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
