@@ -10,12 +10,10 @@ from data.command_line import read_settings
 from data.prepare import PrepareSettings
 from data.show import read_show_settings
 from launch.benchmarks import settings as benchmarks
+from launch.checkpoints.settings import ConvertSettings
 from launch.compare import read_compare_settings
-from launch.compressing.settings import PruneSettings, QuantizeSettings
-from launch.convert import ConvertSettings
-from launch.evaluate import EvaluateSettings
-from launch.export import ExportSettings
-from launch.generate import GenerateSettings
+from launch.compressing.settings import ExportSettings, PruneSettings, QuantizeSettings
+from launch.evaluation.settings import EvaluateSettings, GenerateSettings
 from launch.training.settings import read_run_settings
 from tests.ranks import REPOSITORY
 

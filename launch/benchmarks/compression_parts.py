@@ -28,7 +28,8 @@ from launch.benchmarks.settings import CompressionSettings
 from launch.checkpoints.opening import open_model
 from launch.checkpoints.run_record import versions
 from launch.compressing.samples import calibration_text
-from launch.evaluate import EvaluateSettings, evaluate
+from launch.evaluation.evaluating import evaluate
+from launch.evaluation.settings import EvaluateSettings
 from model import huggingface
 from model.compression.structured import sizes_for
 from model.config import ModelConfig, count_parameters, flops_per_token

@@ -17,6 +17,7 @@ from data.files import publish_folder, write_file
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.run_record import tokenizer_files, tokenizer_in
 from launch.ranks.layout import Layout
+from launch.ranks.processes import peak_memory_bytes
 
 _SECONDS_BETWEEN_LINES = 10
 _READERS = 4  # hashing one file does not fill a disk
@@ -68,6 +69,14 @@ def convert(folder: Path, output: Path, file_bytes: float, say: Callable[[str], 
         files=len(files),
         bytes=sum(entry["bytes"] for entry in files.values()),
         seconds=time.perf_counter() - begun,
+    )
+
+
+def report(done: Conversion) -> str:
+    """Return one line about a conversion, with the peak memory of this process."""
+    return (
+        f"{done.source} -> {done.checkpoint}: {done.files_before:,} files -> {done.files:,}, {done.bytes:,} bytes, {done.seconds:.1f} s, "
+        f"{done.bytes / done.seconds / 1e6:,.0f} MB/s, peak memory {peak_memory_bytes() / 1e6:,.0f} MB"
     )
 
 

@@ -17,7 +17,7 @@ from launch.checkpoints.state import SavedState
 from model import huggingface
 from model.compression.activations import round_activations
 from model.compression.packed import CacheScheme, Scheme, in_words
-from model.config import ModelConfig
+from model.config import ModelConfig, count_parameters
 from model.transformer import Transformer
 
 _MAPPED_BYTES_PER_FILE = 8 << 20
@@ -137,6 +137,19 @@ def loaded(opened: OpenedModel) -> TrainedModel:
     round_activations(model, opened.schemes, opened.kv_cache)
     known = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
     return TrainedModel(**known, model=model)
+
+
+def weights_bytes(opened: OpenedModel) -> int:
+    """Return the size of a model's weights in bytes.
+
+    For a Hugging Face folder it is the size of its safetensors files, for a GGUF file the size of the whole file, tokenizer included. A
+    checkpoint also holds the optimizer's states; for it, the size of its weights in float32 is returned.
+    """
+    if opened.step is not None:
+        return 4 * count_parameters(opened.config)
+    if opened.folder.is_file():
+        return opened.folder.stat().st_size
+    return sum(path.stat().st_size for path in opened.folder.glob("model*.safetensors"))
 
 
 def _checked(opened: OpenedModel) -> OpenedModel:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from launch.checkpoints.opening import OpenedModel
 from launch.compressing import pictures
-from launch.evaluation.comparison import Estimate, Quality
+from launch.evaluation.pictures import save
+from launch.evaluation.quality import Estimate, Quality
+from launch.evaluation.tables import size_text, table
 from model.compression.grids import Byte
-from model.config import ModelConfig, count_parameters
+from model.config import ModelConfig
 from model.layers import Block, Classifier, Head, HeadBias, LayerNorm, RMSNorm, TokenTransform
 from model.transformer import Transformer
 
@@ -52,7 +52,7 @@ class Weights:
     """A model's parameters, tied ones once."""
 
     bytes: int
-    """As weights_bytes counts them."""
+    """As launch.checkpoints.opening.weights_bytes counts them."""
     tensors: tuple[TensorReport, ...]
 
     @property
@@ -221,18 +221,6 @@ def kinds_of_tensors(config: ModelConfig) -> dict[str, str]:
     return kinds
 
 
-def weights_bytes(opened: OpenedModel) -> int:
-    """Of a Hugging Face folder its safetensors files; of a checkpoint, which holds the optimizer's moments too, its weights in float32.
-
-    Of a GGUF file all of it, the tokenizer too.
-    """
-    if opened.step is not None:
-        return 4 * count_parameters(opened.config)
-    if opened.folder.is_file():
-        return opened.folder.stat().st_size
-    return sum(path.stat().st_size for path in opened.folder.glob("model*.safetensors"))
-
-
 def served(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None = None) -> str:
     """Where an artefact can be served and where not, in a sentence; of keys and values that are kept as codes in another.
 
@@ -277,30 +265,9 @@ def write(report: Report, folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
     drawn = dict(_pictures(report))
     for name, figure in drawn.items():
-        pictures.save(figure, folder / name)
+        save(figure, folder / name)
     parts = [_beginning(report), _numbers(report), _sizes(report, drawn), _over_depth(report, drawn), _how(report), _every_tensor(report)]
     (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown that is a table as plain text too: the first column to the left, the others to the right."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
-    line = lambda row: (  # noqa: E731
-        "| "
-        + " | ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        + " |"
-    )
-    rule = "|" + "|".join("-" * (width + 1) + (":" if place else "-") for place, width in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people."""
-    for unit, factor in {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
-        if (count := num_bytes / factor) >= 1:
-            return f"{count:.{max(0, 2 - int(math.log10(count)))}f} {unit}"
-    return f"{num_bytes} bytes"
 
 
 def bits_per_weight(weights: Weights) -> str:
@@ -335,7 +302,7 @@ def _beginning(report: Report) -> str:
         change = f"**Perplexity ×{quality.ratio.value:.4f}** (± {quality.ratio.standard_error:.4f})"
         lines.append(f"{change}: {_perplexity(quality.perplexity_before)} → {_perplexity(quality.perplexity_after)}.")
     lines.append(
-        f"**Size ×{new.bytes / old.bytes:.3f}**: {size(old.bytes)} → {size(new.bytes)}, {bits_per_weight(new)} bits a weight; "
+        f"**Size ×{new.bytes / old.bytes:.3f}**: {size_text(old.bytes)} → {size_text(new.bytes)}, {bits_per_weight(new)} bits a weight; "
         f"{new.zeros / new.parameters:.1%} of {new.parameters:,} parameters are 0."
     )
     lines.append(f"{report.method}, of {report.model}.\n")
@@ -418,7 +385,9 @@ def _how(report: Report) -> str:
         read = f"{calibration.samples:,} samples, {calibration.tokens:,} tokens, {calibration.text}"
         lines.append(f"- calibration: {read}; hash {calibration.fingerprint[:12]}")
     of_blocks = f", {sum(block.seconds for block in report.blocks):,.1f} s of it in the blocks" if report.blocks else ""
-    lines.append(f"- time: {report.seconds:,.1f} s{of_blocks}; peak memory of a process: {size(report.peak_memory_bytes)}; {report.device}")
+    lines.append(
+        f"- time: {report.seconds:,.1f} s{of_blocks}; peak memory of a process: {size_text(report.peak_memory_bytes)}; {report.device}"
+    )
     lines.append("- " + ", ".join(f"{name} {number}" for name, number in report.versions.items()))
     if (proof := report.proof) is not None:
         found = "" if proof.theirs is None else f" {proof.theirs:.6g}, ours {proof.ours:.6g}"

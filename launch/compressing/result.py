@@ -21,8 +21,8 @@ from launch.compressing import report
 from launch.compressing.layer_store import Parts, Weights
 from launch.compressing.setup import Job
 from launch.compressing.streamed import Side, compare, perplexity_of
-from launch.evaluation.comparison import Quality
-from launch.evaluation.prediction import names_of
+from launch.evaluation.predictions import names_of
+from launch.evaluation.quality import Quality
 from launch.ranks.processes import peak_memory_bytes
 from model import huggingface
 from model.compression.activations import rounding
@@ -138,13 +138,13 @@ def _report(
     assert opened.tokenizer is not None
     basis = None
     if test is not None:
-        length, is_causal = test.batches[0].tokens.shape[1], test.bytes_per_token is not None
+        length = test.batches[0].tokens.shape[1]
         basis = report.Basis(
             text=test.what,
             fingerprint=test.fingerprint,
-            objective="the next token" if is_causal else "what the model was trained for",
+            objective=test.task.description,
             sequence_length=length,
-            stride=length if is_causal else None,
+            stride=length if test.task.predicts_every_token else None,
             tokenizer=sha256_of(opened.tokenizer),
             bytes_per_token=test.bytes_per_token,
         )

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from data.command_line import UserError
 from data.sampling.batches import Batch
-from data.sampling.packing import IGNORED
 from data.sampling.sources import open_folders
 from launch.checkpoints.opening import OpenedModel
 from launch.checkpoints.run_record import paths_of
-from launch.evaluation.evaluation_sets import questions, sampling_of, strange_tokens
+from launch.evaluation.evaluation_sets import mismatched_tokens
+from launch.evaluation.tasks.table import task_of
+from launch.evaluation.tasks.task import Task
 
 LONGEST = 2048
 """Tokens of a sample where no length is given, at most."""
@@ -24,8 +24,6 @@ LONGEST = 2048
 _TOKENS_AT_ONCE = 2048
 _LEAST_BATCHES = 32  # where there are so many samples: what ranks share
 _LOGITS_BYTES = 64 << 20  # of the float32 logits of a micro-batch, of which measuring holds a few
-_RUN = 32  # neighbouring tokens that are compared: so many alike are no chance
-_RUN_BETWEEN_SPANS = 8  # of those that are left between two that were cut out
 _MOST_SHARED = 0.1  # of the test's runs; a licence at the head of each file is less
 
 
@@ -35,8 +33,8 @@ class Text:
 
     what: str
     """Split and folders, for people."""
-    objective: str
-    """As data.objective in a recipe."""
+    task: Task
+    """The task whose samples they are."""
     batches: list[Batch]
     num_samples: int
     tokens: int
@@ -78,31 +76,31 @@ def paths_for(opened: OpenedModel, data: str | None, name: str) -> list[str]:
 def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_samples: int, length: int | None) -> Text:
     folders = open_folders(paths)
     for prepared in folders.values():
-        if complaints := strange_tokens(opened, prepared, name):
+        if complaints := mismatched_tokens(opened, prepared, name):
             raise UserError("\n".join(complaints))
-    sampling = sampling_of(opened, name)
+    task = task_of(opened)
+    sampling = task.sampling_settings(opened, name)
     length = min(opened.config.sequence_length, LONGEST) if length is None else length
     if not 1 <= length <= opened.config.sequence_length:
         raise UserError(f"--sequence_length {length} is outside 1 ... {opened.config.sequence_length}, the model's context.")
     size = min(_TOKENS_AT_ONCE, _LOGITS_BYTES // (4 * opened.config.vocab_size)) // length
     size = max(1, min(size, num_samples // _LEAST_BATCHES) if num_samples else size)
     limit = math.ceil(num_samples / len(folders)) or None
-    asked = questions(opened, folders, sampling, split, size, length, limit_samples=limit)
-    batches = [batch for one in asked.values() for batch in one.batches]
-    streams = [one.stream for one in asked.values()]
+    sets = task.evaluation_sets(opened.config, folders, sampling, split, size, length, limit_samples=limit)
+    batches = [batch for one in sets.values() for batch in one.batches]
+    streams = [one.stream for one in sets.values()]
     hashed = hashlib.sha256()
     for batch in batches:
         for tensor in batch:
             hashed.update(b"" if tensor is None else tensor.numpy().tobytes())
-    is_all_asked = sampling.objective == "causal"
     return Text(
         what=f"{split} of {', '.join(str(Path(folder.folder)) for folder in folders.values())}",
-        objective=sampling.objective,
+        task=task,
         batches=batches,
-        num_samples=sum(one.num_samples for one in asked.values()),
+        num_samples=sum(one.num_samples for one in sets.values()),
         tokens=sum(int((batch.inputs[1] != 0).sum()) for batch in batches),
         fingerprint=hashed.hexdigest(),
-        bytes_per_token=sum(stream.num_bytes for stream in streams) / sum(map(len, streams)) if is_all_asked else None,
+        bytes_per_token=sum(stream.num_bytes for stream in streams) / sum(map(len, streams)) if task.predicts_every_token else None,
     )
 
 
@@ -121,10 +119,8 @@ def _runs(text: Text) -> NDArray[np.uint64]:
     """A hash of every run of neighbouring tokens in every sample, with what was masked in its place."""
     hashes = []
     for batch in text.batches:
-        tokens, segments = batch.inputs[:2]
-        if text.objective == "masked":
-            tokens = torch.where(batch.targets != IGNORED, batch.targets, tokens)
-        length = min(_RUN_BETWEEN_SPANS if text.objective == "span_corruption" else _RUN, tokens.shape[1])
+        tokens, segments = text.task.original_tokens(batch), batch.inputs[1]
+        length = min(text.task.run_tokens, tokens.shape[1])
         for row, of_text in zip(tokens.numpy().astype(np.uint64), segments.numpy() != 0, strict=True):
             row = row[of_text]
             if len(row) >= length:

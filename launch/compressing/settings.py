@@ -1,6 +1,7 @@
-"""What launch/prune.py and launch/quantize.py are asked."""
+"""Settings of launch/prune.py, launch/quantize.py and launch/export.py. Nothing heavy is imported here."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from data.command_line import UserError
@@ -174,3 +175,43 @@ class QuantizeSettings(CompressionSettings):
         if not self.damping > 0:
             found.append(f"damping is {self.damping:g}; it must be above 0.")
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """Settings of launch/export.py."""
+
+    model: str
+    """Run folder, a checkpoint in one, or an exported folder."""
+    output: str
+    """New folder for safetensors, config.json, generation_config.json, tokenizer and README.md; with --format gguf a new file NAME.gguf."""
+    format: Literal["huggingface", "gguf"] = "huggingface"
+    """huggingface: a folder for transformers and software that reads its files. gguf: a file for llama.cpp (decoders only, with the
+    tokenizer). Default: huggingface."""
+    average: int = 1
+    """Number of the run's newest checkpoints whose weights are averaged (default: 1)."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """Type of the written weights with --format huggingface (default: float32)."""
+    max_shard_gib: float = 4.0
+    """Maximum size of a safetensors file, GiB (default: 4)."""
+    type: Literal["f32", "f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"] | None = None
+    """Type of the matrices with --format gguf (default: f16). q8_0 and q4_0 round to blocks of 32. q4_k_m, q5_k_m and q6_k are written by
+    llama.cpp and need llama-cpp-python."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that are wrong whatever the model is."""
+        complaints = []
+        if Path(self.output).exists():
+            complaints.append(f"--output {self.output} already exists; nothing is overwritten. Give another name.")
+        if not self.max_shard_gib > 0:
+            complaints.append(f"--max_shard_gib is {self.max_shard_gib:g}; it must be above 0.")
+        if self.average < 1:
+            complaints.append(f"--average is {self.average}; it must be at least 1.")
+        if self.format == "huggingface" and self.type is not None:
+            complaints.append(f"--type {self.type} applies only to --format gguf. For a Hugging Face folder use --precision.")
+        if self.format == "gguf" and self.precision != "float32":
+            complaints.append(f"--precision {self.precision} applies only to --format huggingface. For gguf use --type.")
+        if self.format == "gguf" and Path(self.output).suffix != ".gguf":
+            complaints.append(f"--output {self.output} must be a file name that ends with .gguf.")
+        if complaints:
+            raise UserError("\n".join(complaints))

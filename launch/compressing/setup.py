@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.command_line import UserError, flatten, nearest
 from data.files import nearest_existing
-from launch.checkpoints.opening import OpenedModel, open_model
+from launch.checkpoints.opening import OpenedModel, open_model, weights_bytes
 from launch.checkpoints.state import ShardSlice, checksum
 from launch.compressing import report
 from launch.compressing.layer_store import Parts, folder_for
@@ -186,7 +186,7 @@ def _looked_at(opened: OpenedModel, workers: Workers, dtype: torch.dtype, force:
         raise UserError(complaints[0] + (f" So are {len(complaints) - 1} more." if complaints[1:] else ""))
     seen = {name: found for rank in workers.gather(tensors) for name, found in rank.items()}
     fingerprint = hashlib.sha256(repr([(name, seen[name][1]) for name in kinds]).encode()).hexdigest()
-    return report.Weights(report.weights_bytes(opened), tuple(seen[name][0] for name in kinds)), fingerprint
+    return report.Weights(weights_bytes(opened), tuple(seen[name][0] for name in kinds)), fingerprint
 
 
 def _place(opened: OpenedModel, name: str) -> Path:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from data.sampling.batches import Batch, target_tokens
 from launch.compressing.workers import Workers
-from launch.evaluation.comparison import Comparison, compared
 from launch.evaluation.evaluation_sets import first_inputs
+from launch.evaluation.quality import Comparison, compared
 from launch.evaluation.score import perplexity
 from model.config import ModelConfig
 from model.loss import IGNORED, token_losses

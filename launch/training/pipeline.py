@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.sampling.batches import Batch
 from launch.checkpoints.state import Region, ShardSlice
-from launch.evaluation.score import Score, scored, sums_of
+from launch.evaluation.score import Score, score_of, sums_of
 from launch.ranks.layout import Layout
 from launch.training import parallel
 from launch.training.engine import Engine, labels_of
@@ -86,7 +86,7 @@ class PipelinedEngine(Engine):
         for some in (batches[first : first + size] for first in range(0, len(batches), size)):
             losses, _ = self._evaluate(some + [_nothing(some[0])] * (size - len(some)))
             if losses:  # the last stage's
-                mine += scored(torch.stack(losses).sum(dim=0), some)
+                mine += score_of(torch.stack(losses).sum(dim=0), some)
         return self._over_ranks(mine, self.layout.tensor_parallel_size)
 
     def _evaluate(self, batches: list[Batch], keep_outputs: bool = False) -> tuple[list[Tensor], Passed | None]:

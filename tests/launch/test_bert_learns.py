@@ -1,7 +1,7 @@
-"""BERT learns: masked words of WikiText-2, then the labels of SST-2, through the doors alone.
+"""BERT learns masked words of WikiText-2, then the labels of SST-2, with our scripts only.
 
-No margin over the same classifier without pretraining is asserted: so short a run shows none on every seed, and README says what the
-whole recipe gains.
+No margin over the same classifier without pretraining is asserted: a run this short does not show one for every seed. The README has what
+the whole recipe gains.
 """
 
 import lzma
@@ -20,7 +20,7 @@ CORPORA = REPOSITORY.parent / "shared" / "corpora"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (CORPORA / "wikitext-2").is_dir(), reason="wikitext-2 and sst2 are not beside the repository"),
+    pytest.mark.skipif(not (CORPORA / "wikitext-2").is_dir(), reason="wikitext-2 and sst2 are not next to the repository"),
 ]
 
 
@@ -31,7 +31,7 @@ def run(*words: object) -> str:
 
 
 def paragraphs(folder: Path) -> Path:
-    """One a line, lower-cased as SST-2 is, without headings, joined signs and the marks of unknown words."""
+    """Write one paragraph per line, lower-cased as SST-2 is, without headings, joined signs and marks of unknown words."""
     lines = lzma.decompress((CORPORA / "wikitext-2" / "train.txt.xz").read_bytes()).decode().lower().split("\n")
     kept = [line for line in lines if line.strip() and not line.startswith(" =")]
     text = re.sub(r" @(\S)@ ", r"\1", "\n".join(kept)).replace("<unk>", "")
@@ -41,13 +41,13 @@ def paragraphs(folder: Path) -> Path:
 
 
 def loss_by_frequency(prepared: PreparedData) -> float:
-    """Nats a held-out token, told from how often each is in the training split."""
+    """Return the loss per held-out token, nats, of a prediction from token frequencies in the training split."""
     seen, held_out = (stream.read(0, len(stream)) for stream in (prepared.splits["train"], prepared.splits["validation"]))
     counts = np.bincount(seen, minlength=prepared.vocab_size) + 1
     return float(-np.log(counts / counts.sum())[held_out[held_out != prepared.end_of_text]].mean())
 
 
-def test_words_are_told_from_their_context_and_a_classifier_begun_from_there_learns_its_labels(tmp_path):
+def test_pretraining_beats_token_frequencies_and_its_classifier_learns(tmp_path):
     wikitext, pretrained, classifier = tmp_path / "wikitext", tmp_path / "pretrained", tmp_path / "classifier"
     learnt = ("--vocab_size", 8000, "--pieces_within_words", "--special_tokens", "[CLS]", "[MASK]", "--held_out", 0.01)
     run("data/prepare.py", "--input", paragraphs(tmp_path), "--separator", "line", *learnt, "--output", wikitext)
@@ -59,9 +59,11 @@ def test_words_are_told_from_their_context_and_a_classifier_begun_from_there_lea
     recipe = ("--config", "launch/recipes/bert-wikitext.yaml", "--train_steps", 500, "--schedule.warmup_steps", 50)
     run("launch/pretrain.py", *recipe, "--log.validation_interval", 0, "--data", wikitext, "--output", pretrained)
     loss = float(re.search(r"loss: ([\d.]+)", run("launch/evaluate.py", pretrained)).group(1))
-    assert loss < loss_by_frequency(PreparedData(wikitext)) - 0.7  # it stands half a nat below until attention finds its neighbours
+    assert (
+        loss < loss_by_frequency(PreparedData(wikitext)) - 0.7
+    )  # before attention learns to use its neighbours, the loss is half a nat below
 
     recipe = ("--config", "launch/recipes/sst2.yaml", "--train_steps", 216, "--schedule.warmup_steps", 20, "--init", pretrained)
     run("launch/pretrain.py", *recipe, "--data", tmp_path / "train", "--output", classifier)
-    said = run("launch/evaluate.py", classifier, "--data", tmp_path / "dev", "--split", "train")
-    assert float(re.search(r"accuracy: ([\d.]+)%", said).group(1)) > 65  # of two classes, half of the sentences each
+    printed = run("launch/evaluate.py", classifier, "--data", tmp_path / "dev", "--split", "train")
+    assert float(re.search(r"accuracy: ([\d.]+)%", printed).group(1)) > 65  # there are two classes with half of the sentences each

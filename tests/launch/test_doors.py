@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from data.command_line import UserError
-from launch import convert, evaluate, export, generate, pretrain
+from launch import convert, export, generate, pretrain
 from launch.checkpoints import checkpoint
+from launch.evaluation import evaluating
+from launch.evaluation.settings import EvaluateSettings
 from launch.ranks.processes import free_port
 from launch.training.loop import SAVED_AND_UNFINISHED
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
@@ -69,15 +71,15 @@ def validation_loss(run: Path) -> float:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_evaluation_of_the_checkpoint_gives_the_loss_that_training_saw(layout, runs, prepared):
-    result = evaluate.evaluate(evaluate.EvaluateSettings(str(runs[layout])), show_progress=False)
+    result = evaluating.evaluate(EvaluateSettings(str(runs[layout])), show_progress=False)
     # Training validates in bf16 where it trains in bf16; the checkpoint holds the float32 master weights.
     assert result.loss == pytest.approx(validation_loss(runs[layout]), abs=0.01 if "bf16" in layout else 1e-5)
     assert result.bits_per_byte == pytest.approx(result.loss * result.tokens / 0.6931471805599453 / result.bytes)
 
 
 def test_a_sliding_window_predicts_every_token_once_with_more_before_it(runs):
-    side_by_side = evaluate.evaluate(evaluate.EvaluateSettings(str(runs["zero2"])), show_progress=False)
-    sliding = evaluate.evaluate(evaluate.EvaluateSettings(str(runs["zero2"]), stride=8), show_progress=False)
+    side_by_side = evaluating.evaluate(EvaluateSettings(str(runs["zero2"])), show_progress=False)
+    sliding = evaluating.evaluate(EvaluateSettings(str(runs["zero2"]), stride=8), show_progress=False)
     assert sliding.tokens == side_by_side.tokens
     assert sliding.loss == pytest.approx(side_by_side.loss, rel=0.01)
     assert sliding.loss != side_by_side.loss
@@ -98,8 +100,8 @@ def test_an_export_is_loaded_by_transformers_and_speaks_as_the_run_does(layout, 
         assert generate.main([str(model), "--prompt", "abc", "--max_new_tokens", "12", "--temperature", "0"]) == 0
         spoken.append(capsys.readouterr().out)
     assert spoken[0] == spoken[1] == spoken[2]
-    exported = evaluate.evaluate(evaluate.EvaluateSettings(str(folder), str(prepared)), show_progress=False)
-    assert exported.loss == pytest.approx(evaluate.evaluate(evaluate.EvaluateSettings(str(runs[layout])), False).loss, abs=1e-5)
+    exported = evaluating.evaluate(EvaluateSettings(str(folder), str(prepared)), show_progress=False)
+    assert exported.loss == pytest.approx(evaluating.evaluate(EvaluateSettings(str(runs[layout])), False).loss, abs=1e-5)
     before = tree(folder)
     with pytest.raises(UserError, match="nothing is overwritten"):
         export.main([str(runs[layout]), "--output", str(folder)])
@@ -110,7 +112,7 @@ def test_a_converted_run_is_evaluated_and_exported_and_speaks_as_the_run_does(ru
     folder = tmp_path / "whole"
     assert convert.main([str(runs["zero3"]), "--output", str(folder)]) == 0
     assert "2 files -> 1" in capsys.readouterr().out
-    losses = [evaluate.evaluate(evaluate.EvaluateSettings(str(run)), show_progress=False).loss for run in (runs["zero3"], folder)]
+    losses = [evaluating.evaluate(EvaluateSettings(str(run)), show_progress=False).loss for run in (runs["zero3"], folder)]
     assert losses[0] == losses[1]
     assert export.main([str(folder), "--output", str(tmp_path / "exported")]) == 0
     spoken = []

@@ -1,4 +1,4 @@
-"""The door to Hugging Face: every family as a folder that transformers' own classes, tokenizers and pipelines read."""
+"""Tests of launch/export.py: every family gives a folder that transformers' own classes, tokenizers and pipelines read."""
 
 import argparse
 import dataclasses
@@ -34,7 +34,7 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, tokenizer_file):
-    """A run folder with a checkpoint of fresh weights at each of the given steps."""
+    """Return a function that writes a run folder with a checkpoint of new weights at each of the given steps."""
 
     def build(*steps: int, data: dict | None = None, **options) -> Path:
         folder = tmp_path / "run"
@@ -70,7 +70,7 @@ def exported(folder: Path, *words: str) -> Path:
     return output
 
 
-def test_a_decoder_generates_text_in_their_pipeline(run):
+def test_decoder_generates_the_same_text_in_the_pipeline(run):
     folder = run(10)
     pipeline = transformers.pipeline("text-generation", model=str(exported(folder)))
     (written,) = pipeline(PROMPT, max_new_tokens=5, do_sample=False)
@@ -82,7 +82,7 @@ def test_a_decoder_generates_text_in_their_pipeline(run):
     assert written["generated_text"] == load_tokenizer(trained.tokenizer).decode(ids)
 
 
-def test_an_encoder_fills_masks_in_their_pipeline(run):
+def test_encoder_fills_masks_the_same_way_in_the_pipeline(run):
     folder = run(10, **BERT)
     output = exported(folder)
     found = transformers.pipeline("fill-mask", model=str(output), top_k=3)("the parser [MASK] an argument")
@@ -100,15 +100,15 @@ def test_an_encoder_fills_masks_in_their_pipeline(run):
     assert pair["token_type_ids"] == [0] * (2 + len(first)) + [1] * (1 + len(second))
 
 
-def test_a_classifier_tells_classes_by_their_labels_in_their_pipeline(run):
+def test_classifier_gives_labels_in_the_pipeline(run):
     folder = run(10, **BERT, num_classes=2, token_head=False, data={"labels": ["bad", "good"], "objective": "classification"})
     (found,) = transformers.pipeline("text-classification", model=str(exported(folder)))(PROMPT)
     assert found["label"] in ("bad", "good")
 
 
 @pytest.mark.parametrize(("options", "start"), [(MARIAN, None), (T5, "[CLS]")], ids=["marian", "t5"])
-def test_an_encoder_decoder_answers_several_texts_at_once(run, options, start):
-    """Transformers 5 has no pipeline for it any more; this is what the last one did."""
+def test_encoder_decoder_generates_a_batch_as_it_does_single_texts(run, options, start):
+    """Transformers 5 has no pipeline for encoder-decoders; this is what the last one did."""
     folder = run(10, **options, data={"start_token": start})
     output = exported(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
@@ -131,7 +131,7 @@ def test_an_encoder_decoder_answers_several_texts_at_once(run, options, start):
         ]
 
 
-def test_the_card_says_what_is_known_of_the_run(run, capsys):
+def test_model_card_lists_what_is_known_of_the_run(run, capsys):
     output = exported(run(10, **BERT))
     card = (output / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
@@ -146,11 +146,11 @@ def test_the_card_says_what_is_known_of_the_run(run, capsys):
     ):
         assert row in card
     assert "logits differ from ours by at most" in card and "AutoModelForMaskedLM" in card
-    again = exported(output, "--precision", "bf16")  # of a folder without its run it says less
+    again = exported(output, "--precision", "bf16")  # a folder without its run has fewer rows
     assert "| tokens |" not in (again / "README.md").read_text()
 
 
-def test_the_mean_of_checkpoints_is_exported(run):
+def test_average_of_checkpoints_is_exported(run):
     folder = run(1, 2, 3)
     mean = load_model(str(exported(folder, "--average", "2"))).model.state_dict()
     two = [Transformer(ModelConfig(**SMALL), seed=step).state_dict() for step in (2, 3)]
@@ -163,7 +163,7 @@ def test_the_mean_of_checkpoints_is_exported(run):
         open_model(str(folder / "checkpoints" / checkpoint.name_of(3)), average=2)
 
 
-def test_a_damaged_checkpoint_is_named_on_standard_error(run, capsys):
+def test_damaged_checkpoint_is_named_on_standard_error(run, capsys):
     folder = run(5, 10)
     next((folder / "checkpoints" / checkpoint.name_of(10)).glob("*.safetensors")).write_bytes(b"")
     assert open_model(str(folder)).step == 5
@@ -171,18 +171,18 @@ def test_a_damaged_checkpoint_is_named_on_standard_error(run, capsys):
     assert said.out == "" and "Damaged checkpoint: " in said.err
 
 
-def test_files_of_no_size_are_refused(run):
+def test_shard_size_zero_is_refused(run):
     with pytest.raises(UserError, match="--max_shard_gib is 0; it must be above 0"):
         exported(run(10), "--max_shard_gib", "0")
 
 
-def test_another_models_tokenizer_is_refused(run):
+def test_tokenizer_of_another_model_is_refused(run):
     folder = run(10, vocab_size=599)
     with pytest.raises(UserError, match="has 600 ids, more than the vocabulary of 599"):
         export.main([str(folder), "--output", str(folder.parent / "hf")])
 
 
-def test_an_encoder_without_a_class_token_is_refused(run):
+def test_encoder_without_a_class_token_is_refused(run):
     folder = run(10, **BERT, data={"class_token": "<class>"})
     with pytest.raises(UserError, match='has no special token "<class>"'):
         export.main([str(folder), "--output", str(folder.parent / "hf")])

@@ -1,4 +1,4 @@
-"""The door to llama.cpp: one file with the tokenizer inside, checked by transformers."""
+"""Tests of launch/export.py --format gguf: one file with the tokenizer inside, checked by transformers."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="the independent reference is transfo
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """As launch/export.py leaves it: tokenizer.json, with the tokenizer.model that it was made from beside it."""
+    """Return a folder as launch/export.py writes it: tokenizer.json next to the tokenizer.model that it was made from."""
     place = tmp_path_factory.mktemp("exported")
     train_sentencepiece([Path(argparse.__file__).read_text(encoding="utf-8")[:40_000]], place / "tokenizer.model", vocab_size=600)
     config = ModelConfig(vocab_size=608, sequence_length=48, hidden_size=64, num_layers=1)
@@ -29,17 +29,17 @@ def folder(tmp_path_factory):
     return place / "model"
 
 
-def test_a_file_holds_network_and_tokenizer_and_says_how_it_was_checked(folder, tmp_path, capsys):
+def test_file_holds_network_and_tokenizer_and_was_checked(folder, tmp_path, capsys):
     output = tmp_path / "new" / "small.gguf"
     words = [str(folder), "--output", str(output), "--format", "gguf"]
     assert export.main([*words, "--type", "q4_0"]) == 0
-    said = capsys.readouterr().out
-    assert "7 q4_0, 3 f32, 1 q8_0" in said and "transformers reads it" in said
-    assert ("llama.cpp gives our ids" in said) is llama_engine.is_installed()
+    printed = capsys.readouterr().out
+    assert "7 q4_0, 3 f32, 1 q8_0" in printed and "transformers reads it" in printed
+    assert ("llama.cpp gives the same ids" in printed) is llama_engine.is_installed()
     fields = gguf.GGUFReader(output).fields
     assert fields["general.name"].contents() == "small" and fields["tokenizer.ggml.model"].contents() == "llama"
     assert len(fields["tokenizer.ggml.tokens"].data) == 608
-    with pytest.raises(UserError, match="is there already; nothing is overwritten"):
+    with pytest.raises(UserError, match="already exists; nothing is overwritten"):
         export.main(words)
     assert [path.name for path in output.parent.iterdir()] == ["small.gguf"]
 
@@ -47,13 +47,13 @@ def test_a_file_holds_network_and_tokenizer_and_says_how_it_was_checked(folder, 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--output", "x.gguf", "--type", "f16"], "--type f16 is for --format gguf"),
-        (["--output", "x.gguf", "--format", "gguf", "--precision", "bf16"], "--precision bf16 is for Hugging Face folders"),
-        (["--output", "x", "--format", "gguf"], "--output x is to be a file whose name ends with .gguf"),
+        (["--output", "x.gguf", "--type", "f16"], "--type f16 applies only to --format gguf"),
+        (["--output", "x.gguf", "--format", "gguf", "--precision", "bf16"], "--precision bf16 applies only to --format huggingface"),
+        (["--output", "x", "--format", "gguf"], "--output x must be a file name that ends with .gguf"),
         (["--output", "x.gguf", "--format", "gguf", "--type", "q6_k"], r"--type q6_k is written by llama.cpp, .* pip install llama"),
     ],
 )
-def test_what_says_nothing_together_is_refused(folder, tmp_path, monkeypatch, words, complaint):
+def test_contradicting_options_are_refused(folder, tmp_path, monkeypatch, words, complaint):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(llama_engine, "is_installed", lambda: False)
     with pytest.raises(UserError, match=complaint):

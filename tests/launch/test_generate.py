@@ -1,4 +1,4 @@
-"""What launch/generate.py says for each architecture, of networks whose answers are known; decoders are in test_doors.py."""
+"""Tests of launch/generate.py for each architecture, with networks whose predictions are known; decoders are in test_doors.py."""
 
 import io
 import json
@@ -11,7 +11,8 @@ from data.command_line import UserError
 from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
 from launch import generate
 from launch.checkpoints import opening
-from launch.evaluation.prediction import Names, names_of
+from launch.evaluation import generating
+from launch.evaluation.predictions import Names, names_of
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -26,7 +27,7 @@ KINDS = {
 
 
 class Copying(torch.nn.Module):
-    """An encoder-decoder whose target is its source."""
+    """An encoder-decoder whose target equals its source."""
 
     def forward(self, source, source_segments, tokens, segments, cache):
         likeliest = source[:, cache.length : cache.length + 1]
@@ -35,7 +36,7 @@ class Copying(torch.nn.Module):
 
 
 class Expecting(torch.nn.Module):
-    """An encoder that expects these ids in every place, with these probabilities; its class is the number of tokens modulo 3."""
+    """An encoder that predicts these ids with these probabilities at every position; its class is the number of tokens modulo 3."""
 
     def __init__(self, probabilities: dict[int, float]):
         super().__init__()
@@ -58,42 +59,42 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def door(tokenizer, tmp_path, monkeypatch, capsys):
-    """Call the door with a network in the place of the one that it would read; returns what it prints."""
+    """Return a function that runs the script with a given network in place of the one it would read, and returns what it prints."""
 
     def call(kind: str, network: torch.nn.Module, *words: str, data: dict | None = None) -> str:
         config = ModelConfig(**SMALL, **KINDS[kind])
         found = opening.TrainedModel(config, {}, tmp_path / "step", tokenizer.path, 1, {"data": data or {}}, network)
-        monkeypatch.setattr(opening, "load_model", lambda path, average=1: found)
+        monkeypatch.setattr(generating, "load_model", lambda path, average=1: found)
         assert generate.main(["runs/x", *words]) == 0
         return capsys.readouterr().out
 
     return call
 
 
-def test_a_file_of_sources_becomes_a_line_each_in_their_order(door, tmp_path):
+def test_file_of_sources_gives_a_line_for_each_in_order(door, tmp_path):
     lines = ["the cat sat", "", "a", "the dog sat on the mat and the cat", "x y z", "  ", "naïve  <extra_id_10> cat"]
     (tmp_path / "in.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     words = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt"), "--batch_size", "2"]
     assert door("encoder_decoder", Copying(), *words) == ""
-    expected = [*lines[:5], "", "naïve<extra_id_10> cat"]  # a sentinel has the spaces before it for itself
+    expected = [*lines[:5], "", "naïve<extra_id_10> cat"]  # a sentinel includes the spaces before it
     assert (tmp_path / "out.txt").read_text(encoding="utf-8") == "\n".join(expected) + "\n"
     assert not list(tmp_path.glob("*.unfinished"))
-    with pytest.raises(UserError, match=r"out\.txt is there already; nothing is overwritten"):
+    with pytest.raises(UserError, match=r"out\.txt already exists; nothing is overwritten"):
         door("encoder_decoder", Copying(), *words)
 
 
-def test_standard_input_goes_to_standard_output(door, monkeypatch):
+def test_lines_of_standard_input_give_lines_on_standard_output(door, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat\r\nthe dog")))
     assert door("encoder_decoder", Copying(), "--input", "-") == "the cat\nthe dog\n"
 
 
 @pytest.mark.parametrize("how", [[], ["--beam_size", "1"], ["--temperature", "0"], ["--top_k", "1"]])
-def test_a_source_gets_its_target_searched_or_drawn(door, how):
+def test_target_is_found_by_beam_search_or_sampling(door, how):
     assert door("encoder_decoder", Copying(), "--prompt", "the cat sat", *how) == "the cat sat\n"
     assert door("encoder_decoder", Copying(), "--prompt", "the cat sat", "--max_new_tokens", "1", *how) != "the cat sat\n"
 
 
-def test_one_beam_of_a_real_network_is_its_likeliest_token_each_time(door):
+def test_beam_size_1_equals_greedy_sampling(door):
     network = Transformer(ModelConfig(**SMALL, tie_embeddings=False, **KINDS["encoder_decoder"])).eval()
     searched, drawn = (
         door("encoder_decoder", network, "--prompt", "the cat", "--max_new_tokens", "9", *how)
@@ -102,33 +103,33 @@ def test_one_beam_of_a_real_network_is_its_likeliest_token_each_time(door):
     assert searched == drawn != "\n"
 
 
-def test_what_is_too_long_is_cut_and_said(door, tmp_path, capsys):
+def test_texts_longer_than_the_context_are_cut(door, tmp_path, capsys):
     with capsys.disabled():
         (tmp_path / "in.txt").write_text("x" * 70 + "\nthe cat\n")
     out = door("encoder_decoder", Copying(), "--input", str(tmp_path / "in.txt"))
     assert out == "x" * 63 + "\nthe cat\n"  # and end of text
 
 
-def test_each_mask_gets_its_likeliest_pieces(door, tokenizer):
+def test_each_mask_shows_its_most_likely_tokens(door, tokenizer):
     (dog,), (cat,) = tokenizer.encode(" dog"), tokenizer.encode(" cat")
     network = Expecting({cat: 0.625, dog: 0.25, tokenizer.special_tokens["[CLS]"]: 0.125})
     block = " 62.5 %  cat\n 25.0 %  dog\n"
     assert door("encoder", network, "--prompt", "the [MASK] and the [MASK].", "--top_k", "2") == f"[MASK] 1\n{block}[MASK] 2\n{block}"
 
 
-def test_a_file_of_masks_is_filled(door, tokenizer, monkeypatch):
+def test_masks_in_a_file_are_filled(door, tokenizer, monkeypatch):
     network = Expecting(dict.fromkeys(tokenizer.encode(" cat"), 1.0))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the [MASK] sat\nno mask\nmat [MASK][MASK]")))
     assert door("encoder", network, "--input", "-") == "the cat sat\nno mask\nmat cat cat\n"
 
 
-def test_a_classifier_says_the_label_or_the_number_of_a_class(door, monkeypatch):
+def test_classifier_prints_labels_or_class_indices(door, monkeypatch):
     assert door("classifier", Expecting({0: 1.0}), "--prompt", "x") == " 78.7 %  0\n 10.7 %  1\n 10.7 %  2\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x\nxy\nxyz")))  # with [CLS] and end of text 3, 4 and 5 tokens
     assert door("classifier", Expecting({0: 1.0}), "--input", "-", data={"labels": ["none", "one", "two"]}) == "none\none\ntwo\n"
 
 
-def test_names_come_from_a_hugging_face_folder_too(tmp_path):
+def test_names_are_read_from_a_hugging_face_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"id2label": {"10": "c", "0": "a", "2": "b"}}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "<mask>", "cls_token": {"content": "<s>", "lstrip": False}}))
     found = opening.TrainedModel(ModelConfig(), {}, tmp_path, None, None, {}, torch.nn.Module())
@@ -138,28 +139,36 @@ def test_names_come_from_a_hugging_face_folder_too(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "words", "sentence"),
     [
-        ("decoder", "--beam_size 2", "--beam_size says nothing to a decoder, which runs/x is; it takes --max_new_tokens, "),
-        ("decoder", "--input x", "--input says nothing to a decoder"),
-        ("encoder", "--prompt [MASK] --temperature 1", "--temperature says nothing to an encoder with masks to fill"),
+        (
+            "decoder",
+            "--beam_size 2",
+            r"--beam_size is not supported for a decoder \(runs/x is one\). Supported options: --max_new_tokens, ",
+        ),
+        ("decoder", "--input x", "--input is not supported for a decoder"),
+        ("encoder", "--prompt [MASK] --temperature 1", "--temperature is not supported for an encoder with masks to fill"),
         ("encoder", "--prompt x", r"The text has no \[MASK\] for the encoder to fill: 'x'"),
-        ("encoder", "", "runs/x is an encoder with masks to fill: give it a text with --prompt"),
+        ("encoder", "", "runs/x is an encoder with masks to fill. Give it a text with --prompt"),
         ("encoder", "--prompt [MASK] --top_k 0", "top_k is 0; it must be at least 1."),
-        ("classifier", "--prompt x --top_k 2", "--top_k says nothing to a classifier"),
-        ("encoder_decoder", "--prompt x --temperature 1 --beam_size 4", "--temperature is for drawing tokens, --beam_size for the search"),
-        ("encoder_decoder", "--prompt x --seed 1 --length_penalty 1", "--seed is for drawing tokens, --length_penalty for the search"),
+        ("classifier", "--prompt x --top_k 2", "--top_k is not supported for a classifier"),
+        ("encoder_decoder", "--prompt x --temperature 1 --beam_size 4", "--temperature is for sampling tokens, --beam_size for the search"),
+        ("encoder_decoder", "--prompt x --seed 1 --length_penalty 1", "--seed is for sampling tokens, --length_penalty for the search"),
         ("encoder_decoder", "--prompt x --beam_size 0", "beam_size is 0; it must be at least 1"),
-        ("encoder_decoder", "--prompt x --max_new_tokens 65", "max_new_tokens is 65; the longest target of runs/x has 64."),
-        ("encoder_decoder", "--prompt x --input x", "--prompt and --input both say what to read"),
-        ("encoder_decoder", "--prompt x --output new", "--output is for the results of --input, which is not given."),
+        (
+            "encoder_decoder",
+            "--prompt x --max_new_tokens 65",
+            "--max_new_tokens is 65; it must be at most 64, the longest target of runs/x.",
+        ),
+        ("encoder_decoder", "--prompt x --input x", "--prompt and --input both give the text to read"),
+        ("encoder_decoder", "--prompt x --output new", "--output applies only to --input, which is not given."),
         ("encoder_decoder", "--input nowhere.txt", "nowhere.txt cannot be opened: No such file or directory."),
     ],
 )
-def test_what_means_nothing_is_refused_by_name(door, kind, words, sentence):
+def test_unsupported_options_are_refused_by_name(door, kind, words, sentence):
     with pytest.raises(UserError, match=sentence):
         door(kind, Copying() if kind == "encoder_decoder" else Expecting({0: 1.0}), *words.split())
 
 
-def test_a_line_that_is_no_text_is_named(door, monkeypatch):
+def test_line_that_is_not_utf8_is_named(door, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat\n\xff\n")))
-    with pytest.raises(UserError, match=r"--input -: line 2 is not UTF-8\."):
+    with pytest.raises(UserError, match=r"--input -: line 2 is not valid UTF-8\."):
         door("encoder_decoder", Copying(), "--input", "-")

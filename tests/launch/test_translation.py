@@ -1,4 +1,4 @@
-"""The original Transformer learns to translate: the recipe of Multi30k, from two text files to BLEU, through the doors alone."""
+"""The original Transformer learns to translate: the recipe of Multi30k, from two text files to BLEU, with our scripts only."""
 
 import gzip
 import subprocess
@@ -14,7 +14,7 @@ CORPUS = REPOSITORY.parent / "shared" / "corpora" / "multi30k-en-de"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CORPUS.is_dir(), reason=f"{CORPUS.name} is not beside the repository"),
+    pytest.mark.skipif(not CORPUS.is_dir(), reason=f"{CORPUS.name} is not next to the repository"),
 ]
 
 
@@ -24,7 +24,7 @@ def run(*words: object) -> None:
 
 
 def prepare_pairs(folder: Path) -> Path:
-    """The training pairs, English TAB German."""
+    """Write the training pairs, English TAB German."""
     english, german = (
         gzip.decompress((CORPUS / f"train.{language}.gz").read_bytes()).decode().replace("\t", " ").split("\n") for language in ("en", "de")
     )
@@ -33,8 +33,8 @@ def prepare_pairs(folder: Path) -> Path:
     return pairs
 
 
-def test_a_ninth_of_the_recipe_translates(tmp_path):
-    """The whole recipe is README's; a ninth of its steps, the rate's way down among them, is enough to tell whether it learns."""
+def test_a_ninth_of_the_recipe_learns_to_translate(tmp_path):
+    """A ninth of the recipe's steps, with the decay of the learning rate, is enough to show that the model learns."""
     pairs, prepared, run_folder = prepare_pairs(tmp_path), tmp_path / "prepared", tmp_path / "run"
     columns = ("--columns", "en", "de", "--text_field", "en", "--pair_field", "de")
     run("data/prepare.py", "--input", pairs, *columns, "--vocab_size", 8000, "--pieces_within_words", "--output", prepared)
@@ -56,4 +56,4 @@ def test_a_ninth_of_the_recipe_translates(tmp_path):
         translated.read_text(encoding="utf-8").splitlines(),
         [(CORPUS / "test_2016_flickr.de").read_text(encoding="utf-8").splitlines()],
     )
-    assert bleu.score > 15, bleu  # the whole recipe has 24.8 at step 500, its rate still high
+    assert bleu.score > 15, bleu  # the whole recipe reaches 24.8 at step 500, when its learning rate is still high

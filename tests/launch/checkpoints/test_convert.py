@@ -21,8 +21,9 @@ import torch
 from data.command_line import UserError
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.conversion import convert
+from launch.checkpoints.settings import ConvertSettings
 from launch.checkpoints.state import SavedState, ShardSlice, whole_region
-from launch.convert import ConvertSettings, main
+from launch.convert import main
 from launch.ranks.layout import describe
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from launch.checkpoints.opening import OpenedModel
+from launch.checkpoints.opening import OpenedModel, weights_bytes
 from launch.compressing import report
 from launch.compressing.report import Artefact, Basis, BlockReport, Calibration, LinearReport, Proof, Report, Speed, TensorReport, Weights
-from launch.evaluation.comparison import compared
+from launch.evaluation.quality import compared
 from model.compression.statistics import groups_of
 from model.config import ModelConfig, count_parameters
 from model.layers import Block
@@ -132,5 +132,5 @@ def test_a_checkpoints_moments_are_not_its_weights(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b" " * 70)
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b" " * 7)
     opened = OpenedModel(config, {}, tmp_path, None, 10, {})
-    assert report.weights_bytes(opened) == 4 * count_parameters(config)
-    assert report.weights_bytes(dataclasses.replace(opened, step=None)) == 77
+    assert weights_bytes(opened) == 4 * count_parameters(config)
+    assert weights_bytes(dataclasses.replace(opened, step=None)) == 77

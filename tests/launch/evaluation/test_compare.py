@@ -1,4 +1,4 @@
-"""Models side by side: each number by the road that a single model's takes, or by torch's own functions."""
+"""Tests of launch/compare.py: each number equals that of launch/evaluate.py for one model, or that of torch's own functions."""
 
 import json
 import shutil
@@ -12,9 +12,11 @@ from data.command_line import UserError
 from data.sampling.sources import open_folders
 from launch import compare
 from launch.checkpoints.opening import load_model
-from launch.compare import CompareSettings, read_compare_settings
-from launch.evaluate import EvaluateSettings, evaluate
-from launch.evaluation.evaluation_sets import questions, sampling_of
+from launch.compare import read_compare_settings
+from launch.evaluation import comparing
+from launch.evaluation.evaluating import evaluate
+from launch.evaluation.settings import CompareSettings, EvaluateSettings
+from launch.evaluation.tasks.table import task_of
 from model import huggingface
 from model.compression import gguf_file
 from model.config import ModelConfig, count_parameters
@@ -25,7 +27,7 @@ SMALL = {"vocab_size": 800, "sequence_length": 32, "hidden_size": 32, "num_layer
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, prepared):
-    """A function that writes a Hugging Face folder of fresh weights, changed as told."""
+    """Return a function that writes a Hugging Face folder of new weights, changed by a function."""
     root = tmp_path_factory.mktemp("models")
 
     def build(name: str, change=lambda weight: weight, dtype=torch.float32, tokenizer=prepared, **options) -> str:
@@ -43,7 +45,7 @@ def half_zero(weight):
     return torch.where(torch.arange(weight.numel()).view_as(weight) % 2 == 0, 0.0, weight * 4)
 
 
-def test_each_row_is_what_its_model_says_alone_and_beside_the_first(model, prepared, tmp_path, capsys):
+def test_each_row_equals_evaluation_alone_and_comparison_with_the_first(model, prepared, tmp_path, capsys):
     names = [model("dense"), model("bf16", dtype=torch.bfloat16), model("zeros", half_zero)]
     output = tmp_path / "compared"
     assert compare.main([*names, "--data", str(prepared), "--output", str(output)]) == 0
@@ -68,32 +70,34 @@ def test_each_row_is_what_its_model_says_alone_and_beside_the_first(model, prepa
     assert (output / "compare.md").read_text().startswith(printed.rstrip()) and (output / "compare.svg").stat().st_size > 1000
 
 
-def test_a_gguf_file_is_read_in_the_shape_of_the_first_model(model, prepared, tmp_path):
+def test_gguf_file_is_read_in_the_shape_of_a_model_before_it(model, prepared, tmp_path):
     dense = model("dense")
     whole, rounded = (str(tmp_path / f"{kind}.gguf") for kind in ("f32", "q8_0"))
     opened = load_model(dense)
     for path in (whole, rounded):
         gguf_file.write(opened.config, opened.state, {}, Path(path), Path(path).stem)
     settings = CompareSettings((dense, whole, rounded), str(prepared))
-    _, same, other = compare.compare(settings, show_progress=False)
+    _, same, other = comparing.compare(settings, show_progress=False)
     assert (same.kind, other.kind) == ("gguf f32", "gguf q8_0") and other.bytes == Path(rounded).stat().st_size
     assert (same.quality.divergence.value, same.quality.agreement.value) == (0, 1)
     assert 0 < other.quality.divergence.value < 1e-3
     narrow = model("narrow", intermediate_size=64)
-    *_, again = compare.compare(CompareSettings((narrow, dense, whole), str(prepared)), show_progress=False)
-    assert (again.kind, again.parameters) == ("gguf f32", same.parameters)  # read in the shape that it has
-    with pytest.raises(UserError, match="stands first"):
-        compare.compare(CompareSettings((whole, dense), str(prepared)))
-    with pytest.raises(UserError, match=r"cannot be read in the shape of any model before it: .* the configuration says"):
-        compare.compare(CompareSettings((model("larger", vocab_size=832), whole), str(prepared)))
+    *_, again = comparing.compare(CompareSettings((narrow, dense, whole), str(prepared)), show_progress=False)
+    assert (again.kind, again.parameters) == ("gguf f32", same.parameters)  # read in its own shape
+    with pytest.raises(UserError, match="is listed first"):
+        comparing.compare(CompareSettings((whole, dense), str(prepared)))
+    with pytest.raises(UserError, match=r"does not have the shape of any model listed before it: .* the configuration says"):
+        comparing.compare(CompareSettings((model("larger", vocab_size=832), whole), str(prepared)))
 
 
 def divergence(first: str, other: str, prepared) -> float:
-    """Mean over all targets, by torch's function in float64."""
+    """Return the mean over all targets, by torch's function in float64."""
     models = [load_model(path) for path in (first, other)]
-    asked = questions(models[0], open_folders([str(prepared)]), sampling_of(models[0], first), "validation", 8)
+    task, config = task_of(models[0]), models[0].config
+    sampling = task.sampling_settings(models[0], first)
+    sets = task.evaluation_sets(config, open_folders([str(prepared)]), sampling, "validation", 8, config.sequence_length)
     total = count = 0
-    for batch in next(iter(asked.values())).batches:
+    for batch in next(iter(sets.values())).batches:
         counted = batch.targets >= 0
         with torch.no_grad():
             old, new = (F.log_softmax(one.model(*batch.inputs)[counted].double(), dim=-1) for one in models)
@@ -102,24 +106,29 @@ def divergence(first: str, other: str, prepared) -> float:
     return total / count
 
 
-def test_models_stand_first_or_behind_their_name():
+def test_models_are_given_first_or_after_their_option():
     wanted = CompareSettings(("a", "b"), split="train")
     assert read_compare_settings(["a", "b", "--split", "train"]) == wanted
     assert read_compare_settings(["--split", "train", "--models", "a", "b"]) == wanted
 
 
-def test_models_that_cannot_be_asked_the_same_are_refused(model, prepared, tmp_path):
+def test_models_that_cannot_be_compared_are_refused(model, prepared, tmp_path):
     dense, data = model("dense"), str(prepared)
 
     def refused(match: str, *names: str, **settings) -> None:
+        options = [word for name, value in ({"data": data} | settings).items() if value is not None for word in (f"--{name}", str(value))]
         with pytest.raises(UserError, match=match):
-            compare.compare(CompareSettings((dense, *names), **{"data": data} | settings), show_progress=False)
+            compare.main([dense, *names, *options])
 
     refused("give two or more")
     refused("nothing is overwritten", dense, output=str(tmp_path))
-    refused("give --data", dense, data=None)
+    refused("Give --data", dense, data=None)
     refused("vocab_size 832, .* 800", model("larger", vocab_size=832))
-    refused("sequence_length 33 is outside 1 ... 16, the smallest context", model("short", sequence_length=16), sequence_length=33)
+    refused(
+        "sequence_length is 33; it must be from 1 to 16, the models' smallest context",
+        model("short", sequence_length=16),
+        sequence_length=33,
+    )
     refused("micro_batch_size is 0", dense, micro_batch_size=0)
     (tmp_path / "tokenizer.model").write_bytes(b"of another text")
-    refused("was tokenized with another tokenizer.model than .*strange", model("strange", tokenizer=tmp_path))
+    refused("was tokenized with a different tokenizer.model than .*strange", model("strange", tokenizer=tmp_path))

@@ -1,4 +1,4 @@
-"""What validation adds up, by hand."""
+"""Tests of the sums of evaluation, by hand."""
 
 import math
 
@@ -10,7 +10,7 @@ from model.loss import IGNORED
 
 
 def test_sums_by_hand():
-    """A vocabulary of four equal tokens, three of whose targets count; classes with odds of 3 to 1."""
+    """Four tokens with equal logits and three targets that count; classes with odds of 3 to 1."""
     logits = torch.zeros(2, 3, 4)
     targets = torch.tensor([[0, 3, IGNORED], [IGNORED, 2, IGNORED]])
     assert sums_of(logits, targets).tolist() == pytest.approx([3 * math.log(4), 0, 0])
@@ -20,7 +20,7 @@ def test_sums_by_hand():
     assert sums.tolist() == pytest.approx([3 * math.log(4), 2 * math.log(4 / 3) + math.log(4), 2])
 
 
-def test_a_sample_without_a_class_is_not_right():
+def test_sample_without_a_class_is_not_counted_as_right():
     assert sums_of((torch.zeros(1, 1, 2), torch.tensor([[1.0, 0.0]])), torch.tensor([[0]]), torch.tensor([IGNORED]))[2] == 0
 
 

@@ -18,6 +18,8 @@ from data.tokenization.tokenizer import published_pattern
 from launch import evaluate, pretrain
 from launch.checkpoints.opening import load_model
 from launch.checkpoints.run_record import tokenizer_files
+from launch.evaluation import evaluating
+from launch.evaluation.settings import EvaluateSettings
 from launch.training.data import open_data
 from launch.training.settings import RunSettings, read_run_settings
 from model.loss import token_losses
@@ -199,11 +201,11 @@ def test_the_curves_of_a_blend_follow_each_source(finished, prepared, other):
 def test_evaluation_of_a_blended_run_gives_the_losses_that_training_saw(finished, other, capsys):
     folder, _ = finished
     last = entries(folder)[8]
-    sources = evaluate.evaluate_sources(evaluate.EvaluateSettings(str(folder)), show_progress=False)
+    sources = evaluating.evaluate_sources(EvaluateSettings(str(folder)), show_progress=False)
     for name, evaluation in sources.items():
         assert evaluation.loss == pytest.approx(last[f"loss/validation/{name}"], abs=1e-5)
-    assert evaluate.together(list(sources.values())).loss == pytest.approx(last["loss/validation"], abs=1e-5)
-    assert evaluate.evaluate(evaluate.EvaluateSettings(str(folder), str(other)), False).loss == sources["numbers"].loss
+    assert evaluating.combine(list(sources.values())).loss == pytest.approx(last["loss/validation"], abs=1e-5)
+    assert evaluating.evaluate(EvaluateSettings(str(folder), str(other)), False).loss == sources["numbers"].loss
     assert evaluate.main([str(folder)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed[:3]] == ["prepared", "numbers", "loss"]
@@ -225,9 +227,9 @@ def test_a_folder_that_was_tokenized_with_other_settings_is_not_evaluated_on(fin
     there, other = tmp_path / "cl100k_base-prepared", tmp_path / "o200k_base-prepared"
     for path in tokenizer_files(there):
         shutil.copyfile(path, copy / path.name)
-    assert evaluate.evaluate(evaluate.EvaluateSettings(str(copy), str(there), "train"), False).tokens > 0
+    assert evaluating.evaluate(EvaluateSettings(str(copy), str(there), "train"), False).tokens > 0
     with pytest.raises(UserError, match=r"o200k_base-prepared was tokenized with other settings beside \S+ than .*/run was trained with\."):
-        evaluate.evaluate(evaluate.EvaluateSettings(str(copy), str(other), "train"), False)
+        evaluating.evaluate(EvaluateSettings(str(copy), str(other), "train"), False)
 
 
 def test_a_blended_run_that_was_stopped_goes_on_with_the_same_batches(finished, tmp_path):

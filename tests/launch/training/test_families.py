@@ -12,8 +12,10 @@ import pytest
 from data.command_line import UserError
 from data.prepare import PrepareSettings, prepare
 from data.tokenization.tokenizer import load_tokenizer
-from launch import evaluate, pretrain
+from launch import pretrain
 from launch.checkpoints.opening import load_model
+from launch.evaluation import evaluating
+from launch.evaluation.settings import EvaluateSettings
 from model.config import ModelConfig
 from model.huggingface import SpecialTokens, export
 from model.transformer import Transformer
@@ -88,7 +90,7 @@ def recipe(run: Path) -> Path:
 
 def test_bert_learns_words_and_sentences_and_is_measured_as_it_was_validated(bert):
     said = last(bert)
-    result = evaluate.evaluate(evaluate.EvaluateSettings(str(bert)), show_progress=False)
+    result = evaluating.evaluate(EvaluateSettings(str(bert)), show_progress=False)
     assert result.loss == pytest.approx(said["loss/validation"], abs=1e-5)
     assert result.score.accuracy == said["accuracy/validation"]
     assert result.bytes is None and "bits_per_byte/train" not in said and "perplexity/train" not in said
@@ -110,7 +112,7 @@ def classifier(bert, labelled, tmp_path_factory) -> tuple[Path, list[str]]:
 
 def test_a_pretrained_encoder_becomes_a_classifier(bert, classifier):
     run, _ = classifier
-    result = evaluate.evaluate(evaluate.EvaluateSettings(str(run)), show_progress=False)
+    result = evaluating.evaluate(EvaluateSettings(str(run)), show_progress=False)
     assert result.loss == pytest.approx(last(run)["loss/validation"], abs=1e-5) and result.tokens == 0
     assert result.score.accuracy == last(run)["accuracy/validation"] > 0.9
     assert len(json.loads((run / "run.json").read_text())["init_fingerprint"]) == 64
@@ -158,7 +160,7 @@ def test_a_family_is_trained_writes_and_is_measured_as_it_was_validated(name, te
     assert f"{'target' if name != 'prefix' else ''} tokens: " in plan and re.search(
         r"step: 4 \| validation loss: [\d.]+ \| perplexity: ", plan
     )
-    assert last(run)["loss/validation"] == pytest.approx(evaluate.evaluate(evaluate.EvaluateSettings(str(run)), False).loss, abs=1e-5)
+    assert last(run)["loss/validation"] == pytest.approx(evaluating.evaluate(EvaluateSettings(str(run)), False).loss, abs=1e-5)
     assert ("perplexity/train" in last(run)) == (name == "prefix"), "with smoothing or z-loss it would be another number"
 
 
@@ -219,11 +221,11 @@ def test_a_decoder_that_begins_otherwise_is_refused_until_its_token_is_named(pai
     with pytest.raises(UserError, match=sentence.format(r"\[MASK\]")):
         pretrain.main([*words, "--data.start_token", "[MASK]"])
     assert pretrain.main([*words, "--data.start_token", "[CLS]"]) == 0
-    measured = evaluate.EvaluateSettings(str(folder), data=str(pairs), objective="pairs")
-    told = evaluate.evaluate(measured, False).loss
+    measured = EvaluateSettings(str(folder), data=str(pairs), objective="pairs")
+    told = evaluating.evaluate(measured, False).loss
     stated = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(stated | {"decoder_start_token_id": tokenizer.end_of_text}))
-    assert abs(evaluate.evaluate(measured, False).loss - told) > 1e-4, "the folder says what its decoder begins with"
+    assert abs(evaluating.evaluate(measured, False).loss - told) > 1e-4, "the folder says what its decoder begins with"
 
 
 def test_the_plan_says_which_weights_are_taken(bert, labelled, tmp_path, capsys):

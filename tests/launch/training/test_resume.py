@@ -13,9 +13,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import evaluate
 from launch.checkpoints import checkpoint
 from launch.checkpoints.opening import Averaged
+from launch.evaluation import evaluating
+from launch.evaluation.settings import EvaluateSettings
 from launch.training.loop import SAVED_AND_UNFINISHED
 from tests.ranks import ForkedRank, finish, start_ranks
 
@@ -216,7 +217,7 @@ def test_a_run_goes_on_in_other_layouts_with_its_own_curves_and_says_what_it_con
         assert there[name].keys() == here[name].keys()
         for step, value in there[name].items():
             assert here[name][step] == pytest.approx(value, rel=1e-5), (name, step)
-    evaluation = evaluate.evaluate(evaluate.EvaluateSettings(str(moved)), show_progress=False)
+    evaluation = evaluating.evaluate(EvaluateSettings(str(moved)), show_progress=False)
     assert evaluation.loss == pytest.approx(here["loss/validation"][12], rel=1e-5)
 
 

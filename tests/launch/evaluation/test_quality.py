@@ -1,4 +1,4 @@
-"""What is summed over two models' answers, by hand and by torch's and numpy's own functions."""
+"""Tests of the sums over two models' predictions, by hand and with torch's and numpy's own functions."""
 
 import math
 
@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from launch.evaluation import comparison
-from launch.evaluation.comparison import Comparison, compared
+from launch.evaluation.quality import Comparison, compared
 from model.loss import IGNORED
 
 
-def test_an_answer_by_hand():
-    """Two tokens, two targets that count: before, odds are even; after, 3 to 1 for token 0."""
+def test_quality_by_hand():
+    """Two tokens and two targets that count: before, the odds are even; after, they are 3 to 1 for token 0."""
     before, after = torch.zeros(1, 3, 2), torch.tensor([[[math.log(3), 0.0]] * 3])
     quality = compared(before, after, torch.tensor([[0, 1, IGNORED]])).quality(bytes_per_token=2)
     assert quality.tokens == 2
@@ -30,13 +29,13 @@ def test_an_answer_by_hand():
     assert quality.agreement.value == 1
 
 
-def test_chunks_batches_and_ranks_add_up_to_what_torch_and_numpy_say(monkeypatch):
+def test_sums_over_chunks_and_batches_match_torch_and_numpy(monkeypatch):
     random = torch.Generator().manual_seed(0)
     before, noise = torch.randn(2, 400, 11, generator=random), torch.randn(2, 400, 11, generator=random)
     after = before + 0.3 * noise
     targets = torch.randint(0, 11, (2, 400), generator=random)
     targets[:, ::7] = IGNORED
-    monkeypatch.setattr(comparison, "_CHUNK_BYTES", {"cpu": 4 * 11 * 50})
+    monkeypatch.setattr("launch.evaluation.quality._CHUNK_BYTES", {"cpu": 4 * 11 * 50})
     parts = [
         compared(before[:, start : start + 100], after[:, start : start + 100], targets[:, start : start + 100])
         for start in (0, 100, 200, 300)
@@ -57,7 +56,7 @@ def test_chunks_batches_and_ranks_add_up_to_what_torch_and_numpy_say(monkeypatch
     assert quality.bits_per_byte_before is None
 
 
-def test_a_model_is_itself_whatever_its_logits_are_stored_as():
+def test_a_model_has_no_difference_from_itself_in_bf16():
     logits = torch.randn(64, 9).bfloat16()
     quality = compared(logits, logits, torch.arange(64) % 9).quality()
     assert (quality.divergence.value, quality.divergence_p99, quality.agreement.value, quality.ratio.value) == (0, 0, 1, 1)

@@ -1,0 +1,16 @@
+"""Settings of launch/convert.py. Nothing heavy is imported here."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertSettings:
+    """Settings of launch/convert.py."""
+
+    checkpoint: str
+    """Run folder (its newest complete checkpoint is taken), or a checkpoint in one."""
+    output: str
+    """New run folder; it must not exist or be empty. The run resumes in it with its own settings, this --output and --resume, in any
+    layout, and every other script reads it. TensorBoard curves and the log stay in the original folder."""
+    file_gib: float = 4.0
+    """Maximum file size, GiB (default: 4); a larger parameter gets a file of its own."""

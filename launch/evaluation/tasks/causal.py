@@ -1,0 +1,55 @@
+"""Causal language modelling: each token is predicted from those before it."""
+
+from collections.abc import Mapping
+
+from data.sampling.sources import SamplingSettings
+from data.shards import PreparedData
+from data.tokenization.tokenizer import Tokenizer
+from launch.checkpoints.opening import TrainedModel
+from launch.evaluation.evaluation_sets import EvaluationSet, window_sets
+from launch.evaluation.predictions import Continuation
+from launch.evaluation.settings import GenerateSettings
+from launch.evaluation.tasks.task import SAMPLING_OPTIONS, Task, TextRequest
+from model.config import ModelConfig
+
+
+class Decoding(Task):
+    """The part that all tasks of decoders share: a prompt is continued."""
+
+    architecture = "decoder"
+    model_kind = "a decoder"
+    options = ("max_new_tokens", *SAMPLING_OPTIONS)
+    needs_prompt = False
+
+    def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Continuation:
+        return Continuation(trained, tokenizer, device, sampling_of(settings))
+
+    def text_request(self, prompt: list[int], end_of_text: int, start_token: int | None, config: ModelConfig) -> TextRequest:
+        tokens = prompt or [end_of_text]
+        return TextRequest(tokens, temperature=0.8, shown=tuple(tokens))
+
+
+class Causal(Decoding):
+    """Causal language modelling. Evaluation reads the text in windows, which may overlap."""
+
+    name = "causal"
+    predicts_every_token = True
+    description = "the next token"
+
+    def evaluation_sets(
+        self,
+        config: ModelConfig,
+        folders: Mapping[str, PreparedData],
+        sampling: SamplingSettings,
+        split: str,
+        micro_batch_size: int,
+        length: int,
+        stride: int | None = None,
+        limit_samples: int | None = None,
+    ) -> dict[str, EvaluationSet]:
+        return window_sets(config, folders, split, micro_batch_size, length, stride or length, limit_samples)
+
+
+def sampling_of(settings: GenerateSettings) -> dict:
+    """Return the options of model.generation.generate."""
+    return {"max_new_tokens": 200, "temperature": 0.8, "seed": 0} | settings.given("max_new_tokens", *SAMPLING_OPTIONS)

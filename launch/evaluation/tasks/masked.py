@@ -1,0 +1,34 @@
+"""Masked language modelling: hidden tokens are predicted from those on both sides; optionally also the order of two texts."""
+
+import torch
+from torch import Tensor
+
+from data.sampling.batches import Batch
+from data.sampling.packing import IGNORED
+from data.sampling.sources import SamplingSettings
+from data.tokenization.tokenizer import Tokenizer
+from launch.checkpoints.opening import OpenedModel, TrainedModel
+from launch.evaluation.predictions import FilledMasks
+from launch.evaluation.settings import GenerateSettings
+from launch.evaluation.tasks.task import FILE_OPTIONS, Task
+
+
+class Masked(Task):
+    """Masked language modelling (BERT; Devlin et al. 2018, arXiv 1810.04805), with data.next_sentence also next-sentence prediction."""
+
+    name = "masked"
+    architecture = "encoder"
+    model_kind = "an encoder with masks to fill"
+    options = ("top_k", *FILE_OPTIONS)
+
+    def num_classes(self, data: SamplingSettings) -> tuple[int, str]:
+        return 2 if data.next_sentence else 0, f"data.next_sentence is {str(data.next_sentence).lower()}"
+
+    def settings_of_exported(self, opened: OpenedModel) -> dict:
+        return {"next_sentence": opened.config.num_classes == 2}
+
+    def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> FilledMasks:
+        return FilledMasks(trained, tokenizer, device, 5 if settings.top_k is None else settings.top_k)
+
+    def original_tokens(self, batch: Batch) -> Tensor:
+        return torch.where(batch.targets != IGNORED, batch.targets, batch.tokens)

@@ -1,0 +1,161 @@
+"""The base class of tasks."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from data.sampling.batches import Batch
+from data.sampling.sources import Architecture, ObjectiveName, SamplingSettings
+from data.shards import PreparedData
+from data.tokenization.tokenizer import Tokenizer
+from launch.checkpoints.opening import OpenedModel, TrainedModel
+from launch.evaluation.evaluation_sets import EvaluationSet, sample_sets
+from launch.evaluation.predictions import Predictor
+from launch.evaluation.score import score_of, sums_of
+from launch.evaluation.settings import GenerateSettings
+from model.config import ModelConfig
+from model.loss import training_loss
+
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
+FILE_OPTIONS = ("input", "output", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRequest:
+    """A text that a model in training is asked to write."""
+
+    tokens: list[int]
+    """Ids that the decoder reads first."""
+    temperature: float
+    source: list[int] | None = None
+    """Ids that the encoder of an encoder-decoder reads."""
+    shown: tuple[int, ...] = ()
+    """Ids that are shown before those that the model writes."""
+
+
+class Task:
+    """A task: what a model learns and is judged by. It knows its samples, network outputs, loss, scores and predictions.
+
+    Each task is a subclass in a file of this folder and has a line in table.py; its objective in data/sampling makes its samples.
+    """
+
+    name: ObjectiveName
+    """The name of its objective, data.objective in a recipe."""
+    architecture: Architecture
+    predicts_every_token = False
+    """True if each token of a text is predicted from all tokens before it, so that the text as a whole has a probability."""
+    description = "what the model was trained for"
+    """What the model predicts, for reports."""
+
+    # ----- the network's outputs -----
+
+    token_head = True
+    """True if the network needs token logits (model.token_head)."""
+    prefix_attention = False
+    """True if the network needs model.prefix_attention."""
+
+    def num_classes(self, data: SamplingSettings) -> tuple[int, str]:
+        """Return how many classes the network must have (0: no class head), and the setting that decides it, for error messages."""
+        return 0, f"data.objective is {self.name}"
+
+    def fits(self, config: ModelConfig) -> bool:
+        """Return True if a model of this configuration, of which nothing else is known, can be used for this task."""
+        return (config.architecture, config.token_head, config.prefix_attention) == (
+            self.architecture,
+            self.token_head,
+            self.prefix_attention,
+        )
+
+    def model_complaints(self, model: ModelConfig, data: SamplingSettings) -> list[str]:
+        """Return an error message for each model setting with which the network lacks an output of the task, or has one too many."""
+        complaints = []
+        if model.prefix_attention != self.prefix_attention:
+            complaints.append(
+                f"data.objective is {self.name} and model.prefix_attention is {str(model.prefix_attention).lower()}; prefix attention "
+                "belongs to objective prefix. Set both or neither."
+            )
+        classes, reason = self.num_classes(data)
+        if model.num_classes != classes:
+            complaints.append(f"model.num_classes is {model.num_classes}; {reason}, so it must be {classes}.")
+        if model.architecture == self.architecture and model.token_head != self.token_head:
+            complaints.append(
+                f"model.token_head is {str(model.token_head).lower()}; data.objective {self.name} "
+                f"{'predicts tokens: set it to true' if self.token_head else 'predicts no tokens: set it to false'}."
+            )
+        return complaints
+
+    # ----- loss and scores -----
+
+    training_loss = staticmethod(training_loss)
+    """The loss of a micro-batch, as model.loss.training_loss takes and returns it."""
+    sums_of = staticmethod(sums_of)
+    """The sums of an evaluation batch, as launch.evaluation.score.sums_of takes and returns them."""
+    score_of = staticmethod(score_of)
+    """The score for the sums over batches."""
+
+    # ----- evaluation sets -----
+
+    def sampling_settings(self, opened: OpenedModel, name: str, labels: Iterable[str] = ()) -> SamplingSettings:
+        """Return the settings of the evaluation samples: the run's, or for an exported folder those that fit the model.
+
+        `labels` replace the run's if given. `name` names the model in error messages. Raises UserError if labels do not fit the model.
+        """
+        fields = {field.name for field in dataclasses.fields(SamplingSettings)}
+        data = opened.recipe.get("data", {})
+        known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name in fields}
+        known |= {"path": (), "weights": (), "objective": self.name} | ({"labels": tuple(labels)} if labels else {})
+        return SamplingSettings(**known | ({} if opened.recipe else self.settings_of_exported(opened)))
+
+    def settings_of_exported(self, opened: OpenedModel) -> dict:
+        """Return the sampling settings that follow from an exported model, by name."""
+        return {}
+
+    def evaluation_sets(
+        self,
+        config: ModelConfig,
+        folders: Mapping[str, PreparedData],
+        sampling: SamplingSettings,
+        split: str,
+        micro_batch_size: int,
+        length: int,
+        stride: int | None = None,
+        limit_samples: int | None = None,
+    ) -> dict[str, EvaluationSet]:
+        """Return the evaluation set of each folder that has the split, in a fixed order.
+
+        `length` and `stride` are in tokens; only windows have a stride (default: length). `limit_samples` takes this many samples of each
+        folder, evenly spread. Raises UserError if the split is empty in all folders.
+        """
+        return sample_sets(config, folders, sampling, split, micro_batch_size, length, limit_samples)
+
+    # ----- predictions -----
+
+    model_kind: str
+    """The kind of model, for error messages: "a decoder"."""
+    options: Sequence[str]
+    """Settings of launch/generate.py that the task supports, besides those of all models."""
+    needs_prompt = True
+    """True if an empty text cannot be predicted from."""
+
+    def option_complaints(self, settings: GenerateSettings, config: ModelConfig) -> list[str]:
+        """Return an error message for each supported setting of launch/generate.py that has an invalid value or does not fit another."""
+        return []
+
+    def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Predictor:
+        """Return the predictor of launch/generate.py."""
+        raise NotImplementedError
+
+    def text_request(self, prompt: list[int], end_of_text: int, start_token: int | None, config: ModelConfig) -> TextRequest | None:
+        """Return what a model in training writes after a prompt, or None if it writes no text. `start_token` is the decoder's first id."""
+        return None
+
+    # ----- comparison of texts -----
+
+    run_tokens = 32
+    """Number of consecutive tokens that stand in a sample as in its text; runs of this length in common mean a common text."""
+
+    def original_tokens(self, batch: Batch) -> Tensor:
+        """Return the tokens that the network reads first, with the original tokens where they were hidden.  -> [batch, seq]"""
+        return batch.inputs[0]
