@@ -1,11 +1,12 @@
-"""What every door shares: a frozen dataclass becomes its command line, and a person's mistake one sentence and status 2.
+"""The command line of every script: a frozen dataclass becomes its options, a user's mistake a message and exit status 2.
 
-It lies in data/ because both prepare.py and the doors of launch/ stand on it.
+This module is in data/ because the scripts of both data/ and launch/ use it.
 """
 
 import dataclasses
 import difflib
 import json
+import operator
 import os
 import re
 import sys
@@ -20,17 +21,61 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from data.ranges import violated_range
+
 Settings = typing.TypeVar("Settings")
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+_COMMAND_LINE = "command line"
+_DEFAULT = "default"
 
 
 class UserError(ValueError):
-    """A person's mistake: what was given, what is allowed, where it was set. Doors print it and exit with status 2."""
+    """A user's mistake: what was given, what is allowed, where it was set. Scripts print it and exit with status 2."""
 
 
 class RankError(UserError):
-    """A person's mistake that one rank sees and others may not: it names its rank or machine, and each rank prints its own."""
+    """A user's mistake that one rank sees and others may not. It names its rank or machine, and each rank prints its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """One setting: a field of the settings class or of a section of it."""
+
+    kind: object
+    """Type without its range: jsonargparse would check a range with pydantic, and report it in pydantic's words."""
+    range: object
+    """Type with its range."""
+    default: object
+    help: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The values that a user gives: in recipes, the later over the earlier, and over them on the command line."""
+
+    recipes: dict[str, dict]
+    """Recipe's path -> values by dotted name."""
+    words: list[str]
+    """Words of the command line, each setting as --name=value."""
+
+    @property
+    def on_command_line(self) -> dict[str, str]:
+        return {name.removeprefix("--"): value for name, equals, value in (word.partition("=") for word in self.words) if equals}
+
+    @property
+    def values(self) -> dict:
+        in_recipes = {name: value for recipe in self.recipes.values() for name, value in recipe.items()}
+        return in_recipes | self.on_command_line
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Return where each value was set: "command line", or the path of a recipe."""
+        in_recipes = {name: path for path, recipe in self.recipes.items() for name in recipe}
+        return in_recipes | dict.fromkeys(self.on_command_line, _COMMAND_LINE)
+
+    def without(self, name: str) -> "_Given":
+        recipes = {path: {key: value for key, value in recipe.items() if key != name} for path, recipe in self.recipes.items()}
+        return _Given(recipes, [word for word in self.words if not word.startswith(f"--{name}=")])
 
 
 def read_settings(
@@ -40,43 +85,43 @@ def read_settings(
     positional: str | None = None,
     aliases: dict[str, str] | None = None,
     defaults: Callable[[dict], dict] | None = None,
+    defaults_from: Sequence[str] = (),
 ) -> Settings:
-    """The settings that a command line gives, with a YAML recipe under it where it says --config FILE.
+    """Return the settings that a command line gives, over the YAML recipes of --config FILE, over the defaults.
 
-    `positional` names the field that is given without its name; `aliases` maps other spellings of options to fields;
-    `defaults` sees what was given so far, flat by dotted name, and returns defaults that depend on it. Unknown names, wrong
-    types and values outside the allowed ones raise UserError.
+    `positional` names the field that is given without its name. `aliases` maps other names of options to their names.
+    `defaults` takes the values given so far, flat by dotted name, and returns defaults that depend on them; `defaults_from` names the
+    settings that it reads.
+    Raises UserError with every complaint and where each value was set: unknown names, wrong types, values out of range, values that
+    a section refuses with ValueError, and messages of the settings' own method `complaints()`, if it has one.
     """
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, default_env=False, allow_abbrev=False)
-    if positional is None:
-        parser.add_argument("--config", action="config", help="recipe: a YAML file with any of the settings below, by name")
-    else:
-        parser.add_argument(positional, help=_field_help(settings, positional))
-    parser.add_class_arguments(settings, as_group=False, skip={positional} if positional else set())
-    kinds = _field_types(settings)
-    for action in parser._actions:
-        if _members(action.dest, kinds):  # jsonargparse would let a whole group come from a file of its own
-            action.help = jsonargparse.SUPPRESS
-    words = _spell_out(arguments, kinds | ({"config": str} if positional is None else {}), aliases or {})
+    options, aliases = _options(settings), aliases or {}
+    words = _normalize(arguments, options, aliases, takes_recipe=positional is None)
     paths = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    recipes = {path: _read_recipe(path, kinds) for path in paths}
-    given = [word for word in words if not word.startswith("--config=")]
-    in_recipes = {name: value for recipe in recipes.values() for name, value in recipe.items()}
-    try:
-        if defaults is not None:
-            in_words = {name.removeprefix("--"): value for name, equals, value in (word.partition("=") for word in given) if equals}
-            parser.set_defaults(defaults(in_recipes | in_words))
-        # A recipe lies under the command line wherever it is named.
-        namespace = parser.parse_args([f"--config={yaml.safe_dump(recipe)}" for recipe in recipes.values() if recipe] + given)
-        values = vars(parser.instantiate(namespace))
-    except (jsonargparse.ArgumentError, TypeError) as error:
-        raise UserError(_one_sentence(str(error), kinds, given, recipes)) from error
-    values.pop("config", None)
-    return settings(**(values | _taken_for_nothing(given, kinds)))
+    recipes = {path: _read_recipe(path, options, aliases) for path in paths}
+    given = _Given(recipes, [word for word in words if not word.startswith("--config=")])
+    derived = defaults(given.values) if defaults else {}
+    derived_from = next((f"{name} {given.values[name]}" for name in defaults_from if name in given.values), _DEFAULT)
+    current = {name: dataclasses.replace(option, default=derived.get(name, option.default)) for name, option in options.items()}
+    values = _parse(_parser(settings, current, description, positional, aliases), given, current)
+    origins = dict.fromkeys(options, _DEFAULT) | dict.fromkeys(derived, derived_from) | given.origins
+    return _check(settings, values, options, origins)
 
 
-def run_door(main: Callable[[Sequence[str]], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> None:
-    """Call a door with the command line; its status is the process's. A UserError is status 2, said once a machine."""
+def describe(settings: object, name: str) -> str:
+    """Return a setting's name, its value and where it was set: "batch.global_batch_size 500 (launch/recipes/tiny.yaml)".
+
+    The place is left out of settings that `read_settings` did not read.
+    """
+    origin = getattr(settings, "_origins", {}).get(name)
+    return f"{name} {_as_text(operator.attrgetter(name)(settings))}{f' ({origin})' if origin else ''}"
+
+
+def run_script(main: Callable[[Sequence[str]], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> None:
+    """Call a script's main with the command line, and exit with the status that it returns.
+
+    A UserError is printed once a machine, and the status is 2. `leave` ends the process.
+    """
     try:
         status = main(sys.argv[1:])
     except UserError as error:
@@ -91,29 +136,106 @@ def run_door(main: Callable[[Sequence[str]], int | None], leave: Callable[[int],
     leave(status or 0)
 
 
-def _is_first_on_its_machine() -> bool:
-    """As the launcher says: also before launch/ranks/processes.py has read it."""
-    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-
-
 def nearest(word: str, allowed: Sequence[str]) -> str:
-    """' Did you mean "..."?' with the closest of the allowed words, or nothing where there is none."""
+    """Return ' Did you mean "..."?' with the closest of the allowed words, or nothing if there is none."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
-    """Nested settings by dotted name."""
+    """Return nested settings by dotted name."""
     flat: dict = {}
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
-def _spell_out(arguments: Sequence[str], kinds: dict[str, object], aliases: dict[str, str]) -> list[str]:
-    """Every setting as one word --name=value: aliases replaced, a bare claim made true, the words behind a list's name one list."""
-    spelt: list[str] = []
+def _is_first_on_its_machine() -> bool:
+    """Read the launcher's variables, because a mistake may come before launch/ranks/processes.py has read them."""
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def _options(settings: type, prefix: str = "") -> dict[str, _Option]:
+    """Return the settings of a class and of its sections by dotted name."""
+    options: dict[str, _Option] = {}
+    kinds, ranges = typing.get_type_hints(settings), typing.get_type_hints(settings, include_extras=True)
+    bases = [base for base in reversed(settings.__mro__) if dataclasses.is_dataclass(base)]
+    entries = [entry for base in bases for entry in docstring_parser.parse_from_object(base).params]
+    help_texts = {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]  # a dataclass, which type[] cannot state
+        name, kind = field.name, kinds[field.name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            options |= _options(kind, f"{prefix}{name}.")
+        else:
+            options[prefix + name] = _Option(kind, ranges[name], field.default, help_texts.get(name, ""))
+    return options
+
+
+def _parser(
+    settings: type, options: dict[str, _Option], description: str, positional: str | None, aliases: dict[str, str]
+) -> jsonargparse.ArgumentParser:
+    """Return the parser of these options, one group a section."""
+    usage = f"%(prog)s {positional.upper()} [options]" if positional else "%(prog)s [options]"
+    parser = jsonargparse.ArgumentParser(
+        usage=usage,
+        description=description,
+        formatter_class=_Formatter,
+        exit_on_error=False,
+        default_env=False,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help="Show this help message and exit.")
+    if positional is None:
+        parser.add_argument("--config", metavar="FILE", action="config", help="Recipe: a YAML file with any of these settings, by name.")
+    groups = {}
+    for name, kind in typing.get_type_hints(settings).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            summary = (kind.__doc__ or "").partition("\n")[0]
+            groups[name] = parser.add_argument_group(name, None if summary.startswith(f"{kind.__name__}(") else summary)
+    for name, option in options.items():
+        text = " ".join([option.help, *_default_as_sentence(option), *_aliases_as_sentence(name, aliases)])
+        if name == positional:
+            parser.add_argument(name, metavar=name.upper(), help=text)
+            continue
+        group = groups.get(name.rpartition(".")[0], parser)
+        how: dict = {"required": True} if option.default is dataclasses.MISSING else {"default": option.default}
+        group.add_argument(f"--{name}", type=option.kind, metavar=_metavar(option.kind), help=text, **how)
+    return parser
+
+
+class _Formatter(jsonargparse.DefaultHelpFormatter):
+    """jsonargparse's help without the types and defaults that it adds to each description."""
+
+    def _get_help_string(self, action: object) -> str:
+        return getattr(action, "help", None) or ""
+
+
+def _default_as_sentence(option: _Option) -> list[str]:
+    if option.default is dataclasses.MISSING:
+        return ["Required."]
+    return [] if option.default in (None, (), "") else [f"Default: {_as_text(option.default)}."]
+
+
+def _aliases_as_sentence(name: str, aliases: dict[str, str]) -> list[str]:
+    others = [alias for alias, option in aliases.items() if option == f"--{name}"]
+    return [f"Also {' or '.join(others)}."] if others else []
+
+
+def _metavar(kind: object) -> str:
+    kind = next((part for part in typing.get_args(kind) if part is not type(None)), kind) if _is_union(kind) else kind
+    if typing.get_origin(kind) is typing.Literal:
+        return f"{{{','.join(map(str, typing.get_args(kind)))}}}"
+    if typing.get_origin(kind) is tuple:
+        return f"{_metavar(typing.get_args(kind)[0])} ..."
+    return {bool: "{true,false}", int: "N", float: "NUMBER"}.get(kind, "TEXT")  # type: ignore[call-overload]
+
+
+def _normalize(arguments: Sequence[str], options: dict[str, _Option], aliases: dict[str, str], takes_recipe: bool) -> list[str]:
+    """Return each setting as one word --name=value: aliases replaced, --flag made true, the words after a list's name made one list."""
+    kinds: dict[str, object] = {name: option.kind for name, option in options.items()} | ({"config": str} if takes_recipe else {})
+    result: list[str] = []
     lists_given: set[str] = set()
     words = list(arguments)
     while words:
@@ -125,53 +247,32 @@ def _spell_out(arguments: Sequence[str], kinds: dict[str, object], aliases: dict
         kind = kinds.get(name.removeprefix("--")) if name.startswith("--") else None
         is_list = typing.get_origin(kind) is tuple
         if is_list and name in lists_given:
-            raise UserError(f"{name} is given twice; name all its values behind one {name}.")
+            raise UserError(f"{name} is given twice; give all its values after one {name}.")
         lists_given |= {name} if is_list else set()
         if kind is None:
-            spelt.append(word)
+            result.append(word)
         elif is_list and not (equals and value.startswith("[")):
             items = [value] if equals else []
             while not equals and words and not words[0].startswith("--"):
                 items.append(words.pop(0))
-            spelt.append(f"{name}={json.dumps(items)}")
+            result.append(f"{name}={json.dumps(items)}")
         elif equals:
-            spelt.append(f"{name}={value}")
+            result.append(f"{name}={value}")
         elif kind is bool and (not words or words[0].lower() not in ("true", "false")):
-            spelt.append(f"{name}=true")
+            result.append(f"{name}=true")
         elif not words or words[0].startswith("--"):
             raise UserError(f"{name} needs a value.")
         else:
-            spelt.append(f"{name}={words.pop(0)}")
-    return spelt
+            result.append(f"{name}={words.pop(0)}")
+    return result
 
 
-def _taken_for_nothing(words: list[str], kinds: dict[str, object]) -> dict[str, str]:
-    """Texts such as ### and --- that YAML, as which jsonargparse reads what may be null, takes for a comment or an empty document."""
-    given = {name.removeprefix("--"): value for name, _, value in (word.partition("=") for word in words)}
-    may_be_text_or_null = {name for name, kind in kinds.items() if set(typing.get_args(kind)) == {str, type(None)} and "." not in name}
-    return {name: value for name, value in given.items() if name in may_be_text_or_null and value.startswith(("#", "---"))}
+def _members(group: str, names: typing.Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(f"{group}.")]
 
 
-def _members(group: str, kinds: dict[str, object]) -> list[str]:
-    return [name for name in kinds if name.startswith(f"{group}.")]
-
-
-def _field_types(settings: type, prefix: str = "") -> dict[str, object]:
-    types: dict[str, object] = {}
-    for name, kind in typing.get_type_hints(settings).items():
-        types |= (
-            _field_types(kind, f"{prefix}{name}.") if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {prefix + name: kind}
-        )
-    return types
-
-
-def _field_help(settings: type, field: str) -> str:
-    documented = docstring_parser.parse_from_object(settings).params
-    return next((entry.description or "" for entry in documented if entry.arg_name == field), "")
-
-
-def _read_recipe(path: str, kinds: dict[str, object]) -> dict:
-    """What a recipe gives, flat by dotted name; one value for a list is a list of it, as on the command line."""
+def _read_recipe(path: str, options: dict[str, _Option], aliases: dict[str, str]) -> dict:
+    """Return the values of a recipe, flat by dotted name. One value for a list becomes a list of it, as on the command line."""
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -180,33 +281,63 @@ def _read_recipe(path: str, kinds: dict[str, object]) -> dict:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} holds a {type(recipe).__name__}; a recipe is names with values.")
-    flat = flatten(recipe)
-    for name in flat:
-        if members := _members(name, kinds):
-            raise UserError(f'{path}: "{name}" is a group of settings: {", ".join(members)}.')
-        if name not in kinds:
-            raise UserError(f'{path}: unknown setting "{name}".{nearest(name, list(kinds))} --help lists them all.')
-        if flat[name] is None and "null" not in _allowed(kinds[name]):  # jsonargparse would take it
-            raise UserError(f"{name} is null; it must be {_choices(kinds[name])}. Set in {path}.")
-        if typing.get_origin(kinds[name]) is tuple and not isinstance(flat[name], list):
-            flat[name] = [flat[name]]
+    flat = {aliases.get(f"--{name}", f"--{name}").removeprefix("--"): value for name, value in flatten(recipe).items()}
+    complaints = []
+    for name, value in flat.items():
+        if members := _members(name, options):
+            complaints.append(f'{path}: "{name}" is a group of settings: {", ".join(members)}.')
+        elif name not in options:
+            complaints.append(f'{path}: unknown setting "{name}".{nearest(name, list(options))} --help lists them all.')
+        elif value is None and "null" not in _allowed(options[name].kind):  # jsonargparse would accept it
+            complaints.append(f"{name} is null; it must be {_choices(options[name].kind)}. Set in {path}.")
+        elif typing.get_origin(options[name].kind) is tuple and not isinstance(value, list):
+            flat[name] = [value]
+    if complaints:
+        raise UserError("\n".join(complaints))
     return flat
 
 
-def _one_sentence(message: str, kinds: dict[str, object], given: list[str], recipes: dict[str, dict]) -> str:
-    """jsonargparse's complaint in the words of this project, and where the setting was given."""
+def _parse(parser: jsonargparse.ArgumentParser, given: _Given, options: dict[str, _Option]) -> dict:
+    """Return the value of every setting. Raises UserError with every value of a wrong type."""
+    complaints: list[str] = []
+    while True:
+        # A recipe lies under the command line, wherever it is named there.
+        recipes = [f"--config={yaml.safe_dump(recipe)}" for recipe in given.recipes.values() if recipe]
+        try:
+            namespace = parser.parse_args([*recipes, *given.words])
+            break
+        except (jsonargparse.ArgumentError, TypeError) as error:
+            name, complaint = _explain(str(error), given, options)
+            complaints.append(complaint)
+            if name not in given.values:
+                break
+            given = given.without(name)
+    if complaints:
+        raise UserError("\n".join(complaints))
+    values = {name: namespace[name] for name in options}
+    return values | _not_read_by_yaml(given, options)
+
+
+def _not_read_by_yaml(given: _Given, options: dict[str, _Option]) -> dict[str, str]:
+    """Return texts such as ### and ---, which jsonargparse reads as YAML: a comment or an empty document, hence null."""
+    text_or_null = {name for name, option in options.items() if set(typing.get_args(option.kind)) == {str, type(None)}}
+    return {name: value for name, value in given.on_command_line.items() if name in text_or_null and value.startswith(("#", "---"))}
+
+
+def _explain(message: str, given: _Given, options: dict[str, _Option]) -> tuple[str, str]:
+    """Return the setting that jsonargparse complains about, or "", and the complaint in the words of this project."""
     message = " ".join(message.split())
     if unknown := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message, re.I):
-        return f'Unknown setting "{unknown.group(1)}".{nearest(unknown.group(1), list(kinds))} --help lists them all.'
+        return "", f'Unknown setting "{unknown.group(1)}".{nearest(unknown.group(1), list(options))} --help lists them all.'
+    if missing := re.search(r"arguments are required: ([\w.]+)", message):
+        return "", f"{missing.group(1)} is missing. --help shows how to give it."
     wrong = re.match(r'Parser key "([^"]+)": .*(?:Got value|Given value): (.*)$', message)
-    if not wrong or wrong.group(1) not in kinds:
-        return message
+    if not wrong or wrong.group(1) not in options:
+        return "", message
     name, value = wrong.groups()
-    allowed = _allowed(kinds[name])
+    allowed = _allowed(options[name].kind)
     hint = nearest(value, allowed) if len(allowed) > 1 else ""
-    where = [path for path, recipe in recipes.items() if name in recipe][-1:]
-    place = f" Set in {where[0]}." if where and not any(word.startswith(f"--{name}=") for word in given) else ""
-    return f"{name} is {value}; it must be {_choices(kinds[name])}.{hint}{place}"
+    return name, f"{name} is {value}; it must be {_choices(options[name].kind)}.{hint}{_set_in(given.origins.get(name, _DEFAULT))}"
 
 
 def _choices(kind: object) -> str:
@@ -215,12 +346,78 @@ def _choices(kind: object) -> str:
 
 
 def _allowed(kind: object) -> list[str]:
-    """What a setting of this type may be, in words."""
+    """Return the values that a setting of this type may have, in words."""
     if typing.get_origin(kind) is typing.Literal:
         return [str(choice) for choice in typing.get_args(kind)]
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+    if _is_union(kind):
         return [words for part in typing.get_args(kind) for words in _allowed(part)]
     if typing.get_origin(kind) is tuple:
         return ["a list"]
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return [names.get(kind, str(kind))]  # type: ignore[call-overload]
+
+
+def _is_union(kind: object) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _as_text(value: object) -> str:
+    """Return a value as it is written in a recipe."""
+    if isinstance(value, tuple):
+        return " ".join(map(_as_text, value)) or "[]"
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _set_in(origin: str) -> str:
+    return {_COMMAND_LINE: " Set on the command line.", _DEFAULT: ""}.get(origin, f" Set in {origin}.")
+
+
+def _check(settings: type[Settings], values: dict, options: dict[str, _Option], origins: dict[str, str]) -> Settings:
+    """Return the settings object. Raises UserError with everything that is wrong with its values.
+
+    A value that is out of range, and a section that refuses its values, is replaced by its default, so that the rest can be checked.
+    """
+    wrong = {name: allowed for name, option in options.items() if (allowed := violated_range(option.range, values[name]))}
+    complaints = [f"{name} is {_as_text(values[name])}; it must be {allowed}.{_set_in(origins[name])}" for name, allowed in wrong.items()]
+    if any(options[name].default is dataclasses.MISSING for name in wrong):
+        raise UserError("\n".join(complaints))
+    values = values | {name: options[name].default for name in wrong}
+    result, refused = _build(settings, values)
+    complaints += [_with_origins(message, section, values, origins) for section, message in refused.items()]
+    object.__setattr__(result, "_origins", origins)
+    unknown = [*wrong, *(f"{section}." for section in refused)]
+    for complaint in getattr(result, "complaints", list)():
+        if not any(re.search(rf"(?<![\w.]){re.escape(name)}", complaint) for name in unknown):
+            complaints.append(complaint)
+    if complaints:
+        raise UserError("\n".join(complaints))
+    return result
+
+
+def _build(settings: type[Settings], values: dict, prefix: str = "") -> tuple[Settings, dict[str, str]]:
+    """Return the settings object, and for each section that refused its values and has its defaults the message."""
+    fields: dict = {}
+    refused: dict[str, str] = {}
+    for name, kind in typing.get_type_hints(settings).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            fields[name], inside = _build(kind, values, f"{prefix}{name}.")
+            refused |= inside
+        else:
+            fields[name] = values[prefix + name]
+    try:
+        return settings(**fields), refused
+    except ValueError as error:
+        if not prefix:
+            raise UserError("\n".join([*refused.values(), str(error)])) from error
+        return settings(), refused | {prefix.removesuffix("."): str(error)}
+
+
+def _with_origins(message: str, section: str, values: dict, origins: dict[str, str]) -> str:
+    """Return a section's message with the origin after each "name value" or "name is value" in it."""
+    for name in _members(section, values):
+        pair = rf'(?<![\w.])({re.escape(name)}(?: is)? "?{re.escape(_as_text(values[name]))}"?)(?![\w.]*\w)'
+        parts = re.split(pair, message)
+        message = "".join(part + (f" ({origins[name]})" if number % 2 else "") for number, part in enumerate(parts))
+    return message

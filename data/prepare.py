@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from data.command_line import UserError, read_settings, run_door
+from data.command_line import UserError, read_settings, run_script
 from data.files import lock_file
 from data.preparation.duplicates import bands_for
 from data.preparation.fields import Fields
@@ -314,4 +314,4 @@ def _take(partial: Path, rank: int, held: ExitStack) -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_script(main)

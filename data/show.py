@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.command_line import UserError, flatten, read_settings, run_door
+from data.command_line import UserError, flatten, read_settings, run_script
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.sources import Architecture, Sampling, SamplingSettings, open_folders, open_sampling
 
@@ -229,4 +229,4 @@ def _refuse_impossible(settings: ShowSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_script(main)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from data.command_line import read_settings, run_door
+from data.command_line import read_settings, run_script
 from launch.evaluation.settings import CompareSettings
 
 
@@ -26,4 +26,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_script(main)

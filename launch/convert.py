@@ -13,7 +13,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.command_line import UserError, read_settings, run_door
+from data.command_line import UserError, read_settings, run_script
 from launch.checkpoints.settings import ConvertSettings
 
 
@@ -36,4 +36,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_script(main)

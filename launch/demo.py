@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.command_line import UserError, run_door
+from data.command_line import UserError, run_script
 from launch.training.settings import read_run_settings
 
 
@@ -57,4 +57,4 @@ def _run(title: str, command: str) -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_script(main)

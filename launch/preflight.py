@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from data.command_line import run_door
+from data.command_line import run_script
 from launch.ranks.stopping import leave
 from launch.training.settings import read_run_settings
 
@@ -30,4 +30,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main, leave)
+    run_script(main, leave)

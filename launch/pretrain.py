@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.command_line import UserError, flatten, run_door
+from data.command_line import UserError, flatten, run_script
 from data.sampling.packing import Samples
 from launch.ranks.stopping import StopRequest, leave
 from launch.training.settings import RunSettings, read_run_settings
@@ -180,4 +180,4 @@ def _introduce(monitor, settings: RunSettings, merged: dict, start, first_step: 
 
 
 if __name__ == "__main__":
-    run_door(main, leave)
+    run_script(main, leave)

@@ -6,7 +6,7 @@ A ratio is a ratio of medians.
 
 from collections.abc import Sequence
 
-from data.command_line import UserError, read_settings, run_door
+from data.command_line import UserError, read_settings, run_script
 from launch.benchmarks.settings import GenerationSettings
 
 
@@ -23,4 +23,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_script(main)

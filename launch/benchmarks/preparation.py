@@ -10,7 +10,7 @@ round of each counts. Only the ratios within one run are meaningful.
 import shutil
 from collections.abc import Sequence
 
-from data.command_line import UserError, nearest, read_settings, run_door
+from data.command_line import UserError, nearest, read_settings, run_script
 from launch.benchmarks.settings import PreparationSettings
 
 ROWS = ("sentencepiece", "huggingface", "gigatoken", "start_up", "index", "order", "random_access")
@@ -34,4 +34,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_script(main)

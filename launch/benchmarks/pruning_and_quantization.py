@@ -12,7 +12,7 @@ Both start from one model, one calibration text and the same settings; the outpu
 import shutil
 from collections.abc import Sequence
 
-from data.command_line import UserError, nearest, read_settings, run_door
+from data.command_line import UserError, nearest, read_settings, run_script
 from launch.benchmarks.settings import CompressionSettings
 
 PARTS = ("methods", "large", "generation")
@@ -36,4 +36,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_script(main)

@@ -7,7 +7,7 @@ Every contender runs in its own process, one after the other, in several rounds.
 
 from collections.abc import Sequence
 
-from data.command_line import UserError, nearest, read_settings, run_door
+from data.command_line import UserError, nearest, read_settings, run_script
 from launch.benchmarks.settings import TrainingStepSettings
 
 CONTENDERS = (
@@ -48,4 +48,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_script(main)

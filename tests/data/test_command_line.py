@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from data.command_line import RankError, UserError, read_settings, run_door
+from data.command_line import RankError, UserError, read_settings, run_script
 from tests.ranks import REPOSITORY
 
 
@@ -136,13 +136,13 @@ def test_defaults_may_follow_from_what_is_given(recipe):
         (["--nam", "x"], 'Unknown setting "nam". Did you mean "name"? --help lists them all.'),
         (["--inner.widht=3"], 'Unknown setting "inner.widht". Did you mean "inner.width"? --help lists them all.'),
         (["stray"], 'Unknown setting "stray". --help lists them all.'),
-        (["--inner.width", "wide"], "inner.width is wide; it must be a whole number."),
-        (["--inner.width", "1.5"], "inner.width is 1.5; it must be a whole number."),
-        (["--limit", "x"], "limit is x; it must be a whole number or null."),
-        (["--inner.rate", "fast"], "inner.rate is fast; it must be a number."),
-        (["--loud=loudly"], "loud is loudly; it must be true or false."),
-        (["--kind", "squar"], 'kind is squar; it must be round or square. Did you mean "square"?'),
-        (["--files", "a", "--files=b"], "--files is given twice; name all its values behind one --files."),
+        (["--inner.width", "wide"], "inner.width is wide; it must be a whole number. Set on the command line."),
+        (["--inner.width", "1.5"], "inner.width is 1.5; it must be a whole number. Set on the command line."),
+        (["--limit", "x"], "limit is x; it must be a whole number or null. Set on the command line."),
+        (["--inner.rate", "fast"], "inner.rate is fast; it must be a number. Set on the command line."),
+        (["--loud=loudly"], "loud is loudly; it must be true or false. Set on the command line."),
+        (["--kind", "squar"], 'kind is squar; it must be round or square. Did you mean "square"? Set on the command line.'),
+        (["--files", "a", "--files=b"], "--files is given twice; give all its values after one --files."),
         (["--name"], "--name needs a value."),
         (["--name", "--loud"], "--name needs a value."),
         (["--config"], "--config needs a value."),
@@ -235,11 +235,13 @@ def test_help_shows_every_setting_with_its_docstring_and_default(module, name, c
     shown = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
     for field, (docstring, default) in fields.items():
-        option = field if field == positional else f"--{field} "
+        option = field.upper() if field == positional else f"--{field} "
         assert option in shown, field
         assert " ".join(docstring.split()) in shown, field
-        if default not in (dataclasses.MISSING, None, ()):
-            assert f"default: {default})" in shown, field
+        if default not in (dataclasses.MISSING, None, (), ""):
+            value = str(default).lower() if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else default
+            value = " ".join(value) if isinstance(value, tuple) else value
+            assert f"{' '.join(docstring.split())} Default: {value}." in shown, field
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"])
@@ -251,7 +253,7 @@ def test_a_door_prints_the_sentence_once_a_machine_and_ends_with_status_2(name, 
 
         monkeypatch.setenv(name, rank)
         with pytest.raises(SystemExit) as ended:
-            run_door(door)
+            run_script(door)
         assert ended.value.code == 2
         assert capsys.readouterr() == ("", printed)
 
@@ -259,5 +261,5 @@ def test_a_door_prints_the_sentence_once_a_machine_and_ends_with_status_2(name, 
 def test_the_status_of_a_door_is_the_status_of_the_process():
     for returned, status in ((None, 0), (0, 0), (85, 85)):
         with pytest.raises(SystemExit) as ended:
-            run_door(lambda arguments, returned=returned: returned)
+            run_script(lambda arguments, returned=returned: returned)
         assert ended.value.code == status

@@ -176,7 +176,10 @@ def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
         (["--world_size", "3"], "batch.global_batch_size 8 is not a multiple of world_size 3.\nNearest: 6 or 9."),
         (["--world_size", "9"], "batch.global_batch_size 8 is not a multiple of world_size 9.\nNearest: 9."),
         (["--data.weights", "1", "2"], "data.weights has 2 weights for 1 sources; give one for each folder of data.path."),
-        (["--data.packing", "best"], 'data.packing is best; it must be packed or best_fit. Did you mean "best_fit"?'),
+        (
+            ["--data.packing", "best"],
+            'data.packing is best; it must be packed or best_fit. Did you mean "best_fit"? Set on the command line.',
+        ),
         (
             ["--data.fim_rate", "1", "--data.fim_tokens", "a"],
             "data.fim_tokens has 1 tokens; it must be three: before prefix, suffix and middle.",

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-from data.command_line import run_door
+from data.command_line import run_script
 from launch import pretrain
 from launch.checkpoints import checkpoint
 from launch.checkpoints.state import SavedState
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     if "FAULT_TERMINATE" in os.environ:
         plant_termination(os.environ["FAULT_TERMINATE"])
     sys.argv[0] = pretrain.__file__
-    run_door(pretrain.main, leave)
+    run_script(pretrain.main, leave)

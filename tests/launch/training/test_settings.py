@@ -136,7 +136,8 @@ def test_a_warm_up_that_leaves_nothing_is_refused_with_the_nearest():
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_a_number_that_is_not_finite_is_refused(recipe, value):
     path = recipe(f"train_steps: 200\noptimizer: {{learning_rate: {value}}}\n")
-    assert refusal("--config", path) == [f"optimizer.learning_rate is {float(value.replace('.', ''))}; it must be a finite number."]
+    number = float(value.replace(".", ""))
+    assert refusal("--config", path) == [f"optimizer.learning_rate is {number}; it must be a finite number. Set in {path}."]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -172,7 +173,9 @@ def test_an_unknown_size_is_refused_with_the_nearest(recipe):
 
 def test_the_models_own_complaints_come_as_sentences():
     lines = refusal("--model.hidden_size", "100", "--model.num_attention_heads", "3")
-    assert lines[0].startswith("model.hidden_size 100 is not a multiple of model.num_attention_heads 3. Nearest number of heads: ")
+    assert lines[0].startswith(
+        "model.hidden_size 100 (command line) is not a multiple of model.num_attention_heads 3 (command line). Nearest number of heads: "
+    )
 
 
 @pytest.mark.parametrize("words", [["--local_rank=0"], ["--local-rank=3"], ["--local_rank", "1"]])
