@@ -1,11 +1,13 @@
-"""The house: what lies where, what may import what, and that its files can be read."""
+"""The rules of the house: where things are, what may import what, and how the code reads."""
 
 import ast
 import fnmatch
+import functools
 import importlib.metadata
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,17 @@ from tests.ranks import REPOSITORY
 
 FOLDERS = {"model", "data", "ds_configs", "launch", "tests"}
 NEVER_IMPORTED = {"model": {"deepspeed", "data", "launch", "tests"}, "data": {"deepspeed", "model", "launch", "tests"}, "launch": {"tests"}}
+FLOORS = ("ranks", "checkpoints", "evaluation", "training", "compressing", "scripts", "benchmarks")
+"""Rooms of launch/; each may import the ones before it. "scripts" are the files of launch/ itself."""
 MAY_IMPORT_DEEPSPEED = {f"launch/training/{name}.py" for name in ("communication", "engine", "pipeline", "parallel", "deepspeed_config")}
-BROUGHT_ALONG = {"pydantic"}  # by DeepSpeed, whose own models we ask
-HIDES_A_PACKAGE_THAT_NO_DOOR_IMPORTS = {"launch/evaluate.py"}
+BROUGHT_ALONG = {"pydantic"}  # by DeepSpeed, whose own models we use
+HIDES_A_PACKAGE_THAT_NO_SCRIPT_IMPORTS = {"launch/evaluate.py"}
+FRAGMENTS = ("Of", "That", "As", "By")
+MOST_BEGINNING_WITH_WHAT = 19
+MOST_INNER_IMPORTS = 25
+MOST_LINES_OF_A_FUNCTION = 60
+MOST_LINES_OF_A_SCRIPT = 60
+LONGEST_TEST_NAME = 70
 
 
 def sources(*folders: str) -> list[Path]:
@@ -28,35 +38,99 @@ def name_of(path: Path) -> str:
     return path.relative_to(REPOSITORY).as_posix()
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level packages that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name_of(path)}: relative import; a door that is started as a script could not do it"
-            found.add((node.module or "").partition(".")[0])
-    return found
+def module_of(path: Path) -> str:
+    return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@functools.cache
+def our_modules() -> frozenset[str]:
+    return frozenset(module_of(path) for path in sources("model", "data", "launch"))
+
+
+@functools.cache
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Each module that a file imports anywhere, and whether the import is inside a function."""
+
+    def visit(node: ast.AST, is_inner: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, is_inner) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{name_of(path)}: relative import; a file that is started as a script could not do it"
+                for alias in child.names:
+                    full = f"{child.module}.{alias.name}"
+                    yield (full if full in our_modules() else child.module or ""), is_inner
+            yield from visit(child, is_inner or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    return list(visit(tree_of(path), False))
+
+
+def packages_imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere."""
+    return {module.partition(".")[0] for module, _ in imports(path)}
+
+
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def descriptions(path: Path) -> Iterator[str]:
+    """Each docstring of a file, and each text below a field (the text of --help)."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+            if text := ast.get_docstring(node):
+                yield text
+            for field, below in zip(node.body, node.body[1:], strict=False):
+                is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+                if isinstance(field, ast.AnnAssign | ast.Assign) and is_text:
+                    yield below.value.value
 
 
 @pytest.mark.parametrize("folder", NEVER_IMPORTED)
-def test_a_folder_imports_only_what_lies_below_it(folder):
+def test_a_folder_imports_only_folders_below_it(folder):
     for path in sources(folder):
-        assert not imported(path) & NEVER_IMPORTED[folder], name_of(path)
+        assert not packages_imported(path) & NEVER_IMPORTED[folder], name_of(path)
 
 
-def test_deepspeed_is_imported_by_the_engine_and_what_stands_beside_it_alone():
-    assert {name_of(path) for path in sources("model", "data", "launch") if "deepspeed" in imported(path)} == MAY_IMPORT_DEEPSPEED
+def floor_of(module: str) -> int | None:
+    """Index of the room that a module of launch/ is in; None for a module from elsewhere."""
+    parts = module.split(".")
+    if parts[0] != "launch" or len(parts) == 1:
+        return None
+    return FLOORS.index(parts[1] if parts[1] in FLOORS else "scripts")
 
 
-def test_no_door_hides_a_module_that_anything_imports():
-    """`python data/prepare.py` puts data/ first on the import path, and so do the doors of launch/."""
-    known = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
-    beside_doors = [path for folder in ("data", "launch") for path in (REPOSITORY / folder).iterdir() if path.suffix in (".py", "")]
-    assert {name_of(path) for path in beside_doors if path.stem in known} <= HIDES_A_PACKAGE_THAT_NO_DOOR_IMPORTS
+def test_a_room_of_launch_imports_only_rooms_before_it():
+    for path in sources("launch"):
+        own = floor_of(module_of(path))
+        for module, _ in imports(path) if own is not None else ():
+            other = floor_of(module)
+            assert other is None or other <= own, f"{name_of(path)} imports {module}"
+
+
+def test_a_script_imports_no_other_script():
+    scripts = {f"launch.{path.stem}" for path in (REPOSITORY / "launch").glob("*.py") if path.stem != "__init__"}
+    for path in (REPOSITORY / "launch").glob("*.py"):
+        assert not scripts & {module for module, _ in imports(path)}, name_of(path)
+
+
+def test_deepspeed_is_imported_only_by_the_engine_and_its_helpers():
+    assert {name_of(path) for path in sources("model", "data", "launch") if "deepspeed" in packages_imported(path)} == MAY_IMPORT_DEEPSPEED
+
+
+def test_no_script_hides_a_module_that_anything_imports():
+    """`python data/prepare.py` puts data/ first on the import path, and so do the scripts of launch/ and launch/benchmarks/."""
+    known = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions()) | {"compression"}  # a module of Python 3.14
+    folders = [REPOSITORY / folder for folder in ("data", "launch", "launch/benchmarks")]
+    beside = [path for folder in folders for path in folder.iterdir() if path.suffix in (".py", "")]
+    assert {name_of(path) for path in beside if path.stem in known} <= HIDES_A_PACKAGE_THAT_NO_SCRIPT_IMPORTS
     for path in sources("model", "data", "launch"):
-        assert "evaluate" not in imported(path), name_of(path)
+        assert "evaluate" not in packages_imported(path), name_of(path)
 
 
 def test_the_top_holds_these_folders_and_no_others():
@@ -69,7 +143,7 @@ def test_the_top_holds_these_folders_and_no_others():
     assert seen == FOLDERS
 
 
-def test_everything_that_a_run_stands_on_is_pinned_and_the_house_itself_comes_last():
+def test_every_requirement_is_pinned_and_the_project_itself_is_last():
     lines = [line.partition("#")[0].strip() for line in (REPOSITORY / "requirements.txt").read_text().splitlines()]
     *packages, last = [line for line in lines if line]
     assert last == "-e ."
@@ -77,26 +151,26 @@ def test_everything_that_a_run_stands_on_is_pinned_and_the_house_itself_comes_la
         assert re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", package), package
 
 
-def test_what_is_imported_is_in_the_requirements():
-    """Of modules from elsewhere; a package that another one brings along may go with it."""
+def test_every_imported_package_is_in_the_requirements():
+    """A package that another one brings along may go with it."""
     text = (REPOSITORY / "requirements.txt").read_text()
     required = {name.lower().replace("-", "_") for name in re.findall(r"^([\w.-]+)==", text, re.M)}
     modules = importlib.metadata.packages_distributions()
     for path in sources("model", "data", "launch"):
-        for module in imported(path) - set(sys.stdlib_module_names) - FOLDERS - BROUGHT_ALONG:
+        for module in packages_imported(path) - set(sys.stdlib_module_names) - FOLDERS - BROUGHT_ALONG:
             distributions = {name.lower().replace("-", "_") for name in modules.get(module, [module])}
             assert distributions & required, f"{name_of(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch" / "recipes").glob("*")), ids=lambda path: path.name)
-def test_every_recipe_is_readable_and_says_how_long_to_train(path):
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_readable_and_sets_a_training_length(path):
     settings = read_run_settings(["--config", str(path)])
     assert settings.batch_plan.steps > 0
     read_run_settings(["--config", str(path), "--seed", "2"])
 
 
 def test_every_folder_of_packages_is_installed():
-    """What pyproject.toml names is what there is: `deepspeed launch/pretrain.py` finds it from any folder."""
+    """`deepspeed launch/pretrain.py` must find the packages from any folder."""
     named = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    there = {name_of(path.parent).replace("/", ".") for path in sources("model", "data", "launch") if path.name == "__init__.py"}
+    there = {module_of(path) for path in sources("model", "data", "launch") if path.name == "__init__.py"}
     assert named == there

@@ -1,12 +1,13 @@
 """The contenders of launch/benchmarks/generation.py."""
 
+import functools
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 import transformers
@@ -55,7 +56,7 @@ def _contenders(settings: GenerationSettings, folder: Path) -> dict[str, Callabl
     state = {name: weight.detach() for name, weight in network.named_parameters()}
     huggingface.export(config, state, folder / "huggingface", dtype=torch.bfloat16)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "huggingface", dtype=torch.bfloat16, local_files_only=True).eval()
-    contenders = {
+    contenders: dict[str, Callable[[], float]] = {
         "ours, bf16": lambda: tokens_per_second(network, new_tokens, _PROMPT_TOKENS),
         "transformers, bf16": lambda: _transformers_tokens_per_second(theirs, config.vocab_size, new_tokens),
     }
@@ -64,15 +65,15 @@ def _contenders(settings: GenerationSettings, folder: Path) -> dict[str, Callabl
         return contenders
     for kind in settings.types:
         file = _gguf_file(kind, config, state, folder)
-        contenders[f"llama.cpp, {kind}"] = lambda file=file: llama_engine.tokens_per_second(file, new_tokens, _PROMPT_TOKENS)
+        contenders[f"llama.cpp, {kind}"] = functools.partial(llama_engine.tokens_per_second, file, new_tokens, _PROMPT_TOKENS)
     return contenders
 
 
 def _gguf_file(kind: str, config: ModelConfig, state: dict[str, torch.Tensor], folder: Path) -> Path:
     """Write the model as a GGUF file of this type, without a tokenizer; llama.cpp itself writes the K-quants."""
     file, no_tokenizer = folder / f"{kind}.gguf", {"tokenizer.ggml.model": "none"}
-    if kind not in llama_engine.K_QUANTS:
-        gguf_file.write(config, state, no_tokenizer, file, kind)
+    if kind in get_args(gguf_file.Kind):
+        gguf_file.write(config, state, no_tokenizer, file, cast(gguf_file.Kind, kind))
         return file
     floats = folder / "floats.gguf"
     if not floats.exists():

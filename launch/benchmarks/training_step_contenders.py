@@ -137,8 +137,9 @@ def _ours_in_a_plain_loop(settings: TrainingStepSettings, compiled: bool) -> Cal
             block.compile()
     weights = list(model.parameters())
     masters = [weight.detach().float() for weight in weights]
-    for master in masters:
-        master.grad = torch.zeros_like(master)
+    gradients = [torch.zeros_like(master) for master in masters]
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
 
     def step() -> None:
@@ -147,28 +148,41 @@ def _ours_in_a_plain_loop(settings: TrainingStepSettings, compiled: bool) -> Cal
             tokens, targets = drawn[:, :-1], drawn[:, 1:]
             divisor = torch.tensor(float(targets.numel() * settings.accumulation))
             training_loss(model(tokens, torch.ones_like(tokens)), (targets, divisor)).backward()
-            for weight, master in zip(weights, masters, strict=True):
-                master.grad += weight.grad
+            for weight, gradient in zip(weights, gradients, strict=True):
+                assert weight.grad is not None
+                gradient += weight.grad
                 weight.grad = None
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         torch._foreach_copy_([weight.detach() for weight in weights], masters)
-        for master in masters:
-            master.grad.zero_()
+        for gradient in gradients:
+            gradient.zero_()
 
     return step
 
 
 def _ours_under_deepspeed(
-    settings: TrainingStepSettings, compiled: bool = False, json_name: str = "zero1", **sizes: int
+    settings: TrainingStepSettings,
+    compiled: bool = False,
+    json_name: str = "zero1",
+    tensor_parallel_size: int = 1,
+    sequence_parallel_size: int = 1,
 ) -> Callable[[], object]:
+    """Our engine, as launch/pretrain.py runs it."""
     process = processes.find_process()
     processes.share_the_cores(process)
     processes.keep_freed_memory()
     initialize_communication(process, meet(process, 30, sys.argv), 600)
     path = str(REPOSITORY / "ds_configs" / f"{json_name}.json")
     batch = BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size)
-    run = RunSettings(model=_config(settings), batch=batch, train_steps=1, compile=compiled, **sizes)
+    run = RunSettings(
+        model=_config(settings),
+        batch=batch,
+        train_steps=1,
+        compile=compiled,
+        tensor_parallel_size=tensor_parallel_size,
+        sequence_parallel_size=sequence_parallel_size,
+    )
     written = deepspeed_config.read_deepspeed_json(path)
     layout = deepspeed_config.layout_of(written, run, process.world_size)
     engine = engine_for(layout)(run, deepspeed_config.complete(written, path, run, layout, "cpu"), process, layout)
