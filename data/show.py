@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from data.command_line import UserError, flatten, read_settings, run_script
 from data.sampling.batch_plan import BatchPlan, BatchSettings
-from data.sampling.sources import Architecture, Sampling, SamplingSettings, open_folders, open_sampling
+from data.sampling.settings import Architecture, SamplingSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
-    from data.sampling.batches import Batch
-    from data.sampling.packing import Piece
+    from data.sampling.samples import Piece, Sample
+    from data.sampling.sources import Sampling
 
 _ALWAYS_GIVEN = ("run", "step", "rank", "characters")
 """What no run.json says."""
@@ -68,9 +69,12 @@ def read_show_settings(arguments: Sequence[str]) -> ShowSettings:
 
 def show(settings: ShowSettings) -> Iterator[str]:
     """The lines that tell a rank's micro-batches of a step, row by row. Raises UserError where there is no such step or rank."""
-    from data.sampling.batches import TrainingBatches
-
     _refuse_impossible(settings)
+    # Only needed once the settings are right: --help need not wait for torch.
+    from data.sampling.batches import TrainingBatches
+    from data.sampling.samples import Sample
+    from data.sampling.sources import open_folders, open_sampling
+
     if settings.run and (changes := _changes_of_run(settings.run)):
         yield f"The run went on with changes: {'; '.join(changes)}; steps before that were read otherwise."
     model, batch = settings.model, settings.batch
@@ -79,59 +83,33 @@ def show(settings: ShowSettings) -> Iterator[str]:
     batch = dataclasses.replace(batch, micro_batch_size=batch.micro_batch_size or batch.accumulation_steps(settings.world_size))
     plan = BatchPlan(batch, model.sequence_length)
     batches = TrainingBatches(sampling.samples, sampling.blend, plan, settings.rank, settings.world_size)
-    way = [settings.data.packing if sampling.objective == "causal" else sampling.objective]
-    if sampling.objective in ("causal", "prefix", "masked"):
-        way.append(f"documents {'apart by mask' if model.document_mask else 'seeing one another'}")
     yield (
         f"step {settings.step}, rank {settings.rank} of {settings.world_size}: samples of {model.sequence_length}"
-        f"{f' and {sampling.target_length}' if sampling.target_length else ''} tokens, {', '.join(way)}, seed {settings.seed}"
+        f"{f' and {sampling.target_length}' if sampling.target_length else ''} tokens, {sampling.objective.brief}, seed {settings.seed}"
     )
     micro_batches = zip(batches.step_samples(settings.step - 1).tolist(), batches.step(settings.step - 1), strict=True)
     for number, (samples, micro_batch) in enumerate(micro_batches):
         for row, (source, epoch, sample) in enumerate(samples):
             yield f"micro-batch {number}, row {row}: {sampling.names[source]}, epoch {epoch}, sample {sample}"
-            read = micro_batch.map(lambda field, row=row: field[row])
-            tell = _causal_row if sampling.objective == "causal" else _row
-            yield from tell(sampling, source, sample, read, settings.characters)
+            read = Sample(*(None if field is None else field[row].numpy() for field in micro_batch))
+            yield from _row(sampling, source, sample, read, settings.characters)
 
 
-def _causal_row(sampling: Sampling, source: int, sample: int, read: "Batch", characters: int) -> Iterator[str]:
-    """A line or two for each document of a sample, and one for its padding."""
-    from data.sampling.fill_in_the_middle import MARKS
-
-    targets, place = read.targets, 0
-    for piece in sampling.samples[source].documents(sample):
-        transformed = sampling.fill is not None and targets[place] == sampling.fill.prefix
-        yield f"{_taken(sampling, source, piece)}{', filled in the middle' if transformed else ''}"
-        end = place + piece.count + (MARKS if transformed else 0)
-        yield f"    {_shortened(_spelt(sampling, targets[place:end]), characters)}"
-        place = end
-    if place < len(targets):
-        yield f"  {len(targets) - place} positions of padding"
-
-
-def _row(sampling: Sampling, source: int, sample: int, read: "Batch", characters: int) -> Iterator[str]:
-    """A line for each document of a sample, and what is read and asked for, segment by segment."""
-    from data.sampling.packing import IGNORED
-
-    for piece in sampling.samples[source].documents(sample):
-        yield _taken(sampling, source, piece)
-    for number in range(1, int(read.segments.abs().max()) + 1):
-        shown = {"source": read.source[read.source_segments == number]} if read.source is not None else {}
-        mine = read.segments.abs() == number
-        shown |= {"prefix": read.tokens[read.segments == -number], "read": read.tokens[read.segments == number]}
-        shown["asked for"] = read.targets[mine & (read.targets != IGNORED)]
-        for name, tokens in shown.items():
-            if len(tokens):
-                yield f"    {name}: {_shortened(_spelt(sampling, tokens), characters)}"
-    if read.classes is not None:
-        yield f"    class: {int(read.classes)}"
-    padding = sum(int((segments == 0).sum()) for segments in (read.segments, read.source_segments) if segments is not None)
+def _row(sampling: "Sampling", source: int, number: int, sample: "Sample", characters: int) -> Iterator[str]:
+    """The lines of a sample: its documents and their text as its objective orders them, its class and its padding."""
+    for part in sampling.objective.shown_parts(sample, sampling.samples[source].documents(number)):
+        if part.piece is not None:
+            yield f"{_taken(sampling, source, part.piece)}{part.remark}"
+        for name, tokens in part.texts:
+            yield f"    {name}{': ' if name else ''}{_shortened(_spelt(sampling, tokens), characters)}"
+    if sample.classes is not None:
+        yield f"    class: {int(sample.classes)}"
+    padding = sum(int((segments == 0).sum()) for segments in (sample.segments, sample.source_segments) if segments is not None)
     if padding:
         yield f"  {padding} positions of padding"
 
 
-def _taken(sampling: Sampling, source: int, piece: "Piece") -> str:
+def _taken(sampling: "Sampling", source: int, piece: "Piece") -> str:
     """Where a document came from, and which of its tokens a sample has."""
     folder, stream = list(sampling.folders.values())[source], sampling.samples[source].stream
     length = stream.document_start(piece.document + 1) - stream.document_start(piece.document)
@@ -139,7 +117,7 @@ def _taken(sampling: Sampling, source: int, piece: "Piece") -> str:
     return f"  {folder.place_of('train', piece.document)}: {taken}"
 
 
-def _spelt(sampling: Sampling, ids: "Tensor") -> str:
+def _spelt(sampling: "Sampling", ids: "NDArray[np.int64]") -> str:
     """The text of the ids in one line of Python's spelling, special tokens by their names.  [n]"""
     tokenizer, named = sampling.tokenizer, sampling.tokenizer.special_names
     parts, ordinary = [], []

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import UserError, flatten, run_script
-from data.sampling.packing import Samples
+from data.sampling.samples import Samples
 from launch.ranks.stopping import StopRequest, leave
 from launch.training.settings import RunSettings, read_run_settings
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from data.command_line import UserError
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.order import Blend, rank_share
-from data.sampling.packing import IGNORED, PackedSamples, Sample, Samples, padding_like
+from data.sampling.packing import PackedSamples
+from data.sampling.samples import IGNORED, Sample, Samples, padding_like
 from data.shards import TokenStream
 
 

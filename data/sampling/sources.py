@@ -3,67 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from data.command_line import UserError
+from data.sampling.objectives.base import ModelShape, Objective
+from data.sampling.objectives.table import open_objective
+from data.sampling.order import Blend
+from data.sampling.samples import Samples
+from data.sampling.settings import Architecture, SamplingSettings
 from data.shards import PreparedData
-
-if TYPE_CHECKING:
-    from data.sampling.fill_in_the_middle import FillInTheMiddle
-    from data.sampling.objectives import Objective
-    from data.sampling.order import Blend
-    from data.sampling.packing import Samples
-    from data.tokenization.tokenizer import Tokenizer
-
-
-ObjectiveName = Literal["causal", "prefix", "masked", "span_corruption", "pairs", "classification"]
-Architecture = Literal["decoder", "encoder", "encoder_decoder"]
-OBJECTIVES: dict[Architecture, tuple[ObjectiveName, ObjectiveName]] = {
-    "decoder": ("causal", "prefix"),
-    "encoder": ("masked", "classification"),
-    "encoder_decoder": ("span_corruption", "pairs"),
-}
-"""What each architecture can be asked for; the first is the default."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-    path: tuple[str, ...] = ("prepared",)
-    """Folder that data/prepare.py wrote, or several to blend."""
-    weights: tuple[float, ...] = ()
-    """Share of each folder in the samples, in any unit (default: what each holds)."""
-    packing: Literal["packed", "best_fit"] = "packed"
-    """How documents fill samples: joined and cut where a sample is full, or, for a little padding, none cut that fits into one.
-    Without model.document_mask those of a sample see one another either way."""
-    fim_rate: float = 0.0
-    """Share of the pieces of documents whose middle is moved to their end, to be filled in (Bavarian et al. 2022, arXiv 2207.14255).
-    A document is one piece if it lies in one sample, and several if samples divide it."""
-    fim_tokens: tuple[str, ...] = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
-    """Special tokens of the tokenizer before prefix, suffix and middle of such a document."""
-    objective: ObjectiveName | None = None
-    """What a sample asks for (default: causal for a decoder, masked for an encoder, span_corruption for an encoder_decoder). causal: the
-    next token; prefix: the same behind a prefix whose tokens see one another; masked: tokens that were hidden; span_corruption: spans
-    that were cut out; pairs: the second text of each document, given the first; classification: its label (--pair_field of
-    data/prepare.py)."""
-    mask_rate: float = 0.15
-    """Share of the tokens that masked hides (ModernBERT: 0.3) or span_corruption cuts out, above 0 and below 1."""
-    whole_words: bool = False
-    """masked hides all tokens of a word or none."""
-    next_sentence: bool = False
-    """Beside masked: whether the second part of a sample follows the first, or is from another document, is its class (1: another)."""
-    span_length: float = 3.0
-    """Tokens of a span that span_corruption cuts out, on average; at least 1."""
-    target_length: int | None = None
-    """Tokens of the second texts in a sample of pairs (default: model.sequence_length, which is that of the first texts)."""
-    labels: tuple[str, ...] = ()
-    """Labels of classification, as they stand in the data; a label's place, from 0, is its class."""
-    start_token: str | None = None
-    """Special token that a decoder reads before the first target of span_corruption and pairs (default: the one that ends a text).
-    Weights of published T5 and Marian models need <pad>."""
-    class_token: str = "[CLS]"
-    """Special token before each text that an encoder reads."""
-    mask_token: str = "[MASK]"
-    """Special token in the place of a hidden one."""
+from data.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +20,10 @@ class Sampling:
 
     folders: dict[str, PreparedData]
     """By name."""
-    samples: "list[Samples]"
-    blend: "Blend"
-    tokenizer: "Tokenizer"
-    fill: "FillInTheMiddle | None"
-    objective: ObjectiveName
+    samples: list[Samples]
+    blend: Blend
+    tokenizer: Tokenizer
+    objective: Objective
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +47,7 @@ class Sampling:
     @property
     def bytes_per_token(self) -> float | None:
         """Of the text that the blend reads, in UTF-8; None where the objective does not ask for every token behind those before it."""
-        if self.objective != "causal":
+        if not self.objective.predicts_every_token:
             return None
         streams = [folder.splits["train"] for folder in self.folders.values()]
         return sum(float(share) * stream.num_bytes / len(stream) for share, stream in zip(self.blend.shares, streams, strict=True))
@@ -149,18 +96,16 @@ def open_sampling(
 ) -> Sampling:
     """Cut the training split of each folder into samples and blend them.
 
-    What is behind `settings` is the model's; `token_types` is how many it tells apart. Raises UserError where the settings do not
-    fit it or the folders.
+    `sequence_length`, `document_mask`, `architecture` and `token_types` are the model's. Raises UserError if the settings do not fit
+    the model or the folders.
     """
-    from data.sampling.order import Blend
-
-    tokenizer, objective = _open_objective(folders, settings, sequence_length, document_mask, architecture, token_types)
+    objective = _open_objective(folders, settings, ModelShape(sequence_length, document_mask, architecture, token_types))
     empty = [folder.folder for folder in folders.values() if not len(folder.splits["train"])]
     if empty:
         raise UserError(f"{empty[0]} has no tokens to train on.")
     samples = [objective.samples(folder, "train", seed, source) for source, folder in enumerate(folders.values())]
     blend = Blend([one.num_samples for one in samples], settings.weights or None, seed)
-    return Sampling(folders, samples, blend, tokenizer, objective.fill, objective.name)
+    return Sampling(folders, samples, blend, objective.tokenizer, objective)
 
 
 def open_held_out(
@@ -171,21 +116,18 @@ def open_held_out(
     architecture: Architecture = "decoder",
     token_types: int = 0,
     split: str = "validation",
-) -> "dict[str, Samples]":
-    """The samples of a split of each folder that has one, by the folder's name; as in open_sampling, but the same for every seed."""
-    _, objective = _open_objective(folders, settings, sequence_length, document_mask, architecture, token_types)
-    return {name: objective.held_out(folder, split) for name, folder in folders.items() if len(folder.splits[split])}
+) -> dict[str, Samples]:
+    """Return the evaluation samples of a split of each folder that has one, by the folder's name.
+
+    The parameters are those of open_sampling; the samples are the same for every seed.
+    """
+    objective = _open_objective(folders, settings, ModelShape(sequence_length, document_mask, architecture, token_types))
+    return {name: objective.evaluation_samples(folder, split) for name, folder in folders.items() if len(folder.splits[split])}
 
 
-def _open_objective(
-    folders: dict[str, PreparedData], settings: SamplingSettings, *of_model: int | bool | str
-) -> "tuple[Tokenizer, Objective]":
-    from data.sampling.objectives import Objective
-    from data.tokenization.tokenizer import load_tokenizer
-
+def _open_objective(folders: dict[str, PreparedData], settings: SamplingSettings, model: ModelShape) -> Objective:
     first = next(iter(folders.values()))
-    tokenizer = load_tokenizer(first.tokenizer_path)
-    return tokenizer, Objective(settings, *of_model, tokenizer, first.end_of_text)
+    return open_objective(settings, model, load_tokenizer(first.tokenizer_path), first.end_of_text)
 
 
 def _difference(prepared: PreparedData, first: PreparedData) -> str:

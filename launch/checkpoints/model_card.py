@@ -9,7 +9,7 @@ import torch
 
 from data.command_line import flatten
 from data.sampling.batch_plan import BatchPlan, BatchSettings
-from data.sampling.sources import OBJECTIVES
+from data.sampling.objectives.table import OBJECTIVES, default_objective
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.opening import OpenedModel
 from launch.checkpoints.run_record import json_in, paths_of, versions
@@ -82,8 +82,8 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
             "data",
             ", ".join(Path(path).name for path in paths_of(opened.recipe)) + f", fingerprint {manifest['data']['fingerprint'][:12]}",
         )
-        objective = numbers.get("data.objective") or OBJECTIVES[opened.config.architecture][0]
-        rate = f", {numbers['data.mask_rate']:g} of the tokens" if objective in ("masked", "span_corruption") else ""
+        objective = numbers.get("data.objective") or default_objective(opened.config.architecture).name
+        rate = f", {numbers['data.mask_rate']:g} of the tokens" if "mask_rate" in OBJECTIVES[objective].own_settings else ""
         yield "objective", objective.replace("_", " ") + rate
         yield "optimizer", state.optimizer_name_in(manifest)
         for setting, what in _NUMBERS.items():

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from data.command_line import UserError
 from data.sampling.batches import Batch, evaluation_batches, held_out_batches, num_evaluation_samples
-from data.sampling.sources import SamplingSettings, open_held_out
+from data.sampling.settings import SamplingSettings
+from data.sampling.sources import open_held_out
 from data.shards import PreparedData, TokenStream
 from data.tokenization.comparison import tokenized_otherwise
 from data.tokenization.tokenizer import load_tokenizer

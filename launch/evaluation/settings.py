@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.command_line import UserError
-from data.sampling.sources import ObjectiveName
+from data.sampling.settings import ObjectiveName
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from data.command_line import UserError
 from data.prepare import PrepareSettings, prepare
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.order import Blend
-from data.sampling.packing import Samples
+from data.sampling.samples import Samples
 from data.sampling.sources import Sampling, open_folders, open_held_out, open_sampling
 from launch.training.settings import DataSettings, RunSettings
 
@@ -43,7 +43,7 @@ def open_data(settings: RunSettings) -> RunData:
     model = settings.model
     of_model = {"architecture": model.architecture, "token_types": model.token_types}
     sampling = open_sampling(folders, settings.data, model.sequence_length, model.document_mask, settings.seed, **of_model)
-    _refuse_unfit_outputs(settings, sampling.objective)
+    _refuse_unfit_outputs(settings, sampling.objective.name)
     held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, **of_model)
     _refuse_too_many_epochs(settings, sampling)
     fingerprints = [folder.fingerprint for folder in folders.values()]

@@ -200,12 +200,9 @@ def _data_rows(settings: RunSettings, data) -> list[tuple[str, str]]:
         if len(train) < length:
             warnings.append(("warning", f"the {len(train):,} tokens of {path} do not fill one sample of {length:,}: it is mostly padding"))
     number = sum(samples.num_samples for samples in sampling.samples)
-    padding = sum(float(share) * samples.padding_share for share, samples in zip(sampling.blend.shares, sampling.samples, strict=True))
     target = f" and {sampling.target_length:,} target" if sampling.target_length else ""
-    text = f"{number:,} of {length:,}{' source' if target else ''}{target} tokens: {_objective(settings, sampling)}, {padding:.2%} padding"
-    if sampling.fill:
-        filled = sum(float(share) * samples.filled_share for share, samples in zip(sampling.blend.shares, sampling.samples, strict=True))
-        text += f" and marks; {filled:.1%} of the pieces filled in the middle"
+    text = f"{number:,} of {length:,}{' source' if target else ''}{target} tokens: "
+    text += sampling.objective.describe(sampling.samples, [float(share) for share in sampling.blend.shares])
     if cut := sum(samples.num_cut for samples in sampling.samples):
         warnings.append(("warning", f"{cut:,} documents are longer than a sample: what is behind its end is never read"))
     rows += [("samples", text), *warnings]
@@ -226,25 +223,6 @@ def _counted(model: ModelConfig) -> str:
 
 def _attention(model: ModelConfig) -> str:
     return {"decoder": "causal attention", "encoder": "attention to both sides"}.get(model.architecture, "all attention")
-
-
-def _objective(settings: RunSettings, sampling) -> str:
-    """How documents become samples, and what is asked of these."""
-    data, apart = settings.data, "apart by mask" if settings.model.document_mask else "seeing one another"
-    way = {"packed": "documents joined and cut", "best_fit": "documents packed by best fit, none cut that fits"}[data.packing]
-    if sampling.objective == "prefix":
-        return f"{way}, {apart}, each behind a prefix that is given"
-    if sampling.objective == "masked":
-        way = "two pieces of documents, half of them from another one" if data.next_sentence else f"{way}, {apart}"
-        return f"{way}, {data.mask_rate:.3g} of the tokens masked{' by whole words' if data.whole_words else ''}"
-    if sampling.objective == "span_corruption":
-        return f"documents joined and cut, {data.mask_rate:.3g} of the tokens cut out in spans of {data.span_length:g} on average"
-    if sampling.objective == "pairs":
-        pairs = sum(folder.splits["train"].num_documents for folder in sampling.folders.values())
-        return f"{pairs / sum(samples.num_samples for samples in sampling.samples):.1f} pairs packed into one on average, apart by mask"
-    if sampling.objective == "classification":
-        return f"a text and one of {len(data.labels)} labels"
-    return f"{way}, {apart}"
 
 
 def _epochs(settings: RunSettings, data) -> str:

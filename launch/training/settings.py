@@ -11,7 +11,7 @@ from typing import Literal
 
 from data.command_line import UserError, flatten, read_settings
 from data.sampling.batch_plan import BatchPlan, BatchSettings
-from data.sampling.sources import SamplingSettings
+from data.sampling.settings import SamplingSettings
 from launch import REPOSITORY
 from launch.ranks.launchers import without_local_rank
 from launch.ranks.layout import Layout, micro_batch_size

@@ -17,8 +17,9 @@ from data.prepare import PrepareSettings, prepare
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.batches import TrainingBatches
 from data.sampling.order import Blend
-from data.sampling.packing import IGNORED
-from data.sampling.sources import SamplingSettings, names_of, open_folders, open_sampling
+from data.sampling.samples import IGNORED
+from data.sampling.settings import SamplingSettings
+from data.sampling.sources import names_of, open_folders, open_sampling
 from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from data.sampling.sources import SamplingSettings
+from data.sampling.settings import SamplingSettings
 from data.shards import PreparedData
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import TrainedModel

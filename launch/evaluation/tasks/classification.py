@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from data.command_line import UserError
-from data.sampling.sources import SamplingSettings
+from data.sampling.settings import SamplingSettings
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import OpenedModel, TrainedModel
 from launch.evaluation.predictions import Classes

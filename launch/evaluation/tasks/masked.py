@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from data.sampling.batches import Batch
-from data.sampling.packing import IGNORED
-from data.sampling.sources import SamplingSettings
+from data.sampling.samples import IGNORED
+from data.sampling.settings import SamplingSettings
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import OpenedModel, TrainedModel
 from launch.evaluation.predictions import FilledMasks

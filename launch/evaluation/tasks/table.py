@@ -1,7 +1,7 @@
 """The table of tasks, and the choice of a model's task."""
 
 from data.command_line import UserError
-from data.sampling.sources import Architecture, ObjectiveName
+from data.sampling.settings import Architecture, ObjectiveName
 from launch.checkpoints.opening import OpenedModel
 from launch.evaluation.tasks.causal import Causal
 from launch.evaluation.tasks.classification import Classification

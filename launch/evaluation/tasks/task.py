@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from data.sampling.batches import Batch
-from data.sampling.sources import Architecture, ObjectiveName, SamplingSettings
+from data.sampling.settings import Architecture, ObjectiveName, SamplingSettings
 from data.shards import PreparedData
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import OpenedModel, TrainedModel

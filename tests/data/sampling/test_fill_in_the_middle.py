@@ -11,8 +11,10 @@ from data.command_line import UserError
 from data.prepare import PrepareSettings, prepare
 from data.sampling.fill_in_the_middle import FillInTheMiddle
 from data.sampling.order import sample_generator
-from data.sampling.packing import IGNORED, BestFitSamples, PackedSamples
-from data.sampling.sources import SamplingSettings, open_folders, open_sampling
+from data.sampling.packing import BestFitSamples, PackedSamples
+from data.sampling.samples import IGNORED
+from data.sampling.settings import SamplingSettings
+from data.sampling.sources import open_folders, open_sampling
 from data.tokenization.tokenizer import train_sentencepiece
 
 ONE_FIXTURE = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None, "max_examples": 40}
@@ -206,13 +208,13 @@ def test_two_sources_of_a_blend_are_cut_at_other_places(folders):
     one, two = sampling.samples
     assert one.num_samples == two.num_samples and one.documents(2) == two.documents(2)
     assert not np.array_equal(one.sample(2, 0)[2], two.sample(2, 0)[2])
-    alone = PackedSamples(one.stream, 64, one.end_of_text, fill=sampling.fill, seed=1)
+    alone = PackedSamples(one.stream, 64, one.end_of_text, fill=sampling.objective.fill, seed=1)
     assert np.array_equal(one.sample(2, 0)[2], alone.sample(2, 0)[2]), "the first source draws as one alone does"
 
 
 def test_the_rate_zero_is_no_fill_in_the_middle_and_needs_no_marks(folders):
     sampling = open_sampling(folders, SamplingSettings(fim_rate=0.0, fim_tokens=("<|nowhere|>",)), 8, False, seed=1)
-    assert sampling.fill is None and all(samples.content == 8 and samples.filled_share == 0.0 for samples in sampling.samples)
+    assert sampling.objective.fill is None and all(samples.content == 8 and samples.filled_share == 0.0 for samples in sampling.samples)
 
 
 def test_marks_that_are_not_told_apart_are_refused(folders):

@@ -1,7 +1,9 @@
 """What each objective makes of documents: by hand, nothing lost, the same again after a resume and otherwise in another epoch."""
 
+import dataclasses
 import gzip
 import itertools
+import typing
 
 import numpy as np
 import pytest
@@ -14,13 +16,19 @@ from data.command_line import UserError
 from data.prepare import PrepareSettings, prepare
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.batches import TrainingBatches, evaluation_batches, held_out_batches, target_classes, target_tokens
-from data.sampling.masking import ClassificationSamples, MaskedSamples, Masking, NextSentenceSamples, classes_of
+from data.sampling.masking import Masking
+from data.sampling.objectives.classification import ClassificationSamples, classes_of
+from data.sampling.objectives.masked import MaskedSamples
+from data.sampling.objectives.next_sentence import NextSentenceSamples
+from data.sampling.objectives.pairs import PairSamples
+from data.sampling.objectives.prefix import PrefixSamples
+from data.sampling.objectives.span_corruption import SpanCorruptionSamples, lengths_of, text_length
+from data.sampling.objectives.table import OBJECTIVES
 from data.sampling.order import Blend
-from data.sampling.packing import IGNORED, BestFitSamples, PackedSamples, padding_like
-from data.sampling.pairs import PairSamples
-from data.sampling.prefix import PrefixSamples
-from data.sampling.sources import SamplingSettings, open_folders, open_held_out, open_sampling
-from data.sampling.span_corruption import SpanCorruptionSamples, lengths_of, text_length
+from data.sampling.packing import BestFitSamples, PackedSamples
+from data.sampling.samples import IGNORED, padding_like
+from data.sampling.settings import ObjectiveName, SamplingSettings
+from data.sampling.sources import open_folders, open_held_out, open_sampling
 from data.shards import Shard, ShardWriter, TokenStream
 from data.tokenization.tokenizer import train_sentencepiece
 from model.config import ModelConfig
@@ -494,9 +502,16 @@ def opened(folder, architecture="decoder", sequence_length=24, document_mask=Fal
 def test_the_objective_follows_the_architecture_and_only_causal_has_bytes_per_token(prepared):
     for architecture, objective in {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}.items():
         sampling = opened(prepared["texts"], architecture, 14)
-        assert sampling.objective == objective
+        assert sampling.objective.name == objective
         assert (sampling.bytes_per_token is not None) == (objective == "causal")
         assert (sampling.target_length is not None) == (architecture == "encoder_decoder")
+
+
+def test_the_table_holds_each_objective_of_the_settings_under_its_name():
+    assert sorted(OBJECTIVES) == sorted(typing.get_args(ObjectiveName))
+    assert all(objective.name == name for name, objective in OBJECTIVES.items())
+    names = {field.name for field in dataclasses.fields(SamplingSettings)}
+    assert all(names.issuperset(objective.own_settings) for objective in OBJECTIVES.values())
 
 
 def test_labels_are_found_in_training_and_held_out_text(prepared):

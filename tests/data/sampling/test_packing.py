@@ -7,7 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.command_line import UserError
-from data.sampling.packing import IGNORED, BestFitSamples, PackedSamples, best_fit_decreasing
+from data.sampling.best_fit import best_fit_decreasing
+from data.sampling.packing import BestFitSamples, PackedSamples
+from data.sampling.samples import IGNORED
 from model.config import ModelConfig
 from model.transformer import Transformer
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from data.sampling.batch_plan import BatchSettings
+from data.sampling.objectives.base import ModelShape
+from data.sampling.objectives.causal import Causal
+from data.sampling.objectives.table import OBJECTIVES
 from data.sampling.order import Blend
 from data.sampling.sources import Sampling
 from launch.ranks.layout import Layout
@@ -49,19 +52,41 @@ def stream(tokens: int, documents: int):
 TRAIN, HELD_OUT = stream(409_600, 1234), stream(5_000, 12)
 
 
-def data_of(weights: tuple[float, ...] = (), fill: object = None, objective: str = "causal", **streams_and_more) -> SimpleNamespace:
+class AnyTokens:
+    """A tokenizer that has every special token, each with an id of its own."""
+
+    vocab_size, end_of_text_token = 1000, "<end>"
+
+    def __init__(self):
+        self.special_tokens: dict[str, int] = {}
+        self.sentinels = {f"<extra_id_{number}>": 900 + number for number in range(100)}
+
+    def special_token_id(self, token: str) -> int:
+        return self.special_tokens.setdefault(token, len(self.special_tokens) + 1)
+
+    def start_token_id(self, token: str | None) -> int:
+        return 999
+
+    def word_edges(self) -> None:
+        return None
+
+
+def data_of(settings: RunSettings, weights: tuple[float, ...] = (), **streams_and_more) -> SimpleNamespace:
     """RunData of training streams by name; what is no stream is said of their samples."""
     streams = {name: value for name, value in streams_and_more.items() if hasattr(value, "num_documents")}
     about = {"padding_share": 0.0, "filled_share": 0.0, "target_length": None, "num_cut": 0} | streams_and_more
     folders = {name: SimpleNamespace(splits={"train": train, "validation": HELD_OUT}) for name, train in streams.items()}
-    samples = [SimpleNamespace(**about | {"num_samples": -(-len(train) // 128)}) for train in streams.values()]
+    samples = [SimpleNamespace(**about | {"num_samples": -(-len(train) // 128), "stream": train}) for train in streams.values()]
     blend = Blend([one.num_samples for one in samples], weights or None, seed=1)
-    return SimpleNamespace(sampling=Sampling(folders, samples, blend, None, fill, objective), tokenizer_path=Path("tokenizer.model"))
+    model = settings.model
+    shape = ModelShape(model.sequence_length, model.document_mask, model.architecture, model.token_types)
+    objective = OBJECTIVES[settings.data.objective or Causal.name](settings.data, shape, AnyTokens(), 0)
+    return SimpleNamespace(sampling=Sampling(folders, samples, blend, None, objective), tokenizer_path=Path("tokenizer.model"))
 
 
 def lines(settings: RunSettings, zero: dict, layout: Layout = FOUR, device: str = "cpu", **more) -> dict[str, str]:
     """The rows of a plan by name; of notes the last one."""
-    printed = plan(settings, {"zero_optimization": zero} | more, layout, device, data_of(prepared=TRAIN))
+    printed = plan(settings, {"zero_optimization": zero} | more, layout, device, data_of(settings, prepared=TRAIN))
     return dict(line.strip().split(": ", 1) for line in printed.splitlines())
 
 
@@ -92,7 +117,7 @@ def rows(settings: RunSettings, data: SimpleNamespace) -> list[str]:
 def test_the_plan_of_a_blend_has_a_line_for_each_source():
     """100 steps of 64 samples: 4,800 of the 3,200 of one, 1,600 of the 640 of the other."""
     settings = dataclasses.replace(SETTINGS, data=DataSettings(path=("a/web", "b/code"), weights=(3, 1)))
-    shown = rows(settings, data_of((3, 1), padding_share=0.25, web=TRAIN, code=stream(81_920, 77)))
+    shown = rows(settings, data_of(settings, (3, 1), padding_share=0.25, web=TRAIN, code=stream(81_920, 77)))
     assert [row for row in shown if row.startswith("data: ")] == [
         "data: a/web: 409,600 training tokens in 1,234 documents, 5,000 held out; tokenizer.model; "
         "75.000% of the samples, which reads its 3,200 samples 1.50 times",
@@ -108,7 +133,7 @@ def test_the_plan_says_how_samples_are_made_and_what_is_odd_about_them():
         settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, document_mask=mask), data=DataSettings(**data))
         return [
             row
-            for row in rows(settings, data_of(prepared=stream(100, 3), padding_share=28 / 128))
+            for row in rows(settings, data_of(settings, prepared=stream(100, 3), padding_share=28 / 128))
             if row.startswith(("sam", "note", "warn"))
         ]
 
@@ -176,7 +201,7 @@ PAIR = {"architecture": "encoder_decoder", "num_decoder_layers": 3}
 )
 def test_the_plan_says_what_an_objective_asks_for(model, data, about, blocks, sample):
     settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, **model), data=DataSettings(**data))
-    shown = rows(settings, data_of(objective=data["objective"], prepared=stream(409_600, 24_000), **about))
+    shown = rows(settings, data_of(settings, prepared=stream(409_600, 24_000), **about))
     assert any(f" parameters: {blocks}, hidden 64, " in row for row in shown)
     assert f"samples: 3,200 of {sample}" in shown
     assert not any(row.startswith("warning") for row in shown)
@@ -184,7 +209,7 @@ def test_the_plan_says_what_an_objective_asks_for(model, data, about, blocks, sa
 
 def test_the_plan_counts_documents_that_are_cut():
     settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, **PAIR), data=DataSettings(objective="pairs"))
-    shown = rows(settings, data_of(objective="pairs", target_length=128, num_cut=1017, prepared=TRAIN))
+    shown = rows(settings, data_of(settings, target_length=128, num_cut=1017, prepared=TRAIN))
     assert "warning: 1,017 documents are longer than a sample: what is behind its end is never read" in shown
 
 
@@ -202,7 +227,7 @@ def test_the_work_of_an_encoder_decoder_is_that_of_its_source_and_target_togethe
 def test_the_plan_says_what_share_is_filled_in_the_middle():
     settings = dataclasses.replace(SETTINGS, data=DataSettings(fim_rate=0.5))
     row = "samples: 3,200 of 128 tokens: documents joined and cut, seeing one another, 12.00% padding and marks; "
-    data = data_of(padding_share=0.12, filled_share=0.421, fill=object(), prepared=TRAIN)
+    data = data_of(settings, padding_share=0.12, filled_share=0.421, prepared=TRAIN)
     assert row + "42.1% of the pieces filled in the middle" in rows(settings, data)
 
 

@@ -6,9 +6,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.command_line import UserError
+from data.sampling.objectives.base import ModelShape, Objective
 from data.sampling.order import sample_generator
-from data.sampling.packing import PackedSamples, Piece, Sample, Samples, encoder_decoder_sample
-from data.shards import TokenStream
+from data.sampling.packing import PackedSamples
+from data.sampling.samples import Piece, Sample, Samples, encoder_decoder_sample
+from data.sampling.settings import SamplingSettings
+from data.shards import PreparedData, TokenStream
+from data.tokenization.tokenizer import Tokenizer
+
+
+class SpanCorruption(Objective):
+    """Write the spans that were cut out of a text, given the rest of it."""
+
+    name = "span_corruption"
+    architecture = "encoder_decoder"
+    own_settings = ("mask_rate", "span_length", "start_token")
+
+    def __init__(self, settings: SamplingSettings, model: ModelShape, tokenizer: Tokenizer, end_of_text: int) -> None:
+        super().__init__(settings, model, tokenizer, end_of_text)
+        self._start_token = tokenizer.start_token_id(settings.start_token)
+        self._sentinels = _sentinels(settings, model.sequence_length, tokenizer)
+
+    @classmethod
+    def complaints(cls, settings: SamplingSettings, model: ModelShape) -> list[str]:
+        if not model.document_mask:
+            return []
+        return ["model.document_mask is on; a sample of data.objective span_corruption is one text, whatever it holds."]
+
+    def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> Samples:
+        settings = self.settings
+        return SpanCorruptionSamples(
+            folder.splits[split],
+            self.model.sequence_length,
+            settings.mask_rate,
+            settings.span_length,
+            self._sentinels,
+            self.end_of_text,
+            self._start_token,
+            seed,
+            source,
+        )
+
+    def _summary(self, samples: Sequence[Samples]) -> str:
+        settings = self.settings
+        return f"documents joined and cut, {settings.mask_rate:.3g} of the tokens cut out in spans of {settings.span_length:g} on average"
 
 
 def num_noise(num_tokens: int, rate: float, span_length: float) -> tuple[int, int]:
@@ -95,3 +136,18 @@ def _partition(num_tokens: int, num_parts: int, generator: np.random.Generator) 
         return np.zeros(0, np.int64)
     cuts = np.sort(generator.choice(num_tokens - 1, num_parts - 1, replace=False, shuffle=False)) + 1
     return np.diff(cuts, prepend=0, append=num_tokens)
+
+
+def _sentinels(settings: SamplingSettings, sequence_length: int, tokenizer: Tokenizer) -> list[int]:
+    """The ids of as many as a sample has spans, as T5 names them."""
+    needed = num_noise(text_length(sequence_length, settings.mask_rate, settings.span_length), settings.mask_rate, settings.span_length)[1]
+    known = tokenizer.sentinels
+    there = [known[name] for number in range(needed) if (name := f"<extra_id_{number}>") in known]
+    if len(there) < needed:
+        last = needed - 1
+        raise UserError(
+            f"data.objective span_corruption needs {needed} sentinels for model.sequence_length {sequence_length}, <extra_id_0> to "
+            f"<extra_id_{last}>; {tokenizer.path} has {len(there)} of them. Prepare with T5's tokenizer, which has 100, or have one learnt "
+            f"with --special_tokens '<extra_id_'{{0..{last}}}'>'; or set a larger data.span_length."
+        )
+    return there

@@ -1,9 +1,39 @@
 """Prefix-LM: a causal sample whose documents begin with tokens that see one another and are not asked for."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from data.sampling.objectives.base import Objective
 from data.sampling.order import sample_generator
-from data.sampling.packing import IGNORED, CausalSamples, Piece, Sample, Samples
+from data.sampling.packing import CausalSamples, PackedSamples, causal_samples
+from data.sampling.samples import IGNORED, Piece, Sample, Samples
+from data.shards import PreparedData
+
+
+class Prefix(Objective):
+    """Predict the next token after a prefix of each document, whose tokens see one another."""
+
+    name = "prefix"
+    architecture = "decoder"
+    own_settings = ("packing",)
+
+    def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> Samples:
+        model, kind = self.model, causal_samples(self.settings.packing)
+        stream = folder.splits[split]
+        return PrefixSamples(kind(stream, model.sequence_length, self.end_of_text, model.document_mask, None, seed, source))
+
+    def evaluation_samples(self, folder: PreparedData, split: str) -> Samples:
+        """Return samples of joined and cut documents, each with a prefix."""
+        model = self.model
+        return PrefixSamples(PackedSamples(folder.splits[split], model.sequence_length, self.end_of_text, model.document_mask))
+
+    @property
+    def brief(self) -> str:
+        return f"{self.name}, documents {self._visibility}"
+
+    def _summary(self, samples: Sequence[Samples]) -> str:
+        return f"{self._packing}, {self._visibility}, each behind a prefix that is given"
 
 
 class PrefixSamples(Samples):

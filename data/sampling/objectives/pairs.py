@@ -1,12 +1,46 @@
 """Sequence to sequence: the first text of each document is read, the second is written; several pairs share a sample."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from data.command_line import UserError
+from data.sampling.objectives.base import ModelShape, Objective
 from data.sampling.order import permute
-from data.sampling.packing import Piece, Sample, Samples, encoder_decoder_sample
-from data.shards import TokenStream
+from data.sampling.samples import Piece, Sample, Samples, encoder_decoder_sample
+from data.sampling.settings import SamplingSettings
+from data.shards import PreparedData, TokenStream
+from data.tokenization.tokenizer import Tokenizer
+
+
+class Pairs(Objective):
+    """Write the second text of each document, given the first."""
+
+    name = "pairs"
+    architecture = "encoder_decoder"
+    own_settings = ("target_length", "start_token")
+
+    def __init__(self, settings: SamplingSettings, model: ModelShape, tokenizer: Tokenizer, end_of_text: int) -> None:
+        super().__init__(settings, model, tokenizer, end_of_text)
+        self._start_token = tokenizer.start_token_id(settings.start_token)
+
+    @classmethod
+    def complaints(cls, settings: SamplingSettings, model: ModelShape) -> list[str]:
+        target, source = settings.target_length, model.sequence_length
+        if target is None or target <= source:
+            return []
+        return [
+            f"data.target_length is {target}; it must be at most model.sequence_length {source}, the longest target that the network knows."
+        ]
+
+    def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> Samples:
+        stream, length, target = self._pairs_of(folder, split), self.model.sequence_length, self.settings.target_length
+        return PairSamples(stream, length, length if target is None else target, self.end_of_text, self._start_token, seed, source)
+
+    def _summary(self, samples: Sequence[Samples]) -> str:
+        pairs = sum(one.stream.num_documents for one in samples)
+        return f"{pairs / sum(one.num_samples for one in samples):.1f} pairs packed into one on average, apart by mask"
 
 
 class PairSamples(Samples):

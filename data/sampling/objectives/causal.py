@@ -1,0 +1,71 @@
+"""Causal language modelling: each token is predicted from the tokens before it."""
+
+from collections.abc import Iterator, Sequence
+
+from data.command_line import UserError
+from data.sampling.fill_in_the_middle import MARKS, FillInTheMiddle
+from data.sampling.objectives.base import ModelShape, Objective, ShownPart
+from data.sampling.packing import CausalSamples, PackedSamples, causal_samples
+from data.sampling.samples import Piece, Sample, Samples
+from data.sampling.settings import SamplingSettings
+from data.shards import PreparedData
+from data.tokenization.tokenizer import Tokenizer
+
+
+class Causal(Objective):
+    """Predict the next token at every position of joined or packed documents."""
+
+    name = "causal"
+    architecture = "decoder"
+    own_settings = ("packing", "fim_rate")  # fim_tokens is only read if fim_rate is above 0
+    predicts_every_token = True
+
+    def __init__(self, settings: SamplingSettings, model: ModelShape, tokenizer: Tokenizer, end_of_text: int) -> None:
+        super().__init__(settings, model, tokenizer, end_of_text)
+        self.fill = _fill_in_the_middle(settings, tokenizer, end_of_text)
+
+    def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> CausalSamples:
+        stream, model = folder.splits[split], self.model
+        kind = causal_samples(self.settings.packing)
+        return kind(stream, model.sequence_length, self.end_of_text, model.document_mask, self.fill, seed, source)
+
+    def evaluation_samples(self, folder: PreparedData, split: str) -> CausalSamples:
+        """Return samples of joined and cut documents, without fill-in-the-middle."""
+        return PackedSamples(folder.splits[split], self.model.sequence_length, self.end_of_text, self.model.document_mask)
+
+    def describe(self, samples: Sequence[Samples], shares: Sequence[float]) -> str:
+        text = super().describe(samples, shares)
+        if self.fill is None:
+            return text
+        filled = sum(share * one.filled_share for share, one in zip(shares, samples, strict=True))
+        return f"{text} and marks; {filled:.1%} of the pieces filled in the middle"
+
+    @property
+    def brief(self) -> str:
+        return f"{self.settings.packing}, documents {self._visibility}"
+
+    def shown_parts(self, sample: Sample, pieces: Sequence[Piece]) -> Iterator[ShownPart]:
+        """Yield each piece of a document with its tokens, in the order in which the model reads them."""
+        place = 0
+        for piece in pieces:
+            is_filled = self.fill is not None and int(sample.targets[place]) == self.fill.prefix
+            end = place + piece.count + (MARKS if is_filled else 0)
+            yield ShownPart(piece, ", filled in the middle" if is_filled else "", [("", sample.targets[place:end])])
+            place = end
+
+    def _summary(self, samples: Sequence[Samples]) -> str:
+        return f"{self._packing}, {self._visibility}"
+
+
+def _fill_in_the_middle(settings: SamplingSettings, tokenizer: Tokenizer, end_of_text: int) -> FillInTheMiddle | None:
+    if settings.fim_rate == 0:
+        return None
+    if len(settings.fim_tokens) != 3:
+        raise UserError(f"data.fim_tokens has {len(settings.fim_tokens)} tokens; it must be three: before prefix, suffix and middle.")
+    fill = FillInTheMiddle(settings.fim_rate, *(tokenizer.special_token_id(token) for token in settings.fim_tokens))
+    if len({fill.prefix, fill.suffix, fill.middle, end_of_text}) != 4:
+        raise UserError(
+            f"data.fim_tokens is {' '.join(settings.fim_tokens)}; it must be three different tokens, "
+            f"none of them the one that ends a document (number {end_of_text})."
+        )
+    return fill

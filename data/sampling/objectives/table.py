@@ -1,0 +1,63 @@
+"""The table of all objectives, and the check of the settings that choose one."""
+
+import dataclasses
+
+from data.command_line import UserError
+from data.sampling.objectives.base import ModelShape, Objective
+from data.sampling.objectives.causal import Causal
+from data.sampling.objectives.classification import Classification
+from data.sampling.objectives.masked import Masked
+from data.sampling.objectives.pairs import Pairs
+from data.sampling.objectives.prefix import Prefix
+from data.sampling.objectives.span_corruption import SpanCorruption
+from data.sampling.settings import Architecture, SamplingSettings
+from data.tokenization.tokenizer import Tokenizer
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (Causal, Prefix, Masked, Classification, SpanCorruption, Pairs)
+}
+"""Each objective by its name. The first of an architecture is its default."""
+
+
+def default_objective(architecture: Architecture) -> type[Objective]:
+    """Return the objective that data.objective stands for if it is not given."""
+    return next(objective for objective in OBJECTIVES.values() if objective.architecture == architecture)
+
+
+def open_objective(settings: SamplingSettings, model: ModelShape, tokenizer: Tokenizer, end_of_text: int) -> Objective:
+    """Return the objective that the settings name, or the default of the architecture.
+
+    Raises UserError with every setting that fits neither it, the model nor another setting.
+    """
+    objective = OBJECTIVES[settings.objective or default_objective(model.architecture).name]
+    complaints = [*_misplaced(objective, settings, model.architecture), *_out_of_range(settings), *objective.complaints(settings, model)]
+    if complaints:
+        raise UserError("\n".join(complaints))
+    return objective(settings, model, tokenizer, end_of_text)
+
+
+def _misplaced(objective: type[Objective], settings: SamplingSettings, architecture: Architecture) -> list[str]:
+    """Return a sentence if the objective is another architecture's, and one for each setting that only other objectives read."""
+    complaints = []
+    if objective.architecture != architecture:
+        allowed = " or ".join(one.name for one in OBJECTIVES.values() if one.architecture == architecture)
+        complaints.append(f"data.objective is {objective.name}; a model.architecture {architecture} learns {allowed}.")
+    for field in dataclasses.fields(SamplingSettings):
+        value, readers = getattr(settings, field.name), [one.name for one in OBJECTIVES.values() if field.name in one.own_settings]
+        if value != field.default and readers and objective.name not in readers:
+            shown = " ".join(value) if isinstance(value, tuple) else value
+            complaints.append(
+                f"data.{field.name} is {shown}; it is for data.objective {' or '.join(readers)}, and this is {objective.name}."
+            )
+    return complaints
+
+
+def _out_of_range(settings: SamplingSettings) -> list[str]:
+    complaints = []
+    if not 0 < settings.mask_rate < 1:
+        complaints.append(f"data.mask_rate is {settings.mask_rate:g}; it must be above 0 and below 1.")
+    if not settings.span_length >= 1:
+        complaints.append(f"data.span_length is {settings.span_length:g}; it must be at least 1.")
+    if len(set(settings.labels)) < len(settings.labels):
+        complaints.append(f"data.labels names a label twice: {' '.join(settings.labels)}.")
+    return complaints
