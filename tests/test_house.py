@@ -19,7 +19,7 @@ FOLDERS = {"model", "data", "ds_configs", "launch", "tests"}
 NEVER_IMPORTED = {"model": {"deepspeed", "data", "launch", "tests"}, "data": {"deepspeed", "model", "launch", "tests"}, "launch": {"tests"}}
 FLOORS = ("ranks", "checkpoints", "evaluation", "training", "compressing", "scripts", "benchmarks")
 """Rooms of launch/; each may import the ones before it. "scripts" are the files of launch/ itself."""
-MAY_IMPORT_DEEPSPEED = {f"launch/training/{name}.py" for name in ("communication", "engine", "pipeline", "parallel", "deepspeed_config")}
+MAY_IMPORT_DEEPSPEED = {f"launch/training/{name}.py" for name in ("communication", "engine", "pipeline", "parallel", "deepspeed_json")}
 BROUGHT_ALONG = {"pydantic"}  # by DeepSpeed, whose own models we use
 HIDES_A_PACKAGE_THAT_NO_SCRIPT_IMPORTS = {"launch/evaluate.py"}
 FRAGMENTS = ("Of", "That", "As", "By")

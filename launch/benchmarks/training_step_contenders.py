@@ -20,6 +20,7 @@ from launch.ranks import processes
 from launch.ranks.rendezvous import meet
 from launch.training import deepspeed_config
 from launch.training.communication import initialize_communication
+from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.pipeline import engine_for
 from launch.training.settings import RunSettings
 from model.config import ModelConfig
@@ -183,7 +184,7 @@ def _ours_under_deepspeed(
         tensor_parallel_size=tensor_parallel_size,
         sequence_parallel_size=sequence_parallel_size,
     )
-    written = deepspeed_config.read_deepspeed_json(path)
+    written = read_deepspeed_json(path)
     layout = deepspeed_config.layout_of(written, run, process.world_size)
     engine = engine_for(layout)(run, deepspeed_config.complete(written, path, run, layout, "cpu"), process, layout)
     number = 0

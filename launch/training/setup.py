@@ -21,6 +21,7 @@ from launch.ranks.layout import Layout
 from launch.ranks.processes import Process
 from launch.training import deepspeed_config, preflight, run_folder
 from launch.training.data import RunData, open_data, prepare_embedded_corpus, wait_for, will_be_prepared
+from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.settings import RunSettings, share_the_batch
 from launch.training.teacher import Teacher
 from model.layers import Block
@@ -62,7 +63,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     device = processes.device_name()
     if device == "cpu":
         processes.keep_freed_memory()
-    written = deepspeed_config.read_deepspeed_json(settings.deepspeed)
+    written = read_deepspeed_json(settings.deepspeed)
     layout = deepspeed_config.layout_of(written, settings, process.world_size)
     settings = share_the_batch(settings, layout)
     merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size)

@@ -20,6 +20,7 @@ from launch.checkpoints.opening import open_model
 from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, find_process
 from launch.training import deepspeed_config
+from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.settings import RunSettings, read_run_settings
 from model.config import ModelConfig
 from model.loss import IGNORED, training_loss
@@ -180,7 +181,7 @@ def build_engine(case: dict, process: Process):
 
     settings = run_settings(case)
     path = f"ds_configs/{case['json']}.json"
-    written = deepspeed_config.read_deepspeed_json(path) if case["json"] != "zero0" else {"zero_optimization": {"stage": 0}}
+    written = read_deepspeed_json(path) if case["json"] != "zero0" else {"zero_optimization": {"stage": 0}}
     written["zero_optimization"] |= case.get("zero", {})
     if "aio_bytes" in case:  # what is smaller stays in memory
         from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: "auto" is filled from the recipe, and whatever DeepSpeed would silently ignore or decide is told before a run."""
+"""DeepSpeed's JSON: "auto" is filled from the recipe, and what DeepSpeed would silently ignore or decide is refused before a run."""
 
 import dataclasses
 import importlib.metadata
@@ -10,7 +10,9 @@ import pytest
 from data.command_line import UserError
 from data.sampling.batch_plan import BatchSettings
 from launch.ranks.layout import Layout
-from launch.training.deepspeed_config import complete, known_wrong_gradients, layout_of, read_deepspeed_json
+from launch.training.deepspeed_config import complete, layout_of
+from launch.training.deepspeed_json import read_deepspeed_json
+from launch.training.deepspeed_limits import known_wrong_gradients
 from launch.training.settings import OptimizerSettings, RunSettings, share_the_batch
 from model.config import ModelConfig
 from tests.ranks import REPOSITORY
@@ -63,33 +65,38 @@ HUGGING_FACE = EVERY_AUTO | {
 
 @pytest.fixture
 def merge(tmp_path):
-    """Reads `written` as a JSON file and completes it: what DeepSpeed would receive."""
+    """Write `written` to a JSON file, read it and complete it. Returns what DeepSpeed would receive."""
 
     def merged(
-        written: dict | str, settings: RunSettings = SETTINGS, ranks: int = 2, device: str = "cpu", of_a_node: int | None = None, **changes
+        written: dict | str,
+        settings: RunSettings = SETTINGS,
+        ranks: int = 2,
+        device: str = "cpu",
+        ranks_per_node: int | None = None,
+        **changes,
     ) -> dict:
         path = tmp_path / "engine.json"
         path.write_text(written if isinstance(written, str) else json.dumps(written))
         read, settings = read_deepspeed_json(str(path)), dataclasses.replace(settings, **changes)
         layout = layout_of(read, settings, ranks)
-        return complete(read, str(path), share_the_batch(settings, layout), layout, device, of_a_node)
+        return complete(read, str(path), share_the_batch(settings, layout), layout, device, ranks_per_node)
 
     return merged
 
 
 @pytest.fixture
 def refusal(merge, tmp_path):
-    """The lines of the refusal of `written`, with FILE for the path."""
+    """The lines of the error that refuses `written`, with FILE for the path."""
 
-    def lines(written: dict | str, **how) -> list[str]:
+    def lines(written: dict | str, **changes) -> list[str]:
         with pytest.raises(UserError) as refused:
-            merge(written, **how)
+            merge(written, **changes)
         return str(refused.value).replace(str(tmp_path / "engine.json"), "FILE").splitlines()
 
     return lines
 
 
-def test_every_auto_is_filled_from_the_recipe_and_what_matters_is_written_out(merge):
+def test_auto_is_filled_from_the_recipe_and_defaults_are_written_out(merge):
     merged = merge(EVERY_AUTO | {"zero_optimization": {"stage": 1}})
     assert merged == {
         "train_batch_size": 24,
@@ -118,11 +125,11 @@ def test_every_auto_is_filled_from_the_recipe_and_what_matters_is_written_out(me
     }
 
 
-def test_what_is_left_out_is_what_is_auto(merge):
+def test_a_missing_key_is_filled_like_auto(merge):
     assert merge({"zero_optimization": {"stage": 1}}) == merge(EVERY_AUTO | {"zero_optimization": {"stage": 1}})
 
 
-def test_the_file_keeps_its_own_choices(merge):
+def test_values_that_the_json_decides_are_kept(merge):
     chosen = {
         "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000},
         "communication_data_type": "bf16",
@@ -135,12 +142,12 @@ def test_the_file_keeps_its_own_choices(merge):
     assert merged["fp16"]["loss_scale_window"] == 50
 
 
-def test_a_number_that_both_write_alike_is_taken(merge):
+def test_equal_numbers_in_json_and_recipe_are_accepted(merge):
     alike = {"train_batch_size": 24, "gradient_clipping": 0.7, "optimizer": {"type": "AdamW", "params": {"lr": 0.002, "betas": [0.8, 0.9]}}}
     assert merge(alike | {"zero_optimization": {"stage": 1}}) == merge({"zero_optimization": {"stage": 1}})
 
 
-def test_every_contradiction_is_named_with_both_places_and_all_at_once(refusal):
+def test_all_contradictions_are_reported_together_with_both_sources(refusal):
     lines = refusal(
         {
             "train_batch_size": 32,
@@ -155,24 +162,24 @@ def test_every_contradiction_is_named_with_both_places_and_all_at_once(refusal):
         }
     )
     expected = {
-        ("train_batch_size is 32", "batch.global_batch_size makes it 24"),
-        ("train_micro_batch_size_per_gpu is 4", "batch.micro_batch_size makes it 3"),
-        ("gradient_accumulation_steps is 1", "batch.global_batch_size / (batch.micro_batch_size x data_parallel_size) makes it 4"),
-        ("gradient_clipping is 1.0", "optimizer.gradient_clipping makes it 0.7"),
-        ("bf16.enabled is false", "precision makes it true"),
-        ("fp16.enabled is true", "precision makes it false"),
-        ('data_types.grad_accum_dtype is "bf16"', 'precision makes it "fp32"'),
-        ('optimizer.type is "Adam"', 'optimizer makes it "AdamW"'),
-        ("optimizer.params.lr is 0.001", "optimizer.learning_rate makes it 0.002"),
-        ("optimizer.params.betas is [0.9, 0.95]", "optimizer.beta1, beta2 makes it [0.8, 0.9]"),
-        ("optimizer.params.eps is 1e-08", "optimizer.epsilon makes it 1e-06"),
-        ("optimizer.params.weight_decay is 0", "optimizer.weight_decay makes it 0.05"),
+        ("train_batch_size is 32", "24 (batch.global_batch_size)"),
+        ("train_micro_batch_size_per_gpu is 4", "3 (batch.micro_batch_size)"),
+        ("gradient_accumulation_steps is 1", "4 (batch.global_batch_size / (batch.micro_batch_size x data_parallel_size))"),
+        ("gradient_clipping is 1.0", "0.7 (optimizer.gradient_clipping)"),
+        ("bf16.enabled is false", "true (precision)"),
+        ("fp16.enabled is true", "false (precision)"),
+        ('data_types.grad_accum_dtype is "bf16"', '"fp32" (precision)'),
+        ('optimizer.type is "Adam"', '"AdamW" (optimizer)'),
+        ("optimizer.params.lr is 0.001", "0.002 (optimizer.learning_rate)"),
+        ("optimizer.params.betas is [0.9, 0.95]", "[0.8, 0.9] (optimizer.beta1, beta2)"),
+        ("optimizer.params.eps is 1e-08", "1e-06 (optimizer.epsilon)"),
+        ("optimizer.params.weight_decay is 0", "0.05 (optimizer.weight_decay)"),
     }
-    assert set(lines) == {f'FILE: {there}; the recipe\'s {here}. Write "auto".' for there, here in expected}
+    assert set(lines) == {f'FILE: {in_json}, but the recipe gives {in_recipe}. Write "auto".' for in_json, in_recipe in expected}
 
 
 @pytest.mark.parametrize(
-    "written, sentence",
+    "written, message",
     [
         (
             {"gradient_clipp1ng": 1.0},
@@ -199,22 +206,22 @@ def test_every_contradiction_is_named_with_both_places_and_all_at_once(refusal):
         ({"zero_optimization": None}, 'FILE: "zero_optimization" is null; it must be an object.'),
         (
             {"scheduler": {"type": "WarmupLR"}},
-            'FILE: "scheduler" is not for this file. The learning rate follows the recipe (schedule.kind, schedule.warmup_steps, ...): '
-            "delete the section.",
+            'FILE: "scheduler" is not supported in this file. The learning rate follows the recipe (schedule.kind, '
+            "schedule.warmup_steps, ...). Delete the section.",
         ),
         (
             {"tensorboard": {"enabled": True}},
-            'FILE: "tensorboard" is not for this file. TensorBoard is always written, into the run\'s folder: delete the section.',
+            'FILE: "tensorboard" is not supported in this file. TensorBoard logs are always written into the run\'s folder. '
+            "Delete the section.",
         ),
         (
             {"activation_checkpointing": {}},
-            'FILE: "activation_checkpointing" is not for this file. Recomputation is the recipe\'s: delete the section and set '
-            "recompute: true.",
+            'FILE: "activation_checkpointing" is not supported in this file. Delete the section and set recompute: true in the recipe.',
         ),
     ],
 )
-def test_a_key_that_nothing_would_read_is_refused_with_the_nearest(refusal, written, sentence):
-    assert refusal(written) == [sentence]
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(refusal, written, message):
+    assert refusal(written) == [message]
 
 
 @pytest.mark.parametrize(
@@ -230,19 +237,19 @@ def test_a_key_that_nothing_would_read_is_refused_with_the_nearest(refusal, writ
         ({"zero_optimization": {"stage": 1}, "fp16": {"loss_scale": "x"}}, 'FILE: fp16.loss_scale is "x": '),
         (
             {"zero_optimization": {"stage": 1}, "communication_data_type": "fp64"},
-            "FILE: communication_data_type is fp64; it must be fp32, bf16 or fp16.",
+            'FILE: communication_data_type is "fp64"; it must be "fp32", "bf16" or "fp16".',
         ),
         (
             {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": False},
-            "FILE: zero_allow_untested_optimizer is False; it must be True.",
+            "FILE: zero_allow_untested_optimizer is false; it must be true. Delete it.",
         ),
         (
             {"zero_optimization": {"stage": 3, "sub_group_size": "auto"}},
-            'FILE: nothing fills the "auto" of zero_optimization.sub_group_size. Write a value.',
+            'FILE: "auto" is not supported for zero_optimization.sub_group_size. Write a value.',
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-            "FILE: zero_optimization.offload_param needs stage 3; the stage is 2.",
+            "FILE: zero_optimization.offload_param is supported only with stage 3 (got 2).",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/no/such"}}},
@@ -254,31 +261,31 @@ def test_a_key_that_nothing_would_read_is_refused_with_the_nearest(refusal, writ
         ),
         (
             {},
-            "FILE: zero_optimization.stage 0 keeps no float32 master weights under bf16. Nearest: stage 1, or precision float32.",
+            "FILE: zero_optimization.stage 0 has no float32 master weights with precision bf16. Use stage 1, or precision float32.",
         ),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_before_anything_starts(refusal, written, begins):
+def test_invalid_and_unsupported_values_are_refused(refusal, written, begins):
     lines = refusal(written)
     assert len(lines) == 1 and lines[0].startswith(begins), lines
 
 
-def test_offloading_needs_a_stage_that_divides_the_optimizer(refusal):
+def test_offload_optimizer_is_refused_with_stage_0(refusal):
     alone = dataclasses.replace(SETTINGS, precision="float32")
     assert refusal({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, settings=alone) == [
-        "FILE: zero_optimization.offload_optimizer needs stage 1, 2 or 3; the stage is 0."
+        "FILE: zero_optimization.offload_optimizer is supported only with stage 1, 2 or 3 (got 0)."
     ]
 
 
-def test_fp16_is_refused_on_a_cpu_and_taken_on_a_gpu(refusal, merge):
+def test_fp16_is_refused_on_a_cpu_and_accepted_on_a_gpu(refusal, merge):
     half = dataclasses.replace(SETTINGS, precision="fp16")
     written = EVERY_AUTO | {"zero_optimization": {"stage": 2}}
-    assert refusal(written, settings=half) == ["precision fp16: DeepSpeed has no fp16 on a CPU. Allowed here: bf16, float32."]
+    assert refusal(written, settings=half) == ["precision fp16: DeepSpeed supports no fp16 on a CPU. Use bf16 or float32."]
     merged = merge(written, settings=half, device="cuda")
     assert merged["fp16"]["enabled"] and not merged["bf16"]["enabled"] and merged["data_types"]["grad_accum_dtype"] == "fp16"
 
 
-def test_complaints_of_every_kind_come_together(refusal):
+def test_complaints_of_every_kind_are_reported_together(refusal):
     lines = refusal(
         {"gradient_clipping": 5, "zero_optimization": {"stage": 0, "sub_group_size": "auto"}, "zero_force_ds_cpu_optimizer": True}
     )
@@ -286,36 +293,36 @@ def test_complaints_of_every_kind_come_together(refusal):
 
 
 @pytest.mark.parametrize(
-    "text, sentence",
+    "text, message",
     [
-        ("{", "--deepspeed FILE is not JSON: "),
-        ('{"bf16": {"enabled": true, "enabled": false}}', '--deepspeed FILE is not JSON: "enabled" stands twice in one object.'),
-        ("[]", "--deepspeed FILE holds a list; DeepSpeed's JSON is one object."),
+        ("{", "--deepspeed FILE is not valid JSON: "),
+        ('{"bf16": {"enabled": true, "enabled": false}}', '--deepspeed FILE is not valid JSON: key "enabled" appears twice in one object.'),
+        ("[]", "--deepspeed FILE contains a list; it must contain one JSON object."),
     ],
 )
-def test_a_file_that_is_no_object_is_refused(refusal, text, sentence):
-    assert refusal(text)[0].startswith(sentence)
+def test_a_file_without_one_json_object_is_refused(refusal, text, message):
+    assert refusal(text)[0].startswith(message)
 
 
 def test_a_missing_file_is_refused_by_name():
-    with pytest.raises(UserError, match=r"^--deepspeed /no/such\.json: No such file or directory\.$"):
+    with pytest.raises(UserError, match=r"^--deepspeed /no/such\.json cannot be read: No such file or directory\.$"):
         read_deepspeed_json("/no/such.json")
 
 
-def test_a_file_from_hugging_faces_documentation_is_taken_with_their_bucket_sizes(merge):
+def test_the_file_of_hugging_faces_documentation_gets_their_bucket_sizes(merge):
     zero = merge(HUGGING_FACE)["zero_optimization"]
     assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (64 * 64, 3686)
     assert zero["stage3_param_persistence_threshold"] == 640
     assert "auto" not in json.dumps(merge(HUGGING_FACE))
 
 
-def test_memory_is_pinned_where_there_is_a_gpu(merge):
+def test_pin_memory_auto_is_true_only_with_a_gpu(merge):
     written = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": "auto"}}}
     for device, pinned in (("cpu", False), ("cuda", True)):
         assert merge(written, device=device)["zero_optimization"]["offload_optimizer"]["pin_memory"] is pinned
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused(refusal):
+def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(refusal):
     assert refusal({"zero_optimization": {"stage": 1}}, ranks=5)[1] == "Nearest: 15 or 30."
 
 
@@ -324,7 +331,7 @@ FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
-def test_every_file_of_ours_is_accepted_by_us_and_by_deepspeed_itself(path, precision, merge, tmp_path):
+def test_every_file_in_ds_configs_is_accepted_by_us_and_by_deepspeed(path, precision, merge, tmp_path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     written = path.read_text().replace("/local_nvme", str(tmp_path))
@@ -362,7 +369,7 @@ DUALPIPEV = ZERO_1 | {"pipeline": {"schedule": "dualpipev"}}
         (ZERO_1 | {"pipeline": {"stages": 1}}, {}, 1),
     ],
 )
-def test_the_stages_come_from_recipe_or_json_and_are_two_where_neither_says(merge, written, settings, stages):
+def test_pipeline_stages_come_from_recipe_or_json_and_default_to_two(merge, written, settings, stages):
     merged = merge(written, ranks=4, **settings)
     if stages == 1:
         assert "pipeline" not in merged
@@ -373,9 +380,9 @@ def test_the_stages_come_from_recipe_or_json_and_are_two_where_neither_says(merg
 
 
 @pytest.mark.parametrize(("in_json", "in_recipe"), [(4, 2), (2, 4), (4, 1), (1, 2), ("4", 2), (True, 2)])
-def test_stages_that_json_and_recipe_give_differently_are_refused(refusal, in_json, in_recipe):
+def test_different_stages_in_json_and_recipe_are_refused(refusal, in_json, in_recipe):
     assert refusal(ZERO_1 | {"pipeline": {"stages": in_json}}, ranks=4, pipeline_stages=in_recipe) == [
-        f'FILE: pipeline.stages is {json.dumps(in_json)}; the recipe\'s pipeline_stages makes it {in_recipe}. Write "auto".'
+        f'FILE: pipeline.stages is {json.dumps(in_json)}, but the recipe gives {in_recipe} (pipeline_stages). Write "auto".'
     ]
 
 
@@ -384,68 +391,71 @@ def test_ranks_that_do_not_divide_into_the_stages_are_refused(refusal):
 
 
 @pytest.mark.parametrize(
-    ("stage", "why"),
+    ("stage", "reason"),
     [
-        (0, "clips by the gradient norm of one stage alone"),
-        (2, "is not carried by DeepSpeed's pipeline"),
-        (3, "is not carried by DeepSpeed's pipeline"),
+        (0, "gradients would be clipped by the norm of one pipeline stage"),
+        (2, "DeepSpeed's pipeline does not support it"),
+        (3, "DeepSpeed's pipeline does not support it"),
     ],
 )
-def test_a_pipeline_is_refused_beside_a_zero_stage_that_it_cannot_carry(refusal, stage, why):
+def test_a_pipeline_is_refused_with_zero_stages_other_than_1(refusal, stage, reason):
     written = PIPELINE | {"zero_optimization": {"stage": stage}}
     assert refusal(written, precision="float32") == [
-        f"FILE: zero_optimization.stage {stage} with pipeline_stages 2: ZeRO-{stage} {why}. "
-        "Take ds_configs/pipeline_zero1.json, or pipeline_stages 1."
+        f"FILE: zero_optimization.stage {stage} is not supported with pipeline_stages 2: {reason}. "
+        "Use ds_configs/pipeline_zero1.json, or pipeline_stages 1."
     ]
 
 
-def test_a_pipeline_is_refused_beside_offloading(refusal):
+def test_a_pipeline_is_refused_with_offload_optimizer(refusal):
     written = PIPELINE | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
-    assert refusal(written) == ["FILE: zero_optimization.offload_optimizer with pipeline_stages 2: not proved here. Delete one of them."]
+    assert refusal(written) == ["FILE: zero_optimization.offload_optimizer is not tested with pipeline_stages 2. Delete one of them."]
 
 
 @pytest.mark.parametrize(
-    ("section", "sentence"),
+    ("section", "message"),
     [
         ({"schedule": "gpipe"}, 'FILE: pipeline.schedule is "gpipe"; it must be "1f1b" or "dualpipev".'),
         ({"partition": "profile"}, 'FILE: pipeline.partition is "profile"; it must be "parameters", "uniform" or "type:Block".'),
         ({"partition": "uniform:2"}, 'FILE: pipeline.partition is "uniform:2"; it must be "parameters", "uniform" or "type:Block".'),
         ({"partition": "type:"}, 'FILE: pipeline.partition is "type:"; it must be "parameters", "uniform" or "type:Block".'),
         ({"partition": None}, 'FILE: pipeline.partition is null; it must be "parameters", "uniform" or "type:Block".'),
-        ({"partition": "type:Blocks"}, 'FILE: pipeline.partition type:Blocks: no layer is a Blocks. Did you mean "Block"?'),
-        ({"partition": "type:nothing"}, "FILE: pipeline.partition type:nothing: no layer is a nothing."),
+        (
+            {"partition": "type:Blocks"},
+            'FILE: pipeline.partition type:Blocks: the network has no layer of type Blocks. Did you mean "Block"?',
+        ),
+        ({"partition": "type:nothing"}, "FILE: pipeline.partition type:nothing: the network has no layer of type nothing."),
         ({"shedule": "1f1b"}, 'FILE: unknown key "pipeline.shedule". Did you mean "schedule"?'),
     ],
 )
-def test_a_pipeline_that_is_not_known_is_refused(refusal, section, sentence):
-    assert refusal(PIPELINE | {"pipeline": section}) == [sentence]
+def test_unknown_values_of_the_pipeline_section_are_refused(refusal, section, message):
+    assert refusal(PIPELINE | {"pipeline": section}) == [message]
 
 
 @pytest.mark.parametrize("partition", ["parameters", "uniform", "type:Block", "type:block"])
-def test_every_stage_gets_a_layer_or_there_are_too_many(merge, refusal, partition):
+def test_more_stages_than_layers_are_refused_with_the_nearest_number(merge, refusal, partition):
     written = ZERO_1 | {"pipeline": {"partition": partition}}
     most, kind = (4, f" of type {partition[5:]}") if partition.startswith("type") else (7, "")
     assert merge(written, ranks=most, pipeline_stages=most)["pipeline"]["partition"] == partition
     for ranks, nearest in ((11, 1), (8, 4)):  # a number of stages that divides the ranks
         assert refusal(written, ranks=ranks, pipeline_stages=ranks) == [
-            f"pipeline_stages {ranks}: the network has {most} layer(s){kind} to share out. Nearest: {nearest}."
+            f"pipeline_stages {ranks}: the network has only {most} layer(s){kind}. Nearest: {nearest}."
         ]
 
 
-def test_dualpipev_has_two_parts_of_the_network_on_each_rank(merge, refusal):
+def test_dualpipev_needs_two_layers_for_each_stage(merge, refusal):
     fine = dataclasses.replace(SETTINGS, batch=BatchSettings(24, 1))
     assert merge(DUALPIPEV, settings=fine, ranks=3, pipeline_stages=3)["pipeline"]["schedule"] == "dualpipev"
-    sentence = "pipeline_stages 4: DualPipeV cuts the network into 8 parts, but it has 7 layer(s) to share out. Nearest: 2."
-    assert refusal(DUALPIPEV, settings=fine, ranks=4, pipeline_stages=4) == [sentence]
+    message = "pipeline_stages 4: DualPipeV cuts the network into 8 parts, but it has only 7 layer(s). Nearest: 2."
+    assert refusal(DUALPIPEV, settings=fine, ranks=4, pipeline_stages=4) == [message]
     one_block = dataclasses.replace(fine, model=ModelConfig(hidden_size=64, num_layers=1))
     written = ZERO_1 | {"pipeline": {"schedule": "dualpipev", "partition": "type:Block"}}
     assert refusal(written, settings=one_block) == [
-        "pipeline_stages 2: DualPipeV cuts the network into 4 parts, but it has 1 layer(s) of type Block to share out. Nearest: 1."
+        "pipeline_stages 2: DualPipeV cuts the network into 4 parts, but it has only 1 layer(s) of type Block. Nearest: 1."
     ]
 
 
 @pytest.mark.parametrize(
-    ("batch", "ranks", "makes", "nearest"),
+    ("batch", "ranks", "given", "nearest"),
     [
         ((24, 12), 2, 2, "batch.micro_batch_size 6"),
         ((20, 10), 2, 2, "batch.micro_batch_size 5"),
@@ -458,11 +468,11 @@ def test_dualpipev_has_two_parts_of_the_network_on_each_rank(merge, refusal):
         ((3, None), 2, 3, "batch.global_batch_size 4"),
     ],
 )
-def test_dualpipev_needs_two_micro_batches_a_stage_and_the_nearest_batch_gives_them(merge, refusal, batch, ranks, makes, nearest):
+def test_dualpipev_needs_two_micro_batches_for_each_stage(merge, refusal, batch, ranks, given, nearest):
     settings = dataclasses.replace(SETTINGS, batch=BatchSettings(*batch))
     assert refusal(DUALPIPEV, settings=settings, ranks=ranks) == [
-        "FILE: pipeline.schedule dualpipev needs at least 4 micro-batches a step, two for each stage; batch.micro_batch_size "
-        f"{batch[1] or 1} makes {makes} of batch.global_batch_size {batch[0]}. Nearest: {nearest}."
+        "FILE: pipeline.schedule dualpipev needs at least 4 micro-batches per step, two for each stage; batch.micro_batch_size "
+        f"{batch[1] or 1} and batch.global_batch_size {batch[0]} give {given}. Nearest: {nearest}."
     ]
     name, size = nearest.removeprefix("batch.").split()
     better = dataclasses.replace(settings, batch=dataclasses.replace(settings.batch, **{name: int(size)}))
@@ -475,7 +485,7 @@ def with_heads(heads: int, keys: int, tokens: int = 256) -> RunSettings:
 
 
 @pytest.mark.parametrize(
-    ("settings", "tensor", "sequence", "sentences"),
+    ("settings", "tensor", "sequence", "messages"),
     [
         (with_heads(12, 12), 12, 1, []),
         (with_heads(12, 4), 4, 1, []),
@@ -519,26 +529,24 @@ def with_heads(heads: int, keys: int, tokens: int = 256) -> RunSettings:
                 "sequence_parallel_size 6 does not divide model.sequence_length 250. Nearest: 2.",
             ],
         ),
-        (with_heads(12, 4), 2, 4, ["sequence_parallel_size 4 does not divide the 6 attention heads of a rank. Nearest: 2."]),
+        (with_heads(12, 4), 2, 4, ["sequence_parallel_size 4 does not divide the 6 attention heads of each rank. Nearest: 2."]),
         (
             with_heads(24, 8, 240),
             2,
             6,
-            ["sequence_parallel_size 6 is neither a divisor nor a multiple of the 4 key/value heads of a rank. Nearest: 2."],
+            ["sequence_parallel_size 6 is neither a divisor nor a multiple of the 4 key/value heads of each rank. Nearest: 2."],
         ),
     ],
 )
-def test_heads_and_tokens_divide_among_the_ranks_that_share_them_or_the_nearest_is_named(
-    merge, refusal, settings, tensor, sequence, sentences
-):
+def test_groups_that_do_not_divide_heads_or_tokens_are_refused(merge, refusal, settings, tensor, sequence, messages):
     def start(answer, tensor: int, sequence: int):
         sizes = {"tensor_parallel_size": tensor, "sequence_parallel_size": sequence}
         return answer(ZERO_1, settings=settings, ranks=tensor * sequence, **sizes)
 
-    if sentences:
-        assert start(refusal, tensor, sequence) == sentences
-        (nearest,) = {int(re.search(r"Nearest: (\d+)\.", sentence)[1]) for sentence in sentences}
-        tensor, sequence = (nearest, sequence) if "tensor" in sentences[0] else (tensor, nearest)
+    if messages:
+        assert start(refusal, tensor, sequence) == messages
+        (nearest,) = {int(re.search(r"Nearest: (\d+)\.", message)[1]) for message in messages}
+        tensor, sequence = (nearest, sequence) if "tensor" in messages[0] else (tensor, nearest)
     assert start(merge, tensor, sequence)["train_batch_size"] == 24 * sequence  # to DeepSpeed a part of a sequence is a sample
 
 
@@ -547,32 +555,32 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
 WITHOUT_FAULT = {"zero_optimization": {"stage": 3, "overlap_comm": True}}
 
 
-NEAREST = "Nearest: 1, with ZeRO (ds_configs/zero3.json) or pipeline_stages instead."
+INSTEAD = "Use 1, with ZeRO (ds_configs/zero3.json) or pipeline_stages instead."
 
 
 @pytest.mark.parametrize(
-    ("model", "sizes", "sentence"),
+    ("model", "sizes", "message"),
     [
         (
             {"architecture": "encoder_decoder"},
             {"tensor_parallel_size": 2, "sequence_parallel_size": 2},
-            "tensor_parallel_size 2 and sequence_parallel_size 2 with model.architecture encoder_decoder: not proved here.",
+            "tensor_parallel_size 2 and sequence_parallel_size 2: not tested with model.architecture encoder_decoder.",
         ),
         (
             {"positions": "alibi"},
             {"tensor_parallel_size": 2},
-            "tensor_parallel_size 2 with model.positions alibi: each rank would need the numbers of its own heads alone.",
+            "tensor_parallel_size 2: not supported with model.positions alibi, whose values differ by head.",
         ),
         (
             {"architecture": "encoder", "num_classes": 2},
             {"sequence_parallel_size": 2},
-            "sequence_parallel_size 2 with model.num_classes 2: one rank alone has the first token.",
+            "sequence_parallel_size 2 is not supported with model.num_classes 2: only one rank has the first token.",
         ),
     ],
 )
-def test_a_family_that_cannot_be_shared_so_is_refused_with_what_can(refusal, merge, model, sizes, sentence):
+def test_models_that_a_group_cannot_divide_are_refused_with_alternatives(refusal, merge, model, sizes, message):
     settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, **model))
-    assert refusal(ZERO_1, settings=settings, ranks=4, **sizes) == [f"{sentence} {NEAREST}"]
+    assert refusal(ZERO_1, settings=settings, ranks=4, **sizes) == [f"{message} {INSTEAD}"]
     merge(ZERO_1, settings=settings, ranks=4)
     merge(PIPELINE, settings=settings, ranks=4)
 
@@ -593,21 +601,21 @@ def test_a_family_that_cannot_be_shared_so_is_refused_with_what_can(refusal, mer
         (WITHOUT_FAULT, 1, (), ("0.15.2", "0.18.9", "0.19.2"), ""),
     ],
 )
-def test_versions_that_compute_wrong_gradients_are_known(merge, written, stages, wrong, right, what):
+def test_wrong_gradients_are_known_by_version_and_combination(merge, written, stages, wrong, right, what):
     merged = merge(written)
     for version in (*wrong, *right):
         complaints = [line for line in known_wrong_gradients(version, merged, Layout(2, stages)) if what in line]
         assert bool(complaints) == (version in wrong), version
-        assert all(line.startswith(f"DeepSpeed {version} computes wrong gradients with {what} (mended in 0.19.") for line in complaints)
+        assert all(line.startswith(f"DeepSpeed {version} computes wrong gradients with {what} (fixed in 0.19.") for line in complaints)
 
 
-def test_a_version_that_computes_wrong_gradients_is_refused_by_name(refusal, merge, monkeypatch):
+def test_a_deepspeed_version_with_wrong_gradients_is_refused(refusal, merge, monkeypatch):
     installed = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.9" if name == "deepspeed" else installed(name))
     assert refusal(PIPELINE) == [
-        "DeepSpeed 0.18.9 computes wrong gradients with a pipeline with several micro-batches (mended in 0.19.3, "
+        "DeepSpeed 0.18.9 computes wrong gradients with a pipeline with several micro-batches (fixed in 0.19.3, "
         "github.com/deepspeedai/DeepSpeed #7665, #8154). Install 0.19.3 or newer.",
-        "DeepSpeed 0.18.9 computes wrong gradients with ZeRO-1 in bf16 (mended in 0.19.0, "
+        "DeepSpeed 0.18.9 computes wrong gradients with ZeRO-1 in bf16 (fixed in 0.19.0, "
         "github.com/deepspeedai/DeepSpeed #7985). Install 0.19.0 or newer.",
     ]
     merge(PIPELINE, precision="float32", batch=BatchSettings(24, 24))  # one micro-batch, no bf16
@@ -623,26 +631,26 @@ def plus_plus(**zero) -> dict:
 HPZ_ALONE = {"zero_quantized_weights": False, "zero_quantized_gradients": False}
 
 
-def test_hpz_is_filled_with_the_ranks_of_a_node(merge):
+def test_hpz_auto_is_the_number_of_ranks_of_a_node(merge):
     written = plus_plus(zero_hpz_partition_size="auto")
-    for ranks, of_a_node, size in ((8, 4, 4), (8, 8, 8), (8, None, 8), (1, 1, 1)):
-        zero = merge(written, ranks=ranks, of_a_node=of_a_node, device="cuda")["zero_optimization"]
+    for ranks, ranks_per_node, size in ((8, 4, 4), (8, 8, 8), (8, None, 8), (1, 1, 1)):
+        zero = merge(written, ranks=ranks, ranks_per_node=ranks_per_node, device="cuda")["zero_optimization"]
         assert zero["zero_hpz_partition_size"] == size
 
 
 @pytest.mark.parametrize(("size", "ranks", "nearest"), [(3, 8, 2), (16, 8, 8), (5, 4, 4), (2, 1, 1), ("auto", 8, 2)])
-def test_hpz_divides_the_ranks_or_the_nearest_is_named(merge, refusal, size, ranks, nearest):
+def test_hpz_that_does_not_divide_the_ranks_is_refused_with_the_nearest(merge, refusal, size, ranks, nearest):
     written = plus_plus(zero_hpz_partition_size=size)
-    assert refusal(written, ranks=ranks, of_a_node=3, device="cuda") == [
+    assert refusal(written, ranks=ranks, ranks_per_node=3, device="cuda") == [
         f"FILE: zero_optimization.zero_hpz_partition_size {3 if size == 'auto' else size} does not divide {ranks} rank(s). "
         f"Nearest: {nearest}."
     ]
     merge(plus_plus(zero_hpz_partition_size=nearest), ranks=ranks, device="cuda")
 
 
-def test_on_a_cpu_hpz_is_taken_and_what_quantizes_is_refused_by_name(merge, refusal):
+def test_on_a_cpu_hpz_is_accepted_and_quantization_is_refused(merge, refusal):
     assert merge(plus_plus(**HPZ_ALONE))["zero_optimization"]["zero_hpz_partition_size"] == 2
-    nearest = 'Nearest: zero_hpz_partition_size alone, with communication_data_type "fp32".'
+    instead = 'Use zero_hpz_partition_size alone, with communication_data_type "fp32".'
     for chosen, names in (
         ({}, "zero_quantized_weights and zero_quantized_gradients"),
         ({"zero_quantized_gradients": False}, "zero_quantized_weights"),
@@ -650,56 +658,59 @@ def test_on_a_cpu_hpz_is_taken_and_what_quantizes_is_refused_by_name(merge, refu
         (HPZ_ALONE | {"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights"),
     ):
         assert refusal(plus_plus(**chosen)) == [
-            f"FILE: zero_optimization: {names}: DeepSpeed's quantizing kernels exist on CUDA alone. {nearest}"
+            f"FILE: zero_optimization: {names}: DeepSpeed's quantization kernels exist only for CUDA. {instead}"
         ]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_zero_plus_plus_is_of_stage_3(refusal, merge, stage):
+def test_zero_plus_plus_is_refused_with_other_stages_than_3(refusal, merge, stage):
     names = "zero_hpz_partition_size and zero_quantized_weights and zero_quantized_gradients"
-    assert refusal(plus_plus(stage=stage), device="cuda") == [f"FILE: zero_optimization: {names} only under stage 3; the stage is {stage}."]
+    assert refusal(plus_plus(stage=stage), device="cuda") == [
+        f"FILE: zero_optimization: {names}: supported only with stage 3 (got {stage})."
+    ]
     merge(plus_plus(stage=stage, zero_hpz_partition_size=1, **HPZ_ALONE))
 
 
 @pytest.mark.parametrize("given", ["fp32", "bf16", None])
-def test_quantized_gradients_travel_as_half_precision_alone(refusal, merge, given):
+def test_quantized_gradients_need_fp16_communication(refusal, merge, given):
     written = plus_plus() | {"communication_data_type": given}
     if given is None:
         del written["communication_data_type"]
     assert refusal(written, device="cuda") == [
-        f'FILE: communication_data_type is "{given or "fp32"}" with zero_quantized_gradients, whose kernels take every number for half '
-        'precision, unchecked; it must be "fp16".'
+        f'FILE: communication_data_type is "{given or "fp32"}"; it must be "fp16" with zero_quantized_gradients, whose kernels read '
+        "every value as half precision without a check."
     ]
     written["zero_optimization"]["zero_quantized_gradients"] = False
     merge(written, device="cuda")
 
 
-def test_quantized_gradients_are_reduced_by_scattering(refusal):
+def test_quantized_gradients_need_reduce_scatter(refusal):
     assert refusal(plus_plus(reduce_scatter=False), device="cuda") == [
-        "FILE: zero_optimization.reduce_scatter is false; zero_quantized_gradients needs it true."
+        "FILE: zero_optimization.reduce_scatter is false; it must be true with zero_quantized_gradients."
     ]
 
 
-def test_zero_plus_plus_is_refused_where_it_was_not_proved(refusal):
+def test_zero_plus_plus_is_refused_in_untested_combinations(refusal):
     names = "zero_hpz_partition_size and zero_quantized_weights and zero_quantized_gradients"
     assert refusal(plus_plus(), device="cuda", tensor_parallel_size=2) == [
-        f"FILE: zero_optimization: {names} with tensor_parallel_size 2: not proved here. Nearest: ds_configs/zero3.json."
+        f"FILE: zero_optimization: {names}: not tested with tensor_parallel_size 2. Use ds_configs/zero3.json."
     ]
     assert refusal(plus_plus(**HPZ_ALONE, offload_param={"device": "cpu"})) == [
-        "FILE: zero_optimization.zero_hpz_partition_size with offload_param: not proved here. Delete one of them."
+        "FILE: zero_optimization.zero_hpz_partition_size is not tested with offload_param. Delete one of them."
     ]
 
 
-def test_partitions_stay_in_the_order_in_which_checkpoints_find_them(refusal, merge):
+def test_round_robin_gradients_is_refused_with_stages_1_and_2(refusal, merge):
     for stage in (1, 2):
         assert refusal({"zero_optimization": {"stage": stage, "round_robin_gradients": True}}) == [
-            "FILE: zero_optimization.round_robin_gradients changes the order in which checkpoints find the parameters; it must be false."
+            f"FILE: zero_optimization.round_robin_gradients is true; it must be false with stage {stage}: it changes the order of the "
+            "parameters, and checkpoints would not find them."
         ]
-    merge({"zero_optimization": {"stage": 3, "round_robin_gradients": True}})  # where it means nothing
+    merge({"zero_optimization": {"stage": 3, "round_robin_gradients": True}})  # where it has no effect
     merge({"zero_optimization": {"stage": 2, "round_robin_gradients": False}})
 
 
-def test_matrices_are_cut_as_deepspeed_is_told_and_not_told_within_a_pipeline(merge):
+def test_tensor_parallelism_is_passed_to_deepspeed_except_in_a_pipeline(merge):
     told = merge(ZERO_1, ranks=2, tensor_parallel_size=2)["tensor_parallel"]
     assert told["autotp_size"] == 2
     kinds = {spec["partition_type"]: " ".join(spec["patterns"]) for spec in told["partition_config"]["layer_specs"]}
@@ -714,6 +725,6 @@ def test_matrices_are_cut_as_deepspeed_is_told_and_not_told_within_a_pipeline(me
         ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio"),
     ],
 )
-def test_what_the_engine_cannot_carry_is_refused_by_name(change, name, refusal):
-    (sentence,) = refusal({"zero_optimization": change})
-    assert f"zero_optimization.{name}" in sentence
+def test_unsupported_zero_options_are_refused_by_name(change, name, refusal):
+    (message,) = refusal({"zero_optimization": change})
+    assert f"zero_optimization.{name}" in message

@@ -120,11 +120,15 @@ def test_settings_that_make_no_sense_are_refused(words, sentence):
 @pytest.mark.parametrize(
     ("settings", "layout", "sentence"),
     [
-        ({"quantization": QuantizationSettings(bits=4)}, Layout(2, 1, 2), "tensor_parallel_size 2 with quantization.bits 4: "),
+        (
+            {"quantization": QuantizationSettings(bits=4)},
+            Layout(2, 1, 2),
+            "tensor_parallel_size 2 is not supported with quantization.bits 4: several ranks would share a scale. ",
+        ),
         (
             {"distillation": DistillationSettings("dense")},
             Layout(2, 1, 1, 2),
-            "sequence_parallel_size 2 with distillation.teacher: no rank has a whole sequence for it. ",
+            "sequence_parallel_size 2 is not supported with distillation.teacher: the teacher needs whole sequences. ",
         ),
     ],
 )
