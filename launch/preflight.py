@@ -1,8 +1,7 @@
-"""Compare the nodes of a run, and train nothing: deepspeed --hostfile hosts launch/preflight.py [what launch/pretrain.py takes]"""
+"""Compare the ranks of a run without training: deepspeed --hostfile hosts launch/preflight.py [options of launch/pretrain.py]"""
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 
 from data.command_line import run_script
@@ -11,22 +10,18 @@ from launch.training.settings import read_run_settings
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Compare the ranks of the run that the command line describes and return the exit status."""
     settings = dataclasses.replace(read_run_settings(arguments), dry_run=False)  # nothing is trained in any case
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in launch/pretrain.py
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
-    from launch.ranks.rendezvous import sentence_of_loss
-    from launch.training.setup import get_ready
+    # Torch and DeepSpeed are imported only now, so that --help and mistakes in the settings answer at once.
+    from launch.ranks.processes import device_name
 
-    try:
-        ready = get_ready(settings, arguments, preflight_alone=True)
-    except RuntimeError as error:
-        if (sentence := sentence_of_loss(error, settings.communication_timeout)) is None:
-            raise
-        print(sentence, file=sys.stderr)
-        return 1
-    if ready.process.is_first:
-        print(f"The {ready.process.world_size} rank(s) agree.")
-    return 0
+    device_name()  # DeepSpeed reads the device from the environment when it is imported
+    from launch.training.setup import compare_ranks
+
+    return compare_ranks(settings, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import dataclasses
 from launch.compressing.samples import LONGEST
 from launch.compressing.settings import CompressionSettings
 from launch.ranks.processes import device_name, find_process
-from launch.training.plan import measured_flops
+from launch.training.peak import measured_flops
 from model.compression.statistics import Matrix, matrices
 from model.config import ModelConfig, count_parameters
 

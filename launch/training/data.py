@@ -1,4 +1,4 @@
-"""The prepared data of a run, made on the spot where the default corpus is wanted and missing."""
+"""Prepared data of a run; the embedded corpus is prepared here if it is wanted and missing."""
 
 import dataclasses
 import hashlib
@@ -14,24 +14,29 @@ from data.sampling.samples import Samples
 from data.sampling.sources import Sampling, open_folders, open_held_out, open_sampling
 from launch.training.settings import DataSettings, RunSettings
 
-_HASHED_AT_START = 4 << 30  # bytes that are hashed in two or three seconds; above, sizes and indexes are checked, and ids while reading
+_MAX_HASHED_BYTES = 4 << 30  # hashed in two or three seconds; of more, only sizes and indexes are checked here, and ids while reading
 
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
+    """Data of a run, opened and checked."""
+
     sampling: Sampling
-    """What is trained on."""
+    """Training split of the sources and their blend."""
     held_out: dict[str, Samples]
-    """Of the validation split of each source that has one, by the source's name."""
+    """Samples of the validation split of each source that has one, by the source's name."""
     tokenizer_path: Path
     fingerprint: str
-    """One hash for all tokens of all sources, in their order."""
+    """Hash of all tokens of all sources, in their order."""
 
 
 def open_data(settings: RunSettings) -> RunData:
-    """Open the prepared folders. Raises UserError where one is missing or damaged or does not fit the others, the model or the run."""
+    """Open the prepared folders of a run.
+
+    Raises UserError if one is missing or damaged, or does not fit the other folders, the model or the length of the run.
+    """
     folders = open_folders(settings.data.path)
-    if sum(folder.stored_bytes for folder in folders.values()) < _HASHED_AT_START:
+    if sum(folder.stored_bytes for folder in folders.values()) < _MAX_HASHED_BYTES:
         for folder in folders.values():
             folder.verify()
     first = next(iter(folders.values()))
@@ -47,18 +52,18 @@ def open_data(settings: RunSettings) -> RunData:
     held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, **of_model)
     _refuse_too_many_epochs(settings, sampling)
     fingerprints = [folder.fingerprint for folder in folders.values()]
-    together = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
-    return RunData(sampling, held_out, first.tokenizer_path, together)
+    fingerprint = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
+    return RunData(sampling, held_out, first.tokenizer_path, fingerprint)
 
 
 def _refuse_unfit_outputs(settings: RunSettings, objective: str) -> None:
-    """Raise UserError where the model does not say what the objective asks for, or says what is never asked for."""
+    """Raise UserError if the model lacks an output that the objective trains, or has one that it does not train."""
     model, data = settings.model, settings.data
     complaints = []
     if (objective == "prefix") != model.prefix_attention:
         complaints.append(
             f"data.objective is {objective} and model.prefix_attention {str(model.prefix_attention).lower()}; "
-            "a prefix is seen whole and never predicted: set both or neither."
+            "objective prefix needs prefix_attention, and no other objective may have it."
         )
     wanted = {"classification": len(data.labels), "masked": 2 if data.next_sentence else 0}.get(objective, 0)
     if model.num_classes != wanted:
@@ -75,7 +80,7 @@ def _refuse_unfit_outputs(settings: RunSettings, objective: str) -> None:
 
 
 def _refuse_too_many_epochs(settings: RunSettings, sampling: Sampling) -> None:
-    """Raise UserError where the run reads a source more often than data.max_epochs, with what would fit."""
+    """Raise UserError if the run reads a source for more than data.max_epochs, and name the most steps that fit."""
     limit = settings.data.max_epochs
     plan = settings.batch_plan
     positions = plan.position(plan.steps)
@@ -84,17 +89,16 @@ def _refuse_too_many_epochs(settings: RunSettings, sampling: Sampling) -> None:
     if limit is None or epochs[most] <= limit:
         return
     fitting = _longest(sampling.blend, limit, plan)
-    hundredths = -(
-        -100 * int(sampling.blend.counts(positions)[most]) // int(sampling.blend.sizes[most])
-    )  # up: 1.00 would be no more than 1
+    reads, size = int(sampling.blend.counts(positions)[most]), int(sampling.blend.sizes[most])
+    hundredths = -(-100 * reads // size)  # rounded up, because 1.00 would not be more than a limit of 1
     raise UserError(
-        f"{sampling.names[most]} would be read {hundredths / 100:.2f} times in {plan.steps:,} steps; data.max_epochs is {limit:g}.\n"
-        + (f"Nearest: train_steps {fitting:,} would fit." if fitting else "Not even one step would fit.")
+        f"{sampling.names[most]} would be read for {hundredths / 100:.2f} epochs in {plan.steps:,} steps; data.max_epochs is {limit:g}.\n"
+        + (f"Nearest: train_steps {fitting:,}." if fitting else "Not even one step fits; raise data.max_epochs or prepare more text.")
     )
 
 
 def _longest(blend: Blend, limit: float, plan: BatchPlan) -> int:
-    """The most steps after which no source has been read more than `limit` times. A bisection: epochs only grow."""
+    """Return the most steps after which no source has been read for more than `limit` epochs, by bisection."""
     fits, too_many = 0, plan.steps
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -103,21 +107,21 @@ def _longest(blend: Blend, limit: float, plan: BatchPlan) -> int:
 
 
 def will_be_prepared(settings: RunSettings) -> bool:
-    """The default folder is wanted, and missing."""
+    """True if the run wants the default folder and it does not exist."""
     return settings.data.path == DataSettings().path and not Path(settings.data.path[0]).exists()
 
 
 def prepare_embedded_corpus(settings: RunSettings) -> None:
-    """Make the default folder: by one rank."""
+    """Prepare the default folder; only one rank may call this. Raises UserError if its vocabulary is larger than the model's."""
     if settings.data.vocab_size > settings.model.vocab_size:
         raise UserError(f"data.vocab_size {settings.data.vocab_size} is above model.vocab_size {settings.model.vocab_size}.")
     (path,) = settings.data.path
-    print(f"{path}/ is not there: preparing the embedded corpus, the source text of Python's standard library.", flush=True)
+    print(f"{path}/ does not exist: preparing the embedded corpus, the source text of Python's standard library.", flush=True)
     prepare(PrepareSettings(output=path, vocab_size=settings.data.vocab_size))
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:
-    """Until a folder that another machine has just made is seen here too: a network disk may take its time. Not raised if it never is."""
+    """Wait until a folder that another machine has just made is visible here too, on a network disk; at most `seconds`."""
     deadline = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.2)

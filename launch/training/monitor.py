@@ -1,4 +1,4 @@
-"""What a person sees of a run: console lines, TensorBoard, metrics.jsonl. Rank 0 holds one; no other rank writes anything."""
+"""Console lines, log.txt, metrics.jsonl and TensorBoard of a run. Only rank 0 has a monitor; no other rank writes any of them."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from data.files import write_file
 from data.sampling.batch_plan import BatchPlan
 
-DEEPSPEED_NAMES = {  # what DeepSpeed's own monitor calls them, over samples; old dashboards expect these
+DEEPSPEED_TAGS = {  # names in DeepSpeed's own monitor, over samples; existing dashboards expect them
     "loss/train": "Train/Samples/train_loss",
     "optimization/learning_rate": "Train/Samples/lr",
     "optimization/loss_scale": "Train/Samples/loss_scale",
@@ -24,18 +25,19 @@ DEEPSPEED_NAMES = {  # what DeepSpeed's own monitor calls them, over samples; ol
 
 
 class Monitor:
-    """Console, log.txt, metrics.jsonl and TensorBoard of one run, from step `first_step` on.
+    """Writer of a run's console lines, log and curves, from step `first_step` on.
 
-    What an earlier process wrote for later steps than it saved is cut off, so a resumed run leaves the curves of a run that never
-    stopped. A full disk silences the files, with one sentence, and not the training.
+    Entries of an earlier process for steps after `first_step` are removed, so that a resumed run has the curves of a run that never
+    stopped. If a file cannot be written, for example because the disk is full, the monitor prints one message and writes no more
+    files; training continues.
     """
 
     def __init__(self, folder: Path, first_step: int, plan: BatchPlan):
         self._plan = plan
-        self._muted = False
+        self._files_failed = False
         self._recent_seconds: deque[float] = deque(maxlen=50)
-        self._log = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
-        _cut_off(folder / "metrics.jsonl", first_step)
+        self._log_file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+        _remove_later_entries(folder / "metrics.jsonl", first_step)
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         self._board = SummaryWriter(folder / "tb", flush_secs=20, purge_step=first_step + 1)
         self._board_by_samples = SummaryWriter(folder / "tb" / "by_samples", flush_secs=20, purge_step=plan.position(first_step) + 1)
@@ -43,49 +45,51 @@ class Monitor:
             total=plan.steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True
         )
 
-    def say(self, line: str) -> None:
-        """A line for the console and log.txt."""
+    def log(self, line: str) -> None:
+        """Print a line on the console and write it to log.txt with the time."""
         try:
             if self._bar.disable:
                 print(line, flush=True)
             else:
                 tqdm.write(line)
-        except OSError:  # the terminal, or the launcher behind the pipe, is gone; the run goes on, or saves and stops
+        except OSError:  # the terminal, or the launcher that reads the pipe, has ended; the run continues, or saves and stops
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        self._guard(lambda: self._log.write(time.strftime("%Y-%m-%d %H:%M:%S ") + line + "\n"))
+        self._guard(lambda: self._log_file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + line + "\n"))
 
     def step(self, step: int, scalars: dict[str, float], seconds: float) -> None:
-        """Scalars of every step, and how long it took."""
+        """Write the scalars of a training step and note that it took `seconds`."""
         self._recent_seconds.append(seconds)
         self._bar.update(step - self._bar.n)
         self.scalars(step, scalars)
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars by tag to TensorBoard and metrics.jsonl."""
+
         def write() -> None:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
-                if name in DEEPSPEED_NAMES:
-                    self._board_by_samples.add_scalar(DEEPSPEED_NAMES[name], value, self._plan.position(step))
+                if name in DEEPSPEED_TAGS:
+                    self._board_by_samples.add_scalar(DEEPSPEED_TAGS[name], value, self._plan.position(step))
             finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
             self._metrics.write(json.dumps({"step": step} | finite) + "\n")
 
         self._guard(write)
 
     def console(self, step: int, loss: float, learning_rate: float, gradient_norm: float, tokens_per_second: float, use: float) -> None:
-        """The steady line."""
+        """Log the line that appears every log.interval steps. `use` is the share of the peak FLOP/s (MFU), 0 to 1."""
         left = median(self._recent_seconds) * (self._plan.steps - step)
-        self.say(
+        self.log(
             f"step: {step}/{self._plan.steps} | loss: {loss:.4f} | learning rate: {learning_rate:.2e} | "
             f"gradient norm: {gradient_norm:.3f} | tokens/s: {tokens_per_second:,.0f} | MFU: {100 * use:.1f} % | left: {_clock(left)}"
         )
 
     def text(self, name: str, text: str, step: int = 0) -> None:
-        """Text as it is, in TensorBoard."""
+        """Write a text to TensorBoard without changing its line breaks."""
         indented = "\n".join("    " + line for line in text.splitlines())
         self._guard(lambda: self._board.add_text(name, indented, step))
 
     def hyperparameters(self, settings: dict, results: dict[str, float]) -> None:
-        """For TensorBoard's HPARAMS page, into this run itself (SummaryWriter.add_hparams would make a run of its own)."""
+        """Write settings and results to TensorBoard's HPARAMS page, in this run (SummaryWriter.add_hparams would add another run)."""
         flat = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings.items()}
 
         def write() -> None:
@@ -95,32 +99,36 @@ class Monitor:
         self._guard(write)
 
     def flush(self) -> None:
+        """Write buffered curves to the disk."""
         self._guard(self._board.flush)
         self._guard(self._board_by_samples.flush)
 
     def close(self) -> None:
+        """Write everything that is buffered and close the files."""
         self._bar.close()
-        for file in (self._board, self._board_by_samples, self._log, self._metrics):
-            self._guard(file.close)  # closing writes what is left
+        for file in (self._board, self._board_by_samples, self._log_file, self._metrics):
+            self._guard(file.close)  # closing writes what is still buffered
 
-    def _guard(self, write) -> None:
-        if self._muted:
+    def _guard(self, write: Callable[[], object]) -> None:
+        """Write, unless a write has failed before."""
+        if self._files_failed:
             return
         try:
             write()
         except OSError as error:
-            self._muted = True
-            print(f"The run's curves and log cannot be written any more ({error.strerror or error}). Training goes on.", file=sys.stderr)
+            self._files_failed = True
+            print(f"The run's curves and log can no longer be written ({error.strerror or error}). Training continues.", file=sys.stderr)
 
 
 def _clock(seconds: float) -> str:
+    """Format seconds as minutes:seconds, or hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _cut_off(path: Path, last_step: int) -> None:
-    """Keep the lines of steps up to `last_step`; a torn last line goes too."""
+def _remove_later_entries(path: Path, last_step: int) -> None:
+    """Remove from metrics.jsonl the lines of steps after `last_step`, and lines that are incomplete."""
     if not path.exists():
         return
     kept = []

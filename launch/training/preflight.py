@@ -1,4 +1,4 @@
-"""The nodes of a run compared before it begins: what each rank has, in one table, and the first thing in which one differs."""
+"""Comparison of the ranks of a run before it begins: a report of each rank, the differences from rank 0, and a table."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ import platform
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -24,37 +25,38 @@ from launch.ranks.processes import Process, device_number
 from launch.ranks.rendezvous import gather
 from launch.training.data import RunData
 from launch.training.optimizers import optimizer_for
-from launch.training.run_folder import PROBE
+from launch.training.run_folder import PROBE_PREFIX
 from launch.training.settings import RunSettings
 from model.config import count_parameters
 
 _PROBE_BYTES = 16 << 20
 _STALE_LOCK_SECONDS = 600
-"""A build of one of DeepSpeed's helpers takes two minutes; what is older belongs to one that was killed."""
+"""Age of a lock file from which its build counts as killed; a build of one of DeepSpeed's C++ extensions takes two minutes."""
 _LARGEST_CLOCK_DIFFERENCE_SECONDS = 1.0
 
 
-def look(settings: RunSettings, merged_json: dict, layout: Layout, process: Process, device: str, data: RunData, probe: Path) -> dict:
-    """What this rank has: numbers and names that JSON can hold. Raises UserError where it cannot take part at all.
+def probe(settings: RunSettings, merged_json: dict, layout: Layout, process: Process, device: str, data: RunData, file: Path) -> dict:
+    """Return the report of this rank, as numbers and text that JSON can hold. Raises UserError if the rank cannot take part at all.
 
-    Leaves the file `probe` in the output's folder, for rank 0 to see that all write to one disk.
+    Leaves `file` in the output's folder, by which rank 0 sees that all ranks write to one disk.
     """
-    write_seconds = _seconds_to_write(probe)
+    write_seconds = _seconds_to_write(file)
     chosen = flatten(dataclasses.asdict(settings)) | {f"DeepSpeed's {name}": value for name, value in flatten(merged_json).items()}
-    del chosen["deepspeed"]  # where the JSON lies is no matter
+    del chosen["deepspeed"]  # the JSON may be in another place on each node
     checkpoint_bytes = optimizer_for(settings.optimizer).checkpoint_bytes * count_parameters(settings.model)
-    free = shutil.disk_usage(probe.parent).free
+    free = shutil.disk_usage(file.parent).free
     if free < checkpoint_bytes:
         raise UserError(
-            f"{settings.output} has {free / 2**30:.2f} GiB free; a checkpoint of this model takes {checkpoint_bytes / 2**30:.2f} GiB."
+            f"The disk of output {settings.output} has {free / 2**30:.2f} GiB free; a checkpoint of this model needs "
+            f"{checkpoint_bytes / 2**30:.2f} GiB. Free some space, or give another --output."
         )
     _refuse_too_short_a_job(write_seconds * checkpoint_bytes / layout.world_size / _PROBE_BYTES)
     locks = _build_locks()
     for lock, age in locks:
         if age > _STALE_LOCK_SECONDS:
             raise UserError(
-                f"{lock} is {age / 60:.0f} minutes old: a build of DeepSpeed's was killed there, and the next one would wait for it "
-                "without a word. Delete the file."
+                f"{lock} is {age / 60:.0f} minutes old: it was left by a killed build of a DeepSpeed extension, and the next build would "
+                "wait for it forever. Delete the file."
             )
     return {
         "device": _device(device),
@@ -63,67 +65,76 @@ def look(settings: RunSettings, merged_json: dict, layout: Layout, process: Proc
         "code": _code(),
         "settings": json.loads(json.dumps(chosen)),
         "data": data.fingerprint,
-        "probe": probe.name,
+        "probe": file.name,
         "free_gib": free / 2**30,
         "written_gb_s": _PROBE_BYTES / write_seconds / 1e9,
         "building": [str(lock) for lock, _ in locks],
     }
 
 
-def verdict(reports: list[dict], ground: Path) -> str:
-    """Why the run cannot begin, or nothing: ranks that cannot take part, or are not as rank 0 is, whose probe lies in `ground`."""
+def check_consistent(reports: list[dict], folder: Path) -> str:
+    """Return why the run cannot begin: ranks that cannot take part, or that differ from rank 0. Returns "" if it can begin.
+
+    `folder` is where rank 0 sees the files that `probe` leaves.
+    """
     complaints: dict[str, list[dict]] = {}
     for report in reports:
         if "complaint" in report:
             complaints.setdefault(report["complaint"], []).append(report)
-    if complaints:  # what all of them say is no matter of one node
-        return "\n".join(sentence if len(ranks) == len(reports) else f"{_who(ranks)}: {sentence}" for sentence, ranks in complaints.items())
+    if complaints:  # a complaint of all ranks names none of them
+        return "\n".join(text if len(ranks) == len(reports) else f"{_name(ranks)}: {text}" for text, ranks in complaints.items())
     if "data" not in reports[0]:
         return ""
-    first, unlike = reports[0], {}
+    first = reports[0]
+    different: dict[tuple[str, str], list[dict]] = {}
     for report in reports[1:]:
         if differences := _differences(first, report):
-            unlike.setdefault(("differ", f"from rank 0 on {first['host']}: {'; '.join(differences)}."), []).append(report)
-        if not (ground / report["probe"]).exists():
-            unlike.setdefault(("write", f"to another {ground} than rank 0 does: the output must be on a shared disk."), []).append(report)
-    lines = [f"{_who(ranks)} {verb}{'s' if len(ranks) == 1 else ''} {what}" for (verb, what), ranks in unlike.items()]
+            different.setdefault(("differ", f"from rank 0 on {first['host']}: {'; '.join(differences)}."), []).append(report)
+        if not (folder / report["probe"]).exists():
+            message = f"to another {folder} than rank 0: the output must be on a disk that all nodes share."
+            different.setdefault(("write", message), []).append(report)
+    lines = [f"{_name(ranks)} {verb}{'s' if len(ranks) == 1 else ''} {what}" for (verb, what), ranks in different.items()]
     shared = Counter((report["host"], report["device_id"]) for report in reports if report["device_id"])
-    lines += [f"{n} ranks on {host} have one GPU ({device}): fewer devices than ranks." for (host, device), n in shared.items() if n > 1]
+    lines += [
+        f"{n} ranks on {host} share one GPU ({device}): there are fewer devices than ranks."
+        for (host, device), n in shared.items()
+        if n > 1
+    ]
     shown = lines[:8] + ([f"... and {len(lines) - 8} more ranks."] if len(lines) > 8 else [])
     return "\n".join(shown)
 
 
 def measure(process: Process, layout: Layout, device: str) -> dict:
-    """How fast this rank speaks with the others, in GB/s, and its clock behind a barrier.
+    """Measure the speed of communication with the other ranks in GB/s, and read the clock after a barrier.
 
-    All-reduce is the bus bandwidth of NVIDIA's nccl-tests: 2 (n - 1) / n times the bytes a second.
+    The all-reduce speed is the bus bandwidth of NVIDIA's nccl-tests: 2 (n - 1) / n times the bytes a second.
     """
-    place = torch.device(device, device_number(process)) if device == "cuda" else torch.device("cpu")
-    tensor = torch.ones(_PROBE_BYTES // 4, device=place)
+    target = torch.device(device, device_number(process)) if device == "cuda" else torch.device("cpu")
+    tensor = torch.ones(_PROBE_BYTES // 4, device=target)
     n = layout.world_size
-    measured = {"all_reduce_gb_s": 2 * (n - 1) / n * _PROBE_BYTES / _seconds(lambda: dist.all_reduce(tensor), place) / 1e9}
+    measured = {"all_reduce_gb_s": 2 * (n - 1) / n * _PROBE_BYTES / _seconds(lambda: dist.all_reduce(tensor), target) / 1e9}
     if layout.pipeline_stages > 1:
         stride = n // layout.pipeline_stages
         received = torch.empty_like(tensor)
-        ahead, behind = process.rank + stride, process.rank - stride
-        swap = [dist.P2POp(dist.isend, tensor, ahead)] if ahead < n else []
-        swap += [dist.P2POp(dist.irecv, received, behind)] if behind >= 0 else []
-        seconds = _seconds(lambda: [one.wait() for one in dist.batch_isend_irecv(swap)], place)
-        if ahead < n:
+        next_rank, previous_rank = process.rank + stride, process.rank - stride
+        transfers = [dist.P2POp(dist.isend, tensor, next_rank)] if next_rank < n else []
+        transfers += [dist.P2POp(dist.irecv, received, previous_rank)] if previous_rank >= 0 else []
+        seconds = _seconds(lambda: [request.wait() for request in dist.batch_isend_irecv(transfers)], target)
+        if next_rank < n:
             measured["next_stage_gb_s"] = _PROBE_BYTES / seconds / 1e9
     dist.barrier()
     return measured | {"clock": time.time()}
 
 
 def compare_speeds(store: dist.Store, process: Process, layout: Layout, device: str, reports: list[dict]) -> str:
-    """Measure, and, on rank 0, the whole table and what is to be noted of it."""
+    """Measure this rank's speeds. Returns the table of all ranks and notes on it, on rank 0; "" on the others."""
     speeds = gather(store, process, "speeds", measure(process, layout, device), 600)
     complete = [report | speed for report, speed in zip(reports, speeds, strict=True)]
     return "\n".join([table(complete), *notes(complete)]) if process.is_first else ""
 
 
 def table(reports: list[dict]) -> str:
-    """One line a rank."""
+    """Return the reports as a table with a line for each rank, without columns that no rank has."""
     clock = median(report["clock"] for report in reports) if "clock" in reports[0] else 0.0
     columns = {
         "rank": lambda report: str(report["rank"]),
@@ -145,38 +156,42 @@ def table(reports: list[dict]) -> str:
     def cell(column, report: dict) -> str:
         try:
             return column(report)
-        except KeyError:  # this rank did not come so far
+        except KeyError:  # the report of this rank ended before this value
             return ""
 
-    filled = ([name, *(cell(column, report) for report in reports)] for name, column in columns.items())
-    kept = [column for column in filled if any(column[1:])]
+    all_columns = ([name, *(cell(column, report) for report in reports)] for name, column in columns.items())
+    kept = [column for column in all_columns if any(column[1:])]
     widths = [max(map(len, column)) for column in kept]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in zip(*kept, strict=True)]
     return "\n".join(lines)
 
 
 def notes(reports: list[dict]) -> list[str]:
-    """What does not forbid the run and may spoil it: clocks that differ, a rank that is slower than the others, a build under way."""
+    """Return warnings about what does not stop the run but may harm it: clocks that differ, a slow rank, an unfinished build."""
     lines = []
     clock = median(report["clock"] for report in reports)
     for report in reports:
-        who = _who([report])
+        name = _name([report])
         if abs(report["clock"] - clock) > _LARGEST_CLOCK_DIFFERENCE_SECONDS:
-            lines.append(f"The clock of {who} is {report['clock'] - clock:+.1f} s off; times in logs will not fit together.")
-        for name, words in (("written_gb_s", "writes to the output folder"), ("next_stage_gb_s", "sends to its next stage")):
-            usual = median(other[name] for other in reports if name in other) if name in report else 0
-            if usual and report[name] < usual / 3:
-                lines.append(f"{who} {words} at {report[name]:.2f} GB/s, the median is {usual:.2f}.")
+            lines.append(
+                f"The clock of {name} is {report['clock'] - clock:+.1f} s from the median; times in the logs of nodes will not match."
+            )
+        for speed, what in (("written_gb_s", "writes to the output folder"), ("next_stage_gb_s", "sends to its next stage")):
+            usual = median(other[speed] for other in reports if speed in other) if speed in report else 0
+            if usual and report[speed] < usual / 3:
+                lines.append(f"{name} {what} at {report[speed]:.2f} GB/s; the median is {usual:.2f}.")
         if report["device"] != reports[0]["device"]:
-            lines.append(f"{who} has {report['device']}, rank 0 has {reports[0]['device']}: the slowest sets the pace.")
-        lines += [f"{who}: {lock} is there: a build of DeepSpeed's is under way, or was killed." for lock in report["building"]]
+            lines.append(
+                f"{name} has {report['device']}, rank 0 has {reports[0]['device']}: every step takes as long as the slowest device."
+            )
+        lines += [f"{name}: {lock} exists: a build of a DeepSpeed extension is running, or was killed." for lock in report["building"]]
     return lines
 
 
 def _differences(first: dict, other: dict) -> list[str]:
-    """In words, what of a rank is not as rank 0's."""
+    """Describe how a rank's report differs from rank 0's, an entry for each difference."""
     lines = [
-        f"{name} {other['versions'][name]} there, {version} on rank 0"
+        f"{name} is {other['versions'][name]}, on rank 0 {version}"
         for name, version in first["versions"].items()
         if other["versions"][name] != version
     ]
@@ -184,13 +199,14 @@ def _differences(first: dict, other: dict) -> list[str]:
     if files:
         lines.append(f"the code: {', '.join(files[:3])}{f' and {len(files) - 3} more files' if len(files) > 3 else ''}")
     if first["data"] != other["data"]:
-        lines.append(f"the data: {', '.join(other['settings']['data.path'])} is {other['data'][:8]} there, {first['data'][:8]} on rank 0")
+        lines.append(f"the data: {', '.join(other['settings']['data.path'])} is {other['data'][:8]}, on rank 0 {first['data'][:8]}")
     changed = [name for name in first["settings"] if first["settings"][name] != other["settings"].get(name)]
-    lines += [f"the recipe: {name} is {other['settings'].get(name)} there, {first['settings'][name]} on rank 0" for name in changed[:3]]
+    lines += [f"the recipe: {name} is {other['settings'].get(name)}, on rank 0 {first['settings'][name]}" for name in changed[:3]]
     return lines
 
 
-def _who(ranks: list[dict]) -> str:
+def _name(ranks: list[dict]) -> str:
+    """Name the ranks of some reports: "Ranks 1, 2 on n1, n2"."""
     hosts = sorted({report["host"] for report in ranks})
     numbers = ", ".join(str(report["rank"]) for report in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
     return f"Rank{'s' if len(ranks) > 1 else ''} {numbers} on {', '.join(hosts[:4])}{', ...' if len(hosts) > 4 else ''}"
@@ -201,7 +217,7 @@ def _device(device: str) -> str:
 
 
 def _code() -> dict[str, str]:
-    """The digest of every file that a run is made of, by name."""
+    """Return a digest of every Python file of this repository's packages, by path."""
     files = [path for folder in ("model", "data", "launch") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
     return {path.relative_to(REPOSITORY).as_posix(): sha256_of(path)[:8] for path in files}
 
@@ -210,54 +226,54 @@ def _digest(names: dict) -> str:
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def probe_of(output: str, process: Process) -> Path:
-    """Where a rank tries to write, without making the output's folder: the nearest one above it that is there."""
-    return nearest_existing(Path(output)) / f"{PROBE}{platform.node()}-{os.getpid()}-{process.rank}"
+def probe_file(output: str, process: Process) -> Path:
+    """Return a file that this rank can try to write without making the output's folder: in the nearest folder above that exists."""
+    return nearest_existing(Path(output)) / f"{PROBE_PREFIX}{platform.node()}-{os.getpid()}-{process.rank}"
 
 
-def _seconds_to_write(probe: Path) -> float:
-    """That a file of _PROBE_BYTES takes to reach the disk. Raises UserError where it cannot."""
+def _seconds_to_write(path: Path) -> float:
+    """Measure how long a file of _PROBE_BYTES takes to reach the disk. Raises UserError if it cannot be written."""
     try:
         start = time.perf_counter()
-        with open(probe, "wb") as file:
+        with open(path, "wb") as file:
             file.write(os.urandom(1 << 20) * (_PROBE_BYTES >> 20))
             file.flush()
             os.fsync(file.fileno())
         return time.perf_counter() - start
     except OSError as error:
-        raise UserError(f"output: nothing can be written in {probe.parent}: {error.strerror}.") from error
+        raise UserError(f"output: {path.parent} is not writable: {error.strerror}.") from error
 
 
 def _refuse_too_short_a_job(save_seconds: float) -> None:
-    """Raise UserError where SLURM will end the job before a checkpoint could be written twice over."""
+    """Raise UserError if SLURM will end the job in less time than two checkpoints take."""
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     left = int(end) - time.time() if end.isdecimal() else float("inf")
     if left < 2 * save_seconds:
         raise UserError(
-            f"The job's time limit leaves {max(0, left):.0f} s, and a checkpoint takes about {save_seconds:.0f} s here: nothing would be "
-            "saved. Give sbatch a longer --time."
+            f"The job's time limit leaves {max(0, left):.0f} s, and a checkpoint takes about {save_seconds:.0f} s here, so nothing would "
+            "be saved. Give sbatch a longer --time."
         )
 
 
 def _build_locks() -> list[tuple[Path, float]]:
-    """Lock files of torch's builds of C++ extensions, with their age in seconds."""
+    """Return the lock files of torch's builds of C++ extensions, with their age in seconds."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
-    found = [path for path in (*root.glob("*/lock"), *root.glob("*/*/lock"))] if root.is_dir() else []
+    locks = [path for path in (*root.glob("*/lock"), *root.glob("*/*/lock"))] if root.is_dir() else []
     ages = []
-    for path in found:
-        with contextlib.suppress(FileNotFoundError):  # that build has just ended
+    for path in locks:
+        with contextlib.suppress(FileNotFoundError):  # the build has just ended
             ages.append((path, time.time() - path.stat().st_mtime))
     return ages
 
 
-def _seconds(act, place: torch.device) -> float:
-    """The best of a few tries behind a first one, which opens connections."""
+def _seconds(communicate: Callable[[], object], target: torch.device) -> float:
+    """Return the time of the fastest of three tries, after a first one that opens connections."""
     best = float("inf")
     for attempt in range(4):
         dist.barrier()
         start = time.perf_counter()
-        act()
-        if place.type == "cuda":
+        communicate()
+        if target.type == "cuda":
             torch.cuda.synchronize()
         if attempt:
             best = min(best, time.perf_counter() - start)

@@ -1,7 +1,7 @@
-"""The folder of a run: what it was started with, and whether a second start may go on in it.
+"""Folder of a run: the record of how it was started, and the check whether another start may resume it.
 
 runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, data: written before the first step
-            tokenizer*      copied from the data, so that the folder alone can generate
+            tokenizer*      copied from the data, so that launch/generate.py needs this folder alone
             checkpoints/    see checkpoint.py
             tb/  metrics.jsonl  log.txt
 """
@@ -23,7 +23,7 @@ from launch.checkpoints.run_record import TOKENIZER_CONFIGURATION, paths_of, tok
 from launch.training.settings import NOT_IN_THE_WEIGHTS, RunSettings
 from model.config import ModelConfig
 
-# What may differ when a run goes on: it changes no number but by rounding, and, under dropout, by which ones are dropped.
+# Settings that may differ when a run resumes: they change results only by rounding and, with dropout, by which values are dropped.
 _HARMLESS = (
     "deepspeed",
     "output",
@@ -48,10 +48,9 @@ _HARMLESS = (
     "dry_run",
 )
 
-
-LOCK = ".lock"
-PROBE = ".preflight-"
-"""How the names of files begin that ranks write before they agree, to see that they can."""
+LOCK_NAME = ".lock"
+PROBE_PREFIX = ".preflight-"
+"""Start of the names of the files that ranks write before the run begins, to check that they can."""
 _MATHEMATICAL_KEYS = (
     "communication_data_type",
     "data_types.",
@@ -65,31 +64,35 @@ _MATHEMATICAL_KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """How a run starts: its id, and whether there is one to go on with."""
+    """How a run starts: its id, and whether it resumes from a checkpoint."""
 
     run_id: str
-    goes_on: bool
+    resumes: bool
     notes: tuple[str, ...] = ()
+    """Messages for the log, a line each."""
     changes: tuple[str, ...] = ()
-    """Settings and data that are others from here on, a line each."""
+    """Settings and data that differ from those of the run so far, a line each."""
 
 
 def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start:
-    """Decide on a fresh start or going on, changing nothing. Raises UserError where the folder holds another run or something else."""
+    """Decide between a fresh start and resuming, without changing the folder.
+
+    Raises UserError if the folder holds another run or other files, or cannot be written.
+    """
     folder = Path(settings.output)
     record = folder / "run.json"
-    ground = nearest_existing(folder)
-    if ground.is_dir() and not os.access(ground, os.W_OK):
-        raise UserError(f"output {folder}: {ground} cannot be written.")
-    in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
-    if in_the_way:
-        raise UserError(f"output {folder}: {in_the_way} is a file; it must be a folder or not be there yet.")
+    parent = nearest_existing(folder)
+    if parent.is_dir() and not os.access(parent, os.W_OK):
+        raise UserError(f"output {folder}: {parent} is not writable.")
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file:
+        raise UserError(f"output {folder}: {file} is a file; it must be a folder, or not exist yet.")
     if not record.is_file():
         if folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
-            raise UserError(f"output {folder} holds files but no run.json: not a run of ours. Give another --output.")
+            raise UserError(f"output {folder} is not a run folder: it has files but no run.json. Give another --output.")
         if settings.resume:
-            raise UserError(f"--resume: {folder} holds no run to go on with.")
-        return Start(uuid.uuid4().hex[:12], goes_on=False)
+            raise UserError(f"--resume: {folder} has no run to resume. Give the --output of a run, or leave --resume out.")
+        return Start(uuid.uuid4().hex[:12], resumes=False)
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
         before["run_id"], before["data_fingerprint"], before["recipe"]["data"]["path"], before["starts"], before["deepspeed"]
@@ -99,53 +102,56 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     started = checkpoint.published(root) or list(root.glob("step_*.corrupt"))
     if not started:
         if settings.resume:
-            raise UserError(f"--resume: {folder} holds a run without a checkpoint. Without --resume it starts again from step 0.")
-        return Start(before["run_id"], False, (f"{folder} holds a run that never reached a checkpoint: it starts again from step 0.",))
+            raise UserError(f"--resume: {folder} has a run without a checkpoint. Without --resume it starts again from step 0.")
+        return Start(before["run_id"], False, (f"{folder} has a run without a checkpoint: it starts again from step 0.",))
     changed = _changes(before, settings, fingerprint, merged_json)
     if changed and not settings.allow_changes:
         raise UserError(
-            f"{folder} holds another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
-            "Give another --output, or --allow_changes to go on with the new settings."
+            f"{folder} has another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
+            "Give another --output, or --allow_changes to resume with the new settings."
         )
     if newest := _newest_manifest(root):
         _refuse_other_model(*newest, settings)
         if newest[1]["step"] > settings.batch_plan.steps:
             raise UserError(
-                f"{newest[0]} is already beyond the {settings.batch_plan.steps} steps that are asked for. Nearest: {newest[1]['step']}."
+                f"{newest[0]} is already beyond the {settings.batch_plan.steps} steps of this command. Nearest: {newest[1]['step']}."
             )
-    return Start(before["run_id"], True, tuple(f"Going on with a change: {line}" for line in changed), tuple(changed))
+    return Start(before["run_id"], True, tuple(f"Resuming with a change: {line}" for line in changed), tuple(changed))
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a start that did not come to its first record may have left this."""
-    return name in ("run.json.tmp", LOCK) or name.startswith(PROBE)
+    """True for the name of a file that a start may leave that ended before its first record."""
+    return name in ("run.json.tmp", LOCK_NAME) or name.startswith(PROBE_PREFIX)
 
 
 def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
-    """Hold the run's folder for this process, until the returned file is closed. Raises UserError where another start holds it."""
+    """Lock the run's folder for this process until the returned file is closed.
+
+    Raises UserError if another process still has the lock after `patience_seconds`.
+    """
     folder = Path(settings.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock_file(folder / LOCK, patience_seconds, warning="Make sure that no second run trains in it.")
+        file = lock_file(folder / LOCK_NAME, patience_seconds, warning="Make sure that no second run trains in it.")
     except OSError as error:
-        raise UserError(f"output {folder}: {error.filename} cannot be written: {error.strerror}.") from error
-    if held is None:
+        raise UserError(f"output {folder}: {error.filename} is not writable: {error.strerror}.") from error
+    if file is None:
         raise UserError(f"Another process is training in {folder}. Wait for it, or give another --output.")
-    for left_over in folder.glob(f"{PROBE}*"):
+    for left_over in folder.glob(f"{PROBE_PREFIX}*"):
         left_over.unlink(missing_ok=True)
-    return held
+    return file
 
 
 def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path) -> None:
-    """Write run.json and the tokenizer, before the first step. A run that goes on adds to its starts and changes."""
+    """Write run.json and the tokenizer before the first step. A run that resumes adds to its starts and changes."""
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    changes = before.get("changes", []) if start.goes_on else []
+    changes = before.get("changes", []) if start.resumes else []
     changes += [{"time": now, "lines": list(start.changes)}] if start.changes else []
-    about = {name: before[name] for name in ("init_fingerprint", "teacher_fingerprint") if start.goes_on and name in before} | {
+    about = {name: before[name] for name in ("init_fingerprint", "teacher_fingerprint") if start.resumes and name in before} | {
         "run_id": start.run_id,
         "recipe": dataclasses.asdict(settings),
         "deepspeed": merged_json,
@@ -158,65 +164,73 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
     write_file(path, json.dumps(about, indent=1))
     copied = [path for path in (tokenizer, tokenizer.with_name(TOKENIZER_CONFIGURATION)) if path.is_file()]
     for path in tokenizer_files(folder):
-        if path.name not in [one.name for one in copied]:  # of an earlier start on other data
+        if path.name not in [new.name for new in copied]:  # from an earlier start on other data
             path.unlink()
     for path in copied:
         write_file(folder / path.name, path.read_bytes())
 
 
-def note_beginning(settings: RunSettings, fingerprint: str) -> None:
-    """Add to run.json what a run that starts from other weights has read: a hash of its parameters' checksums."""
+def record_initial_weights(settings: RunSettings, fingerprint: str) -> None:
+    """Add to run.json a hash of the weights that a run with --init starts from."""
     path = Path(settings.output) / "run.json"
     write_file(path, json.dumps(json.loads(path.read_text()) | {"init_fingerprint": fingerprint}, indent=1))
 
 
-def note_teacher(settings: RunSettings, fingerprint: str) -> str | None:
-    """Add to run.json a hash of the weights that the run learns from; a sentence where it has learnt from others and may not change."""
+def record_teacher(settings: RunSettings, fingerprint: str) -> str | None:
+    """Add to run.json a hash of the teacher's weights.
+
+    Returns a message, and records nothing, if the run had another teacher before and --allow_changes is not given.
+    """
     path = Path(settings.output) / "run.json"
     about = json.loads(path.read_text())
     if about.get("teacher_fingerprint", fingerprint) != fingerprint and not settings.allow_changes:
         return (
-            f"distillation.teacher {settings.distillation.teacher} holds other weights than those that {settings.output} has learnt from. "
-            "Give the checkpoint that it was, or --allow_changes to go on with these."
+            f"distillation.teacher {settings.distillation.teacher} has other weights than the teacher of {settings.output} so far. "
+            "Give that teacher's checkpoint, or --allow_changes to resume with this one."
         )
     write_file(path, json.dumps(about | {"teacher_fingerprint": fingerprint}, indent=1))
     return None
 
 
 def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json: dict) -> list[str]:
+    """Describe every setting that changes the mathematics and differs from run.json, and the data if it differs."""
     old, new = flatten(before["recipe"]), flatten(json.loads(json.dumps(dataclasses.asdict(settings))))
     changed = []
-    if "data.packing" not in old:  # by a version that had none
+    if "data.packing" not in old:  # a run of a version without this setting
         changed.append("the samples: they began one token later, and the first token of the data was never predicted")
-    old = flatten(json.loads(json.dumps(dataclasses.asdict(RunSettings())))) | old  # what a version had no setting for
+    old = flatten(json.loads(json.dumps(dataclasses.asdict(RunSettings())))) | old  # settings that an older version did not have
     changed += [
         f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if not name.startswith(_HARMLESS) and old.get(name) != value
     ]
-    there, here = flatten(before["deepspeed"]), flatten(merged_json)
+    saved, current = flatten(before["deepspeed"]), flatten(merged_json)
     changed += [
-        f"{settings.deepspeed}: {name} {json.dumps(there.get(name, False))} -> {json.dumps(here.get(name, False))}"
-        for name in there | here
-        if name.startswith(_MATHEMATICAL_KEYS) and there.get(name, False) != here.get(name, False)
+        f"{settings.deepspeed}: {name} {json.dumps(saved.get(name, False))} -> {json.dumps(current.get(name, False))}"
+        for name in saved | current
+        if name.startswith(_MATHEMATICAL_KEYS) and saved.get(name, False) != current.get(name, False)
     ]
     if before["data_fingerprint"] != fingerprint:
-        there, here = paths_of(before["recipe"]), ", ".join(settings.data.path)
-        changed.append(f"the data: {', '.join(there)} {before['data_fingerprint'][:12]} -> {here} {fingerprint[:12]}")
+        saved_paths, paths = ", ".join(paths_of(before["recipe"])), ", ".join(settings.data.path)
+        changed.append(f"the data: {saved_paths} {before['data_fingerprint'][:12]} -> {paths} {fingerprint[:12]}")
     return changed
 
 
 def _newest_manifest(root: Path) -> tuple[Path, dict] | None:
+    """Return the newest checkpoint whose manifest can be read, with the manifest."""
     for folder in checkpoint.published(root):
         try:
             return folder, checkpoint.read_manifest(folder)
-        except UserError:  # passed over and named when the run goes on
+        except UserError:  # skipped here, and reported when the run resumes
             continue
     return None
 
 
 def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings) -> None:
-    there, here = (dataclasses.asdict(model) for model in (ModelConfig(**manifest["model"]), settings.model))
+    """Raise UserError if a checkpoint has another model, or a format that is no longer read."""
+    saved, current = (dataclasses.asdict(model) for model in (ModelConfig(**manifest["model"]), settings.model))
     differences = [
-        f"{name}: {there[name]} there, {here[name]} now" for name in here if name not in NOT_IN_THE_WEIGHTS and there[name] != here[name]
+        f"{name}: {saved[name]} in the checkpoint, {value} in this command"
+        for name, value in current.items()
+        if name not in NOT_IN_THE_WEIGHTS and saved[name] != value
     ]
     if differences:
         raise UserError(f"{folder} is a checkpoint of another model:\n" + "\n".join(f"  {line}" for line in differences))
@@ -224,8 +238,9 @@ def _refuse_other_model(folder: Path, manifest: dict, settings: RunSettings) -> 
 
 
 def _commit() -> str | None:
+    """Return the commit of this repository; None if it is unknown."""
     try:
-        found = subprocess.run(["git", "-C", REPOSITORY, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        described = subprocess.run(["git", "-C", REPOSITORY, "describe", "--always", "--dirty"], capture_output=True, text=True)
     except FileNotFoundError:  # no git on this machine
         return None
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None

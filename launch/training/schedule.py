@@ -1,22 +1,31 @@
-"""The learning rate as a function of the step."""
+"""Learning rate as a function of the step."""
 
 import math
 
+from data.sampling.batch_plan import BatchPlan
+
 
 def learning_rate(
-    step: int, steps: int, peak: float, kind: str = "cosine", warmup_steps: int = 0, minimum: float = 0.0, decay_fraction: float = 0.2
+    step: int,
+    plan: BatchPlan,
+    peak: float,
+    kind: str = "cosine",
+    warmup_steps: int = 0,
+    minimum: float = 0.0,
+    decay_fraction: float = 0.2,
 ) -> float:
-    """Rate of optimizer step `step` (from 0) of `steps`: rises linearly over `warmup_steps`, then follows `kind`.
+    """Return the rate of optimizer step `step`, counted from 0: it rises linearly over `warmup_steps`, then follows `kind`.
 
-    cosine: Loshchilov and Hutter 2016, arXiv 1608.03983, one period.  linear: a straight line down.  constant: stays at the peak.
-    wsd: stays, then a straight line down over the last `decay_fraction` of all steps (Hu et al. 2024, arXiv 2404.06395).
-    The step behind the last one would have the rate `minimum`.
+    cosine: one half period down (Loshchilov and Hutter 2016, arXiv 1608.03983).  linear: a straight line down.  constant: `peak`.
+    wsd: constant, then a straight line down over the last `decay_fraction` of all steps (Hu et al. 2024, arXiv 2404.06395).
+    Progress after warm-up is counted in positions of the batch plan. A step after the last one would have the rate `minimum`.
     """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if kind == "constant":
         return peak
-    start = max(warmup_steps, steps - round(decay_fraction * steps)) if kind == "wsd" else warmup_steps
-    progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
+    start = max(warmup_steps, plan.steps - round(decay_fraction * plan.steps)) if kind == "wsd" else warmup_steps
+    length = plan.position(plan.steps) - plan.position(start)
+    progress = min(1.0, max(0.0, (plan.position(step) - plan.position(start)) / max(1, length)))
     remaining = (1 + math.cos(math.pi * progress)) / 2 if kind == "cosine" else 1 - progress
     return minimum + (peak - minimum) * remaining

@@ -1,8 +1,9 @@
-"""What every rank does before it trains: find the others, look at its machine, agree with them, and join one process group."""
+"""What every rank does before it trains: find the others, check its machine, compare with the others, and join one process group."""
 
 import contextlib
 import dataclasses
 import os
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from launch.ranks.launchers import without_local_rank
 from launch.ranks.layout import Layout
 from launch.ranks.processes import Process
 from launch.training import deepspeed_config, preflight, run_folder
+from launch.training.communication import initialize_communication
 from launch.training.data import RunData, open_data, prepare_embedded_corpus, wait_for, will_be_prepared
 from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.settings import RunSettings, share_the_batch
@@ -27,36 +29,39 @@ from launch.training.teacher import Teacher
 from model.layers import Block
 from model.transformer import Transformer
 
-LONGEST_LOOK_SECONDS = 600
-"""That a rank may take to prepare the embedded corpus, or to read and hash its data."""
+LONGEST_CHECK_SECONDS = 600
+"""Longest time that a rank may take to prepare the embedded corpus, or to read and hash its data."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """A rank that knows what it is to do, and that all others can do theirs."""
+    """One rank that is ready to train, in a run whose other ranks are ready too."""
 
     settings: RunSettings
-    """With the micro-batch size and stages that follow from the number of ranks."""
+    """Settings of the run, with the micro-batch size and stages that follow from the number of ranks."""
     process: Process
     device: str
+    """"cuda" or "cpu"."""
     layout: Layout
     merged_json: dict
+    """DeepSpeed's JSON with every "auto" filled in."""
     data: RunData | None
-    """None in a dry run for which the data would be prepared first."""
+    """Data of the run; None in a dry run for which the data would be prepared first."""
     start: run_folder.Start | None
-    """None likewise."""
+    """How the run starts; None if `data` is None."""
     initial: InitialWeights | None
-    """What a run with --init that has no checkpoint yet starts from."""
+    """Weights that a run with --init starts from; None if it has no --init, or has a checkpoint."""
     teacher: Teacher | None
-    """What a run with distillation.teacher learns from."""
-    held: BinaryIO | None
-    """The lock on the run's folder, on rank 0 of a run that trains; held until the process ends."""
+    """Teacher of a run with distillation.teacher."""
+    lock: BinaryIO | None
+    """Lock on the run's folder, on rank 0 of a run that trains. It is released when the file is closed or the process ends."""
 
 
 def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: bool = False) -> Ready:
-    """Raises UserError where this rank's settings are wrong, and, the same on every rank, where one cannot take part or differs.
+    """Prepare this rank for training.
 
-    `preflight_alone`: compare also where there is one node and no batch job, and leave the run's folder as it is.
+    `preflight_alone`: compare the ranks also if there is one node and no batch job, and do not change the run's folder. Raises
+    UserError if the settings of this rank are wrong, and on every rank if one of them cannot take part or differs from rank 0.
     """
     process = processes.find_process()
     processes.share_the_cores(process)
@@ -74,25 +79,36 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
         return Ready(settings, process, device, layout, merged, data, start, initial, teacher, None)
     store = rendezvous.meet(process, settings.rendezvous_seconds, without_local_rank(arguments))
     compare = preflight_alone or (settings.preflight and (process.spans_nodes or "SLURM_JOB_ID" in os.environ))
-    _prepare_where_missing(settings, store, process)
-    data, start, initial, teacher, reports = _look_and_agree(settings, merged, layout, process, device, store, compare)
-    held = None
+    _prepare_missing_corpus(settings, store, process)
+    data, start, initial, teacher, reports = _check_all_ranks(settings, merged, layout, process, device, store, compare)
+    lock = None
     if not preflight_alone:
-        held, start = _hold_the_folder(settings, merged, process, data, start, store)
-
-    from launch.training.communication import initialize_communication  # DeepSpeed, which had to be told of the device first
-
+        lock, start = _lock_folder(settings, merged, process, data, start, store)
     initialize_communication(process, store, settings.communication_timeout)
     if compare:
         compared = preflight.compare_speeds(store, process, layout, device, reports)
         if process.is_first:
             print(compared, flush=True)
-    return Ready(settings, process, device, layout, merged, data, start, initial, teacher, held)
+    return Ready(settings, process, device, layout, merged, data, start, initial, teacher, lock)
+
+
+def compare_ranks(settings: RunSettings, arguments: Sequence[str]) -> int:
+    """Prepare this rank, print the table of all ranks on rank 0, and train nothing. Returns the exit status."""
+    try:
+        ready = get_ready(settings, arguments, preflight_alone=True)
+    except RuntimeError as error:
+        if (message := rendezvous.sentence_of_loss(error, settings.communication_timeout)) is None:
+            raise
+        print(message, file=sys.stderr)
+        return 1
+    if ready.process.is_first:
+        print(f"All {ready.process.world_size} rank(s) agree.")
+    return 0
 
 
 def _initial_weights(settings: RunSettings, data: RunData | None, start: run_folder.Start | None) -> InitialWeights | None:
-    """Of a run that has no checkpoint yet. Raises UserError where they do not fit the model or the data."""
-    if settings.init is None or (start and start.goes_on):
+    """Open the weights of --init for a run without a checkpoint. Raises UserError if they do not fit the model or the data."""
+    if settings.init is None or (start and start.resumes):
         return None
     initial = InitialWeights(settings.init, settings.model)
     if data:
@@ -103,17 +119,17 @@ def _initial_weights(settings: RunSettings, data: RunData | None, start: run_fol
 
 
 def _refuse_without_zeros(initial: InitialWeights) -> None:
-    """Raise UserError where no weight of the blocks' linear layers is 0. Of a pruned model one look is enough."""
+    """Raise UserError if no weight of the blocks' linear layers is 0. The search ends at the first matrix that has a 0."""
     with torch.device("meta"):
         network = Transformer(initial.opened.config)
     blocks = [(name, child) for name, child in network.named_children() if isinstance(child, Block)]
     names = (f"{name}.{own}" for name, block in blocks for own, weight in block.named_parameters() if weight.dim() == 2)
     if not any(bool((initial.opened.state[name] == 0).any()) for name in names):
-        raise UserError(f"hold_zeros: no weight of the blocks' linear layers is 0 in init {initial.path}: no mask pruned it.")
+        raise UserError(f"hold_zeros needs a pruned model: in init {initial.path} no weight of the blocks' linear layers is 0.")
 
 
 def _teacher(settings: RunSettings, data: RunData | None) -> Teacher | None:
-    """Raises UserError where it does not fit the model or the data."""
+    """Open distillation.teacher. Raises UserError if it does not fit the model or the data."""
     if settings.distillation.teacher is None:
         return None
     teacher = Teacher(settings.distillation.teacher, settings.model)
@@ -123,12 +139,13 @@ def _teacher(settings: RunSettings, data: RunData | None) -> Teacher | None:
 
 
 def _refuse_other_tokens(settings: RunSettings, data: RunData, other: OpenedModel, given: str) -> None:
-    """Raise UserError where the tokens of the run are not those that the other model knows; `given` says which that is."""
+    """Raise UserError if the run's data has other token ids than the other model; `given` names the setting of that model."""
     if other.tokenizer:
         first = next(iter(data.sampling.folders.values()))
         if tokenized_otherwise(first, other.tokenizer):
             raise UserError(
-                f"{first.folder} was tokenized by {first.tokenizer_path}, which gives other ids than {other.tokenizer} of {given}. "
+                f"{first.folder} was tokenized with {first.tokenizer_path}, which gives other ids than {other.tokenizer}, "
+                f"the tokenizer of {given}. "
                 f"Prepare the text again with --tokenizer {other.tokenizer}."
             )
     if settings.model.architecture == "encoder_decoder":
@@ -136,41 +153,45 @@ def _refuse_other_tokens(settings: RunSettings, data: RunData, other: OpenedMode
 
 
 def _refuse_other_start(settings: RunSettings, data: RunData, other: OpenedModel, given: str) -> None:
-    """Raise UserError where the targets of the run begin with another token than those that the other model knows."""
+    """Raise UserError if the targets of the run begin with another token than the targets of the other model."""
     tokenizer = data.sampling.tokenizer
-    there = other.start_token(tokenizer)
-    if there == data.sampling.start_token:
+    expected = other.start_token(tokenizer)
+    if expected == data.sampling.start_token:
         return
     names = tokenizer.special_names
-    here = f"data.start_token is {settings.data.start_token or f'not given, which is {tokenizer.end_of_text_token}'}"
-    advice = f"Give --data.start_token '{names[there]}'." if there in names else f"It is no special token of {tokenizer.path}."
-    if there == tokenizer.end_of_text:
+    current = f"data.start_token is {settings.data.start_token or f'not given, so it is {tokenizer.end_of_text_token}'}"
+    advice = f"Give --data.start_token '{names[expected]}'." if expected in names else f"It is not a special token of {tokenizer.path}."
+    if expected == tokenizer.end_of_text:
         advice = "Leave data.start_token out."
-    raise UserError(f"{here}; a target of {given} begins with {names.get(there, f'token {there}')}. {advice}")
+    raise UserError(f"{current}; a target of {given} begins with {names.get(expected, f'token {expected}')}. {advice}")
 
 
-def _prepare_where_missing(settings: RunSettings, store: dist.Store, process: Process) -> None:
-    """Rank 0 prepares the embedded corpus where it is wanted and missing; the others wait for its word."""
-    word = ""
+def _prepare_missing_corpus(settings: RunSettings, store: dist.Store, process: Process) -> None:
+    """Prepare the embedded corpus on rank 0 if it is wanted and missing; the other ranks wait. Raises UserError on every rank."""
+    message = ""
     if process.is_first and will_be_prepared(settings):
         try:
             prepare_embedded_corpus(settings)
-            word = "prepared"
+            message = "prepared"
         except UserError as error:
-            word = str(error)
-    word = rendezvous.tell(store, process, "data", word, LONGEST_LOOK_SECONDS)
-    if word == "prepared":
+            message = str(error)
+    message = rendezvous.tell(store, process, "data", message, LONGEST_CHECK_SECONDS)
+    if message == "prepared":
         wait_for(Path(settings.data.path[0]))
-    elif word:
-        raise UserError(word)
+    elif message:
+        raise UserError(message)
 
 
-def _look_and_agree(
+def _check_all_ranks(
     settings: RunSettings, merged: dict, layout: Layout, process: Process, device: str, store: dist.Store, compare: bool
 ) -> tuple[RunData, run_folder.Start, InitialWeights | None, Teacher | None, list[dict]]:
-    """What this rank begins with, and, on rank 0, all ranks' reports. Raises UserError on all where one of them cannot or differs."""
-    probe = preflight.probe_of(settings.output, process)
-    report = {"rank": process.rank, "host": processes.host_name()}
+    """Open what this rank starts with, and gather the reports of all ranks on rank 0.
+
+    Raises UserError on every rank if a person's mistake keeps one of them from taking part or makes it differ from rank 0, and
+    RanksMissing if another failure does: the next start may succeed.
+    """
+    probe_file = preflight.probe_file(settings.output, process)
+    report: dict = {"rank": process.rank, "host": processes.host_name()}
     try:
         if device == "cuda":
             processes.device_number(process)
@@ -178,43 +199,43 @@ def _look_and_agree(
         start = run_folder.inspect(settings, data.fingerprint, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
         if compare:
-            report |= preflight.look(settings, merged, layout, process, device, data, probe)
+            report |= preflight.probe(settings, merged, layout, process, device, data, probe_file)
     except UserError as error:
         report["complaint"] = str(error)
-    except Exception as error:  # the others are waiting for a word
+    except Exception as error:  # the other ranks are waiting for this report
         traceback.print_exc()
         report |= {"complaint": f"{type(error).__name__}: {error}", "is_mistake": False}
     try:
-        reports = rendezvous.gather(store, process, "machines", report, LONGEST_LOOK_SECONDS)
-        verdict = preflight.verdict(reports, probe.parent) if process.is_first else ""
-        verdict = rendezvous.tell(store, process, "verdict", verdict, LONGEST_LOOK_SECONDS)
+        reports = rendezvous.gather(store, process, "machines", report, LONGEST_CHECK_SECONDS)
+        complaint = preflight.check_consistent(reports, probe_file.parent) if process.is_first else ""
+        complaint = rendezvous.tell(store, process, "complaint", complaint, LONGEST_CHECK_SECONDS)
         is_mistake = all(report.get("is_mistake", True) for report in reports)
-        is_mistake = rendezvous.tell(store, process, "is mistake", "yes" if is_mistake else "", LONGEST_LOOK_SECONDS)
+        is_mistake = rendezvous.tell(store, process, "is mistake", "yes" if is_mistake else "", LONGEST_CHECK_SECONDS)
     finally:
         with contextlib.suppress(OSError):  # a disk that cannot be written
-            probe.unlink(missing_ok=True)
-    if verdict and not is_mistake:  # of a disk, a machine, or ours: the next start may succeed
-        raise rendezvous.RanksMissing(verdict)
-    if verdict:
+            probe_file.unlink(missing_ok=True)
+    if complaint and not is_mistake:  # a failure of a disk, a machine or our code: the next start may succeed
+        raise rendezvous.RanksMissing(complaint)
+    if complaint:
         if process.is_first and all("data" in report for report in reports):
             print(preflight.table(reports), flush=True)
-        raise UserError(verdict)
+        raise UserError(complaint)
     return data, start, initial, teacher, reports
 
 
-def _hold_the_folder(
+def _lock_folder(
     settings: RunSettings, merged: dict, process: Process, data: RunData, start: run_folder.Start, store: dist.Store
 ) -> tuple[BinaryIO | None, run_folder.Start]:
-    """Rank 0 takes the run's folder for this run. Raises UserError on all ranks where another run has it."""
-    held, word = None, ""
-    # Ranks of a node that SLURM believes dead may hold the folder of a job that it has started again, until they miss the others.
+    """Lock the run's folder on rank 0. Raises UserError on every rank if another process has locked it."""
+    lock, message = None, ""
+    # A job that SLURM has started again may find its folder locked by ranks of a node that SLURM believes dead, until they time out.
     patience = settings.communication_timeout + 60 if "SLURM_RESTART_COUNT" in os.environ else 0
     if process.is_first:
         try:
-            held = run_folder.lock(settings, patience)
-            start = run_folder.inspect(settings, data.fingerprint, merged)  # once more: the one who held it may have saved
+            lock = run_folder.lock(settings, patience)
+            start = run_folder.inspect(settings, data.fingerprint, merged)  # again: the process that had the lock may have saved
         except UserError as error:
-            word = str(error)
-    if word := rendezvous.tell(store, process, "folder", word, patience + LONGEST_LOOK_SECONDS):
-        raise UserError(word)
-    return held, start
+            message = str(error)
+    if message := rendezvous.tell(store, process, "folder", message, patience + LONGEST_CHECK_SECONDS):
+        raise UserError(message)
+    return lock, start

@@ -15,7 +15,9 @@ from data.sampling.objectives.table import OBJECTIVES
 from data.sampling.order import Blend
 from data.sampling.sources import Sampling
 from launch.ranks.layout import Layout
-from launch.training.plan import flops_per_counted_token, model_state_bytes, parameters_per_rank, peak_flops, plan
+from launch.training.plan import plan
+from launch.training.estimates import flops_per_counted_token, model_state_bytes, parameters_per_rank
+from launch.training.peak import peak_flops
 from launch.training.settings import DataSettings, RunSettings, ScheduleSettings, share_the_batch
 from model.config import ModelConfig, count_parameters, flops_per_token
 from model.transformer import Transformer, layers

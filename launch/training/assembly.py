@@ -1,0 +1,219 @@
+"""Assembly of a training run on one rank: ready ranks in, a Run with its engine, batches and monitor out, and its exit status."""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from data.command_line import UserError, flatten
+from data.sampling.batches import Batch, TrainingBatches, held_out_batches
+from data.sampling.samples import Samples
+from launch.checkpoints import checkpoint, run_record
+from launch.checkpoints.initial import InitialWeights
+from launch.ranks.layout import describe
+from launch.ranks.rendezvous import sentence_of_loss
+from launch.ranks.stopping import StopRequest
+from launch.training import run_folder
+from launch.training.data import RunData
+from launch.training.engine import Engine
+from launch.training.estimates import flops_per_counted_token
+from launch.training.loop import Figures, Run, train
+from launch.training.monitor import Monitor
+from launch.training.peak import peak_flops
+from launch.training.pipeline import engine_for
+from launch.training.plan import plan
+from launch.training.settings import RunSettings
+from launch.training.setup import Ready, get_ready
+
+NOT_TO_BE_REQUEUED = 93
+"""Exit status of a run that would fail again if it were started again."""
+
+
+def pretrain(settings: RunSettings, arguments: Sequence[str], stop: StopRequest) -> int:
+    """Prepare this rank, print the plan and train. Returns the exit status; raises UserError for a person's mistake.
+
+    `arguments` is the command line, by which ranks recognise the other ranks of their run.
+    """
+    try:
+        ready = get_ready(settings, arguments)
+        if ready.process.is_first:
+            print(plan(ready.settings, ready.merged_json, ready.layout, ready.device, ready.data, ready.initial, ready.teacher), flush=True)
+        return 0 if settings.dry_run else _train(ready, stop)
+    except FloatingPointError as error:  # the next start would fail in the same way
+        print(error, file=sys.stderr)
+        return NOT_TO_BE_REQUEUED
+    except RuntimeError as error:
+        if (message := sentence_of_loss(error, settings.communication_timeout)) is None:
+            raise
+        saved = [path.name for path in checkpoint.published(Path(settings.output) / "checkpoints")[:1]]
+        print(message + (f" The newest checkpoint is {saved[0]}; the same command resumes from it." if saved else ""), file=sys.stderr)
+    return 1
+
+
+def _train(ready: Ready, stop: StopRequest) -> int:
+    run = assemble(ready, stop)
+    try:
+        status = train(run)
+    except RuntimeError as error:
+        error.add_note(f"in step {run.engine.step_in_hand + 1}")
+        raise
+    if run.monitor:
+        if status == 0:
+            output = ready.settings.output
+            run.monitor.log(f"Done: {run.plan.steps} steps. The model is in {output}; evaluate it with: python launch/evaluate.py {output}")
+        run.monitor.close()
+    run.engine.close()
+    return status
+
+
+def assemble(ready: Ready, stop: StopRequest) -> Run:
+    """Build the engine, load the weights that the run begins with, and put together what the training loop needs."""
+    settings, process, layout, data, start = ready.settings, ready.process, ready.layout, ready.data, ready.start
+    assert data is not None and start is not None, "a dry run is not assembled"
+    if process.is_first:
+        run_folder.record(settings, ready.merged_json, start, data.fingerprint, data.tokenizer_path)
+    data_rank = layout.data_rank(process.rank)
+    batches = TrainingBatches(data.sampling.samples, data.sampling.blend, settings.batch_plan, data_rank, layout.data_parallel_size)
+    engine = engine_for(layout)(settings, ready.merged_json, process, layout)
+    _record_teacher(ready, engine)
+    current_layout = layout.recorded(ready.merged_json["zero_optimization"]["stage"], settings.precision)
+    first_step, how_loaded = _load_weights(ready, engine, current_layout)
+    peak, peak_source = peak_flops(settings, engine.device.type) if process.is_first else (1.0, "")
+    monitor = None
+    if process.is_first:
+        monitor = Monitor(Path(settings.output), first_step, settings.batch_plan)
+        _introduce(monitor, ready, first_step, how_loaded, f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+    return Run(
+        settings=settings,
+        engine=engine,
+        micro_batches=batches.step,
+        validation_batches={name: functools.partial(_validation_batches, ready, samples) for name, samples in data.held_out.items()},
+        sample_text=None if settings.model.architecture == "encoder" else _text_sampler(settings, data, engine),
+        first_step=first_step,
+        manifest=_manifest(settings, data, current_layout, engine.first_sentence(start.run_id)),
+        figures=_figures(settings, data, peak, process.world_size),
+        monitor=monitor,
+        stop=stop,
+    )
+
+
+def _record_teacher(ready: Ready, engine: Engine) -> None:
+    """Record the teacher's weights in run.json. Raises UserError on every rank if the run had another teacher before."""
+    if (fingerprint := engine.teacher_fingerprint()) is not None:
+        complaint = run_folder.record_teacher(ready.settings, fingerprint) if ready.process.is_first else None
+        if complaint := engine.first_sentence(complaint):
+            raise UserError(complaint)
+
+
+def _load_weights(ready: Ready, engine: Engine, current_layout: dict) -> tuple[int, str]:
+    """Load the newest checkpoint, or the weights of --init if there is none.
+
+    Returns the step to begin with, and how the checkpoint was read ("" without one).
+    """
+    settings, start = ready.settings, ready.start
+    assert start is not None
+    root = Path(settings.output) / "checkpoints"
+    names = [path.name for path in checkpoint.published(root)]
+    # Rank 0 decides for all ranks which checkpoints there are: a network disk may show each rank another state.
+    choice, *names = (engine.first_sentence(" ".join(["resume" if start.resumes else "begin", *names]), 32 * 1024) or "").split()
+    if choice == "resume":
+        return _load_checkpoint(ready, engine, [root / name for name in names], current_layout)
+    if settings.init:
+        weights = ready.initial or InitialWeights(settings.init, settings.model)  # None: this rank saw a checkpoint, rank 0 saw none
+        fingerprint = engine.begin_from(weights)
+        if ready.process.is_first:
+            run_folder.record_initial_weights(settings, fingerprint)
+    return 0, ""
+
+
+def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], current_layout: dict) -> tuple[int, str]:
+    """Load the newest checkpoint that is not damaged. Returns its step, and the time and layouts as text."""
+    process = ready.process
+    folder = checkpoint.newest_good(
+        Path(ready.settings.output) / "checkpoints",
+        verify=lambda folder: engine.first_sentence(checkpoint.damage(folder, process.rank, process.world_size)),
+        say=lambda line: print(line, flush=True) if process.is_first else None,
+        may_rename=process.is_first,
+        candidates=candidates,
+    )
+    assert folder is not None
+    begun = time.perf_counter()
+    engine.load(folder)
+    manifest = checkpoint.read_manifest(folder)
+    saved_layout = manifest.get("converted_from", manifest)["layout"]
+    how = f"read in {time.perf_counter() - begun:.1f} s"
+    how += "" if saved_layout == current_layout else f", converted from {describe(saved_layout)} to {describe(current_layout)}"
+    return checkpoint.step_of(folder), how
+
+
+def _introduce(monitor: Monitor, ready: Ready, first_step: int, how_loaded: str, peak: str) -> None:
+    """Write the first lines of the log, and settings for TensorBoard."""
+    settings, start = ready.settings, ready.start
+    assert start is not None
+    for note in start.notes:
+        monitor.log(note)
+    steps = settings.batch_plan.steps
+    begun = f"Resuming from step {first_step} of {steps}, {how_loaded}" if first_step else f"Starting at step 0 of {steps}"
+    monitor.log(f"{begun}; {peak}")
+    monitor.text("recipe", json.dumps(dataclasses.asdict(settings), indent=1))
+    monitor.text("deepspeed", json.dumps(ready.merged_json, indent=1))
+    monitor.hyperparameters(flatten(dataclasses.asdict(settings)), {"loss/validation": 0.0})
+
+
+def _validation_batches(ready: Ready, samples: Samples) -> Iterator[Batch]:
+    """This rank's batches of a source's validation split, or of the evenly spread part that log.validation_samples asks for."""
+    settings, layout = ready.settings, ready.layout
+    assert ready.data is not None and settings.batch.micro_batch_size is not None
+    limit = math.ceil(settings.log.validation_samples / len(ready.data.held_out)) or None
+    data_rank = layout.data_rank(ready.process.rank)
+    return held_out_batches(samples, settings.batch.micro_batch_size, data_rank, layout.data_parallel_size, limit)
+
+
+def _text_sampler(settings: RunSettings, data: RunData, engine: Engine) -> Callable[[int], str]:
+    """Return a function that generates a text after log.sample_prompt; all ranks must call it together."""
+    tokenizer, sampling, model = data.sampling.tokenizer, data.sampling, settings.model
+
+    def sample_text(step: int) -> str:
+        prompt, end = tokenizer.encode(settings.log.sample_prompt), tokenizer.end_of_text
+        new_tokens = max(1, min(128, (sampling.target_length or model.sequence_length) // 2))
+        if model.architecture == "encoder_decoder":
+            assert sampling.start_token is not None
+            source = [*prompt[: model.sequence_length - 1], end]
+            drawn, shown = engine.sample([sampling.start_token], new_tokens, 0.0, step, tokenizer.vocab_size, source), []
+        else:
+            shown = prompt or [end]
+            drawn = engine.sample(shown, new_tokens, 0.8, step, tokenizer.vocab_size)
+        return tokenizer.decode(shown + drawn[: drawn.index(end) if end in drawn else len(drawn)])
+
+    return sample_text
+
+
+def _figures(settings: RunSettings, data: RunData, peak: float, world_size: int) -> Figures:
+    return Figures(
+        flops_per_token=flops_per_counted_token(settings.model, data.sampling.target_length),
+        peak_flops=peak,
+        world_size=world_size,
+        epochs=lambda steps: data.sampling.epochs(settings.batch_plan.position(steps)),
+        train_bytes_per_token=data.sampling.bytes_per_token,
+        validation_bytes_per_token={name: samples.stream.num_bytes / len(samples.stream) for name, samples in data.held_out.items()},
+    )
+
+
+def _manifest(settings: RunSettings, data: RunData, layout: dict, run_id: str | None) -> dict:
+    """Facts about the run that every checkpoint's manifest holds."""
+    return {
+        "run_id": run_id,
+        "model": dataclasses.asdict(settings.model),
+        "layout": layout,
+        "data": {"fingerprint": data.fingerprint, "samples_per_step": len(settings.batch_plan.positions(0))},
+        "random": {
+            "seed": settings.seed,
+            "streams": "order: (seed, epoch, sample); dropout: (seed, step, micro-batch, layer, part of the sequence)",
+        },
+        "recipe": dataclasses.asdict(settings),
+        "versions": run_record.versions(),
+    }
