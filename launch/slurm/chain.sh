@@ -7,10 +7,10 @@
 #       --stage --gpus-per-node=1 evaluate runs/x \
 #       --stage export runs/x --output hf
 #
-# Words before the first --stage are sbatch options for all stages, and --dry_run, which prints the commands and submits nothing.
-# Behind --stage: sbatch options of this stage alone, each one word (--nodes=8); the stage; its own arguments.
-# A stage is prepare, pretrain (which may be a job array), or the name of a door launch/<stage>.py.
-# Where a stage fails, those behind it are cancelled by SLURM.
+# Before the first --stage: sbatch options for all stages, and --dry_run, which prints the commands and submits nothing.
+# After each --stage: sbatch options for this stage alone, each one word (--nodes=8); the stage; its own arguments.
+# A stage is prepare, pretrain (which may be a job array), or the name of a script launch/<stage>.py.
+# If a stage fails, SLURM cancels the stages after it.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -21,9 +21,9 @@ while (($#)) && [[ $1 != --stage ]]; do
     if [[ $1 == --dry_run ]]; then dry_run=yes; else for_all+=("$1"); fi
     shift
 done
-(($#)) || refuse "No --stage is given. For instance: $0 --stage prepare --output prepared --stage pretrain --data prepared --output runs/x"
+(($#)) || refuse "No --stage is given. Example: $0 --stage prepare --output prepared --stage pretrain --data prepared --output runs/x"
 
-# Read the stages and do `$1 NAME WORDS_OF_SBATCH ...` with each; the words are complete but for the dependency.
+# Read the stages and call `$1 NAME SBATCH_ARGUMENTS ...` for each; the arguments lack only the dependency.
 each_stage() {
     local do=$1 name options arguments script
     shift
@@ -31,7 +31,7 @@ each_stage() {
         shift # --stage
         options=() arguments=()
         while [[ $# -gt 0 && $1 == -* && $1 != --stage ]]; do options+=("$1"); shift; done
-        [[ $# -gt 0 && $1 != --stage ]] || refuse "A --stage has no name; it is prepare, pretrain or a door of launch/."
+        [[ $# -gt 0 && $1 != --stage ]] || refuse "A --stage has no name; give prepare, pretrain or a script of launch/."
         name=$1
         shift
         while [[ $# -gt 0 && $1 != --stage ]]; do arguments+=("$1"); shift; done
@@ -40,8 +40,8 @@ each_stage() {
         elif [[ $name =~ ^[a-z_]+$ && -f $repository/launch/$name.py ]]; then
             script=("$here/door.sbatch" "launch/$name.py")
         else
-            doors=$(cd "$repository/launch" && printf '%s\n' [a-z]*.py | sed 's/\.py$//' | grep -vx pretrain | paste -sd' ')
-            refuse "There is no stage \"$name\"; stages are: prepare pretrain $doors. An option of sbatch is one word here: --nodes=8."
+            scripts=$(cd "$repository/launch" && printf '%s\n' [a-z]*.py | sed 's/\.py$//' | grep -vx pretrain | paste -sd' ')
+            refuse "There is no stage \"$name\"; stages are: prepare pretrain $scripts. Write an option of sbatch as one word: --nodes=8."
         fi
         "$do" "$name" ${for_all[@]+"${for_all[@]}"} ${options[@]+"${options[@]}"} "${script[@]}" ${arguments[@]+"${arguments[@]}"}
     done
@@ -57,15 +57,15 @@ submit() {
         echo
         id=ID_OF_${name^^}
     elif id=$("${command[@]}"); then
-        id=${id%%;*} # "id;cluster" where there are several
+        id=${id%%;*} # "id;cluster" if there are several clusters
         submitted+=("$id")
         echo "Job $id: $name"
     else
         ((${#submitted[@]} == 0)) || scancel "${submitted[@]}"
-        refuse "sbatch refuses the stage $name (see above); the stages before it are cancelled."
+        refuse "sbatch refuses the stage $name (see above); the stages before it were cancelled."
     fi
     before=(--dependency="afterok:$id" --kill-on-invalid-dep=yes)
 }
 
-each_stage : "$@" # a mistake in the last stage is found before the first is submitted
+each_stage : "$@" # find a mistake in any stage before the first is submitted
 each_stage submit "$@"

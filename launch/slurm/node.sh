@@ -1,6 +1,6 @@
 #!/bin/bash
-# The one task of a node starts the ranks there:  node.sh RANKS LOGS COMMAND ...
-# (torchrun would do that too, but ends with 1 whatever its ranks end with, and 85 is to be told from a failure.)
+# Start the ranks of a node from its one task:  node.sh RANKS LOGS COMMAND ...
+# (torchrun could start them too, but it ends with 1 for any status of its ranks, and status 85 must differ from a failure.)
 set -uo pipefail
 
 ranks=$1 logs=$2
@@ -12,9 +12,9 @@ for ((local_rank = 0; local_rank < ranks; local_rank++)); do
     RANK=$rank LOCAL_RANK=$local_rank "$@" >"$logs/rank_$rank.log" 2>&1 &
     processes+=($!)
 done
-trap : USR1 TERM INT # SLURM signals every process of a step, the ranks too
+trap : USR1 TERM INT # SLURM sends its signals to every process of a step, so to the ranks too
 
-# As srun does: 60 seconds behind the first that ends, the rest is ended too.
+# Like srun --wait: 60 seconds after the first rank ends, kill the others.
 running=("${processes[@]}") worst=0 mistake='' deadline=''
 while ((${#running[@]})); do
     sleep 0.2

@@ -8,11 +8,11 @@ from model.config import ModelConfig, count_parameters, flops_per_token
 
 
 def model_state_bytes(parameters: float, stage: int, data_parallel_size: int, precision: str, state_bytes: int) -> dict[str, float]:
-    """Return the bytes per rank of weights, gradients and optimizer states (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054, section 3).
+    """Return bytes per rank of weights, gradients and optimizer states (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054).
 
     Weights have the run's precision. Gradients are accumulated in float32 (fp16: in fp16). The optimizer has states of
-    `state_bytes` per parameter and, below float32, master weights in float32. ZeRO-1 divides the optimizer states among the ranks, ZeRO-2 also the
-    gradients, ZeRO-3 also the weights.
+    `state_bytes` per parameter and, below float32, master weights in float32. ZeRO-1 divides the optimizer states among the ranks,
+    ZeRO-2 also the gradients, ZeRO-3 also the weights (section 3 of the paper).
     """
     weight = 4 if precision == "float32" else 2
     gradient = 2 if precision == "fp16" else 4

@@ -134,7 +134,7 @@ MISTAKES = [
     (["--train_steps", "null", "--train_tokens", "100"], "less than one step"),
     (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate"),
     (["--checkpoint.keep", "1"], "At least 2|at least 2"),
-    (["--resume"], "holds no run"),
+    (["--resume"], "has no run to resume"),
 ]
 
 
@@ -182,7 +182,7 @@ def test_another_runs_folder_is_refused_and_left_as_it_was(runs, tiny):
     processes = start_ranks(1, PRETRAIN, *tiny, "--output", str(folder))
     output = processes[0].communicate(timeout=60)[0]
     assert processes[0].returncode == 2
-    assert "holds another run" in output and "train_steps: 6 -> 12" in output
+    assert "has another run" in output and "train_steps: 6 -> 12" in output
     assert tree(folder) == before
 
 
@@ -203,12 +203,12 @@ def test_control_c_under_the_deepspeed_launcher_saves_and_the_same_command_goes_
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     output = process.communicate(timeout=60)[0]
-    assert "saved. The same command goes on from here" in output, output
+    assert "saved. The same command resumes from it" in output, output
     (saved,) = checkpoint.published(tmp_path / "run" / "checkpoints")
     assert checkpoint.damage(saved) is None
     again = launched(command)
     output = again.communicate(timeout=180)[0]
-    assert f"Going on from step {checkpoint.step_of(saved)} of 200" in output, output
+    assert f"Resuming from step {checkpoint.step_of(saved)} of 200" in output, output
     assert again.returncode == 0
 
 

@@ -135,7 +135,7 @@ def trained(pool, folder, text, short) -> dict[str, Future[Path]]:
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=100)[0]
         assert process.returncode == SAVED_AND_UNFINISHED, said
-        assert "Going on from step" in do(GPU, *words)
+        assert "Resuming from step" in do(GPU, *words)
         return folder / "stopped"
 
     whole = "--optimizer.learning_rate=5e-3", "--train_steps=600"

@@ -237,7 +237,7 @@ def test_an_array_trains_a_recipe_a_task_and_refuses_an_index_without_one(slurm,
     jobs = [Job(slurm, f"{array}_{task}", tmp_path) for task in range(3)]
     assert [job.await_end() for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED"], jobs[0].everything_said()
     assert jobs[2].about["ExitCode"] == "93:0"
-    assert "Array index 2 has no recipe: 2 are given, counted from 0." in job_log(jobs[2].about)
+    assert "Array index 2 has no recipe: --recipes has 2, counted from 0." in job_log(jobs[2].about)
     first, second = (losses(tmp_path / "runs" / name) for name in ("first", "second"))
     assert len(first) == len(second) == 10
     assert first[1] != second[1]

@@ -60,9 +60,9 @@ def run_job(folder: Path, *words: str, restart: int = 0, **variables: str) -> su
 DECISIONS = [
     ("done", {"STATUS": "0"}, 0, False, "Done."),
     ("saved and unfinished", {"STATUS": "85"}, 85, True, "Requeued: restart 1"),
-    ("a person's mistake", {"STATUS": "2"}, 93, False, "Not requeued: it would end so again."),
+    ("a person's mistake", {"STATUS": "2"}, 93, False, "Not requeued: the next start would end with the same mistake."),
     ("not to be requeued", {"STATUS": "93"}, 93, False, "Not requeued"),
-    ("a failure", {"STATUS": "1"}, 85, True, "status 1. Their last words"),
+    ("a failure", {"STATUS": "1"}, 85, True, "status 1. Last lines of their logs"),
     ("killed", {"STATUS": "137"}, 85, True, "Requeued"),
     ("no such program", {"STATUS": "127", "RANK_SAYS": ""}, 85, True, "Requeued"),
     (
@@ -70,7 +70,7 @@ DECISIONS = [
         {"STATUS": "143", "SRUN_SAYS": "srun: error: n2: tasks 0-3: Exited with exit code 2\nsrun: error: n1: task 4: Terminated\n"},
         93,
         False,
-        "it would end so again",
+        "the next start would end with the same mistake",
     ),
     ("refused", {"STATUS": "85", "REFUSED": "1"}, 85, True, "SLURM refuses to requeue"),
     ("cancelled", {"STATUS": "85", "STATE": "COMPLETING"}, 85, False, "cancelled: not requeued"),
@@ -95,7 +95,7 @@ def test_a_job_is_requeued_no_more_often_than_allowed(slurm):
     (slurm / "requeued").unlink()
     last = run_job(slurm, "--max_restarts", "3", restart=3, STATUS="85")
     assert last.returncode == 93
-    assert "3 restarts are as many as --max_restarts allows" in last.stdout
+    assert "Not requeued: --max_restarts 3 is reached." in last.stdout
     assert not (slurm / "requeued").exists()
 
 
@@ -164,20 +164,20 @@ def test_a_task_of_an_array_takes_its_own_recipe_and_names_itself_to_slurm(slurm
 
 
 MISTAKES = [
-    (["--recipes", "one.yaml"], {"SLURM_ARRAY_TASK_ID": "1"}, "Array index 1 has no recipe: 1 are given"),
+    (["--recipes", "one.yaml"], {"SLURM_ARRAY_TASK_ID": "1"}, "Array index 1 has no recipe: --recipes has 1"),
     (["--recipes", "one.yaml"], {}, "submit with sbatch --array 0-0"),
     (["--recipes", "nowhere.yaml"], {"SLURM_ARRAY_TASK_ID": "0"}, "nowhere.yaml: no such file"),
     (["--recipes", "one.yaml", "--config", "x"], {"SLURM_ARRAY_TASK_ID": "0"}, "--recipes and --config both"),
-    (["--recipes", "one.yaml", "a/one.yml"], {"SLURM_ARRAY_TASK_ID": "0"}, "Two recipes are called one"),
+    (["--recipes", "one.yaml", "a/one.yml"], {"SLURM_ARRAY_TASK_ID": "0"}, "Two recipes have the name one"),
     (["--recipes", "--seed", "1"], {}, "--recipes needs at least one file"),
     (["--max_restarts", "many"], {}, "--max_restarts is many; it must be a whole number"),
     (["--ranks_per_node", "0"], {}, "--ranks_per_node is 0"),
-    (["--ranks_per_node=2"], {"SLURM_NTASKS_PER_NODE": "4"}, "--ranks_per_node is for one task a node; --ntasks-per-node is 4"),
+    (["--ranks_per_node=2"], {"SLURM_NTASKS_PER_NODE": "4"}, "--ranks_per_node needs --ntasks-per-node 1 (got 4)"),
     (["--container", "x.sif", "--container_runtime", "docker"], {}, "it must be pyxis or apptainer"),
     (["--mounts", "/a:/b"], {}, "give --container too"),
     (["--container", "x", "--mounts", "/a"], {}, "--mounts is /a; it must be OUTSIDE:INSIDE"),
     (["--logs"], {}, "--logs needs a value"),
-    (["--logs", "one.yaml"], {}, "one.yaml/pretrain-7/start_0 cannot be made"),
+    (["--logs", "one.yaml"], {}, "the folder one.yaml/pretrain-7/start_0 cannot be created"),
 ]
 
 
@@ -187,7 +187,7 @@ def test_a_persons_mistake_is_one_sentence(words, variables, sentence, slurm):
     in_job = run_job(slurm, *words, **variables)
     assert in_job.returncode == 93, in_job
     assert sentence in in_job.stderr.splitlines()[-1]
-    if "cannot be made" not in sentence:
+    if "cannot be created" not in sentence:
         assert len(in_job.stderr.splitlines()) == 1
         outside = run(slurm, "pretrain.sbatch", *words, **variables)
         assert (outside.returncode, outside.stderr) == (2, in_job.stderr)

@@ -347,7 +347,7 @@ def test_a_run_goes_on_from_its_converted_checkpoint_with_the_numbers_of_the_ori
     whole = tmp_path / "whole"
     converted(tmp_path / "run" / "checkpoints" / "step_00000008", whole)
     (output,) = finish(start_ranks(1, pretrain, *words, "--output", str(whole), "--resume", OMP_NUM_THREADS="1"))
-    assert "Going on from step 8 of 12" in output
+    assert "Resuming from step 8 of 12" in output
     assert_same_state(*(folder / "checkpoints" / "step_00000012" for folder in (whole, tmp_path / "run")))
 
 

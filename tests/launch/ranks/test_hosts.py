@@ -179,7 +179,7 @@ def test_a_cut_cable_ends_both_sides_in_a_sentence_and_the_same_command_goes_on(
     hosts.mend()
     status, output = end_of(hosts, deepspeed(hosts, tmp_path, *many_steps), tmp_path)
     assert status == 0, output
-    assert f"Going on from step {int(newest.removeprefix('step_'))} of 240" in output
+    assert f"Resuming from step {int(newest.removeprefix('step_'))} of 240" in output
     assert curves(tmp_path / "run") == expected
 
 
@@ -259,7 +259,7 @@ def test_an_output_that_one_host_cannot_write_is_named_before_training(hosts, wo
         told = by_hand(hosts, words)
     print(told[0][1], told[1][1], sep="\n")
     assert [status for status, _ in told] == [2, 2]
-    assert f"Rank 1 on beta: output {tmp_path / 'run'}: {tmp_path} cannot be written." in told[0][1]
+    assert f"Rank 1 on beta: output {tmp_path / 'run'}: {tmp_path} is not writable." in told[0][1]
     assert "Traceback" not in told[0][1] + told[1][1]
 
 

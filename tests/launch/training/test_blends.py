@@ -70,10 +70,10 @@ def plan_of(words: list[str], monkeypatch, capsys) -> dict[str, list[str]]:
 def test_the_plan_says_how_much_of_each_source_is_read(blend, prepared, other, monkeypatch, capsys):
     rows = plan_of(blend, monkeypatch, capsys)
     first, second = rows["data"]
-    assert first.startswith(f"{prepared}: ") and "; 75.000% of the samples, which reads its " in first
-    assert second.startswith(f"{other}: ") and "; 25.000% of the samples, which reads its " in second
-    samples, times = re.search(r"reads its ([\d,]+) samples ([\d.]+) times", second).groups()
-    assert float(times) == pytest.approx(12 * 8 / 4 / int(samples.replace(",", "")), abs=0.005)
+    assert first.startswith(f"{prepared}: ") and "; 75.000% of the blend, " in first
+    assert second.startswith(f"{other}: ") and "; 25.000% of the blend, " in second
+    epochs, samples = re.search(r", ([\d.]+) epochs of its ([\d,]+) samples", second).groups()
+    assert float(epochs) == pytest.approx(12 * 8 / 4 / int(samples.replace(",", "")), abs=0.005)
 
 
 def test_the_plan_says_the_packing_and_its_padding(blend, monkeypatch, capsys):
@@ -84,7 +84,7 @@ def test_the_plan_says_the_packing_and_its_padding(blend, monkeypatch, capsys):
     empty = [1 - len(one.stream) / (32 * one.num_samples) for one in sampling.samples]
     assert padding[1] == pytest.approx(100 * (3 * empty[0] + empty[1]) / 4, abs=0.005)
     assert "note" not in joined and whole["note"] == [
-        "best-fit packing keeps documents whole, but without model.document_mask they see their neighbours"
+        "best-fit packing keeps documents whole, but without model.document_mask they attend to other documents of their sample"
     ]
 
 
@@ -92,13 +92,13 @@ def test_too_many_epochs_are_refused_before_the_start_with_what_would_fit(blend,
     words = [*blend, "--train_steps", "400", "--data.max_epochs", "2"]
     sentence = refusal(words, monkeypatch)
     found = re.fullmatch(
-        r"numbers would be read ([\d.]+) times in 400 steps; data\.max_epochs is 2\.\nNearest: train_steps (\d+) would fit\.",
+        r"numbers would be read for ([\d.]+) epochs in 400 steps; data\.max_epochs is 2\.\nNearest: train_steps (\d+)\.",
         sentence,
     )
     assert found and float(found[1]) > 2
     steps = int(found[2])
     plan_of([*words, "--train_steps", str(steps)], monkeypatch, capsys)
-    assert "numbers would be read 2." in refusal([*words, "--train_steps", str(steps + 1)], monkeypatch)
+    assert "numbers would be read for 2." in refusal([*words, "--train_steps", str(steps + 1)], monkeypatch)
 
 
 def test_one_sample_too_many_is_named_as_more_than_the_limit(tiny, monkeypatch, capsys):
@@ -107,12 +107,14 @@ def test_one_sample_too_many_is_named_as_more_than_the_limit(tiny, monkeypatch, 
     plan_of([*words, "--train_steps", str(samples)], monkeypatch, capsys)
     sentence = refusal([*words, "--train_steps", str(samples + 1)], monkeypatch)
     assert sentence == (
-        f"prepared would be read 1.01 times in {samples + 1:,} steps; data.max_epochs is 1.\nNearest: train_steps {samples:,} would fit."
+        f"prepared would be read for 1.01 epochs in {samples + 1:,} steps; data.max_epochs is 1.\nNearest: train_steps {samples:,}."
     )
 
 
 def test_a_limit_that_not_even_a_step_keeps_is_refused(tiny, monkeypatch):
-    assert refusal([*tiny, "--data.max_epochs", "1e-6"], monkeypatch).endswith("\nNot even one step would fit.")
+    assert refusal([*tiny, "--data.max_epochs", "1e-6"], monkeypatch).endswith(
+        "\nNot even one step fits; raise data.max_epochs or prepare more text."
+    )
     assert refusal([*tiny, "--data.max_epochs", "0"], monkeypatch) == "data.max_epochs is 0.0; it must be above 0."
 
 
@@ -237,7 +239,7 @@ def test_a_blended_run_that_was_stopped_goes_on_with_the_same_batches(finished, 
     copy = shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "step_00000008")
     said = finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), OMP_NUM_THREADS="1"))[0]
-    assert "Going on from step 4 of 8" in said
+    assert "Resuming from step 4 of 8" in said
     there, here = entries(folder), entries(copy)
     for step in range(1, 9):
         for name in ("loss/train", "optimization/gradient_norm", "progress/epochs/prepared", "progress/epochs/numbers"):
@@ -266,7 +268,7 @@ def test_a_change_of_what_is_read_is_shown(finished, tmp_path, capsys):
     copy = shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "step_00000008")
     changed = ["--seed", "9", "--optimizer.learning_rate", "0.001", "--allow_changes"]
-    assert "Going on with a change: seed: 1 -> 9" in finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), *changed))[0]
+    assert "Resuming with a change: seed: 1 -> 9" in finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), *changed))[0]
     show.main(["--run", str(copy), "--step", "8"])
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert re.fullmatch(r"The run went on with changes: seed: 1 -> 9 \([-\d]+ [:\d]+\); steps before that were read otherwise\.", first)
@@ -276,7 +278,7 @@ def test_a_change_of_what_is_read_is_shown(finished, tmp_path, capsys):
 def test_a_run_that_goes_on_longer_is_held_to_the_limit_on_repetition(finished, monkeypatch):
     _, words = finished
     longer = [*words, "--train_steps", "4000", "--data.max_epochs", "3", "--allow_changes"]
-    assert re.match(r"\w+ would be read [\d.]+ times in 4,000 steps; data\.max_epochs is 3\.\n", refusal(longer, monkeypatch))
+    assert re.match(r"\w+ would be read for [\d.]+ epochs in 4,000 steps; data\.max_epochs is 3\.\n", refusal(longer, monkeypatch))
 
 
 def test_other_weights_or_another_packing_are_another_run(finished, monkeypatch):

@@ -125,7 +125,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(classifier, tmp_
     shutil.rmtree(copy / "checkpoints" / "step_00000040")
     (step,) = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"step": 40, "loss/train"' in line]
     words = over(words, ["--output", str(copy)])
-    assert "Going on from step 38 of 40" in train(words)
+    assert "Resuming from step 38 of 40" in train(words)
     (again,) = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if '"step": 40, "loss/train"' in line]
     assert json.loads(again)["loss/train"] == json.loads(step)["loss/train"]
     assert json.loads((copy / "run.json").read_text())["init_fingerprint"] == json.loads((run / "run.json").read_text())["init_fingerprint"]
@@ -204,7 +204,8 @@ def test_weights_of_another_tokenizer_are_refused(bert, tmp_path):
     other = prepared(tmp_path, made_up(3), special_tokens=SPECIAL, vocab_size=600)
     words = words_of({}, other, tmp_path / "run", "--init", str(bert), "--data.next_sentence", "true", "--dry_run")
     with pytest.raises(
-        UserError, match=r"prepared was tokenized by \S+/tokenizer\.model, which gives other ids than \S+/bert/tokenizer\.model of"
+        UserError,
+        match=r"prepared was tokenized with \S+/tokenizer\.model, which gives other ids than \S+/bert/tokenizer\.model, the tokenizer of",
     ):
         pretrain.main(words)
 
@@ -216,7 +217,7 @@ def test_a_decoder_that_begins_otherwise_is_refused_until_its_token_is_named(pai
     shutil.copy(pairs / "tokenizer.model", folder)
     words = words_of({}, pairs, tmp_path / "run", "--init", str(folder), "--data.objective", "pairs", "--dry_run")
     sentence = r"^data\.start_token is {}; a target of init \S+ begins with \[CLS\]\. Give --data\.start_token '\[CLS\]'\.$"
-    with pytest.raises(UserError, match=sentence.format(r"not given, which is <\|endoftext\|>")):
+    with pytest.raises(UserError, match=sentence.format(r"not given, so it is <\|endoftext\|>")):
         pretrain.main(words)
     with pytest.raises(UserError, match=sentence.format(r"\[MASK\]")):
         pretrain.main([*words, "--data.start_token", "[MASK]"])

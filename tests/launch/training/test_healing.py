@@ -63,12 +63,12 @@ def test_a_run_goes_on_with_the_weights_that_it_has_learnt_from(dense, tmp_path)
     (tmp_path / "run.json").write_text("{}")
     network = Teacher(dense, CONFIG).network(CPU, torch.bfloat16)
     before = fingerprint(network)
-    assert run_folder.note_teacher(settings, before) is None
-    assert run_folder.note_teacher(settings, fingerprint(Teacher(dense, CONFIG).network(CPU, torch.bfloat16))) is None
+    assert run_folder.record_teacher(settings, before) is None
+    assert run_folder.record_teacher(settings, fingerprint(Teacher(dense, CONFIG).network(CPU, torch.bfloat16))) is None
     next(network.parameters())[0, 0] += 1
     assert fingerprint(network) != before
-    assert "holds other weights than those that" in run_folder.note_teacher(settings, fingerprint(network))
-    assert run_folder.note_teacher(dataclasses.replace(settings, allow_changes=True), fingerprint(network)) is None
+    assert "has other weights than the teacher of" in run_folder.record_teacher(settings, fingerprint(network))
+    assert run_folder.record_teacher(dataclasses.replace(settings, allow_changes=True), fingerprint(network)) is None
     assert json.loads((tmp_path / "run.json").read_text()) == {"teacher_fingerprint": fingerprint(network)}
 
 
@@ -79,12 +79,12 @@ def test_the_plan_says_who_teaches_and_what_is_rounded(dense, tiny, capsys):
     parameters = count_parameters(Teacher(dense, CONFIG).config)
     assert shown["teacher"].startswith(f"{dense}: {parameters:,} parameters; ")
     assert f"; the teacher {2 * parameters / 2**20:.1f} MiB; " in shown["memory"]
-    assert shown["rounding"].startswith("the blocks compute with weights of 4 bits, a scale for 16 entries, and int8 inputs; ")
+    assert shown["rounding"].startswith("the blocks compute with 4-bit weights, one scale per 16 entries, and int8 inputs; ")
 
 
 def test_zeros_are_held_where_there_are_some(dense, tiny):
     words = ["--model.hidden_size=64", "--model.num_layers=3", "--init", dense, "--hold_zeros", "true", "--dry_run"]
-    with pytest.raises(UserError, match=r"^hold_zeros: no weight of the blocks' linear layers is 0 in init \S+: no mask pruned it"):
+    with pytest.raises(UserError, match=r"^hold_zeros needs a pruned model: in init \S+ no weight of the blocks' linear layers is 0\."):
         pretrain.main([*tiny, *words])
 
 

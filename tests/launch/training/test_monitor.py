@@ -1,4 +1,4 @@
-"""The curves of a run: every number is where people look for it, once, whatever dies or fills up."""
+"""Log and curves of a run: every number is written once, also after a crash or on a full disk."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from launch.training.monitor import Monitor
 
 
 def curves(folder) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: tag -> (step, value)."""
+    """Return the points that TensorBoard shows: tag -> (step, value)."""
     events = EventAccumulator(str(folder))
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -31,7 +31,7 @@ def wait_for_the_next_second() -> None:
 
 
 def start(folder, first_step: int, last_step: int, value: float) -> Monitor:
-    """A process that shows steps up to `last_step`, each with a loss of `value`, and is not closed."""
+    """Return a monitor, not closed, that has written steps up to `last_step`, each with a loss of `value`."""
     monitor = Monitor(folder, first_step, BatchPlan(BatchSettings(4), 1, 10))
     for step in range(first_step + 1, last_step + 1):
         monitor.step(step, {"loss/train": value, "optimization/learning_rate": value / 100}, seconds=1.0)
@@ -39,7 +39,7 @@ def start(folder, first_step: int, last_step: int, value: float) -> Monitor:
     return monitor
 
 
-def test_every_number_is_in_tensorboard_and_in_the_metrics(tmp_path):
+def test_every_number_is_in_tensorboard_and_in_metrics_jsonl(tmp_path):
     monitor = start(tmp_path, 0, 2, 3.0)
     monitor.scalars(2, {"loss/validation": 2.5, "optimization/loss_scale": 8.0})
     monitor.text("samples", "def f():\n    <b>1</b>", 2)
@@ -56,11 +56,11 @@ def test_every_number_is_in_tensorboard_and_in_the_metrics(tmp_path):
     ]
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text == "    def f():\n        <b>1</b>", "indented, so that it is shown as it is"
+    assert text == "    def f():\n        <b>1</b>", "indented, so that TensorBoard shows it unchanged"
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= events.PluginTagToContent("hparams").keys()
 
 
-def test_the_names_that_deepspeeds_own_monitor_uses_are_there_over_samples(tmp_path):
+def test_tags_of_deepspeeds_own_monitor_are_written_over_samples(tmp_path):
     monitor = start(tmp_path, 0, 2, 3.0)
     monitor.scalars(2, {"optimization/loss_scale": 8.0})
     monitor.close()
@@ -72,7 +72,7 @@ def test_the_names_that_deepspeeds_own_monitor_uses_are_there_over_samples(tmp_p
 
 
 @pytest.mark.parametrize("saved", [0, 4])
-def test_a_run_that_goes_on_has_every_step_once(saved, tmp_path):
+def test_resumed_run_has_every_step_once(saved, tmp_path):
     killed = start(tmp_path, 0, 6, 3.0)
     wait_for_the_next_second()
     start(tmp_path, saved, 8, 2.0).close()
@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_has_every_step_once(saved, tmp_path):
     killed.close()
 
 
-def test_a_start_that_comes_less_far_than_the_one_before_leaves_none_of_it(tmp_path):
+def test_later_steps_of_an_earlier_start_are_removed(tmp_path):
     killed = start(tmp_path, 0, 9, 3.0)
     wait_for_the_next_second()
     start(tmp_path, 4, 5, 2.0).close()
@@ -93,7 +93,7 @@ def test_a_start_that_comes_less_far_than_the_one_before_leaves_none_of_it(tmp_p
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "loss/tr', "{", '{"loss/train": 1.0}', "3", "\0\0\0\0", "\ud800"])
-def test_a_torn_line_goes_and_the_others_stay(torn, tmp_path):
+def test_incomplete_line_is_removed_and_the_others_stay(torn, tmp_path):
     whole = '{"step": 2, "loss/train": 3.0}\n'
     (tmp_path / "metrics.jsonl").write_bytes((whole + torn).encode(errors="surrogatepass"))
     start(tmp_path, 2, 3, 2.0).close()
@@ -101,7 +101,7 @@ def test_a_torn_line_goes_and_the_others_stay(torn, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "log.txt", "tb"}
 
 
-def test_the_steady_line(tmp_path, capsys):
+def test_console_line_shows_progress_and_speed(tmp_path, capsys):
     monitor = start(tmp_path, 0, 2, 3.0)
     monitor.console(2, loss=2.34567, learning_rate=3e-4, gradient_norm=0.12345, tokens_per_second=12345.6, use=0.4567)
     monitor.close()
@@ -111,7 +111,7 @@ def test_the_steady_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(0.05, "0:00"), (7.4999, "1:00"), (450, "1:00:00"), (100_000, "222:13:20")])
-def test_the_time_left_is_read_as_a_clock(seconds, left, tmp_path, capsys):
+def test_time_left_is_formatted_as_a_clock(seconds, left, tmp_path, capsys):
     monitor = Monitor(tmp_path, 0, BatchPlan(BatchSettings(1), 1, 10))
     monitor.step(2, {}, seconds)
     monitor.console(2, 1.0, 1.0, 1.0, 1.0, 1.0)
@@ -119,21 +119,21 @@ def test_the_time_left_is_read_as_a_clock(seconds, left, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"left: {left}\n")
 
 
-def test_a_full_disk_silences_the_files_with_one_sentence_and_not_the_console(tmp_path, capsys):
+def test_full_disk_stops_the_files_with_one_message_not_the_console(tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     monitor = Monitor(tmp_path, 0, BatchPlan(BatchSettings(1), 1, 10))
-    monitor.say("first")
+    monitor.log("first")
     monitor.step(1, {"loss/train": 1.0}, 1.0)
-    monitor.say("second")
+    monitor.log("second")
     monitor.close()
     shown = capsys.readouterr()
     assert shown.out == "first\nsecond\n"
-    assert shown.err == "The run's curves and log cannot be written any more (No space left on device). Training goes on.\n"
+    assert shown.err == "The run's curves and log can no longer be written (No space left on device). Training continues.\n"
 
 
 @pytest.mark.parametrize("operation", ["add_scalar", "add_text", "flush", "close"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("gone")])
-def test_no_operation_of_tensorboard_can_end_a_training(operation, error, tmp_path, capsys, monkeypatch):
+def test_failing_tensorboard_operation_does_not_end_training(operation, error, tmp_path, capsys, monkeypatch):
     def fail(*arguments, **more):
         raise error
 
@@ -145,10 +145,10 @@ def test_no_operation_of_tensorboard_can_end_a_training(operation, error, tmp_pa
     monitor.close()
     shown = capsys.readouterr()
     assert shown.out.startswith("step: 2/10 | ")
-    assert shown.err == f"The run's curves and log cannot be written any more ({error.strerror or error}). Training goes on.\n"
+    assert shown.err == f"The run's curves and log can no longer be written ({error.strerror or error}). Training continues.\n"
 
 
-def test_perplexity_of_a_loss_that_ran_away_is_infinite():
+def test_perplexity_of_a_diverged_loss_is_infinite():
     assert perplexity(0.0) == 1.0
     assert perplexity(math.log(4)) == pytest.approx(4)
     assert perplexity(1e6) == math.inf

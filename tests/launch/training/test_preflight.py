@@ -46,45 +46,45 @@ def reports(tmp_path, **other) -> list[dict]:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"versions": ALIKE["versions"] | {"nccl": "2.26"}}, "nccl 2.26 there, 2.27 on rank 0"),
+        ({"versions": ALIKE["versions"] | {"nccl": "2.26"}}, "nccl is 2.26, on rank 0 2.27"),
         ({"code": {"launch/pretrain.py": "11", "model/layers.py": "23"}}, "the code: model/layers.py"),
-        ({"data": "1123456789"}, "the data: prepared is 11234567 there, 01234567 on rank 0"),
-        ({"settings": {"data.path": ["prepared"], "seed": 2}}, "the recipe: seed is 2 there, 1 on rank 0"),
-        ({"probe": "elsewhere"}, "the output must be on a shared disk"),
+        ({"data": "1123456789"}, "the data: prepared is 11234567, on rank 0 01234567"),
+        ({"settings": {"data.path": ["prepared"], "seed": 2}}, "the recipe: seed is 2, on rank 0 1"),
+        ({"probe": "elsewhere"}, "the output must be on a disk that all nodes share"),
     ],
 )
 def test_a_rank_that_differs_is_named(tmp_path, other, words):
-    assert preflight.verdict(reports(tmp_path), tmp_path) == ""
-    sentence = preflight.verdict(reports(tmp_path, **other), tmp_path)
+    assert preflight.check_consistent(reports(tmp_path), tmp_path) == ""
+    sentence = preflight.check_consistent(reports(tmp_path, **other), tmp_path)
     assert sentence.startswith("Rank 2 on n2 ") and words in sentence and "\n" not in sentence
 
 
 def test_ranks_that_differ_alike_are_named_together(tmp_path):
     alike = [report | {"data": "1"} if report["rank"] else report for report in reports(tmp_path)]
-    sentence = "Ranks 1, 2 on n1, n2 differ from rank 0 on n0: the data: prepared is 1 there, 01234567 on rank 0."
-    assert preflight.verdict(alike, tmp_path) == sentence
+    sentence = "Ranks 1, 2 on n1, n2 differ from rank 0 on n0: the data: prepared is 1, on rank 0 01234567."
+    assert preflight.check_consistent(alike, tmp_path) == sentence
 
 
 def test_what_one_rank_complains_of_names_it_and_what_all_do_is_said_once(tmp_path):
     one = reports(tmp_path, complaint="There is no data.")
-    assert preflight.verdict(one, tmp_path) == "Rank 2 on n2: There is no data."
-    assert preflight.verdict([report | {"complaint": "There is no data."} for report in one], tmp_path) == "There is no data."
+    assert preflight.check_consistent(one, tmp_path) == "Rank 2 on n2: There is no data."
+    assert preflight.check_consistent([report | {"complaint": "There is no data."} for report in one], tmp_path) == "There is no data."
 
 
 def test_two_ranks_on_one_gpu_are_refused(tmp_path):
     shared = [report | {"host": "n0", "device_id": "GPU-1"} for report in reports(tmp_path)]
-    assert "3 ranks on n0 have one GPU (GPU-1)" in preflight.verdict(shared, tmp_path)
+    assert "3 ranks on n0 share one GPU (GPU-1)" in preflight.check_consistent(shared, tmp_path)
 
 
 def test_what_may_spoil_a_run_is_noted(tmp_path):
     assert preflight.notes(reports(tmp_path)) == []
-    assert "clock of Rank 2 on n2 is +60.0 s off" in preflight.notes(reports(tmp_path, clock=65.0))[0]
+    assert "clock of Rank 2 on n2 is +60.0 s from the median" in preflight.notes(reports(tmp_path, clock=65.0))[0]
     assert (
         "Rank 2 on n2 writes to the output folder at 0.10 GB/s, the median is 1.00"
         in preflight.notes(reports(tmp_path, written_gb_s=0.1))[0]
     )
     assert "Rank 2 on n2 has A100, rank 0 has H100" in preflight.notes(reports(tmp_path, device="A100"))[0]
-    assert "/x/lock is there" in preflight.notes(reports(tmp_path, building=["/x/lock"]))[0]
+    assert "/x/lock exists" in preflight.notes(reports(tmp_path, building=["/x/lock"]))[0]
 
 
 def test_the_table_has_a_line_a_rank_and_leaves_out_what_no_rank_said(tmp_path):
@@ -124,7 +124,7 @@ def two_nodes(tiny: list[str], script=PRETRAIN, *, seconds: int = 5, each: list[
 def test_the_preflight_door_shows_both_nodes_and_leaves_nothing_behind(tiny, tmp_path):
     statuses, (first, second) = two_nodes([*tiny, "--deepspeed", "ds_configs/pipeline_zero1.json"], PREFLIGHT)
     assert statuses == [0, 0], first + second
-    assert "The 2 rank(s) agree." in first
+    assert "All 2 rank(s) agree." in first
     titles, first_rank, second_rank = first.splitlines()[:3]
     assert titles.endswith("all-reduce GB/s  next stage GB/s")
     assert re.search(r" n0 .* \d+\.\d\d +\d+\.\d\d$", first_rank)

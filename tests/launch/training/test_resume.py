@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_with_the_numbers_of_one_that_never_stopped(world_s
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(world_size, [*words, "--output", str(whole)])
     assert any(status == -signal.SIGKILL for status in statuses(world_size, [*words, "--output", str(stopped)], FAULT="0:step:7"))
-    assert "Going on from step 4 of 12" in run(world_size, [*words, "--output", str(stopped)])
+    assert "Resuming from step 4 of 12" in run(world_size, [*words, "--output", str(stopped)])
     assert_same_run(whole, stopped)
 
 
@@ -210,7 +210,7 @@ def test_a_run_goes_on_in_other_layouts_with_its_own_curves_and_says_what_it_con
     statuses(2, [*words, "--deepspeed", "ds_configs/zero3.json", "--output", str(moved)], **kill_at)
     statuses(2, [*words, "--deepspeed", "ds_configs/pipeline_zero1.json", "--output", str(moved), "--resume"], **kill_at)
     said = run(1, [*words, "--deepspeed", "ds_configs/zero2.json", "--output", str(moved), "--resume"])
-    assert "Going on from step 8 of 12, read in " in said
+    assert "Resuming from step 8 of 12, read in " in said
     assert "converted from 2 rank(s): 2 pipeline stages under ZeRO-1 in float32 to 1 rank(s) under ZeRO-2 in float32" in said
     there, here = curves(whole), curves(moved)
     for name in CURVES:

@@ -1,4 +1,4 @@
-"""A folder belongs to one run: it goes on, or it is refused and nothing in it changes."""
+"""A folder belongs to one run: a second start resumes it, or is refused and changes nothing in it."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ LAYOUT |= {"zero_stage": 1, "precision": "bf16"}
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every path below, with the hash of what it holds."""
+    """Return the hash of every file below a folder, by relative path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in folder.rglob("*")
@@ -29,7 +29,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 class Run:
-    """A run as a first start leaves it, and what a second start says to it."""
+    """A run as its first start leaves it, and the methods of a second start."""
 
     def __init__(self, folder: Path):
         self.output = folder / "run"
@@ -57,7 +57,7 @@ class Run:
         return checkpoint.publish(folder, step, about)
 
     def refusal(self, **changes) -> str:
-        """The sentence of a start that is refused; nothing in the folder has changed."""
+        """Return the message of a start that is refused, after checking that nothing in the folder has changed."""
         before = tree(self.output.parent)
         with pytest.raises(UserError) as refused:
             self.start(**changes)
@@ -77,10 +77,10 @@ def saved(run):
     return run
 
 
-def test_a_fresh_start_is_recorded_before_the_first_step(run):
+def test_fresh_start_is_recorded_before_the_first_step(run):
     start = run.start()
-    assert (start.goes_on, start.notes) == (False, ())
-    assert not run.output.exists(), "looking changes nothing"
+    assert (start.resumes, start.notes) == (False, ())
+    assert not run.output.exists(), "inspect changes nothing"
     run.record(start)
     about = json.loads((run.output / "run.json").read_text())
     assert about["run_id"] == start.run_id
@@ -91,75 +91,75 @@ def test_a_fresh_start_is_recorded_before_the_first_step(run):
     assert (run.output / "tokenizer.model").read_bytes() == b"pieces"
 
 
-def test_two_fresh_starts_are_two_runs(run):
+def test_two_fresh_starts_have_different_run_ids(run):
     assert run.start().run_id != run.start().run_id
 
 
-def test_a_second_start_goes_on_under_the_same_id_and_is_noted(saved):
+def test_second_start_resumes_with_the_same_run_id_and_is_recorded(saved):
     start = saved.start()
-    assert start.goes_on and start.notes == ()
+    assert start.resumes and start.notes == ()
     assert saved.record(start) == json.loads((saved.output / "run.json").read_text())["run_id"]
     assert len(json.loads((saved.output / "run.json").read_text())["starts"]) == 2
-    assert saved.start(resume=True).goes_on
+    assert saved.start(resume=True).resumes
 
 
-def test_a_run_without_a_checkpoint_starts_again_and_says_so(run):
+def test_run_without_a_checkpoint_starts_again_with_a_message(run):
     run_id = run.record()
     start = run.start()
-    assert (start.run_id, start.goes_on) == (run_id, False)
-    assert start.notes == (f"{run.output} holds a run that never reached a checkpoint: it starts again from step 0.",)
-    assert run.refusal(resume=True) == "--resume: RUN holds a run without a checkpoint. Without --resume it starts again from step 0."
+    assert (start.run_id, start.resumes) == (run_id, False)
+    assert start.notes == (f"{run.output} has a run without a checkpoint: it starts again from step 0.",)
+    assert run.refusal(resume=True) == "--resume: RUN has a run without a checkpoint. Without --resume it starts again from step 0."
 
 
-def test_an_empty_folder_is_a_fresh_start_and_so_is_one_whose_start_died_at_once(run):
+def test_empty_folder_and_folder_of_an_aborted_start_are_fresh_starts(run):
     run.output.mkdir()
-    assert not run.start().goes_on
+    assert not run.start().resumes
     (run.output / "run.json.tmp").write_text('{"run_')
-    assert not run.start().goes_on
+    assert not run.start().resumes
 
 
-def test_resume_insists_on_a_run(run):
-    assert run.refusal(resume=True) == "--resume: RUN holds no run to go on with."
+def test_resume_option_needs_an_existing_run(run):
+    assert run.refusal(resume=True) == "--resume: RUN has no run to resume. Give the --output of a run, or leave --resume out."
 
 
-def test_a_folder_with_other_things_is_refused(run):
+def test_folder_with_other_files_is_refused(run):
     run.output.mkdir()
     (run.output / "thesis.tex").write_text("years")
-    assert run.refusal() == "output RUN holds files but no run.json: not a run of ours. Give another --output."
+    assert run.refusal() == "output RUN is not a run folder: it has files but no run.json. Give another --output."
 
 
 @pytest.mark.parametrize("below", ["", "/deeper/still"])
-def test_a_file_in_the_way_is_refused(run, below):
+def test_output_path_through_a_file_is_refused(run, below):
     run.output.write_text("a file")
-    sentence = f"output RUN{below}: RUN is a file; it must be a folder or not be there yet."
+    sentence = f"output RUN{below}: RUN is a file; it must be a folder, or not exist yet."
     assert run.refusal(output=f"{run.output}{below}") == sentence
 
 
 @pytest.mark.parametrize("text", ["", '{"run_id": ', "[]", "null", "{}", '{"run_id": "x", "recipe": {}, "starts": []}', "\ud800"])
-def test_a_damaged_record_is_refused(saved, text):
+def test_damaged_run_json_is_refused(saved, text):
     (saved.output / "run.json").write_bytes(text.encode(errors="surrogatepass"))
     assert saved.refusal().startswith("RUN/run.json is damaged (")
 
 
-def test_another_run_is_refused_with_every_difference(saved):
+def test_changed_settings_are_refused_with_every_difference(saved):
     changes = {"seed": 2, "train_steps": 200, "optimizer": OptimizerSettings(learning_rate=1e-3)}
     assert saved.refusal(**changes) == (
-        "RUN holds another run:\n"
+        "RUN has another run:\n"
         "  optimizer.learning_rate: 0.0003 -> 0.001\n"
         "  train_steps: 100 -> 200\n"
         "  seed: 1 -> 2\n"
-        "Give another --output, or --allow_changes to go on with the new settings."
+        "Give another --output, or --allow_changes to resume with the new settings."
     )
     start = saved.start(**changes, allow_changes=True)
-    assert start.goes_on
+    assert start.resumes
     assert start.notes == (
-        "Going on with a change: optimizer.learning_rate: 0.0003 -> 0.001",
-        "Going on with a change: train_steps: 100 -> 200",
-        "Going on with a change: seed: 1 -> 2",
+        "Resuming with a change: optimizer.learning_rate: 0.0003 -> 0.001",
+        "Resuming with a change: train_steps: 100 -> 200",
+        "Resuming with a change: seed: 1 -> 2",
     )
 
 
-def test_all_changes_of_a_run_that_went_on_are_kept_with_their_times(saved):
+def test_run_json_keeps_all_allowed_changes_with_their_times(saved):
     def changes() -> list[dict]:
         return json.loads((saved.output / "run.json").read_text())["changes"]
 
@@ -172,26 +172,26 @@ def test_all_changes_of_a_run_that_went_on_are_kept_with_their_times(saved):
     assert changes() == [{"time": starts[1], "lines": ["seed: 1 -> 2"]}, {"time": starts[3], "lines": ["train_steps: 100 -> 200"]}]
     shutil.rmtree(saved.root)
     saved.record()
-    assert changes() == [], "a run that starts again from step 0 has read nothing otherwise"
+    assert changes() == [], "a run that starts again from step 0 has no changes"
 
 
-def test_what_changes_no_number_may_change(saved):
+def test_settings_without_effect_on_results_may_change(saved):
     harmless = {"recompute": True, "compile": True, "log": LogSettings(interval=1), "peak_tflops": 5.0, "deepspeed": "other.json"}
     assert saved.start(**harmless, data=DataSettings(("moved",)), dry_run=True).notes == ()
 
 
-def test_other_data_is_refused(saved):
+def test_changed_data_is_refused(saved):
     sentence = saved.refusal(fingerprint="e" * 64, data=DataSettings(("new",)))
     assert f"  the data: old {'f' * 12} -> new {'e' * 12}\n" in sentence
 
 
-def test_other_data_of_a_blend_is_refused_by_its_folders(saved):
+def test_changed_data_of_a_blend_is_refused_with_its_folders(saved):
     sentence = saved.refusal(fingerprint="e" * 64, data=DataSettings(("old", "new")))
     assert f"  the data: old {'f' * 12} -> old, new {'e' * 12}\n" in sentence
 
 
-def test_a_run_of_a_version_before_packing_is_told_from_this_one(saved):
-    """Its run.json has one folder, as text, and its samples began one token later."""
+def test_run_of_a_version_before_packing_is_refused_with_its_differences(saved):
+    """In that version run.json has one folder, as text, and samples began one token later."""
     record = json.loads((saved.output / "run.json").read_text())
     record["recipe"]["data"] = {"path": "old", "vocab_size": 4096}
     (saved.output / "run.json").write_text(json.dumps(record))
@@ -202,38 +202,40 @@ def test_a_run_of_a_version_before_packing_is_told_from_this_one(saved):
         f"  the data: old {'f' * 12} -> old {'e' * 12}",
     ]
     assert saved.start(allow_changes=True).notes == (
-        "Going on with a change: the samples: they began one token later, and the first token of the data was never predicted",
+        "Resuming with a change: the samples: they began one token later, and the first token of the data was never predicted",
     )
 
 
-def test_another_model_is_refused_even_where_changes_are_allowed(saved):
+def test_another_model_is_refused_even_with_allow_changes(saved):
     sentence = saved.refusal(model=ModelConfig(hidden_size=128), allow_changes=True)
-    assert sentence.startswith("RUN/checkpoints/step_00000010 is a checkpoint of another model:\n  hidden_size: 64 there, 128 now\n")
-    assert "  intermediate_size: 256 there, 512 now" in sentence
+    assert sentence.startswith(
+        "RUN/checkpoints/step_00000010 is a checkpoint of another model:\n  hidden_size: 64 in the checkpoint, 128 in this command\n"
+    )
+    assert "  intermediate_size: 256 in the checkpoint, 512 in this command" in sentence
 
 
 @pytest.mark.parametrize(
     "sizes", [{"pipeline_stages": 2}, {"tensor_parallel_size": 2}, {"sequence_parallel_size": 2}, {"pipeline_stages": 2, "recompute": True}]
 )
-def test_another_layout_or_zero_stage_goes_on_without_a_question(saved, sizes):
+def test_another_layout_or_zero_stage_resumes_without_a_message(saved, sizes):
     other_json = MERGED | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
     assert saved.start(**sizes, merged=other_json, deepspeed="other.json").notes == ()
-    assert saved.start(**sizes).goes_on
+    assert saved.start(**sizes).resumes
 
 
-def test_another_precision_is_another_run(saved):
+def test_another_precision_needs_allow_changes(saved):
     sentence = saved.refusal(precision="float32")
-    assert sentence.startswith("RUN holds another run:\n  precision: bf16 -> float32\n")
-    assert saved.start(precision="float32", allow_changes=True).notes == ("Going on with a change: precision: bf16 -> float32",)
+    assert sentence.startswith("RUN has another run:\n  precision: bf16 -> float32\n")
+    assert saved.start(precision="float32", allow_changes=True).notes == ("Resuming with a change: precision: bf16 -> float32",)
 
 
-def test_a_layout_is_described_for_a_person():
+def test_layout_description_names_ranks_stage_and_precision():
     assert describe(LAYOUT) == "2 rank(s) under ZeRO-1 in bf16"
     many = LAYOUT | {"world_size": 8, "pipeline_stages": 2, "tensor_parallel_size": 2}
     assert describe(many) == "8 rank(s): 2 pipeline stages x tensor parallel 2 x data parallel 2 under ZeRO-1 in bf16"
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(run):
+def test_checkpoint_of_an_earlier_format_is_refused_by_name(run):
     run.record()
     run.save(10, by_this_version=False)
     assert run.refusal(allow_changes=True) == (
@@ -242,21 +244,21 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(run):
     )
 
 
-def test_a_damaged_newest_checkpoint_does_not_hide_the_one_before(saved):
+def test_damaged_newest_checkpoint_does_not_hide_the_one_before(saved):
     (saved.save(20) / "manifest.json").write_text('{"step": 2')
-    assert saved.start().goes_on
+    assert saved.start().resumes
     assert "another model" in saved.refusal(model=ModelConfig(hidden_size=128), allow_changes=True)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_no_fresh_start(saved):
+def test_run_whose_checkpoints_are_all_damaged_is_not_a_fresh_start(saved):
     newest = saved.root / "step_00000010"
     (newest / "manifest.json").unlink()
-    assert saved.start().goes_on, "what is there is judged when it is loaded"
+    assert saved.start().resumes, "checkpoints are verified when they are loaded"
     newest.rename(newest.with_name("step_00000010.corrupt"))
-    assert saved.start().goes_on
+    assert saved.start().resumes
 
 
-def test_the_tokenizer_beside_the_run_is_the_one_of_its_data(run):
+def test_tokenizer_in_the_run_folder_is_that_of_the_data(run):
     run.record()
     run.tokenizer.write_bytes(b"other pieces")
     run.record()
@@ -286,13 +288,13 @@ def test_the_tokenizer_beside_the_run_is_the_one_of_its_data(run):
         ),
     ],
 )
-def test_an_engine_choice_that_changes_numbers_is_another_run(saved, change, words):
+def test_engine_choices_that_change_results_need_allow_changes(saved, change, words):
     sentence = saved.refusal(merged=MERGED | change, deepspeed="other.json")
     assert sentence.splitlines()[1:-1] == [f"  other.json: {words}"]
-    assert saved.start(merged=MERGED | change, deepspeed="other.json", allow_changes=True).goes_on
+    assert saved.start(merged=MERGED | change, deepspeed="other.json", allow_changes=True).resumes
 
 
-def test_switching_quantization_off_again_is_a_change_too(run):
+def test_switching_quantization_off_is_a_change(run):
     quantized = MERGED | {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}
     run_folder.record(run.settings, quantized, run.start(), "f" * 64, run.tokenizer)
     run.save(10)
@@ -300,12 +302,12 @@ def test_switching_quantization_off_again_is_a_change_too(run):
     assert "zero_optimization.zero_quantized_weights true -> false" in run.refusal(merged=MERGED)
 
 
-def test_a_run_that_is_already_longer_is_not_shortened(saved):
+def test_fewer_steps_than_the_newest_checkpoint_are_refused(saved):
     with pytest.raises(UserError, match="already beyond the 1 steps"):
         saved.start(train_steps=1, allow_changes=True, schedule=dataclasses.replace(saved.settings.schedule, warmup_steps=0))
 
 
-def test_a_folder_is_held_by_one_process_at_a_time(saved):
+def test_folder_is_locked_by_one_process_at_a_time(saved):
     with run_folder.lock(saved.settings), pytest.raises(UserError, match="Another process is training"):
         run_folder.lock(saved.settings)
     run_folder.lock(saved.settings).close()

@@ -1,4 +1,4 @@
-"""The learning rate, step by step."""
+"""Learning rate schedules, step by step."""
 
 import itertools
 import math
@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.sampling.batch_plan import BatchPlan, BatchSettings
 from launch.training.schedule import learning_rate
 
-# 110 steps, 10 of them warm-up: the peak is at step 10, the middle of what follows at 60, the last step is 109, 99/100 of the way.
-RUN = {"steps": 110, "peak": 1.0, "warmup_steps": 10, "minimum": 0.2}
+# 110 steps, 10 of them warm-up: the peak is at step 10, the middle of the decay at 60, and the last step, 109, is after 99/100 of it.
+RUN = {"plan": BatchPlan(BatchSettings(3), 1, 110), "peak": 1.0, "warmup_steps": 10, "minimum": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -22,14 +23,14 @@ RUN = {"steps": 110, "peak": 1.0, "warmup_steps": 10, "minimum": 0.2}
         ("wsd", {0: 1 / 11, 9: 10 / 11, 10: 1.0, 88: 1.0, 99: 0.6, 109: 0.2 + 0.8 / 22, 110: 0.2}),  # falls over the last 22 steps
     ],
 )
-def test_each_kind_by_hand(kind, rates):
+def test_rates_of_each_kind_match_values_by_hand(kind, rates):
     for step, rate in rates.items():
         assert learning_rate(step, kind=kind, **RUN) == pytest.approx(rate, abs=1e-12), step
 
 
-def test_without_warm_up_the_first_step_has_the_peak():
+def test_first_step_has_the_peak_rate_without_warm_up():
     for kind in ("cosine", "linear", "constant", "wsd"):
-        assert learning_rate(0, 10, 3e-4, kind) == 3e-4
+        assert learning_rate(0, BatchPlan(BatchSettings(3), 1, 10), 3e-4, kind) == 3e-4
 
 
 runs = st.fixed_dictionaries(
@@ -48,9 +49,11 @@ runs = st.fixed_dictionaries(
 
 
 @given(runs)
-def test_the_rate_rises_from_above_zero_never_leaves_its_bounds_and_never_jumps(run):
+def test_rate_rises_then_falls_within_its_bounds_without_jumps(run):
     steps, warmup, peak, minimum = run["steps"], run["warmup_steps"], run["peak"], run["minimum"]
-    rates = [learning_rate(step, **run) for step in range(steps + 1)]
+    plan = BatchPlan(BatchSettings(3), 1, steps)
+    schedule = {name: value for name, value in run.items() if name != "steps"}
+    rates = [learning_rate(step, plan, **schedule) for step in range(steps + 1)]
     tiny = 1e-12 * peak
     assert rates[0] > 0
     assert all(later > earlier for earlier, later in itertools.pairwise(rates[: warmup + 1])), "warm-up rises"
