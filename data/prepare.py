@@ -38,7 +38,8 @@ from data.preparation.sources import (
 from data.preparation.work_units import OnError
 from data.preparation.workers import WorkerLost
 from data.shards import MANIFEST, MANIFEST_FORMAT, PreparedData, Shard, read_manifest
-from data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from data.tokenization.loading import load_tokenizer
+from data.tokenization.tokenizer import Tokenizer
 
 _LARGEST_VOCABULARY = 2**31 - 1
 _NOT_RECORDED = ("output", "workers", "rank", "world_size", "unit_megabytes", "max_errors", "tokenizer", "end_of_text")

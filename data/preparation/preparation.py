@@ -26,7 +26,9 @@ from data.preparation.sources import STANDARD_INPUT, Corpus, FileCorpus, Row, Un
 from data.preparation.work_units import EXAMPLES, Task, UnitWorker, read_entry, remove_unfinished
 from data.preparation.workers import Progress, Workers, count_off
 from data.shards import MANIFEST, describe_place, token_dtype
-from data.tokenization.tokenizer import Tokenizer, copy_tokenizer, fastest, load_tokenizer, train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import copy_tokenizer, fastest, load_tokenizer
+from data.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from data.prepare import PrepareSettings

@@ -14,7 +14,8 @@ from typing import Any
 import tqdm
 
 from data.preparation.work_units import Task, UnitWorker
-from data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from data.tokenization.loading import load_tokenizer
+from data.tokenization.tokenizer import Tokenizer
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_BETWEEN_LOOKS = 0.2

@@ -11,7 +11,8 @@ from data.sampling.order import Blend
 from data.sampling.samples import Samples
 from data.sampling.settings import Architecture, SamplingSettings
 from data.shards import PreparedData
-from data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from data.tokenization.loading import load_tokenizer
+from data.tokenization.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from data.shards import PreparedData
-from data.tokenization.tokenizer import load_tokenizer
+from data.tokenization.loading import load_tokenizer
 
 _COMPARED_TOKENS = 100_000  # of text that two tokenizers are to encode alike
 
 
-def tokenized_otherwise(folder: PreparedData, tokenizer: Path) -> bool:
+def tokens_differ(folder: PreparedData, tokenizer: Path) -> bool:
     """Whether a folder's tokens are others than this tokenizer makes: of the same file never, of another one as its first texts tell."""
     there, here = load_tokenizer(folder.tokenizer_path), load_tokenizer(tokenizer)
     if there.settings == here.settings and there.file_bytes() == here.file_bytes():

@@ -7,8 +7,12 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, models, pre_tokenizers
 
 from data.command_line import UserError
-from data.tokenization.huggingface import convert, padding, texts_of_many_kinds
-from data.tokenization.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from data.tokenization.conversion import convert
+from data.tokenization.huggingface_files import padding
+from data.tokenization.huggingface_tokenizer import HuggingFaceTokenizer
+from data.tokenization.probe_texts import texts_of_many_kinds
+from data.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenization.tokenizer import Tokenizer
 
 _PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF's token types, which are SentencePiece's

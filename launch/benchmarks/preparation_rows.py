@@ -27,8 +27,9 @@ from data.command_line import UserError
 from data.sampling.order import Blend
 from data.sampling.packing import PackedSamples
 from data.shards import MAGIC, VERSION, Shard, ShardWriter, TokenStream
-from data.tokenization.huggingface import convert
-from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenization.conversion import convert
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import load_tokenizer
 from launch import REPOSITORY
 from launch.benchmarks.settings import PreparationSettings
 

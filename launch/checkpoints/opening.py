@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from data.command_line import UserError
-from data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from data.tokenization.loading import load_tokenizer
+from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints import checkpoint
 from launch.checkpoints.run_record import tokenizer_in
 from launch.checkpoints.state import SavedState

@@ -8,8 +8,10 @@ import torch
 from data.command_line import UserError
 from data.files import new_file, new_folder
 from data.tokenization.gguf import gguf_tokenizer
-from data.tokenization.huggingface import padding, texts_of_many_kinds, write_tokenizer
-from data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from data.tokenization.huggingface_files import padding, write_tokenizer
+from data.tokenization.loading import load_tokenizer
+from data.tokenization.probe_texts import texts_of_many_kinds
+from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.model_card import model_card
 from launch.checkpoints.opening import OpenedModel, open_model
 from launch.compressing import llama_engine

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from data.command_line import UserError
-from data.tokenization.huggingface import texts_of_many_kinds
-from data.tokenization.tokenizer import SPACE, Tokenizer
+from data.tokenization.probe_texts import texts_of_many_kinds
+from data.tokenization.sentencepiece_tokenizer import SPACE
+from data.tokenization.tokenizer import Tokenizer
 from model.compression import gguf_file
 from model.config import ModelConfig
 from model.loss import token_losses

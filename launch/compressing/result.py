@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data.command_line import UserError, flatten
 from data.files import new_folder, sha256_of
-from data.tokenization.huggingface import padding, write_tokenizer
-from data.tokenization.tokenizer import load_tokenizer
+from data.tokenization.huggingface_files import padding, write_tokenizer
+from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.run_record import versions
 from launch.compressing import report
 from launch.compressing.layer_store import Parts, Weights

@@ -4,7 +4,7 @@ import gzip
 import lzma
 
 from data.shards import PreparedData
-from data.tokenization.tokenizer import load_tokenizer
+from data.tokenization.loading import load_tokenizer
 from launch.evaluation.evaluating import evaluate
 from launch.evaluation.settings import EvaluateSettings
 

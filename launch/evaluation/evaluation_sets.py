@@ -11,8 +11,8 @@ from data.sampling.batches import Batch, evaluation_batches, held_out_batches, n
 from data.sampling.settings import SamplingSettings
 from data.sampling.sources import open_held_out
 from data.shards import PreparedData, TokenStream
-from data.tokenization.comparison import tokenized_otherwise
-from data.tokenization.tokenizer import load_tokenizer
+from data.tokenization.comparison import tokens_differ
+from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.opening import OpenedModel
 from model.config import ModelConfig
 
@@ -87,7 +87,7 @@ def mismatched_tokens(opened: OpenedModel, prepared: PreparedData, name: str) ->
             complaints.append(f"{prepared.folder} was tokenized with a different {other.name} than {name} was trained with.")
         elif load_tokenizer(tokenizer).settings != load_tokenizer(other).settings:
             complaints.append(f"{prepared.folder} was tokenized with different settings next to {other.name} than {name} was trained with.")
-    elif tokenizer and not complaints and tokenized_otherwise(prepared, tokenizer):
+    elif tokenizer and not complaints and tokens_differ(prepared, tokenizer):
         complaints.append(f"{prepared.folder} was tokenized with {other.name}, which gives different ids than {name}'s {tokenizer.name}.")
     return complaints
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data.command_line import UserError
 from data.files import publish_file
-from data.tokenization.tokenizer import load_tokenizer
+from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.opening import load_model
 from launch.evaluation.predictions import Predictor
 from launch.evaluation.settings import GenerateSettings

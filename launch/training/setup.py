@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.command_line import UserError
-from data.tokenization.comparison import tokenized_otherwise
+from data.tokenization.comparison import tokens_differ
 from launch.checkpoints.initial import InitialWeights
 from launch.checkpoints.opening import OpenedModel
 from launch.ranks import processes, rendezvous
@@ -142,7 +142,7 @@ def _refuse_other_tokens(settings: RunSettings, data: RunData, other: OpenedMode
     """Raise UserError if the run's data has other token ids than the other model; `given` names the setting of that model."""
     if other.tokenizer:
         first = next(iter(data.sampling.folders.values()))
-        if tokenized_otherwise(first, other.tokenizer):
+        if tokens_differ(first, other.tokenizer):
             raise UserError(
                 f"{first.folder} was tokenized with {first.tokenizer_path}, which gives other ids than {other.tokenizer}, "
                 f"the tokenizer of {given}. "

@@ -21,7 +21,8 @@ from data.preparation.records import PartReader
 from data.preparation.sources import find_files
 from data.prepare import PrepareSettings, prepare
 from data.shards import PreparedData, Shard
-from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import load_tokenizer
 from tests.ranks import REPOSITORY
 
 CORPORA = REPOSITORY.parent / "shared" / "corpora"

@@ -20,7 +20,8 @@ from data.sampling.order import Blend
 from data.sampling.samples import IGNORED
 from data.sampling.settings import SamplingSettings
 from data.sampling.sources import names_of, open_folders, open_sampling
-from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import load_tokenizer
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 WORDS = ["--model.sequence_length", "24", "--batch.global_batch_size", "8", "--seed", "5", "--characters", "0"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data.command_line import UserError
-from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import load_tokenizer
 from launch import export
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.opening import load_model, open_model

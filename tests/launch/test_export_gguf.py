@@ -7,8 +7,8 @@ import gguf
 import pytest
 
 from data.command_line import UserError
-from data.tokenization.huggingface import write_tokenizer
-from data.tokenization.tokenizer import train_sentencepiece
+from data.tokenization.huggingface_files import write_tokenizer
+from data.tokenization.learning import train_sentencepiece
 from launch import export
 from launch.compressing import llama_engine
 from model import huggingface

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data.command_line import UserError
-from data.tokenization.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import load_tokenizer
 from launch import generate
 from launch.checkpoints import opening
 from launch.evaluation import generating

@@ -1,7 +1,8 @@
 """The part that all tasks of encoder-decoders share: a target text is written for a source text."""
 
 from data.command_line import UserError
-from data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from data.tokenization.loading import load_tokenizer
+from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import OpenedModel, TrainedModel
 from launch.evaluation.predictions import TargetText
 from launch.evaluation.settings import GenerateSettings

@@ -15,7 +15,7 @@ from data.sampling.packing import BestFitSamples, PackedSamples
 from data.sampling.samples import IGNORED
 from data.sampling.settings import SamplingSettings
 from data.sampling.sources import open_folders, open_sampling
-from data.tokenization.tokenizer import train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
 
 ONE_FIXTURE = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None, "max_examples": 40}
 END, PREFIX, SUFFIX, MIDDLE = 60_000, 60_001, 60_002, 60_003

@@ -30,7 +30,7 @@ from data.sampling.samples import IGNORED, padding_like
 from data.sampling.settings import ObjectiveName, SamplingSettings
 from data.sampling.sources import open_folders, open_held_out, open_sampling
 from data.shards import Shard, ShardWriter, TokenStream
-from data.tokenization.tokenizer import train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.ranks import REPOSITORY

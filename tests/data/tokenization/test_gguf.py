@@ -9,8 +9,10 @@ import tokenizers
 
 from data.command_line import UserError
 from data.tokenization.gguf import gguf_tokenizer
-from data.tokenization.huggingface import texts_of_many_kinds
-from data.tokenization.tokenizer import load_tokenizer, published_pattern, train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import load_tokenizer
+from data.tokenization.probe_texts import texts_of_many_kinds
+from data.tokenization.tiktoken_tokenizer import published_pattern
 from tests.data.tokenization.vocabularies import SPECIAL_TOKENS, learnt_byte_level, rank_file
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000]

@@ -11,9 +11,11 @@ import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import data.tokenization.gigatoken
-from data.tokenization.gigatoken import GigatokenTokenizer
-from data.tokenization.tokenizer import fastest, load_tokenizer, published_pattern, train_sentencepiece
+import data.tokenization.gigatoken_tokenizer
+from data.tokenization.gigatoken_tokenizer import GigatokenTokenizer
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import fastest, load_tokenizer
+from data.tokenization.tiktoken_tokenizer import published_pattern
 from tests.data.tokenization.vocabularies import SPECIAL_TOKENS, learnt_byte_level, rank_file
 
 SOURCES = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.glob("*.py"))]
@@ -175,7 +177,7 @@ def test_what_gigatoken_remembers_is_forgotten_again(folder, monkeypatch):
     loaded = []
     from_json = gigatoken.Tokenizer.from_json
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda contents: loaded.append(1) or from_json(contents))
-    monkeypatch.setattr(data.tokenization.gigatoken, "REMEMBERED_CHARACTERS", 100)
+    monkeypatch.setattr(data.tokenization.gigatoken_tokenizer, "REMEMBERED_CHARACTERS", 100)
     reference = load_tokenizer(folder / "byte_level.json/byte_level.json")
     fast = load_tokenizer(reference.path, fast=True)
     texts = [SOURCES[0][start : start + 51] for start in range(0, 1020, 51)]

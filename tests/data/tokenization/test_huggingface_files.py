@@ -9,8 +9,11 @@ import sentencepiece
 import tokenizers
 
 from data.command_line import UserError
-from data.tokenization.huggingface import convert, write_tokenizer
-from data.tokenization.tokenizer import load_tokenizer, published_pattern, train_sentencepiece
+from data.tokenization.conversion import convert
+from data.tokenization.huggingface_files import write_tokenizer
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import load_tokenizer
+from data.tokenization.tiktoken_tokenizer import published_pattern
 from tests.data.tokenization.vocabularies import rank_file
 
 CODE = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000]  # real code and real English, on every machine

@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.command_line import UserError
-from data.tokenization.tokenizer import copy_tokenizer, fastest, load_tokenizer, published_pattern, train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import copy_tokenizer, fastest, load_tokenizer
+from data.tokenization.tiktoken_tokenizer import published_pattern
 from tests.data.tokenization.vocabularies import byte_characters, byte_level, bytes_alone, learnt_byte_level, rank_file
 
 GPT2 = Path(__file__).parents[4] / "shared/corpora/gpt2-bpe"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 
-from data.tokenization.tokenizer import published_pattern
+from data.tokenization.tiktoken_tokenizer import published_pattern
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<s>", "</s>", "<|im_end|>", "[MASK]"]
 

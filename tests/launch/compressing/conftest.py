@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data.prepare import PrepareSettings, prepare
-from data.tokenization.huggingface import padding
-from data.tokenization.tokenizer import load_tokenizer
+from data.tokenization.huggingface_files import padding
+from data.tokenization.loading import load_tokenizer
 from launch import prune, quantize
 from model import huggingface
 from model.config import ModelConfig

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from data.tokenization.gguf import gguf_tokenizer
-from data.tokenization.tokenizer import load_tokenizer, published_pattern, train_sentencepiece
+from data.tokenization.learning import train_sentencepiece
+from data.tokenization.loading import load_tokenizer
+from data.tokenization.tiktoken_tokenizer import published_pattern
 from launch import export
 from launch.benchmarks import generation
 from launch.compressing import llama_engine

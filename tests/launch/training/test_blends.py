@@ -14,7 +14,7 @@ from data import show
 from data.command_line import UserError, flatten
 from data.prepare import PrepareSettings, prepare
 from data.sampling.batches import evaluation_batches
-from data.tokenization.tokenizer import published_pattern
+from data.tokenization.tiktoken_tokenizer import published_pattern
 from launch import evaluate, pretrain
 from launch.checkpoints.opening import load_model
 from launch.checkpoints.run_record import tokenizer_files

@@ -11,7 +11,7 @@ import pytest
 
 from data.command_line import UserError
 from data.prepare import PrepareSettings, prepare
-from data.tokenization.tokenizer import load_tokenizer
+from data.tokenization.loading import load_tokenizer
 from launch import pretrain
 from launch.checkpoints.opening import load_model
 from launch.evaluation import evaluating

@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 from sentencepiece import sentencepiece_model_pb2
 
 from data.command_line import UserError
-from data.tokenization.huggingface import convert, texts_of_many_kinds
-from data.tokenization.tokenizer import SPACE, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, published_pattern
+from data.tokenization.conversion import convert
+from data.tokenization.huggingface_tokenizer import HuggingFaceTokenizer
+from data.tokenization.probe_texts import texts_of_many_kinds
+from data.tokenization.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
+from data.tokenization.tiktoken_tokenizer import TiktokenTokenizer, published_pattern
+from data.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import gigatoken

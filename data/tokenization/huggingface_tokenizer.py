@@ -1,0 +1,73 @@
+"""The tokenizer of a Hugging Face tokenizer.json, or of GPT-2's vocab.json and merges.txt."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from data.command_line import UserError
+from data.tokenization.tokenizer import KNOWN_ENDS, Tokenizer
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`."""
+
+    engine = f"tokenizers {tokenizers.__version__}"
+
+    def __init__(self, path: Path, end_of_text: str | None, threads: int = 1) -> None:
+        self.path, self.settings, self._threads = path, {}, threads
+        try:
+            self._text = path.read_text(encoding="utf-8") if path.name == "tokenizer.json" or not merges_of(path) else _join_pair(path)
+            self._model = tokenizers.Tokenizer.from_str(self._text)
+        except Exception as error:  # the library raises nothing more exact
+            raise UserError(f"{path} is no tokenizer.json: {error}.") from error
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True  # as text, that is
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.special_tokens = {token.content: number for number, token in self._model.get_added_tokens_decoder().items() if token.special}
+        self._set_end(end_of_text or self._known_end(vocabulary), vocabulary)
+
+    def file_bytes(self) -> bytes:
+        return self._text.encode()
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode_batch([text])[0].ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def _encode_each(self, texts: Sequence[str]) -> Iterable[list[int]]:
+        if self._threads == 1:  # the library encodes the texts of a batch on as many threads as there are cores
+            return map(self.encode, texts)
+        return (encoding.ids for encoding in self._encode_batch(list(texts)))
+
+    def _spellings(self) -> list[str]:
+        names = [self._model.id_to_token(token) or "" for token in range(self.vocab_size)]
+        if isinstance(self._model.model, tokenizers.models.WordPiece):
+            prefix = self._model.model.continuing_subword_prefix
+            return [name.removeprefix(prefix) if name.startswith(prefix) else f" {name}" for name in names]
+        spell = self._model.decoder.decode if self._model.decoder else "".join
+        return [spell(["a", name, "a"])[1:-1] for name in names]  # a decoder may take a space from the ends of a text
+
+    def _encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        try:
+            return self._model.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more exact
+            raise UserError(f"{self.path} cannot encode every text: {error}.") from error
+
+
+def merges_of(vocabulary: Path) -> Path | None:
+    """The merges that belong to a vocabulary, where its name says that it is one of two files."""
+    merges = vocabulary.with_name(vocabulary.name.removesuffix("vocab.json") + "merges.txt")
+    return merges if vocabulary.name.endswith("vocab.json") and merges.is_file() else None
+
+
+def _join_pair(vocabulary: Path) -> str:
+    """GPT-2's vocab.json and merges.txt as one tokenizer.json: byte-level BPE, its end of text special."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges_of(vocabulary))))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens([token for token in KNOWN_ENDS if model.token_to_id(token) is not None])
+    return model.to_str()
