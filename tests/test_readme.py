@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from data.command_line import read_settings
-from data.prepare import PrepareSettings
+from data.preparation.settings import PrepareSettings
 from data.show import read_show_settings
 from launch.benchmarks import settings as benchmarks
 from launch.checkpoints.settings import ConvertSettings

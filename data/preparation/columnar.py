@@ -3,7 +3,10 @@
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
 
 from data.preparation.compressed import is_compressed, open_decompressed
 from data.preparation.fields import Fields, Problem, Record, damaged, read_fields
@@ -12,12 +15,9 @@ _ROWS_AT_ONCE = 256
 
 
 class Table:
-    """A Parquet file or Arrow's (file or stream), as blocks of rows: row groups or record batches."""
+    """A Parquet file or an Arrow file (file or stream format), as blocks of rows: row groups or record batches."""
 
     def __init__(self, path: Path, fields: Fields) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
         self._fields = fields
         self._file = _uncompressed(path)
         self._parquet = fields.format_of(path) == "parquet"
@@ -32,44 +32,42 @@ class Table:
         except pyarrow.ArrowInvalid:
             mapped.seek(0)
             self._table = pyarrow.ipc.open_stream(mapped)
-            self._num_blocks = None  # of a stream only reading tells
+            self._num_blocks = None  # unknown for a stream until it is read
         self.schema = self._table.schema
 
     def block_bytes(self) -> list[int]:
-        """Bytes of each block, as they are in memory."""
+        """Return the bytes that each block needs in memory."""
         if self._parquet:
             return [self._table.metadata.row_group(block).total_byte_size for block in range(self._num_blocks)]
         return [batch.nbytes for batch in self._batches()]
 
     def rows(self, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
-        """(number, record) of each row of the blocks [start, end); a damaged block is one Problem."""
-        import pyarrow
-
+        """Yield (number, record) of each row of the blocks [start, end); a damaged block is one Problem."""
         row = 0
         for block in range(self._num_blocks if end is None else end) if self._parquet else ():
-            place = row
+            number = row
             row += self._table.metadata.row_group(block).num_rows
             if block < start:
                 continue
             try:
-                some = self._table.iter_batches(_ROWS_AT_ONCE, row_groups=[block], columns=self._fields.names, use_threads=False)
-                for batch in some:
-                    yield from _table_rows(place, batch, self._fields)
-                    place += batch.num_rows
+                batches = self._table.iter_batches(_ROWS_AT_ONCE, row_groups=[block], columns=self._fields.names, use_threads=False)
+                for batch in batches:
+                    yield from _table_rows(number, batch, self._fields)
+                    number += batch.num_rows
             except (pyarrow.ArrowException, OSError) as error:
-                yield place, damaged(error)
+                yield number, damaged(error)
         try:
-            for number, batch in enumerate(() if self._parquet else self._batches()):
-                if number >= start and (end is None or number < end):
+            for block, batch in enumerate(() if self._parquet else self._batches()):
+                if block >= start and (end is None or block < end):
                     for first in range(0, batch.num_rows, _ROWS_AT_ONCE):
                         yield from _table_rows(row + first, batch.slice(first, _ROWS_AT_ONCE), self._fields)
                 row += batch.num_rows
         except pyarrow.ArrowException as error:
-            if end is None:  # of a stream the rest cannot be found; the part that goes to the end says so
-                yield row, damaged(error, is_of_file=True)
+            if end is None:  # the rest of a stream cannot be found; the part that ends with the file reports it
+                yield row, damaged(error, ends_file=True)
 
     def _batches(self) -> Iterable:
-        """Record batches, mapped and not read."""
+        """Return the record batches; they are mapped, not read."""
         return self._table if self._num_blocks is None else map(self._table.get_batch, range(self._num_blocks))
 
     def __enter__(self) -> "Table":
@@ -80,7 +78,7 @@ class Table:
 
 
 def _uncompressed(path: Path) -> BinaryIO:
-    """A file that can be read from its end, as tables are: a compressed one becomes a file without a name."""
+    """Open a file so that it can seek, as tables need: a compressed file is decompressed into a temporary file."""
     stream = open_decompressed(path)
     if not is_compressed(path):
         return stream
@@ -92,9 +90,7 @@ def _uncompressed(path: Path) -> BinaryIO:
     return whole
 
 
-def _table_rows(place: int, batch, fields: Fields) -> Iterator[tuple[int, Record]]:
-    import pyarrow
-
+def _table_rows(first: int, batch: Any, fields: Fields) -> Iterator[tuple[int, Record]]:
     columns = []
     for name in fields.names:
         column = batch.column(name)
@@ -107,6 +103,6 @@ def _table_rows(place: int, batch, fields: Fields) -> Iterator[tuple[int, Record
         try:
             record = {name: value.decode() if isinstance(value, bytes) else value for name, value in zip(fields.names, values, strict=True)}
         except UnicodeDecodeError as error:
-            yield place + number, Problem("invalid UTF-8", f"it is not UTF-8: {error}", repr(values).encode())
+            yield first + number, Problem("invalid UTF-8", f"it is not UTF-8: {error}", repr(values).encode())
             continue
-        yield place + number, read_fields(record, fields, repr(values).encode(errors="backslashreplace"))
+        yield first + number, read_fields(record, fields, repr(values).encode(errors="backslashreplace"))

@@ -1,4 +1,4 @@
-"""Where the text of a record stands, and what is wrong with a record that has none."""
+"""Where the text of a record is, and what is wrong with a record that has no valid text."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,85 +30,88 @@ _POSITION_UNITS = {"jsonl": "byte", "csv": "byte", "tsv": "byte", "parquet": "ro
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record's text stands."""
+    """Where the text of each record is."""
 
     text: str
     pair: str | None = None
-    """A second text of the same record."""
+    """Field of the second text of the same record."""
     columns: tuple[str, ...] = ()
-    """Names of the columns of .csv and .tsv files; without them the first line has the names."""
+    """Column names of .csv and .tsv files; if empty, the first line contains them."""
     separator: str | None = None
-    """What parts the documents of a plain text: "blank" lines, every "line", or a marker; None where a file is one document."""
+    """Separator between the documents of a plain text: "blank" lines, every "line", or a marker; None: a file is one document."""
     format: str | None = None
-    """How every file is read; None: each by its name."""
+    """Format of every file; None: the format that each file's name ends in."""
 
     @property
     def names(self) -> list[str]:
+        """Names of the fields to read."""
         return [self.text] if self.pair is None else [self.text, self.pair]
 
     def format_of(self, path: Path) -> str:
-        """How a file is read: as plain text where its name says nothing that is known."""
+        """Return the format that a file is read in; plain text if its suffix is unknown."""
         return self.format or FORMATS.get(_suffix(path), "txt")
 
     def is_cut_by_bytes(self, path: Path) -> bool:
-        """Whether parts of this file are stretches of bytes."""
+        """Return True if parts of this file are ranges of bytes."""
         return self.position_unit(path) == "byte"
 
     def position_unit(self, path: Path) -> str:
-        """What the place of a record in this file counts: "byte", "row", "document", or "file" where the file is one record."""
+        """Return the unit of a record's position in this file: "byte", "row", "document", or "file" if the file is one record."""
         return _POSITION_UNITS.get(self.format_of(path), "file" if self.separator is None else "byte")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A record, or the rest of a file, that is no text."""
+    """A record, or the rest of a file, that is not valid text."""
 
     reason: str
-    """One of a few, to be counted by."""
-    sentence: str
-    """What is wrong with this one."""
+    """Kind of problem, to count by."""
+    message: str
+    """What is wrong with this record."""
     raw: bytes = b""
-    """The record as it stands in the file."""
-    is_of_file: bool = False
-    """Nothing behind it in the file can be read."""
+    """The record as it is in the file."""
+    ends_file: bool = False
+    """True if the rest of the file cannot be read."""
 
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """A document that is tokens already.  [tokens]"""
+    """A document that consists of tokens already.  [tokens]"""
 
     tokens: np.ndarray
 
 
-Record = tuple[str, ...] | TokenRecord | Problem
-"""A text, or a pair of texts."""
+TextRecord = tuple[str, ...] | Problem
+"""A text or a pair of texts, or what is wrong with the record."""
+Record = TextRecord | TokenRecord
+"""Any record of a file."""
 
 
 def is_known(path: Path) -> bool:
-    """Whether a file's name says how it is read."""
+    """Return True if a file's suffix determines its format."""
     return _suffix(path) in FORMATS
 
 
-def read_json(line: bytes, fields: Fields) -> Record:
-    """The text of a JSON line, or what is wrong with it."""
+def read_json(line: bytes, fields: Fields) -> TextRecord:
+    """Return the text of a JSON line, or what is wrong with it."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            record = json.loads(line.decode().rstrip("\r\n"))  # takes NaN, which is no JSON but is written; and says what is wrong
+            record = json.loads(line.decode().rstrip("\r\n"))  # accepts NaN, which is not JSON but is common, and gives better messages
         except UnicodeDecodeError as error:
             return Problem("invalid UTF-8", f"it is not UTF-8: {error}", line)
         except json.JSONDecodeError as error:
             return Problem("broken JSON", f"it is not JSON: {error.msg}, column {error.colno}", line)
-        except (RecursionError, ValueError) as error:  # nested too deep, a number of thousands of digits
-            return Problem("broken JSON", f"it is not JSON that Python reads: {error}", line)
+        except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+            return Problem("broken JSON", f"it is not JSON that Python can read: {error}", line)
     if not isinstance(record, dict):
-        return Problem("wrong type", f'it holds a {type(record).__name__}; a record is an object with the field "{fields.text}"', line)
+        return Problem("wrong type", f'it is a {type(record).__name__}; a record must be an object with the field "{fields.text}"', line)
     return read_fields(record, fields, line)
 
 
-def read_fields(record: dict, fields: Fields, raw: bytes) -> Record:
-    """The text of a record with named fields, or what is wrong with it."""
+def read_fields(record: dict, fields: Fields, raw: bytes) -> TextRecord:
+    """Return the text of a record with named fields, or what is wrong with it."""
     texts = []
     for name in fields.names:
         if name not in record:
@@ -121,16 +124,16 @@ def read_fields(record: dict, fields: Fields, raw: bytes) -> Record:
             return Problem("wrong type", f'"{name}" is {str(text)[:40]}, a {type(text).__name__}; it must be a string', raw)
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-            return Problem("invalid UTF-8", f'"{name}" is not text that UTF-8 can hold: {error}', raw)
+        except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
+            return Problem("invalid UTF-8", f'"{name}" cannot be written as UTF-8: {error}', raw)
         if not text.strip():
             return Problem("empty document", f'"{name}" is empty', raw)
         texts.append(text)
     return tuple(texts)
 
 
-def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequence[str], raw: bytes, fields: Fields) -> Record:
-    """The text of a line of fields."""
+def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequence[str], raw: bytes, fields: Fields) -> TextRecord:
+    """Return the text of a line of fields, or what is wrong with it. `split` cuts the record into its fields."""
     try:
         row = split(record)
     except UnicodeDecodeError as error:
@@ -140,17 +143,19 @@ def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequen
     return read_fields(dict(zip(columns, row, strict=True)), fields, raw)
 
 
-def decode_text(data: bytes) -> Record:
+def decode_text(data: bytes) -> TextRecord:
+    """Return UTF-8 data as a text, or what is wrong with it."""
     try:
         return (data.decode(),)
     except UnicodeDecodeError as error:
         return Problem("invalid UTF-8", f"it is not UTF-8: {error}", data)
 
 
-def damaged(error: Exception, is_of_file: bool = False) -> Problem:
-    return Problem("cut off or damaged", f"it cannot be read to its end: {' '.join(str(error).split())}", is_of_file=is_of_file)
+def damaged(error: Exception, ends_file: bool = False) -> Problem:
+    """Return the problem of a file that a reader could not read to its end."""
+    return Problem("cut off or damaged", f"it cannot be read to its end: {' '.join(str(error).split())}", ends_file=ends_file)
 
 
 def _suffix(path: Path) -> str:
-    """The last part of a name that says no compression."""
+    """Return the last suffix of a name that is not one of a compression, in lower case."""
     return next((suffix for suffix in map(str.lower, reversed(path.suffixes)) if suffix not in COMPRESSED), "")

@@ -1,7 +1,7 @@
-"""What a part of a file holds: records, each with its place, and what is wrong with those that are no text.
+"""The records in a part of a file, each with its position.
 
-A part is a stretch of a file: bytes of the decompressed stream for lines, row groups or record batches for tables, documents for
-token files. A record belongs to the part in which it begins, so parts can be read apart from one another, in any order.
+A part is a range of the file: bytes of the decompressed file for lines, row groups or record batches for tables, documents for token
+files. A record belongs to the part in which it begins, so the parts of a file can be read independently, in any order.
 """
 
 import codecs
@@ -11,189 +11,200 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow
+
 from data.command_line import nearest
 from data.preparation.columnar import Table
-from data.preparation.compressed import CANNOT_BE_READ, decompressed, is_compressed, open_decompressed
+from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed, open_decompressed
 from data.preparation.fields import Fields, Problem, Record, TokenRecord, damaged, decode_text, read_json, read_row
 from data.shards import Shard
 
-_LONGEST_CSV_RECORD = 64 << 20  # bytes; behind so many an opening quote is taken for one that nobody closed
+_MAX_CSV_RECORD_BYTES = 64 << 20  # in a longer record, the opening quote is assumed to have no closing quote
 
 
 class PartReader:
-    """Reads parts of files. A file that only reading from its beginning leads through stays open, and its next part goes on from there."""
+    """Reads parts of files. A file that can only be read from its beginning stays open, so that its next part continues from there."""
 
     def __init__(self, fields: Fields) -> None:
         self.fields = fields
         self.at_end = False
-        """Whether the part that was read last reached the end of its file."""
+        """True if the part that was read last reached the end of its file."""
         self._path: Path | None = None
         self._file: BinaryIO | None = None
         self._stream: BinaryIO | None = None
-        self._sequence: _Sequence | None = None
+        self._peekable: _Peekable | None = None
 
     def read(self, path: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[int, Record]]:
-        """(place, record) of each record that begins in the part; a file that cannot be read on ends with a Problem in one of its parts."""
+        """Yield (position, record) of each record that begins in the part. If the file is damaged, the last record is a Problem."""
         self.at_end = False
-        place = start
+        position = start
         try:
-            for place, record in self._read(path, start, end):
-                yield place, record
-        except CANNOT_BE_READ as error:
+            for position, record in self._read(path, start, end):
+                yield position, record
+        except READ_ERRORS as error:
             self.close()
             self.at_end = True
-            yield place, damaged(error, is_of_file=True)
+            yield position, damaged(error, ends_file=True)
 
     def bytes_on_disk(self) -> int:
-        """How much of the open file has been read."""
+        """Return how many bytes of the open file have been read; those of a compressed file are counted compressed."""
         return self._file.tell() if self._file else 0
 
     def close(self) -> None:
+        """Close the file that is open, if any."""
         if self._stream is not None:
             self._stream.close()
+        if self._file is not None:
             self._file.close()
-        self._path = self._file = self._stream = self._sequence = None
+        self._path = self._file = self._stream = self._peekable = None
 
     def _read(self, path: Path, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
-        kind, fields = self.fields.format_of(path), self.fields
-        if kind in ("parquet", "arrow"):
-            yield from self._table(path, start, end)
-        elif kind == "tokens":
-            yield from self._tokens(path, start, end)
-        elif kind == "txt" and fields.separator is None:
+        format, fields = self.fields.format_of(path), self.fields
+        if format in ("parquet", "arrow"):
+            yield from self._read_table(path, start, end)
+        elif format == "tokens":
+            yield from self._read_tokens(path, start, end)
+        elif format == "txt" and fields.separator is None:
             yield 0, decode_text(self._open(path).read().removeprefix(codecs.BOM_UTF8))
             self.close()
             self.at_end = True
-        elif kind == "txt":
-            records = self._plain_lines if fields.separator == "line" else self._documents
-            for place, data in self._stretch(path, start, end, records):
-                yield place, decode_text(data)
-        elif kind == "jsonl":
-            for place, line in self._stretch(path, start, end, self._plain_lines):
-                yield place, read_json(line, fields)
-        elif kind == "tsv":
+        elif format == "txt":
+            records = self._non_empty_lines if fields.separator == "line" else self._separated_documents
+            for position, data in self._records_of_part(path, start, end, records):
+                yield position, decode_text(data)
+        elif format == "jsonl":
+            for position, line in self._records_of_part(path, start, end, self._non_empty_lines):
+                yield position, read_json(line, fields)
+        elif format == "tsv":
             columns = fields.columns or _first_line(path)
-            for place, line in self._stretch(path, start, end, self._plain_lines):
-                if place > 0 or fields.columns:
-                    yield place, read_row(_tabs, line, columns, line, fields)
+            for position, line in self._records_of_part(path, start, end, self._non_empty_lines):
+                if position > 0 or fields.columns:
+                    yield position, read_row(_split_at_tabs, line, columns, line, fields)
         else:
-            for place, (line, row, columns) in self._stretch(path, start, end, self._csv_rows):
-                yield place, row if isinstance(row, Problem) else read_row(list, row, columns, line, fields)
+            for position, (line, row, columns) in self._records_of_part(path, start, end, self._csv_rows):
+                yield position, row if isinstance(row, Problem) else read_row(list, row, columns, line, fields)
 
     def _open(self, path: Path) -> BinaryIO:
-        if path != self._path:
-            self.close()
-            self._file = open(path, "rb")  # noqa: SIM115  closed by close
-            self._path, self._stream = path, decompressed(self._file, path)
+        if path == self._path and self._stream is not None:
+            return self._stream
+        self.close()
+        self._file = open(path, "rb")  # noqa: SIM115  closed by close
+        self._path, self._stream = path, decompressed(self._file, path)
         return self._stream
 
-    def _stretch(self, path: Path, start: int, end: int | None, records: "_Records") -> Iterator[tuple[int, Any]]:
-        """(place, record) of a part, got by seeking where the file can seek and its lines can be told apart anywhere."""
+    def _records_of_part(self, path: Path, start: int, end: int | None, records: "_ReadRecords") -> Iterator[tuple[int, Any]]:
+        """Yield (position, record) of a part: by seeking, if the file can seek and a record's beginning can be found from anywhere."""
         if not is_compressed(path) and self.fields.format_of(path) != "csv":
-            for _, place, record in records(self._open(path), start, end):
-                yield place, record
+            for _, position, record in records(self._open(path), start, end):
+                yield position, record
             return
-        if path != self._path or self._sequence is None or self._sequence.has_passed(start):
+        if path != self._path or self._peekable is None or self._peekable.has_passed(start):
             self.close()
-            self._sequence = _Sequence(records(self._open(path), 0, None))
-        sequence = self._sequence
-        while (owner := sequence.next_owner) is not None and (end is None or owner < end):
-            _, place, record = sequence.take()
+            self._peekable = _Peekable(records(self._open(path), 0, None))
+        peekable = self._peekable
+        while (owner := peekable.next_owner) is not None and (end is None or owner < end):
+            _, position, record = peekable.take()
             if owner >= start:
-                yield place, record
-        self.at_end = sequence.next_owner is None
-        if sequence.error and sequence.last_taken >= start:  # said once: by the part of the last record before it
-            raise sequence.error
+                yield position, record
+        self.at_end = peekable.next_owner is None
+        if peekable.error and peekable.last_taken >= start:  # reported once: by the part of the last record before the error
+            raise peekable.error
 
     def _lines(self, stream: BinaryIO, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
-        """(place, line) of lines that begin at start <= place < end."""
-        place = max(0, start - 1)
-        stream.seek(place)
+        """Yield (position, line) of lines that begin at start <= position < end."""
+        position = max(0, start - 1)
+        stream.seek(position)
         if start > 0:
-            place += len(stream.readline())  # of the line that begins before
-        while end is None or place < end:
+            position += len(stream.readline())  # the rest of the line that begins before the part
+        while end is None or position < end:
             line = stream.readline()
             if not line:
                 self.at_end = True
                 return
-            yield place, line if place else line.removeprefix(codecs.BOM_UTF8)
-            place += len(line)
+            yield position, line if position else line.removeprefix(codecs.BOM_UTF8)
+            position += len(line)
 
-    def _plain_lines(self, stream: BinaryIO, start: int, end: int | None) -> Iterator[tuple[int, int, bytes]]:
-        for place, line in self._lines(stream, start, end):
+    def _non_empty_lines(self, stream: BinaryIO, start: int, end: int | None) -> Iterator[tuple[int, int, bytes]]:
+        for position, line in self._lines(stream, start, end):
             if not line.isspace():
-                yield place, place, line
+                yield position, position, line
 
-    def _documents(self, stream: BinaryIO, start: int, end: int | None) -> Iterator[tuple[int, int, bytes]]:
-        """(place of the separator before it, place, document); the first document of a file has no separator and belongs to place 0."""
-        marker = None if self.fields.separator == "blank" else self.fields.separator.encode()
-        owner, begun = 0, 0
+    def _separated_documents(self, stream: BinaryIO, start: int, end: int | None) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (position of the separator before it, position, document).
+
+        The first document of a file has no separator before it and belongs to position 0.
+        """
+        separator = self.fields.separator
+        marker = None if separator is None or separator == "blank" else separator.encode()
+        owner, document_start = 0, 0
         collected: list[bytes] | None = [] if start == 0 else None
-        for place, line in self._lines(stream, start, None):
+        for position, line in self._lines(stream, start, None):
             if not (line.isspace() if marker is None else line.rstrip(b"\r\n") == marker):
                 if collected is not None:
                     collected.append(line)
-                elif end is not None and place >= end:
+                elif end is not None and position >= end:
                     return  # the whole part lies inside a document that begins before it
                 continue
             if collected and not all(map(bytes.isspace, collected)):
-                yield owner, begun, b"".join(collected)
-            if end is not None and place >= end:
+                yield owner, document_start, b"".join(collected)
+            if end is not None and position >= end:
                 return
-            owner, begun, collected = place, place + len(line), []
+            owner, document_start, collected = position, position + len(line), []
         if collected and not all(map(bytes.isspace, collected)):
-            yield owner, begun, b"".join(collected)
+            yield owner, document_start, b"".join(collected)
 
     def _csv_rows(self, stream: BinaryIO, start: int, end: int | None) -> Iterator[tuple[int, int, tuple]]:
-        """RFC 4180. A line's end inside quotes is text, so that only reading from the beginning tells where records begin."""
+        """Yield (position, position, (line, row, columns)) of CSV records (RFC 4180).
+
+        A line break inside quotes is text, so only a reader that starts at the beginning knows where records begin.
+        """
         columns = list(self.fields.columns)
-        for place, line, row in _csv_records(self._lines(stream, start, end)):
-            if not columns and isinstance(row, Problem):  # without its header nothing of the file can be told
-                yield place, place, (line, dataclasses.replace(row, is_of_file=True), columns)
+        for position, line, row in _csv_records(self._lines(stream, start, end)):
+            if not columns and isinstance(row, Problem):  # without a header the rest of the file cannot be read
+                yield position, position, (line, dataclasses.replace(row, ends_file=True), columns)
                 return
             if not columns:
                 columns = row
             elif not line.isspace():
-                yield place, place, (line, row, columns)
+                yield position, position, (line, row, columns)
 
-    def _table(self, path: Path, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
-        """Rows of row groups or record batches [start, end). What is wrong with the whole file the first part says."""
-        import pyarrow
-
+    def _read_table(self, path: Path, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
+        """Yield rows of the row groups or record batches [start, end). A problem of the whole file is reported by its first part."""
         self.at_end = True
         try:
             table = Table(path, self.fields)
         except pyarrow.ArrowException as error:
             if start == 0:
-                yield 0, damaged(error, is_of_file=True)
+                yield 0, damaged(error, ends_file=True)
             return
         with table:
             for name in self.fields.names if start == 0 else ():
                 if (count := table.schema.names.count(name)) != 1:
-                    sentence = f'it has {count or "no"} column{"s" * (count > 1)} "{name}"'
-                    yield 0, Problem("missing field", sentence + nearest(name, table.schema.names) * (not count), is_of_file=True)
+                    message = f'it has {count or "no"} column{"s" * (count > 1)} "{name}"'
+                    yield 0, Problem("missing field", message + nearest(name, table.schema.names) * (not count), ends_file=True)
             if all(table.schema.names.count(name) == 1 for name in self.fields.names):
                 yield from table.rows(start, end)
 
-    def _tokens(self, path: Path, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
+    def _read_tokens(self, path: Path, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
         shard = Shard(path.with_suffix(""))
         for number in range(start, shard.num_documents if end is None else end):
             yield number, TokenRecord(shard.tokens[shard.document_start(number) : shard.document_start(number + 1)])
         self.at_end = True
 
 
-_Records = Callable[[BinaryIO, int, int | None], Iterator[tuple[int, int, Any]]]
-"""(stream, start, end) -> (owner, place, record): a record belongs to the part that its owner, a place, lies in."""
+_ReadRecords = Callable[[BinaryIO, int, int | None], Iterator[tuple[int, int, Any]]]
+"""A function (stream, start, end) -> (owner, position, record). A record belongs to the part that contains its owner, a position."""
 
 
-class _Sequence:
-    """An iterator that shows whose the next record is."""
+class _Peekable:
+    """An iterator over (owner, position, record) that shows the owner of the next record."""
 
     def __init__(self, records: Iterator[tuple[int, int, Any]]) -> None:
         self._records = records
         self.last_taken, self._has_taken = 0, False
         self.error: Exception | None = None
-        """What ended it before the end of the file."""
+        """The error that ended the records before the end of the file."""
+        self._next: tuple[int, int, Any] | None = None
         self._advance()
 
     @property
@@ -201,11 +212,12 @@ class _Sequence:
         return None if self._next is None else self._next[0]
 
     def has_passed(self, start: int) -> bool:
-        """Whether a record that belongs to `start` or behind it was taken."""
+        """Return True if a record whose owner is at or after `start` was taken."""
         return self._has_taken and self.last_taken >= start
 
     def take(self) -> tuple[int, int, Any]:
         taken = self._next
+        assert taken is not None
         self.last_taken, self._has_taken = taken[0], True
         self._advance()
         return taken
@@ -213,46 +225,47 @@ class _Sequence:
     def _advance(self) -> None:
         try:
             self._next = next(self._records, None)
-        except CANNOT_BE_READ as error:
+        except READ_ERRORS as error:
             self._next, self.error = None, error
 
 
-def _csv_records(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes, list[str] | Problem]]:
-    """(place, the record as it stands, its fields). A line that breaks a record costs that line alone: those that it took with it
-    are read again.
+def _csv_records(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes, Any]]:
+    """Yield (position, the record as it is in the file, its fields or a Problem).
+
+    A line that makes a record invalid costs only that line: the lines that were read as part of the record are read again.
     """
-    again: list[tuple[int, bytes]] = []  # the next one last
+    again: list[tuple[int, bytes]] = []  # lines to read again, the next one last
 
     def texts(used: list[tuple[int, bytes]]) -> Iterator[str]:
         size = 0
         while (line := again.pop() if again else next(lines, None)) is not None:
             used.append(line)
             size += len(line[1])
-            if size > _LONGEST_CSV_RECORD:
-                raise csv.Error(f"a quote that opens here is not closed within {_LONGEST_CSV_RECORD >> 20} MiB")
+            if size > _MAX_CSV_RECORD_BYTES:
+                raise csv.Error(f"a quote that opens here is not closed within {_MAX_CSV_RECORD_BYTES >> 20} MiB")
             yield line[1].decode()
 
     while True:
         used: list[tuple[int, bytes]] = []
         try:
-            found: list[str] | Problem | None = next(csv.reader(texts(used), strict=True), None)
+            row: list[str] | Problem | None = next(csv.reader(texts(used), strict=True), None)
         except UnicodeDecodeError as error:
-            found = Problem("invalid UTF-8", f"it is not UTF-8: {error}", used[0][1])
+            row = Problem("invalid UTF-8", f"it is not UTF-8: {error}", used[0][1])
         except csv.Error as error:
-            found = Problem("broken CSV", f"it is not CSV: {error}", used[0][1])
+            row = Problem("broken CSV", f"it is not CSV: {error}", used[0][1])
         if not used:
             return
-        if isinstance(found, Problem):
+        if isinstance(row, Problem):
             again += reversed(used[1:])
             del used[1:]
-        yield used[0][0], b"".join(line for _, line in used), found or []
+        yield used[0][0], b"".join(line for _, line in used), row or []
 
 
-csv.field_size_limit(_LONGEST_CSV_RECORD)
+csv.field_size_limit(_MAX_CSV_RECORD_BYTES)
 
 
-def _tabs(line: bytes) -> list[str]:
-    """Fields between tabs, nothing quoted: IANA's text/tab-separated-values."""
+def _split_at_tabs(line: bytes) -> list[str]:
+    """Split a line at its tabs; nothing is quoted (IANA's text/tab-separated-values)."""
     return line.decode().rstrip("\r\n").split("\t")
 
 

@@ -1,4 +1,8 @@
-"""One unit of work: read, judge, tokenize, and write what came of it, so that it is done wholly or not at all."""
+"""One work unit: read it, filter it, tokenize it and write the result, so that it is finished completely or not at all.
+
+A finished unit NAME consists of NAME.tokens, NAME.documents (one record a document, see document_dtype), NAME.digests, NAME.signatures if
+near-duplicates are wanted, NAME.quarantine if there are invalid records, and NAME.json (its entry), which is written last.
+"""
 
 import base64
 import json
@@ -7,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,53 +19,53 @@ from numpy.typing import NDArray
 from data.command_line import UserError
 from data.files import publish_file, write_file
 from data.preparation.compressed import open_decompressed
-from data.preparation.duplicates import DIGEST, digest_of, sorted_digests
+from data.preparation.corpus import FileCorpus, Row, Unit
+from data.preparation.duplicates import DIGEST, digest_of, signatures, sorted_digests
 from data.preparation.fields import Problem, Record, TokenRecord
 from data.preparation.filters import FilterSettings, reason_to_drop
 from data.preparation.records import PartReader
-from data.preparation.sources import FileCorpus, Row, Unit
+from data.preparation.settings import OnError
 from data.tokenization.tokenizer import Tokenizer
 
-_BATCH_CHARACTERS = 1_000_000  # that are tokenized at a time
+_BATCH_CHARACTERS = 1_000_000  # characters that are tokenized in one call
 _BATCH_DOCUMENTS = 4096
-EXAMPLES = 5  # of what is dropped, for each reason
+EXAMPLES = 5  # documents that are kept as examples for each reason to drop
 _EXAMPLE_CHARACTERS = 600
-_CHECKED_CHARACTERS = 2000  # of each unit, that a fast tokenizer is compared on
-
-OnError = Literal["fail", "skip", "quarantine"]
+_CHECKED_CHARACTERS = 2000  # characters of each unit on which a fast tokenizer is compared with the reference
 
 
 @dataclass(frozen=True)
-class Task:
-    """What every process that works on a corpus knows."""
+class WorkerSettings:
+    """Settings of every process that works on a corpus."""
 
     corpus: FileCorpus | None
-    """None where the rows are sent with each unit."""
-    given: str
-    """What a person calls those rows."""
-    num_texts: int
-    """Of a record: 1, or 2 where it is a pair."""
+    """None if the rows are sent with each unit."""
+    input_name: str
+    """Name of the corpus in error messages about such rows."""
+    texts_per_document: int
+    """1, or 2 if each record is a pair."""
     folder: Path
-    """Where the units go."""
+    """Folder that the units are written to."""
     rank: int
-    """Of the node, which names its unfinished files: those that another one's killed processes left are in nobody's way."""
+    """Index of the node. It is part of the names of unfinished files, so that the nodes do not touch each other's."""
     tokenizer: Path
     fast: bool
-    """Tokenize with gigatoken, which was found to give the same ids."""
+    """Tokenize with gigatoken, which gave the same ids at the start."""
     threads: int
-    """Of each process, where its tokenizer has them."""
+    """Threads of the tokenizer in each process, if it has threads."""
     dtype: str
+    """Type of the token ids."""
     on_error: OnError
     filters: FilterSettings
-    sign: bool
-    """Write MinHash signatures."""
+    write_signatures: bool
+    """Write MinHash signatures, for near-duplicates."""
 
 
-def document_dtype(num_texts: int) -> np.dtype:
-    """What is written of each document of a unit."""
+def document_dtype(texts_per_document: int) -> np.dtype:
+    """Return the record that is written for each document of a unit."""
     return np.dtype(
         [
-            ("lengths", "<i4", (num_texts,)),
+            ("lengths", "<i4", (texts_per_document,)),
             ("bytes", "<u8"),
             ("source", "<u4"),
             ("position", "<u8"),
@@ -72,18 +76,18 @@ def document_dtype(num_texts: int) -> np.dtype:
 
 @dataclass
 class _Counts:
-    """What happened in a unit."""
+    """The numbers in a unit's entry."""
 
     documents: int = 0
-    """That were read, whatever became of them."""
+    """Documents that were read, kept or not."""
     kept: int = 0
     tokens: int = 0
     bytes: int = 0
-    """Of kept text, in UTF-8."""
+    """Bytes of the kept text in UTF-8."""
     dropped: Counter = field(default_factory=Counter)
-    """By reason."""
+    """Number of dropped documents by reason."""
     errors: Counter = field(default_factory=Counter)
-    """Of the dropped, those that were no text."""
+    """Number of invalid records by reason; `dropped` includes them."""
     dropped_of_source: Counter = field(default_factory=Counter)
     examples: dict[str, list[dict]] = field(default_factory=dict)
 
@@ -92,95 +96,99 @@ class _Counts:
 class _Document:
     texts: tuple[str, ...]
     tokens: NDArray | None
-    """Where the source has tokens already."""
+    """Tokens, if the source contains tokens already."""
     source: int
     position: int
     digest: bytes
 
 
 class UnitWorker:
-    """Does units of a task, one after another; holds what one process needs for that."""
+    """Processes units, one after another. It holds what one process needs for that."""
 
-    def __init__(self, task: Task, tokenizer: Tokenizer, tell: Callable[[int, int], object]) -> None:
-        """`tell` hears how many more bytes of text were written and documents read."""
-        self.task, self._tokenizer, self._tell = task, tokenizer, tell
-        self._parts = PartReader(task.corpus.fields) if task.corpus else None
-        self._dtype = np.dtype(task.dtype)
+    def __init__(self, settings: WorkerSettings, tokenizer: Tokenizer, add_done: Callable[[int, int], object]) -> None:
+        """`add_done(num_bytes, num_documents)` is called with the bytes of text written and documents read since its last call."""
+        self.settings, self._tokenizer, self._add_done = settings, tokenizer, add_done
+        self._reader = PartReader(settings.corpus.fields) if settings.corpus else None
+        self._dtype = np.dtype(settings.dtype)
 
-    def do(self, unit: Unit, rows: list[Row] | None = None) -> dict:
-        """The unit's entry, as it was written, last of its files. Raises UserError for a bad record where that is to fail."""
+    def process(self, unit: Unit, rows: list[Row] | None = None) -> dict:
+        """Write the files of a unit and return its entry. Raise UserError for an invalid record if on_error is "fail"."""
         counts = _Counts()
-        prefix = self.task.folder / unit.name
-        with _Files(prefix, self.task) as files:
+        prefix = self.settings.folder / unit.name
+        with _UnitFiles(prefix, self.settings) as files:
             digests = []
-            told_bytes = told_documents = 0
+            bytes_before = documents_before = 0
             for batch in _batches(self._documents(unit, rows, counts, files)):
                 digests += [document.digest for document in batch]
                 self._write(batch, counts, files)
-                self._tell(counts.bytes - told_bytes, counts.documents - told_documents)
-                told_bytes, told_documents = counts.bytes, counts.documents
-            files.put("digests", sorted_digests(np.frombuffer(b"".join(digests), DIGEST)).tobytes())
+                self._add_done(counts.bytes - bytes_before, counts.documents - documents_before)
+                bytes_before, documents_before = counts.bytes, counts.documents
+            files.write("digests", sorted_digests(np.frombuffer(b"".join(digests), DIGEST)).tobytes())
+        is_last, bytes_on_disk = True, unit.size
+        if unit.is_open_ended:
+            assert self._reader is not None
+            is_last, bytes_on_disk = self._reader.at_end, self._reader.bytes_on_disk()
         entry = {
-            "last": not unit.is_open_ended or self._parts.at_end,
-            "bytes_on_disk": self._parts.bytes_on_disk() if unit.is_open_ended else unit.size,
+            "last": is_last,
+            "bytes_on_disk": bytes_on_disk,
             **{name: getattr(counts, name) for name in _Counts.__dataclass_fields__},
         }
-        write_file(Path(f"{prefix}.json"), json.dumps(entry), Path(f"{prefix}.json{_unfinished(self.task)}"))
+        write_file(Path(f"{prefix}.json"), json.dumps(entry), Path(f"{prefix}.json{_unfinished_suffix(self.settings)}"))
         return entry
 
-    def _documents(self, unit: Unit, rows: list[Row] | None, counts: _Counts, files: "_Files") -> Iterator[_Document]:
-        """The documents of a unit that are text and pass the filters; the others are counted."""
+    def _documents(self, unit: Unit, rows: list[Row] | None, counts: _Counts, files: "_UnitFiles") -> Iterator[_Document]:
+        """Yield the valid documents of a unit that pass the filters; count the others."""
         for source, position, record in rows if rows is not None else self._records(unit):
             counts.documents += 1
             if isinstance(record, Problem):
-                self._complain(source, position, record, counts, files)
+                self._handle_problem(source, position, record, counts, files)
                 continue
             tokens = None
             if isinstance(record, TokenRecord):
                 tokens = record.tokens
                 if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._tokenizer.vocab_size:
-                    sentence = f"it holds a token outside the {self._tokenizer.vocab_size} ids of the tokenizer"
-                    self._complain(source, position, Problem("token outside the vocabulary", sentence), counts, files)
+                    message = f"it contains a token outside the {self._tokenizer.vocab_size} ids of the tokenizer"
+                    self._handle_problem(source, position, Problem("token outside the vocabulary", message), counts, files)
                     continue
                 record = (self._tokenizer.decode(tokens),)
             if not record[0].strip():
                 self._drop("empty file", source, position, record[0], counts)
-            elif reason := reason_to_drop(record[0], self.task.filters):
+            elif reason := reason_to_drop(record[0], self.settings.filters):
                 self._drop(reason, source, position, record[0], counts)
             else:
                 yield _Document(record, tokens, source, position, digest_of("\0".join(record)))
 
     def _records(self, unit: Unit) -> Iterator[tuple[int, int, Record]]:
+        assert self._reader is not None and self.settings.corpus is not None
         for span in unit.spans:
-            for position, record in self._parts.read(self.task.corpus.files[span.file].path, span.start, span.end):
+            for position, record in self._reader.read(self.settings.corpus.files[span.file].path, span.start, span.end):
                 yield span.file, position, record
 
-    def _write(self, batch: list[_Document], counts: _Counts, files: "_Files") -> None:
+    def _write(self, batch: list[_Document], counts: _Counts, files: "_UnitFiles") -> None:
+        texts_per_document = self.settings.texts_per_document
         texts = [text for document in batch for text in document.texts]
         if batch[0].tokens is None:
             tokens, lengths = self._tokenizer.encode_documents(texts, self._dtype)
-            if not counts.kept and self.task.fast:
-                self._compare(texts[0][:_CHECKED_CHARACTERS])
+            if not counts.kept and self.settings.fast:
+                self._compare_with_reference(texts[0][:_CHECKED_CHARACTERS])
         else:
-            tokens, lengths = self._joined([document.tokens for document in batch])
-        written = np.zeros(len(batch), document_dtype(self.task.num_texts))
-        written["lengths"] = lengths.reshape(len(batch), self.task.num_texts)
-        written["bytes"] = np.array([len(text.encode()) for text in texts], np.uint64).reshape(len(batch), self.task.num_texts).sum(axis=1)
-        written["source"] = [document.source for document in batch]
-        written["position"] = [document.position for document in batch]
-        written["digest"] = np.frombuffer(b"".join(document.digest for document in batch), DIGEST)
-        files.put("tokens", tokens.tobytes())
-        files.put("documents", written.tobytes())
-        if self.task.sign:
-            from data.preparation.duplicates import signatures
-
-            files.put("signatures", signatures([document.texts[0] for document in batch]).tobytes())
+            tokens, lengths = self._concatenate([document.tokens for document in batch if document.tokens is not None])
+        records = np.zeros(len(batch), document_dtype(texts_per_document))
+        records["lengths"] = lengths.reshape(len(batch), texts_per_document)
+        records["bytes"] = np.array([len(text.encode()) for text in texts], np.uint64).reshape(len(batch), texts_per_document).sum(axis=1)
+        records["source"] = [document.source for document in batch]
+        records["position"] = [document.position for document in batch]
+        records["digest"] = np.frombuffer(b"".join(document.digest for document in batch), DIGEST)
+        files.write("tokens", tokens.tobytes())
+        files.write("documents", records.tobytes())
+        if self.settings.write_signatures:
+            files.write("signatures", signatures([document.texts[0] for document in batch]).tobytes())
         counts.kept += len(batch)
         counts.tokens += len(tokens)
-        counts.bytes += int(written["bytes"].sum())
+        counts.bytes += int(records["bytes"].sum())
 
-    def _joined(self, documents: list[NDArray]) -> tuple[NDArray, NDArray[np.int32]]:
-        """Documents that are tokens already, each with its end."""
+    def _concatenate(self, documents: list[NDArray]) -> tuple[NDArray, NDArray[np.int32]]:
+        """Return (tokens, lengths) of documents that are tokens already, each with an end-of-text token."""
         end = np.array([self._tokenizer.end_of_text], self._dtype)
         ended = [
             document if len(document) and document[-1] == end[0] else np.concatenate([document.astype(self._dtype), end])
@@ -188,13 +196,13 @@ class UnitWorker:
         ]
         return np.concatenate(ended).astype(self._dtype), np.array([len(document) for document in ended], np.int32)
 
-    def _compare(self, text: str) -> None:
-        """A fast tokenizer that was found equal at the start is looked at again in every unit."""
+    def _compare_with_reference(self, text: str) -> None:
+        """Raise UserError if the fast tokenizer, which gave the same ids at the start, gives others for this text."""
         fast, reference = self._tokenizer, self._tokenizer.reference
         if fast.encode(text) != reference.encode(text):
             raise UserError(
                 f"{fast.engine} gives other ids than {reference.engine} for {text[:60]!r}. "
-                "Give another --output and --gigatoken false; please report it."
+                "Give another --output and --gigatoken false; please report this error."
             )
 
     def _drop(self, reason: str, source: int, position: int, text: str, counts: _Counts) -> None:
@@ -204,49 +212,51 @@ class UnitWorker:
         if len(examples) < EXAMPLES:
             examples.append({"source": source, "position": position, "text": text[:_EXAMPLE_CHARACTERS]})
 
-    def _complain(self, source: int, position: int, problem: Problem, counts: _Counts, files: "_Files") -> None:
-        if self.task.on_error == "fail":
-            end = "" if problem.sentence.endswith((".", "?")) else "."
-            raise UserError(f"{self._place(source, position, problem)}: {problem.sentence}{end} {_advice(problem)}")
+    def _handle_problem(self, source: int, position: int, problem: Problem, counts: _Counts, files: "_UnitFiles") -> None:
+        if self.settings.on_error == "fail":
+            end = "" if problem.message.endswith((".", "?")) else "."
+            raise UserError(f"{self._describe_place(source, position, problem)}: {problem.message}{end} {_advice(problem)}")
         counts.errors[problem.reason] += 1
         self._drop(problem.reason, source, position, problem.raw[:_EXAMPLE_CHARACTERS].decode(errors="backslashreplace"), counts)
-        if self.task.on_error == "quarantine":
-            line = {"source": source, "position": position, "reason": problem.reason, "sentence": problem.sentence}
+        if self.settings.on_error == "quarantine":
+            line = {"source": source, "position": position, "reason": problem.reason, "sentence": problem.message}
             try:
                 line["record"] = problem.raw.decode()
             except UnicodeDecodeError:
                 line["record_base64"] = base64.b64encode(problem.raw).decode()
-            files.put("quarantine", json.dumps(line).encode() + b"\n")
+            files.write("quarantine", json.dumps(line).encode() + b"\n")
 
-    def _place(self, source: int, position: int, problem: Problem) -> str:
-        """Where a person finds the record."""
-        if self.task.corpus is None:
-            return f"{self.task.given}, row {position}"
-        file = self.task.corpus.files[source]
-        if problem.is_of_file:
+    def _describe_place(self, source: int, position: int, problem: Problem) -> str:
+        """Return the file and line (or row) of a record, for a person."""
+        corpus = self.settings.corpus
+        if corpus is None:
+            return f"{self.settings.input_name}, row {position}"
+        file = corpus.files[source]
+        if problem.ends_file:
             return str(file.path)
-        if self.task.corpus.fields.is_cut_by_bytes(file.path):
+        if corpus.fields.is_cut_by_bytes(file.path):
             with open_decompressed(file.path) as stream:
-                return f"{file.path}, line {1 + _newlines(stream, position)}"
-        unit = self.task.corpus.position_units[source]
+                return f"{file.path}, line {1 + _count_newlines(stream, position)}"
+        unit = corpus.position_units[source]
         return str(file.path) if unit == "file" else f"{file.path}, {unit} {position + 1}"
 
 
-class _Files:
-    """The files of a unit, by what they hold; they get their names when all are whole, and are gone where that fails."""
+class _UnitFiles:
+    """The files of a unit, by kind. They get their final names when all are complete, and are removed after an error."""
 
-    def __init__(self, prefix: Path, task: Task) -> None:
-        self._prefix, self._task = prefix, task
+    def __init__(self, prefix: Path, settings: WorkerSettings) -> None:
+        self._prefix, self._settings = prefix, settings
         self._open: dict[str, BinaryIO] = {}
-        for kind in ["tokens", "documents", "digests", *(["signatures"] if task.sign else [])]:
-            self.put(kind, b"")
+        for kind in ["tokens", "documents", "digests", *(["signatures"] if settings.write_signatures else [])]:
+            self.write(kind, b"")
 
-    def put(self, kind: str, data: bytes) -> None:
+    def write(self, kind: str, data: bytes) -> None:
+        """Append to the file of a kind."""
         if kind not in self._open:
-            self._open[kind] = open(f"{self._prefix}.{kind}{_unfinished(self._task)}", "wb")  # noqa: SIM115  closed by __exit__
+            self._open[kind] = open(f"{self._prefix}.{kind}{_unfinished_suffix(self._settings)}", "wb")  # noqa: SIM115  closed by __exit__
         self._open[kind].write(data)
 
-    def __enter__(self) -> "_Files":
+    def __enter__(self) -> "_UnitFiles":
         return self
 
     def __exit__(self, kind: type | None, *error: object) -> None:
@@ -259,18 +269,18 @@ class _Files:
 
 
 def remove_unfinished(folder: Path, rank: int) -> None:
-    """What killed processes of this rank left behind."""
+    """Remove the unfinished files that killed processes of this rank left in a folder."""
     for path in folder.glob(f"*.rank{rank}-*"):
         path.unlink(missing_ok=True)
 
 
-def _unfinished(task: Task) -> str:
-    """Of a process alone: one that outlives its killed parent for a moment writes into no file of the next start."""
-    return f".rank{task.rank}-{os.getpid()}"
+def _unfinished_suffix(settings: WorkerSettings) -> str:
+    """Return a suffix of this process alone: a worker that outlives its killed parent for a moment must not write into newer files."""
+    return f".rank{settings.rank}-{os.getpid()}"
 
 
 def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
-    """Documents by the megabyte; those that are tokens already apart from those that are text."""
+    """Group documents into batches of about a megabyte; a batch is either all text or all tokens."""
     batch: list[_Document] = []
     characters = 0
     for document in documents:
@@ -287,25 +297,25 @@ def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
 
 
 def read_entry(folder: Path, name: str) -> dict | None:
-    """What was written of a unit, or None where it is not done."""
+    """Return the entry of a finished unit, or None if the unit is not finished."""
     try:
         return json.loads((folder / f"{name}.json").read_bytes())
     except FileNotFoundError:
         return None
 
 
-def _newlines(stream: BinaryIO, count: int) -> int:
-    """In the first `count` bytes."""
-    found = 0
-    while count > 0 and (piece := stream.read(min(count, 1 << 20))):
-        found += piece.count(b"\n")
-        count -= len(piece)
-    return found
+def _count_newlines(stream: BinaryIO, num_bytes: int) -> int:
+    """Return the number of newlines in the next num_bytes bytes."""
+    count = 0
+    while num_bytes > 0 and (piece := stream.read(min(num_bytes, 1 << 20))):
+        count += piece.count(b"\n")
+        num_bytes -= len(piece)
+    return count
 
 
 def _advice(problem: Problem) -> str:
     if problem.reason in ("missing field", "wrong type"):
-        return "The field is set with --text_field; --on_error skip or quarantine goes on without such records."
+        return "Set the field with --text_field, or leave out such records with --on_error skip or quarantine."
     if problem.reason == "broken JSON":
-        return "A record is one line, in .json files too; --on_error skip or quarantine goes on without it."
-    return "--on_error skip or quarantine goes on without it."
+        return "Each record must be one line, in .json files too. --on_error skip or quarantine leaves out such records."
+    return "--on_error skip or quarantine leaves out such records."

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from data.command_line import UserError
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.order import Blend
 from data.sampling.samples import Samples

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from data.command_line import UserError
+from data.preparation.driver import prepare
 from data.preparation.fields import Fields
 from data.preparation.filters import FilterSettings
+from data.preparation.input_files import find_files
 from data.preparation.records import PartReader
-from data.preparation.sources import find_files
-from data.prepare import PrepareSettings, prepare
+from data.preparation.settings import PrepareSettings
 from data.shards import PreparedData, Shard
 from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import load_tokenizer
@@ -54,7 +55,7 @@ def make(corpus, tokenizer, tmp_path):
 
     def run(say=lambda line: None, **changes):
         settings = {"input": (str(corpus),), "output": str(tmp_path / "prepared"), "tokenizer": str(tokenizer), "workers": 1}
-        return prepare(PrepareSettings(**(settings | {"unit_megabytes": 0.05} | changes)), progress=say)
+        return prepare(PrepareSettings(**(settings | {"unit_megabytes": 0.05} | changes)), log=say)
 
     return run
 
@@ -101,7 +102,7 @@ def test_any_number_of_nodes_in_any_order_writes_the_same_bytes(make, tmp_path, 
     said = []
     for rank in random.Random(nodes).sample(range(nodes), nodes):
         made = make(said.append, rank=rank, world_size=nodes, shard_tokens=30_000)
-    assert sum("The one that is done last joins all parts" in line for line in said) == nodes - 1
+    assert sum("The rank that finishes last writes the shards" in line for line in said) == nodes - 1
     assert files(made.folder) == files(alone)
     assert not (tmp_path / "prepared.partial").exists()
 
@@ -135,15 +136,15 @@ def test_a_folder_that_is_there_is_kept_and_told_apart(make, corpus):
     prepared = make()
     before = {path: path.stat().st_mtime_ns for path in prepared.folder.rglob("*")}
     make(said.append, workers=2, unit_megabytes=1)
-    assert said == [f"{prepared.folder} holds exactly this already: nothing to do."]
-    with pytest.raises(UserError, match=r"from other text or with other settings: --held_out 0\.02 there, 0\.5 now"):
+    assert said == [f"{prepared.folder} already contains the result of these settings: nothing to do."]
+    with pytest.raises(UserError, match=r"from other text or with other settings: --held_out was 0\.02 and is now 0\.5"):
         make(held_out=0.5)
-    with pytest.raises(UserError, match=r"--input .* there, .* now; the input is not the same, by name, size or time"):
+    with pytest.raises(UserError, match=r"--input was .* and is now .*; the input files changed \(names, sizes or times\)"):
         make(input=(str(corpus / "b.txt"),))
     assert {path: path.stat().st_mtime_ns for path in prepared.folder.rglob("*")} == before
     manifest = prepared.folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(UserError, match=r"it was made by another version of this project \(format 1, now 2\)"):
+    with pytest.raises(UserError, match=r"it was written by another version of this project \(format 1; this version writes 2\)"):
         make()
 
 
@@ -151,9 +152,9 @@ def test_folders_of_something_else_are_left_alone(make, tmp_path):
     for name in ("prepared", "other.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is no prepared folder; nothing is overwritten"):
+    with pytest.raises(UserError, match="exists and is not a prepared data folder; it is not overwritten"):
         make()
-    with pytest.raises(UserError, match=r"other\.partial, where unfinished work is kept, exists and is something else"):
+    with pytest.raises(UserError, match=r"other\.partial is needed for unfinished work, but it exists and contains something else"):
         make(output=str(tmp_path / "other"))
     assert list(files(tmp_path)) == ["other.partial/thesis.tex", "prepared/thesis.tex"]
 
@@ -169,7 +170,7 @@ def spoilt(tmp_path):
 
 
 def test_a_bad_line_stops_with_its_place_and_what_is_done_goes_on_with_another_setting(make, corpus, spoilt, tmp_path):
-    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: it is not JSON: .* --on_error skip or quarantine goes on without it\."):
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: it is not JSON: .* --on_error skip or quarantine leaves out such records\."):
         make(input=(str(corpus), spoilt))
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "prepared.partial/units").glob("*.json")}
     assert len(done) > 5
@@ -187,8 +188,10 @@ def test_units_that_are_done_are_not_done_again(make, corpus, spoilt, tmp_path, 
     done = []
     from data.preparation.work_units import UnitWorker
 
-    do = UnitWorker.do
-    monkeypatch.setattr(UnitWorker, "do", lambda worker, unit, rows=None: (done.append(f"{unit.name}.json"), do(worker, unit, rows))[1])
+    do = UnitWorker.process
+    monkeypatch.setattr(
+        UnitWorker, "process", lambda worker, unit, rows=None: (done.append(f"{unit.name}.json"), do(worker, unit, rows))[1]
+    )
     make(input=(str(corpus), spoilt), on_error="skip")
     assert len(done) == 1 and not before & set(done)
 
@@ -207,7 +210,7 @@ def test_quarantine_keeps_the_bad_records_with_their_places(make, corpus, spoilt
 
 def test_more_errors_than_allowed_stop_the_work(make, spoilt):
     assert make(input=(spoilt,), on_error="skip", max_errors=3, held_out=0.0).splits["train"].num_documents == 2
-    with pytest.raises(UserError, match=r"3 records are no text \(.*1 broken JSON.*\), more than --max_errors 2"):
+    with pytest.raises(UserError, match=r"3 records are not valid text \(.*1 broken JSON.*\); --max_errors allows 2"):
         make(input=(spoilt,), on_error="skip", max_errors=2, output=f"{spoilt}/../other", held_out=0.0)
 
 
@@ -218,14 +221,14 @@ def test_what_changed_since_a_start_is_named(make, corpus, spoilt, tokenizer, tm
         return str(refused.value)
 
     assert "line 2" in stopped()
-    assert "was begun with other text or settings: --shard_tokens 268435456 there, 1000 now" in stopped(shard_tokens=1000)
+    assert "was started with other text or settings: --shard_tokens was 268435456 and is now 1000" in stopped(shard_tokens=1000)
     assert "line 2" in stopped(workers=2, unit_megabytes=0.1), "what changes no byte may change"
     (tmp_path / "in/bad.jsonl").write_bytes(BAD + b'{"text": "more"}\n')
     assert "bad.jsonl has another size" in stopped()
     (tmp_path / "in/bad.jsonl").write_bytes(BAD)
-    assert "bad.jsonl was written since" in stopped()
+    assert "bad.jsonl was modified" in stopped()
     (tmp_path / "in/bad.jsonl").rename(tmp_path / "in/worse.jsonl")
-    assert "bad.jsonl is gone; worse.jsonl is new" in stopped()
+    assert "bad.jsonl was removed; worse.jsonl was added" in stopped()
     other = tmp_path / "tokenizer.model"
     other.write_bytes(tokenizer.read_bytes())
     with pytest.raises(UserError):
@@ -248,7 +251,7 @@ def test_two_processes_do_not_prepare_as_the_same_rank(make, corpus, spoilt, tmp
 
 def test_where_there_is_no_text_to_learn_from_the_reason_is_said(make, tmp_path):
     (tmp_path / "a.tsv").write_text("abstract\tone\ttwo\nmore\tone\ttwo\n")
-    with pytest.raises(UserError, match=r'no text to learn a tokenizer from\. .*a\.tsv: it has no field "text"'):
+    with pytest.raises(UserError, match=r'contains no text to train a tokenizer on\. .*a\.tsv: it has no field "text"'):
         make(tokenizer=None, input=(str(tmp_path / "a.tsv"),))
 
 
@@ -285,7 +288,7 @@ def test_documents_by_blank_lines_and_by_a_marker(make, tmp_path):
     assert texts(found, "train") == ["one\n", "still one\n", "two\n"]
     said = []
     make(said.append, input=(str(tmp_path / "b.txt"),), separator="===", output=str(tmp_path / "d"))
-    assert "--separator === occurs nowhere: each file is one document" in said[-1] and "no document is held out" in said[-1]
+    assert "--separator === does not occur in the input: each file is one document" in said[-1] and "no document is held out" in said[-1]
 
 
 def test_a_pair_becomes_two_sequences_of_one_document(make, tmp_path, tokenizer):
@@ -309,7 +312,7 @@ def test_standard_input_is_kept_until_it_is_done_and_compared_when_it_comes_agai
 
     with pytest.raises(UserError, match=r"standard-input, line 201: it is not JSON"):
         give(lines + b"\nno json\n")
-    with pytest.raises(UserError, match="Standard input is not what it was"):
+    with pytest.raises(UserError, match="Standard input is not the same as when"):
         give(lines)
     prepared = give(lines + b"\nno json\n", on_error="skip")
     assert prepared.place_of("train", 0).startswith("standard input, byte ")
@@ -324,7 +327,7 @@ def test_standard_input_of_the_same_size_is_not_the_same(make, tmp_path, monkeyp
 
     give(b"some text")
     give(b"some text")
-    with pytest.raises(UserError, match="the input is not the same"):
+    with pytest.raises(UserError, match=r"the input files changed \(names, sizes or times\)"):
         give(b"more text")
     assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
 
@@ -346,14 +349,14 @@ def test_input_that_changes_while_it_is_read_is_refused(make, tmp_path, monkeypa
 
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "old"}\n' * 5000)
-    do = UnitWorker.do
+    do = UnitWorker.process
 
     def meanwhile(worker, unit, rows=None):
         os.utime(path, ns=(1, unit.number))
         return do(worker, unit, rows)
 
-    monkeypatch.setattr(UnitWorker, "do", meanwhile)
-    with pytest.raises(UserError, match=r"The input changed while it was read: a\.jsonl was written since"):
+    monkeypatch.setattr(UnitWorker, "process", meanwhile)
+    with pytest.raises(UserError, match=r"The input changed while it was read: a\.jsonl was modified"):
         make(input=(str(path),))
     assert not (tmp_path / "prepared").exists()
 
@@ -378,16 +381,16 @@ def test_files_of_the_same_name_are_told_apart_and_the_output_is_no_input(make, 
 
 
 def test_a_rank_that_comes_when_all_is_finished_says_so(make, tmp_path, monkeypatch):
-    from data.preparation.preparation import Preparation
+    from data.preparation.node import Node
 
-    def finished_by_another(preparation, workers):
+    def finished_by_another(node, workers):
         monkeypatch.undo()
         (tmp_path / "prepared.partial").rename(tmp_path / "elsewhere")
         make()
         raise FileNotFoundError(2, "No such file or directory")
 
     said = []
-    monkeypatch.setattr(Preparation, "tokenize", finished_by_another)
+    monkeypatch.setattr(Node, "tokenize", finished_by_another)
     assert make(said.append).folder == tmp_path / "prepared"
     assert said[-1].endswith("prepared was finished by another rank.")
 
@@ -416,13 +419,13 @@ def test_token_files_of_others_become_shards_with_the_same_tokens(make, tmp_path
     assert prepared.splits["train"].num_bytes == sum(map(len, written))
     stored = (tmp_path / "megatron.bin").read_bytes()
     (tmp_path / "megatron.bin").write_bytes(stored[2:4] + stored[2:])
-    with pytest.raises(UserError, match="the input is not the same"):
+    with pytest.raises(UserError, match=r"the input files changed \(names, sizes or times\)"):
         make(input=(str(tmp_path / "megatron.bin"),), held_out=0.0)
     write_shard([[2, 7]] * 20, name="other")
-    with pytest.raises(UserError, match=r"other\.idx end with token 7, and .* ends them with 1: it is another tokenizer"):
+    with pytest.raises(UserError, match=r"other\.idx end with token 7, but the end of text of .* is token 1\. Give the tokenizer"):
         make(input=(str(tmp_path / "other.idx"),), output=str(tmp_path / "other"))
     write_shard([[1, 599], [3, 600]], name="foreign")
-    with pytest.raises(UserError, match=r"foreign\.idx, document 2: it holds a token outside the 600 ids of the tokenizer"):
+    with pytest.raises(UserError, match=r"foreign\.idx, document 2: it contains a token outside the 600 ids of the tokenizer"):
         make(input=(str(tmp_path / "foreign.idx"),), output=str(tmp_path / "foreign"))
 
 
@@ -499,25 +502,25 @@ def test_real_text_in_three_languages_comes_back(make, tmp_path, name, text_fiel
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"held_out": 0.999999}, "takes every one"),
+        ({"held_out": 0.999999}, "holds out all of them"),
         ({"held_out": 1.0}, "below 1"),
-        ({"vocab_size": 8192}, "--vocab_size 8192 is for a tokenizer to learn"),
-        ({"special_tokens": ("<x>",)}, "--special_tokens is for a tokenizer to learn"),
+        ({"vocab_size": 8192}, "--vocab_size 8192 applies only to a tokenizer that is trained here"),
+        ({"special_tokens": ("<x>",)}, "--special_tokens applies only to a tokenizer that is trained here"),
         ({"dataset": "name"}, "both given"),
-        ({"tokenizer": None, "end_of_text": "</s>"}, "--end_of_text is for a given --tokenizer"),
+        ({"tokenizer": None, "end_of_text": "</s>"}, "--end_of_text applies only to a given --tokenizer"),
         ({"shard_tokens": 0}, "--shard_tokens 0 must be at least 1"),
         ({"tokenizer": "nowhere.model"}, r"nowhere\.model: no such file"),
-        ({"rank": 2, "world_size": 2}, r"--rank 2 is outside 0 \.\.\. 1, the ranks of --world_size 2"),
+        ({"rank": 2, "world_size": 2}, r"--rank 2 must be from 0 to 1, because --world_size is 2"),
         ({"world_size": 0}, "--world_size 0 must be at least 1"),
-        ({"output": "."}, "names no folder that can be made"),
+        ({"output": "."}, "is not a valid folder name"),
         ({"tokenizer": None, "vocab_size": 2**40}, "must be at most 2147483647"),
-        ({"pair_field": "label"}, r"--pair_field label: .* has no fields"),
-        ({"columns": ("a",)}, r"--columns names those of \.csv and \.tsv files, and --input has none"),
+        ({"pair_field": "label"}, r"--pair_field label applies only to records with fields; .* has none"),
+        ({"columns": ("a",)}, r"--columns applies only to \.csv and \.tsv files, and --input contains none"),
         ({"separator": "###\n"}, 'must be "blank"'),
         ({"input": ("-",)}, "needs --input_format"),
-        ({"input": ("-",), "input_format": "parquet"}, "parquet cannot be read from standard input"),
-        ({"input": ("-",), "input_format": "txt", "world_size": 2}, "only one node has"),
-        ({"pair_field": "text"}, "is the --text_field too"),
+        ({"input": ("-",), "input_format": "parquet"}, "parquet is not supported for standard input"),
+        ({"input": ("-",), "input_format": "txt", "world_size": 2}, "only one node can read"),
+        ({"pair_field": "text"}, "--pair_field and --text_field are both"),
         ({"separator": ""}, 'must be "blank"'),
         ({"unit_megabytes": 0.0}, r"--unit_megabytes 0\.0 must be above 0"),
         ({"near_duplicate_similarity": 0.0}, "must be from 0.06 to 1"),
@@ -538,7 +541,7 @@ def door(*arguments: str, cwd: Path, **environment: str) -> subprocess.Completed
 def test_the_door_prepares_and_sums_up(corpus, tokenizer, tmp_path):
     done = door("--input", str(corpus / "b.txt"), str(corpus / "a.jsonl.gz"), "--tokenizer", str(tokenizer), "--workers", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "bytes a token" in done.stdout and "written to prepared" in done.stdout
+    assert "bytes per token" in done.stdout and "written to prepared" in done.stdout
     assert PreparedData(tmp_path / "prepared").splits["train"].num_documents > 180
 
 

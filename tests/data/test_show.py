@@ -13,7 +13,8 @@ import pytest
 
 from data import show
 from data.command_line import UserError
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.batches import TrainingBatches
 from data.sampling.order import Blend

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,9 @@ import data.preparation.merging
 import data.preparation.work_units
 import data.shards
 from data.command_line import UserError
-from data.preparation.sources import embedded_documents
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
+from data.preparation.standard_library import embedded_documents
 from tests.ranks import REPOSITORY, clean_environment
 
 
@@ -88,7 +89,7 @@ def kill_until_done(corpus: Path, output: Path, kills: int, dice: random.Random)
         if process.returncode == 0:
             return killed
         assert process.returncode in (-signal.SIGKILL, 1), said
-        assert process.returncode != 1 or "A worker process was ended from outside" in said, said
+        assert process.returncode != 1 or "A worker process died" in said, said
         longest = min(3.0, longest * 1.1)  # so that later moments are met too
 
 
@@ -147,7 +148,7 @@ def test_a_signal_ends_it_with_a_sentence_and_the_same_command_goes_on(corpus, u
     process.send_signal(sent)
     said = process.communicate(timeout=30)[0].splitlines()
     assert process.returncode == status, said
-    assert said[-1].startswith("Stopped") and said[-1].endswith("prepared.partial; the same command goes on from there.")
+    assert said[-1].startswith("Stopped") and said[-1].endswith("prepared.partial; give the same command again to resume.")
     assert "Traceback" not in "".join(said) and not any(Path(f"/proc/{worker}/exe").exists() for worker in workers)
     assert start(corpus, tmp_path / "prepared", 2).communicate(timeout=60) and files(tmp_path / "prepared") == undisturbed
 
@@ -175,7 +176,7 @@ def test_a_disk_that_is_full_at_the_nth_write_stops_with_a_sentence_and_loses_no
             prepare(settings, lambda line: None)
         except UserError as error:
             kept = len(list((tmp_path / "prepared.partial/units").glob("*.json")))
-            assert "prepared cannot be written: No space left on device. What is done is kept in" in str(error)
+            assert "prepared cannot be written: No space left on device. Finished work is kept in" in str(error)
             assert kept >= done
             done = kept
     assert attempts > 5

@@ -87,7 +87,7 @@ def test_sorted_digests_rise_and_know_where_they_stood(rows):
     given_digests = digests(rows)
     placed = sorted_digests(given_digests)
     assert placed.tolist() == sorted((high, low, place) for place, (high, low) in enumerate(rows))
-    assert np.array_equal(given_digests[placed["place"]], placed[["high", "low"]].astype(DIGEST))
+    assert np.array_equal(given_digests[placed["index"]], placed[["high", "low"]].astype(DIGEST))
 
 
 @given(rows=st.lists(DIGESTS, max_size=60), sizes=st.lists(st.integers(0, 20), max_size=4))
@@ -110,7 +110,7 @@ def test_duplicates_are_found_on_disk_in_little_memory(tmp_path, monkeypatch):
         rows = draw.integers(0, 2**64, (100_000, 2), np.uint64).view(DIGEST)[:, 0]
         rows[50_000:] = (7, 7)
         sorted_digests(rows).tofile(tmp_path / str(number))
-        parts.append(np.memmap(tmp_path / str(number), data.preparation.duplicates.PLACED_DIGEST, "r"))
+        parts.append(np.memmap(tmp_path / str(number), data.preparation.duplicates.INDEXED_DIGEST, "r"))
     monkeypatch.setattr(data.preparation.duplicates, "BYTES_AT_ONCE", 2**20)
     tracemalloc.start()
     found = exact_duplicates(parts)

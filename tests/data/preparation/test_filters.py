@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import data.preparation.filters
 from data.command_line import UserError, read_settings
-from data.preparation.filters import FilterSettings, check, reason_to_drop
+from data.preparation.filters import FilterSettings, check_filters, reason_to_drop
 
 PROSE = "The old house stood at the end of the road. Nobody had lived there for years! Would they have come back?"
 
@@ -43,7 +43,7 @@ def test_every_limit_is_tried_at_its_border():
 def test_a_text_at_the_limit_stays_and_one_beyond_goes(setting):
     limit, kept, dropped = BORDERS[setting]
     filters = FilterSettings(**{setting: limit})
-    check(filters)
+    check_filters(filters)
     assert reason_to_drop(kept, filters) is None
     assert reason_to_drop(dropped, filters) == setting
 
@@ -72,7 +72,7 @@ def test_what_was_published_keeps_prose_and_drops_what_it_is_for():
         max_curly_brackets=0,
         max_lorem_ipsum=0,
     )
-    check(gopher)
+    check_filters(gopher)
     article = PROSE + (
         " It was said in the village that a sailor had built it and that he never came to live in it. In winter the river rose to the steps"
         " and on some nights people saw a light behind the shutters. We have asked those who remember; each of them tells another story."
@@ -120,17 +120,17 @@ def test_what_is_not_asked_is_not_measured(monkeypatch):
         ({"max_mean_word_length": float("inf")}, r"--filters\.max_mean_word_length inf must be a finite number"),
         ({"max_top_bigram": float("nan")}, r"--filters\.max_top_bigram nan must be from 0 to 1\."),
         ({"max_bullet_lines": 90.0}, r"--filters\.max_bullet_lines 90\.0 must be from 0 to 1\."),
-        ({"min_words": 9, "max_words": 8}, r"--filters\.min_words 9 is above --filters\.max_words 8: every document would go\."),
+        ({"min_words": 9, "max_words": 8}, r"--filters\.min_words 9 is above --filters\.max_words 8: every document would be dropped\."),
     ],
 )
 def test_a_limit_that_cannot_be_meant_is_refused(given_limits, message):
     with pytest.raises(UserError, match=message):
-        check(FilterSettings(**given_limits))
+        check_filters(FilterSettings(**given_limits))
 
 
 def test_equal_least_and_most_are_allowed_and_nothing_set_too():
-    check(FilterSettings(min_words=9, max_words=9))
-    check(FilterSettings())
+    check_filters(FilterSettings(min_words=9, max_words=9))
+    check_filters(FilterSettings())
 
 
 def test_a_door_takes_limits_by_name():

@@ -160,26 +160,26 @@ def test_token_files_give_their_documents(write_shard):
 
 BAD_LINES = [
     (b'{"text": "cut', "broken JSON", "Unterminated string starting at, column 10"),
-    (b'["text"]', "wrong type", "it holds a list; a record is an object"),
+    (b'["text"]', "wrong type", "it is a list; a record must be an object"),
     (b'{"txt": "a"}', "missing field", 'no field "text". Did you mean "txt"?'),
     (b'{"text": 7}', "wrong type", '"text" is 7, a int; it must be a string'),
     (b'{"text": null}', "wrong type", '"text" is None, a NoneType; it must be a string'),
     (b'{"text": "\xff"}', "invalid UTF-8", "not UTF-8"),
-    (b'{"text": "\\ud800"}', "invalid UTF-8", "not text that UTF-8 can hold"),
+    (b'{"text": "\\ud800"}', "invalid UTF-8", "cannot be written as UTF-8"),
     (b'{"text": " \\n"}', "empty document", '"text" is empty'),
     (b"[" * 100_000, "broken JSON", ""),
-    (b'{"text": "a", "n": NaN, "m": ' + b"1" * 5000 + b"}", "broken JSON", "not JSON that Python reads"),
+    (b'{"text": "a", "n": NaN, "m": ' + b"1" * 5000 + b"}", "broken JSON", "not JSON that Python can read"),
 ]
 
 
-@pytest.mark.parametrize("line, reason, sentence", BAD_LINES, ids=[reason for _, reason, _ in BAD_LINES])
-def test_a_bad_line_is_named_and_costs_itself_alone(tmp_path, line, reason, sentence):
+@pytest.mark.parametrize("line, reason, message", BAD_LINES, ids=[reason for _, reason, _ in BAD_LINES])
+def test_a_bad_line_is_named_and_costs_itself_alone(tmp_path, line, reason, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "two", "score": NaN}\n')
     (_, first), (place, problem), (_, last) = records(path)
     assert (first, last) == (("one",), ("two",))
     assert (place, problem.reason, problem.raw) == (16, reason, line + b"\n")
-    assert sentence in problem.sentence and not problem.is_of_file
+    assert message in problem.message and not problem.ends_file
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_bad_values_of_a_table_cost_their_rows_alone(tmp_path):
     assert texts(tmp_path / "a.parquet") == ["one", "two"]
     assert reasons(tmp_path / "a.parquet") == ["invalid UTF-8", "wrong type", "empty document"]
     (found,) = records(tmp_path / "a.parquet", Fields("txt"))
-    assert found[1].reason == "missing field" and 'Did you mean "text"?' in found[1].sentence and found[1].is_of_file
+    assert found[1].reason == "missing field" and 'Did you mean "text"?' in found[1].message and found[1].ends_file
 
 
 @pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESS if suffix])
@@ -217,7 +217,7 @@ def test_what_stands_before_the_place_where_an_archive_is_cut_off_is_read(tmp_pa
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(whole[: int(len(whole) * share)])
     *good, (_, problem) = records(path)
-    assert (problem.reason, problem.is_of_file) == ("cut off or damaged", True)
+    assert (problem.reason, problem.ends_file) == ("cut off or damaged", True)
     assert [record[0] for _, record in good] == [json.loads(line)["text"] for line in lines[: len(good)]]
     assert share == 0.5 or suffix == ".bz2" or len(good) > 700  # bzip2 decompresses 900 kB at a time or none
     if suffix == ".gz":

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.command_line import UserError
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
 from data.sampling.fill_in_the_middle import FillInTheMiddle
 from data.sampling.order import sample_generator
 from data.sampling.packing import BestFitSamples, PackedSamples

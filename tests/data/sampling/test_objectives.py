@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.command_line import UserError
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.batches import TrainingBatches, evaluation_batches, held_out_batches, target_classes, target_tokens
 from data.sampling.masking import Masking

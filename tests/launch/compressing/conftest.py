@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
 from data.tokenization.huggingface_files import padding
 from data.tokenization.loading import load_tokenizer
 from launch import prune, quantize

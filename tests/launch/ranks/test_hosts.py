@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
 from launch.checkpoints import checkpoint
 from launch.training.loop import SAVED_AND_UNFINISHED
 from tests.launch.hosts import Host, Hosts, two_hosts

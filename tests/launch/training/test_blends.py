@@ -12,7 +12,8 @@ import pytest
 
 from data import show
 from data.command_line import UserError, flatten
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
 from data.sampling.batches import evaluation_batches
 from data.tokenization.tiktoken_tokenizer import published_pattern
 from launch import evaluate, pretrain

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data.command_line import UserError
-from data.prepare import PrepareSettings, prepare
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
 from data.tokenization.loading import load_tokenizer
 from launch import pretrain
 from launch.checkpoints.opening import load_model

@@ -4,17 +4,11 @@ import numpy as np
 import pytest
 
 from data.command_line import UserError
+from data.preparation.corpus import FileCorpus, Span, dataset_corpus, embedded_corpus, file_corpus
 from data.preparation.fields import Fields, Problem
+from data.preparation.input_files import find_files
 from data.preparation.records import PartReader
-from data.preparation.sources import (
-    FileCorpus,
-    Span,
-    dataset_corpus,
-    embedded_corpus,
-    embedded_documents,
-    file_corpus,
-    find_files,
-)
+from data.preparation.standard_library import embedded_documents
 
 TEXT = Fields("text")
 
@@ -79,7 +73,7 @@ def test_a_glob_takes_what_it_names_and_names_begin_behind_its_fixed_part(tmp_pa
 def test_a_file_named_twice_is_read_once_and_belongs_to_the_input_that_names_it_first(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (file,), _ = find_files([str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "a.txt")])
-    assert (file.name, file.given, file.size) == ("a.txt", str(tmp_path), 4)
+    assert (file.name, file.input_name, file.size) == ("a.txt", str(tmp_path), 4)
 
 
 def test_a_token_file_is_named_by_either_of_its_two(tmp_path, write_shard):
@@ -93,7 +87,7 @@ def test_what_matches_nothing_is_refused(tmp_path):
         find_files([str(tmp_path)])
     with pytest.raises(UserError, match=r"--input .*\.txt: no such file"):
         find_files([str(tmp_path / "*.txt")])
-    with pytest.raises(UserError, match="names no file"):
+    with pytest.raises(UserError, match=r'--input "" is empty'):
         find_files([""])  # a path of nothing would be the whole working folder
 
 
@@ -113,7 +107,7 @@ def test_small_files_make_one_unit_and_large_ones_several(tmp_path):
     ]
     assert [unit.is_open_ended for unit in units] == [False] * 5 + [True, False]
     assert units[5].next_part().spans == (Span(4, 100, 200),) and units[5].next_part().name == "0000005-000001"
-    assert [unit.number for unit in units] == list(range(7))
+    assert [unit.index for unit in units] == list(range(7))
     assert [unit.size for unit in units] == [80, 83, 83, 83, 300, 60, 10]
 
 
@@ -135,9 +129,9 @@ def test_the_beginning_is_taken_from_files_all_over_the_corpus(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text(str(number) * (10 if number == 1 else 100))
     corpus = file_corpus([str(tmp_path)], TEXT)
-    taken = "".join(corpus.beginning(100, lambda texts: True))
+    taken = "".join(corpus.sample_text(100, lambda texts: True))
     assert [taken.count(str(number)) for number in range(4)] == [25, 10, 32, 33], "what a short file leaves goes to the later ones"
-    assert "0" not in "".join(corpus.beginning(100, lambda texts: "0" not in texts[0]))
+    assert "0" not in "".join(corpus.sample_text(100, lambda texts: "0" not in texts[0]))
 
 
 def test_a_datasets_folder_is_streamed_without_a_network(tmp_path):
