@@ -13,7 +13,6 @@ from data.files import lock_file, publish_folder, sha256_of
 from data.preparation import merging
 from data.preparation.corpus import Corpus, FileCorpus, Unit
 from data.preparation.node import Node, describe_changed_files, write_json
-from data.preparation.report import write_report
 from data.preparation.settings import STANDARD_INPUT
 from data.preparation.work_units import EXAMPLES, UnitWorker, read_entry
 from data.preparation.workers import Workers, show_progress
@@ -96,6 +95,8 @@ def _read_units(node: Node) -> _UnitTotals | None:
 
 def _write_shards(node: Node, workers: Workers, totals: _UnitTotals, record: dict) -> dict:
     """Write the shards and the report, and return the manifest."""
+    from data.preparation.report import write_report  # matplotlib takes half a second to import, and only this step needs it
+
     settings, tokenizer = node.settings, node.tokenizer
     node.refuse_too_many(totals.errors)
     rules = merging.SelectionRules(

@@ -352,7 +352,7 @@ def test_input_that_changes_while_it_is_read_is_refused(make, tmp_path, monkeypa
     do = UnitWorker.process
 
     def meanwhile(worker, unit, rows=None):
-        os.utime(path, ns=(1, unit.number))
+        os.utime(path, ns=(1, unit.index))
         return do(worker, unit, rows)
 
     monkeypatch.setattr(UnitWorker, "process", meanwhile)

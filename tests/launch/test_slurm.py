@@ -292,7 +292,7 @@ def test_a_corpus_prepared_on_three_nodes_is_that_of_one(slurm, tmp_path):
     for nodes in ("1", "3"):
         job = slurm.submit("--nodes", nodes, *words, nodes, cwd=tmp_path)
         assert slurm.await_end(job) == "COMPLETED", job_log(slurm.about(job))
-    assert "joins all parts" in job_log(slurm.about(job))
+    assert "finishes last writes the shards" in job_log(slurm.about(job))
     folders = (tmp_path / "1", tmp_path / "3")
     one, three = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in folders)
     assert len(one) > 6 and one == three

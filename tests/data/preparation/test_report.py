@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from data.preparation.report import odd_things, write_report
+from data.preparation.report import find_remarks, write_report
 
 MANIFEST = {
     "settings": {"input": ["a/", "b.jsonl"], "held_out": 0.02, "filters": {"min_words": 50, "max_words": None}},
@@ -90,9 +90,9 @@ def test_the_numbers_of_the_manifest_can_be_read(page):
     assert ["filters.min_words", "50"] in read.rows and ["engine", "sentencepiece 0.2.3"] in read.rows
     assert not any("near duplicate" in row or "filters.max_words" in row for row in read.rows)
     for words in (
-        "documents 1,234 tokens 1,234,567 text 5.0 MB bytes a token 4.05 tokens a document 1,000",
+        "documents 1,234 tokens 1,234,567 text 5.0 MB bytes per token 4.05 tokens per document 1,000",
         "Dropped: 13 of 1,247 documents read, 1.0 %",
-        "128 to 255 tokens, the end-of-text",
+        "128 to 255 tokens, including the end-of-text",
     ):
         assert words in read.text
 
@@ -127,7 +127,7 @@ def test_an_empty_corpus_has_a_report(page):
     empty = changed(splits={"train": nothing}, dropped={}, inputs=[given])
     read = Page(page(empty, np.zeros(6, np.int64), np.zeros(9, np.int64), {}))
     assert "None of the 0 documents read." in read.text
-    assert "- gave no document at all." in read.text
+    assert "No document of - is left." in read.text
     assert not read.links
 
 
@@ -151,17 +151,17 @@ def test_what_is_odd_is_said_in_a_sentence():
             {"given": "b", "files": 1, "documents": 0, "tokens": 0, "bytes": 0, "dropped": 9},
         ],
     )
-    assert odd_things(odd, np.array([0, 0, 0, 9, 9, 1_000_000]), np.array([0, 0, 0, 500, 0, 400]), decode) == [
-        "43 % of the documents read were dropped, most of them for: min_words.",
-        "No document is held out, so no training run can have a validation loss.",
-        "b gave no document at all.",
-        "a holds 99.9 % of all tokens.",
-        "Half of all documents are shorter than 16 tokens.",
-        "1.22 bytes a token are few: the tokenizer was made for other text, or has few ids.",
+    assert find_remarks(odd, np.array([0, 0, 0, 9, 9, 1_000_000]), np.array([0, 0, 0, 500, 0, 400]), decode) == [
+        "43 % of the documents read were dropped; the most frequent reason is: min_words.",
+        "No document is held out, so training has no validation loss.",
+        "No document of b is left.",
+        "a has 99.9 % of all tokens.",
+        "Half of the documents are shorter than 16 tokens.",
+        "1.22 bytes per token are few: the tokenizer was trained on other text, or has few ids.",
         "50 % of the ids never occur (3 of 6).",
         "One id of 6, z, is 81 % of all tokens.",
     ]
 
 
 def test_nothing_is_said_of_an_ordinary_corpus():
-    assert odd_things(MANIFEST, np.full(100, 12_345), LENGTH_COUNTS, decode) == []
+    assert find_remarks(MANIFEST, np.full(100, 12_345), LENGTH_COUNTS, decode) == []
