@@ -1,4 +1,4 @@
-"""A checkpoint of any layout, rewritten in files of whole parameters: verified, streamed, compared, published."""
+"""Conversion of a checkpoint of any layout into files of whole parameters: verified, streamed, compared and then published."""
 
 import dataclasses
 import os
@@ -13,45 +13,48 @@ import torch
 import tqdm
 
 from data.command_line import UserError
-from data.files import publish_folder, write_file
+from data.files import nearest_existing, publish_folder, write_file
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.run_record import tokenizer_files, tokenizer_in
 from launch.ranks.layout import Layout
 from launch.ranks.processes import peak_memory_bytes
 
 _SECONDS_BETWEEN_LINES = 10
-_READERS = 4  # hashing one file does not fill a disk
+_READERS = 4  # hashing one file at a time does not use all of a disk's speed
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was done."""
+    """The result of a conversion."""
 
     source: Path
+    """The checkpoint that was read."""
     checkpoint: Path
-    """The new one."""
+    """The new checkpoint."""
     files_before: int
+    """Number of files of the source."""
     files: int
+    """Number of files of the new checkpoint."""
     bytes: int
-    """Of the new files."""
+    """Bytes of the new files."""
     seconds: float
-    """Verifying, reading, writing, and until all of it was on the disk."""
+    """Time to verify, read and write, until everything was on the disk."""
 
 
-def convert(folder: Path, output: Path, file_bytes: float, say: Callable[[str], object]) -> Conversion:
-    """Write a new run folder with the checkpoint at `folder` (or the newest of a run) in files of at most `file_bytes`, or nothing.
+def convert(folder: Path, output: Path, file_bytes: float, log: Callable[[str], object]) -> Conversion:
+    """Write the checkpoint at `folder` (or the newest of a run) into a new run folder, in files of at most `file_bytes`.
 
-    Raises UserError for what cannot be converted, before any file is read where that can be known, and where a checksum differs.
+    Raises UserError if it cannot be converted, if possible before any file is read, and if a checksum differs; then nothing is written.
     """
     begun = time.perf_counter()
     folder, output = folder.resolve(), output.resolve()
     _refuse_output(output)
-    source = _source(folder, output, say)
+    source = _source(folder, output, log)
     manifest, run = checkpoint.read_manifest(source), source.parent.parent
     partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
     try:
         unfinished = checkpoint.begin(partial / "checkpoints", manifest["step"], manifest["run_id"])
-        files = _write(source, manifest, unfinished, file_bytes, say)
+        files = _write(source, manifest, unfinished, file_bytes, log)
         checkpoint.write_part(unfinished, 0, files)
         published = checkpoint.publish(unfinished, manifest["step"], _about(source, manifest))
         for tokenizer in tokenizer_files(run):
@@ -82,27 +85,27 @@ def report(done: Conversion) -> str:
 
 def _refuse_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is there already; nothing is overwritten. Give another name.")
-    if output.is_mount():  # the finished folder could not take its name
-        raise UserError(f"--output {output} is where a disk is mounted. Give a folder in it.")
-    if not (ground := _ground(output)).is_dir() or not os.access(ground, os.W_OK):
-        raise UserError(f"--output {output}: {ground} is no folder that can be written.")
+        raise UserError(f"--output {output} already exists; nothing is overwritten. Give another folder.")
+    if output.is_mount():  # publish_folder could not rename the finished folder to it
+        raise UserError(f"--output {output} is a mount point. Give a folder inside it.")
+    if not (parent := nearest_existing(output.parent)).is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output {output}: {parent} is not a writable folder.")
 
 
-def _source(folder: Path, output: Path, say: Callable[[str], object]) -> Path:
-    """The checkpoint to convert, with every byte verified; what needs no reading of files is refused before that."""
+def _source(folder: Path, output: Path, log: Callable[[str], object]) -> Path:
+    """Return the checkpoint to convert, with every byte verified. What can be refused without reading files is refused before."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give a run folder or a checkpoint in one.")
     is_checkpoint = (folder / checkpoint.MANIFEST).is_file()
     if not is_checkpoint and (folder / "config.json").is_file():
-        raise UserError(f"{folder} is an exported model: training cannot go on from its weights alone. Give a run folder.")
+        raise UserError(f"{folder} is an exported model: training cannot resume from weights alone. Give a run folder.")
     run = folder.parent.parent if is_checkpoint else folder
     if not is_checkpoint and not (run / "checkpoints").is_dir():
-        raise UserError(f"{folder} holds no checkpoint. Give a run folder or a checkpoint in one.")
+        raise UserError(f"{folder} contains no checkpoint. Give a run folder or a checkpoint in one.")
     if not (run / "run.json").is_file() or not tokenizer_in(run):
-        raise UserError(f"{run} holds no run.json with a tokenizer beside it, which training needs to go on from {folder}.")
+        raise UserError(f"{run} lacks run.json or the tokenizer, which training needs to resume from {folder}.")
     if run in output.parents:
-        raise UserError(f"--output {output} lies in {run}, which stays as it is. Give another place.")
+        raise UserError(f"--output {output} is inside {run}, which must not change. Give a folder outside it.")
 
     def complaint(candidate: Path) -> str | None:
         try:
@@ -110,30 +113,32 @@ def _source(folder: Path, output: Path, say: Callable[[str], object]) -> Path:
         except UserError as error:
             return str(error)
         _refuse_contents(candidate, manifest, output)
-        return _damage(candidate, manifest, say)
+        return _damage(candidate, manifest, log)
 
     if is_checkpoint:
-        if sentence := complaint(folder):
-            raise UserError(sentence)
+        if message := complaint(folder):
+            raise UserError(message)
         return folder
-    newest = checkpoint.newest_good(run / "checkpoints", complaint, say, may_rename=False)
+    newest = checkpoint.newest_good(run / "checkpoints", complaint, log, may_rename=False)
     if newest is None:
-        raise UserError(f"{folder} holds a run that never reached a checkpoint.")
+        raise UserError(f"{folder} is a run that has not written a checkpoint yet.")
     return newest
 
 
 def _refuse_contents(folder: Path, manifest: dict, output: Path) -> None:
     checkpoint.refuse_earlier_format(folder, manifest)
-    needed, free = _bytes_of(manifest["files"].values()), shutil.disk_usage(_ground(output)).free
+    needed, free = _bytes_of(manifest["files"].values()), shutil.disk_usage(nearest_existing(output.parent)).free
     if free < needed:
-        raise UserError(f"{_ground(output)} has {free / 2**30:.2f} GiB free; --output {output} needs {needed / 2**30:.2f}.")
+        raise UserError(
+            f"{nearest_existing(output.parent)} has {free / 2**30:.2f} GiB free; --output {output} needs {needed / 2**30:.2f} GiB."
+        )
 
 
-def _damage(folder: Path, manifest: dict, say: Callable[[str], object]) -> str | None:
-    """checkpoint.damage with several readers."""
+def _damage(folder: Path, manifest: dict, log: Callable[[str], object]) -> str | None:
+    """Return what is wrong with a checkpoint, as checkpoint.damage does, with several files read at a time."""
     sizes = [manifest["files"][name]["bytes"] for name in sorted(manifest["files"])]
     parts = max(1, min(len(sizes), 16 * _READERS))
-    with _Progress("Verified", sum(sizes), say) as progress, ThreadPoolExecutor(_READERS) as readers:
+    with _Progress("Verified", sum(sizes), log) as progress, ThreadPoolExecutor(_READERS) as readers:
         complaints = []
         for part, found in enumerate(readers.map(lambda part: checkpoint.damage(folder, part, parts), range(parts))):
             complaints.append(found)
@@ -141,24 +146,24 @@ def _damage(folder: Path, manifest: dict, say: Callable[[str], object]) -> str |
     return next((found for found in complaints if found), None)
 
 
-def _write(source: Path, manifest: dict, folder: Path, file_bytes: float, say: Callable[[str], object]) -> dict[str, dict]:
-    """Write the state of a checkpoint into files of whole parameters; the manifest's entries of the files."""
+def _write(source: Path, manifest: dict, folder: Path, file_bytes: float, log: Callable[[str], object]) -> dict[str, dict]:
+    """Write the state of a checkpoint into files of whole parameters. Return their entries for the manifest."""
     saved = state.SavedState(source)
-    if strangers := sorted(saved.shapes.keys() ^ manifest["checksums"].keys()):
-        raise UserError(f"{source} does not hold the parameters that its manifest has checksums of: {strangers[0]} is one.")
+    if different := sorted(saved.shapes.keys() ^ manifest["checksums"].keys()):
+        raise UserError(f"{source}: its files and its manifest's checksums have different parameters, for example {different[0]}.")
     whole, kinds = [state.ShardSlice.of_whole(name, saved.shapes[name]) for name in saved.names()], state.kinds_in(manifest)
     written = {}
-    with _Progress("Copied", _bytes_of(manifest["files"].values()), say) as progress:
+    with _Progress("Copied", _bytes_of(manifest["files"].values()), log) as progress:
         reader = _Reader(source, manifest, max(shard_slice.count for shard_slice in whole), progress)
-        for number, members in enumerate(_share_out(whole, 4 * len(kinds), file_bytes)):
+        for number, members in enumerate(_group_by_size(whole, 4 * len(kinds), file_bytes)):
             file = checkpoint.HashingFile(folder / f"state_{number:05d}.safetensors")
-            state.write(file, members, kinds, ((shard_slice, _WhenAsked(reader, shard_slice)) for shard_slice in members))
+            state.write(file, members, kinds, ((shard_slice, _ReadOnAccess(reader, shard_slice)) for shard_slice in members))
             written[file.path.name] = file.finish()
         reader.compare()
     return written
 
 
-def _share_out(slices: Iterable[state.ShardSlice], bytes_per_value: int, file_bytes: float) -> Iterator[list[state.ShardSlice]]:
+def _group_by_size(slices: Iterable[state.ShardSlice], bytes_per_value: int, file_bytes: float) -> Iterator[list[state.ShardSlice]]:
     """Yield groups of consecutive slices whose state fits in one file; a group has at least one."""
     members: list[state.ShardSlice] = []
     size = 0
@@ -172,8 +177,8 @@ def _share_out(slices: Iterable[state.ShardSlice], bytes_per_value: int, file_by
     yield members
 
 
-class _WhenAsked(dict):
-    """The numbers of a parameter by kind, read when they are asked for and not kept: state.write asks for each once."""
+class _ReadOnAccess(dict):
+    """The tensors of a parameter by kind, each read when it is accessed and not kept: state.write accesses each once."""
 
     def __init__(self, reader: "_Reader", shard_slice: state.ShardSlice):
         super().__init__()
@@ -184,47 +189,47 @@ class _WhenAsked(dict):
 
 
 class _Reader:
-    """Reads whole parameters into one piece of memory, and compares each with the checksum it was saved with while it is written."""
+    """Reads whole parameters into one buffer. While one is written, another thread compares it with its checksum in the manifest."""
 
     def __init__(self, source: Path, manifest: dict, largest: int, progress: "_Progress"):
         self._source, self._checksums, self._progress = source, manifest["checksums"], progress
         self._kinds = state.kinds_in(manifest)
-        self._numbers = torch.empty(largest)
+        self._buffer = torch.empty(largest)
         self._saved: state.SavedState | None = None
         self._mapped_bytes = 0
-        self._most_mapped_bytes = 2**23 * len(manifest["files"])  # so that opening the files again takes little of the time
-        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))  # counts while the other hashes and writes
-        self._counted: tuple[Future, str, int] | None = None
+        self._most_mapped_bytes = 2**23 * len(manifest["files"])  # large enough that reopening files takes little time
+        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))  # the main thread hashes and writes
+        self._pending: tuple[Future, str, int] | None = None
 
     def read(self, shard_slice: state.ShardSlice, kind: str) -> torch.Tensor:
-        """The numbers of a whole parameter, float32 [count], good until the next are read."""
+        """Return one tensor of a whole parameter, float32 [count], valid until the next call."""
         self.compare()
         self._mapped_bytes += 4 * shard_slice.count
-        if self._saved is None or self._mapped_bytes > self._most_mapped_bytes:  # what was read counts as memory until files are closed
+        if self._saved is None or self._mapped_bytes > self._most_mapped_bytes:  # mapped pages count as memory until files are closed
             self._saved, self._mapped_bytes = state.SavedState(self._source), 4 * shard_slice.count
-        numbers = self._numbers[: shard_slice.count]
-        self._thread.submit(self._saved.read, shard_slice, kind, numbers).result()
+        values = self._buffer[: shard_slice.count]
+        self._thread.submit(self._saved.read, shard_slice, kind, values).result()
         saved_sum = self._checksums[shard_slice.name][self._kinds.index(kind)]
-        self._counted = self._thread.submit(state.checksum, numbers, shard_slice), f"{shard_slice.name}.{kind}", saved_sum
+        self._pending = self._thread.submit(state.checksum, values, shard_slice), f"{shard_slice.name}.{kind}", saved_sum
         self._progress.add(4 * shard_slice.count)
-        return numbers
+        return values
 
     def compare(self) -> None:
-        """Raise UserError where the numbers read last are not those that were saved."""
-        if self._counted is None:
+        """Raise UserError if the values read last do not have the checksum that they were saved with."""
+        if self._pending is None:
             return
-        counted, what, saved_sum = self._counted
-        if counted.result() != saved_sum:
-            raise UserError(f"{self._source} cannot be converted: {what} has another checksum than was saved.")
+        computed_sum, name, saved_sum = self._pending
+        if computed_sum.result() != saved_sum:
+            raise UserError(f"{self._source} cannot be converted: {name} does not have the checksum it was saved with.")
 
 
 class _Progress:
-    """A bar in a terminal; elsewhere a line every few seconds."""
+    """A progress bar in a terminal; elsewhere a line every few seconds."""
 
-    def __init__(self, done: str, total_bytes: int, say: Callable[[str], object]):
+    def __init__(self, done: str, total_bytes: int, log: Callable[[str], object]):
         self._bar = tqdm.tqdm(desc=done, total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
-        self._done, self._total_bytes, self._say = done, total_bytes, say
-        self._bytes, self._said = 0, time.monotonic()
+        self._done, self._total_bytes, self._log = done, total_bytes, log
+        self._bytes, self._last_line = 0, time.monotonic()
 
     def __enter__(self) -> "_Progress":
         return self
@@ -233,23 +238,19 @@ class _Progress:
         self._bar.close()
 
     def add(self, num_bytes: int) -> None:
+        """Count bytes as done."""
         self._bytes += num_bytes
         self._bar.update(num_bytes)
-        if self._bar.disable and time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
-            self._say(f"{self._done} {self._bytes / 1e9:,.1f} of {self._total_bytes / 1e9:,.1f} GB ...")
-            self._said = time.monotonic()
+        if self._bar.disable and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._log(f"{self._done} {self._bytes / 1e9:,.1f} of {self._total_bytes / 1e9:,.1f} GB ...")
+            self._last_line = time.monotonic()
 
 
 def _about(source: Path, manifest: dict) -> dict:
-    """The manifest's account of the run, and where the numbers come from."""
+    """Return the new manifest's entries: those of the source, the new layout, and where the values come from."""
     layout = Layout(world_size=1).recorded(zero_stage=0, precision=manifest["layout"]["precision"])
     origin = {"checkpoint": str(source), "layout": manifest["layout"], "files": len(manifest["files"])}
     return manifest | {"layout": layout, "converted_from": origin}
-
-
-def _ground(output: Path) -> Path:
-    """What is there already of the path to a new folder."""
-    return next(path for path in output.parents if path.exists())
 
 
 def _bytes_of(entries: Iterable[dict]) -> int:

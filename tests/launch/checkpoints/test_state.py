@@ -1,4 +1,4 @@
-"""Stretches of parameters: however they were cut when written, they are read back whole, and a wrong one is noticed."""
+"""Shard slices: parameters that were written in slices of any kind are read back whole, and a wrong value is detected."""
 
 import dataclasses
 import json
@@ -29,8 +29,8 @@ def numbers(kind: str) -> dict[str, torch.Tensor]:
 ALL = {kind: numbers(kind) for kind in KINDS}
 
 
-def regions(shape: tuple[int, ...], dim: int, parts: int) -> list[state.Region]:
-    """A tensor cut along a dimension into nearly equal parts; one part where it has no such dimension or is too short."""
+def cut_into_regions(shape: tuple[int, ...], dim: int, parts: int) -> list[state.Region]:
+    """Cut a tensor along a dimension into nearly equal parts; into one part if it lacks the dimension or is too short."""
     if dim >= len(shape) or shape[dim] < parts:
         return [whole_region(shape)]
     edges = [shape[dim] * number // parts for number in range(parts + 1)]
@@ -38,10 +38,10 @@ def regions(shape: tuple[int, ...], dim: int, parts: int) -> list[state.Region]:
 
 
 def cut(dim: int, tensor_ranks: int, zero_ranks: int) -> list[list[ShardSlice]]:
-    """By rank: what each of tensor_ranks x zero_ranks holds of all parameters, cut along `dim`, then flat among the zero ranks."""
+    """Return the slices of each of tensor_ranks x zero_ranks ranks: cut along `dim`, then flattened and cut among the ZeRO ranks."""
     ranks: list[list[ShardSlice]] = [[] for _ in range(tensor_ranks * zero_ranks)]
     for name, shape in SHAPES.items():
-        for place, region in enumerate(regions(shape, dim, tensor_ranks)):
+        for place, region in enumerate(cut_into_regions(shape, dim, tensor_ranks)):
             size = math.prod(end - first for first, end in region)
             each = -(-size // zero_ranks)
             for zero in range(zero_ranks):
@@ -70,7 +70,7 @@ cuts = st.tuples(st.integers(0, 1), st.integers(1, 3), st.integers(1, 5))
 
 @given(cuts, cuts)
 @settings(deadline=None, max_examples=60)
-def test_what_any_ranks_wrote_any_other_ranks_read(tmp_path_factory, written, wanted):
+def test_any_ranks_read_what_any_other_ranks_wrote(tmp_path_factory, written, wanted):
     saved = SavedState(write(tmp_path_factory.mktemp("state"), cut(*written)))
     assert saved.shapes == SHAPES
     for name in SHAPES:
@@ -85,7 +85,7 @@ def test_what_any_ranks_wrote_any_other_ranks_read(tmp_path_factory, written, wa
 
 @given(cuts)
 @settings(deadline=None, max_examples=60)
-def test_the_checksums_of_all_stretches_add_up_to_that_of_the_whole_parameter(written):
+def test_checksums_of_slices_add_up_to_that_of_the_parameter(written):
     sums = dict.fromkeys(SHAPES, 0)
     for shard_slice in (shard_slice for slices in cut(*written) for shard_slice in slices):
         sums[shard_slice.name] += checksum(values_of(shard_slice, "weight"), shard_slice)
@@ -95,7 +95,7 @@ def test_the_checksums_of_all_stretches_add_up_to_that_of_the_whole_parameter(wr
         assert sums[name] % 2**64 == by_hand % 2**64
 
 
-def test_a_checksum_knows_every_bit_and_every_place():
+def test_a_checksum_changes_with_every_bit_and_every_swap():
     name = "2.weight"
     shard_slice = ShardSlice.of_whole(name, SHAPES[name])
     values = values_of(shard_slice, "weight")
@@ -112,7 +112,7 @@ def test_a_checksum_knows_every_bit_and_every_place():
     assert len(seen) == 1 + 12 * 32 + 12 * 11 // 2
 
 
-def test_a_long_stretch_has_the_checksum_of_its_parts_whatever_is_computed_at_a_time():
+def test_a_checksum_does_not_depend_on_how_values_are_chunked():
     values = torch.randn(200_001)
     whole = ShardSlice.of_whole("long", (200_001,))
     parts = [(0, 70_000), (70_000, 65_536), (135_536, 64_465)]
@@ -120,7 +120,7 @@ def test_a_long_stretch_has_the_checksum_of_its_parts_whatever_is_computed_at_a_
     assert (added - checksum(values, whole)) % 2**64 == 0
 
 
-def test_the_files_are_safetensors(tmp_path):
+def test_files_are_valid_safetensors(tmp_path):
     write(tmp_path, cut(0, 1, 2))
     first = safetensors.torch.load_file(tmp_path / "rank_00000.safetensors")
     assert torch.equal(first["1.norm.weight.exp_avg"], ALL["exp_avg"]["1.norm.weight"][:3])
@@ -130,11 +130,11 @@ def test_the_files_are_safetensors(tmp_path):
     assert (8 + length) % 8 == 0 and len(raw) == 8 + length + max(entry["data_offsets"][1] for entry in header.values() if "dtype" in entry)
 
 
-def test_the_names_come_in_the_order_of_the_network(tmp_path):
+def test_names_are_in_the_order_of_the_layers(tmp_path):
     assert list(SavedState(write(tmp_path, cut(0, 1, 1))).names()) == list(SHAPES)
 
 
-def test_a_missing_file_and_another_shape_are_refused_by_name(tmp_path):
+def test_a_missing_file_and_a_different_shape_are_refused_by_name(tmp_path):
     write(tmp_path, cut(0, 1, 2))
     shard_slice = ShardSlice.of_whole("1.norm.weight", (7,))
     with pytest.raises(UserError, match=r"holds 1.norm.weight as \[6\]; this model has \[7\]"):

@@ -1,4 +1,4 @@
-"""The layouts that are proved: which ranks, which JSON, which sizes. README's table of what combines with what is this list."""
+"""The layouts that are tested: number of ranks, JSON and sizes. The README's table of what can be combined follows this list."""
 
 LLAMA = {"tie_embeddings": True, "num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": True, "document_mask": True}
 GPT2 = {
@@ -46,11 +46,11 @@ T5 = {
 FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "bert": BERT, "modern_bert": MODERN_BERT, "transformer": TRANSFORMER, "t5": T5}
 DECODERS = ("llama", "gpt2")
 LOSSES = {"transformer": {"label_smoothing": 0.1}, "t5": {"z_loss": 0.01}}
-"""Settings of the loss that a family is trained with."""
+"""Loss settings of the families that do not use the defaults."""
 
 TENSOR, SEQUENCE, STAGES = {"tensor_parallel_size": 2}, {"sequence_parallel_size": 2}, {"pipeline_stages": 2}
 
-# (ranks, JSON, sizes of the layout). Each is trained, saved, and goes on from what another of them saved.
+# (ranks, JSON, sizes of the layout). Each is trained, saved, and resumes from the checkpoint of another.
 LAYOUTS = [
     *((1, json, {}) for json in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")),
     *((2, json, {}) for json in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")),
@@ -66,20 +66,20 @@ LAYOUTS = [
     *((4, json, STAGES | TENSOR) for json in ("pipeline_zero1", "pipeline_dualpipev")),
     *((4, json, STAGES | SEQUENCE) for json in ("pipeline_zero1", "pipeline_dualpipev")),
 ]
-_ALONE = [
+_WITHOUT_GROUPS = [
     *((2, json, {}) for json in ("zero1", "zero2", "zero3")),
     *((2, json, STAGES) for json in ("pipeline_zero1", "pipeline_dualpipev")),
 ]
 FAMILY_LAYOUTS = {
-    "bert": [*_ALONE, (2, "zero1", TENSOR)],
+    "bert": [*_WITHOUT_GROUPS, (2, "zero1", TENSOR)],
     "modern_bert": [(2, "zero1", TENSOR), (2, "zero1", SEQUENCE), (2, "zero3", SEQUENCE)],
-    "transformer": _ALONE,
-    "t5": _ALONE,
+    "transformer": _WITHOUT_GROUPS,
+    "t5": _WITHOUT_GROUPS,
 }
-"""Those of the families that are no decoders."""
+"""Layouts of the families that are not decoders."""
 
 
-# Training after compression, from a model half of whose linear weights are 0; {models} is the folder of that model and of its teacher.
+# Training after compression. {models} is the folder of a model with half of its linear weights 0, and of its teacher.
 HALF_ZERO = ["--init={models}/pruned", "--hold_zeros=true", "--train_steps=200"]
 TAUGHT = [
     *HALF_ZERO,
@@ -88,11 +88,12 @@ TAUGHT = [
     "--distillation.cross_entropy_weight=0.5",
     "--distillation.temperature=2",
 ]
-# With a zero point: symmetric integers put the largest entry of each group in the middle of two, where the last bit of float32 decides.
+# With a zero point: symmetric integers put the largest value of each group halfway between two of them, so that the last bit of
+# float32 would decide.
 ROUNDED = [*HALF_ZERO, "--quantization.bits=4", "--quantization.group_size=16", "--quantization.symmetric=false"]
 GATHERED = {"zero": {"stage3_param_persistence_threshold": 0}}
-"""Under ZeRO-3 no weight stays whole."""
-HEALED = {
+"""With this option no weight stays whole under ZeRO-3."""
+AFTER_COMPRESSION = {
     f"{name} {json}": (json, sizes, words, more)
     for name, words, layouts in (
         (
@@ -109,9 +110,9 @@ HEALED = {
 
 def case_of(json: str, sizes: dict, family: str, **more) -> dict:
     case = {"json": json, "layout": sizes, "model": FAMILIES[family], "loss": LOSSES.get(family, {})} | more
-    if json == "pipeline_dualpipev":  # wants many micro-batches
+    if json == "pipeline_dualpipev":  # needs many micro-batches
         case |= {"micro_batch": 1}
-    if json == "zero3_hierarchical":  # the part of ZeRO++ that needs no GPU
+    if json == "zero3_hierarchical":  # the part of ZeRO++ that works without a GPU
         case |= {"json": "zero3", "zero": {"zero_hpz_partition_size": 2}}
     return case
 

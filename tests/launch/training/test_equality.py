@@ -1,4 +1,4 @@
-"""Every way to run gives the numbers of plain PyTorch on one process, and goes on from what any other way saved."""
+"""Every layout gives the numbers of plain PyTorch on one process, and resumes from what any other layout saved."""
 
 import functools
 import json
@@ -12,12 +12,12 @@ from launch.checkpoints.opening import Averaged, open_model
 from model import huggingface
 from model.transformer import Transformer
 from tests.launch.training.layout_cases import (
+    AFTER_COMPRESSION,
     BERT,
     DECODERS,
     FAMILIES,
     FAMILY_LAYOUTS,
     GPT2,
-    HEALED,
     LAYOUTS,
     LLAMA,
     SEQUENCE,
@@ -31,9 +31,9 @@ from tests.ranks import answers_of_ranks
 
 RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
 FEWER_STEPS = 10
-"""Of jobs that save nothing."""
+"""Number of steps of jobs that save nothing."""
 
-# On 4 ranks, which share two cores here, every second layout has the other family.
+# On 4 ranks, which share two cores in these tests, layouts alternate between the two families.
 TRAINED = {
     name_of(ranks, json_name, sizes, family): (ranks, case_of(json_name, sizes, family))
     for number, (ranks, json_name, sizes) in enumerate(LAYOUTS)
@@ -72,7 +72,7 @@ OTHERS = {
         )
     },
 }
-# Between two steps these draw a text and validate; the first is what the others are held to.
+# These jobs generate a text and validate between two steps. The others are compared with the first.
 SAMPLED = {
     f"{ranks} {json_name} {sizes}": (ranks, case_of(json_name, sizes, "llama", samples=True, recompute=True, **more))
     for ranks, json_name, sizes, more in (
@@ -86,7 +86,7 @@ SAMPLED = {
         (4, "pipeline_dualpipev", STAGES | SEQUENCE, {}),
     )
 }
-# bf16 keeps 8 bits of a number: these losses of about 4.2 were seen to differ by 0.00025, the norms by 0.25 %.
+# bf16 has 8 significant bits: measured differences were 0.00025 for these losses of about 4.2, and 0.25 % for the norms.
 IN_BF16 = {
     f"bf16 {ranks} {json_name} {sizes}": (ranks, {"json": json_name, "layout": sizes, "model": GPT2, "precision": "bf16"})
     for ranks, json_name, sizes in (
@@ -99,7 +99,7 @@ IN_BF16 = {
         (4, "pipeline_zero1", STAGES | TENSOR),
     )
 } | {"bf16, not a number": (4, {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "precision": "bf16", "poison": 5})}
-# Dropout's numbers are a function of seed, step, micro-batch and layer: data parallelism and stages do not matter to them.
+# Dropout is a function of seed, step, micro-batch and layer: it is the same under data parallelism and in pipelines.
 WITH_DROPOUT = {
     f"dropout {ranks} {json_name} {family}": (
         ranks,
@@ -118,19 +118,19 @@ WITH_DROPOUT = {
 }
 
 
-HEALED_MODEL = LLAMA | {"intermediate_size": 48}
+COMPRESSED_MODEL = LLAMA | {"intermediate_size": 48}
 
 
-def healed(name: str, saved: Path) -> dict:
-    """A case of training after compression, with the models that it begins from and learns from."""
-    json_name, sizes, words, more = HEALED[name]
-    return case_of(json_name, sizes, "llama", **more) | {"model": HEALED_MODEL, "words": [word.format(models=saved) for word in words]}
+def compressed_case(name: str, saved: Path) -> dict:
+    """Return a case of training after compression, with the models that it starts from and learns from."""
+    json_name, sizes, words, more = AFTER_COMPRESSION[name]
+    return case_of(json_name, sizes, "llama", **more) | {"model": COMPRESSED_MODEL, "words": [word.format(models=saved) for word in words]}
 
 
 def make_models(folder: Path) -> None:
-    """A model half of whose linear weights are 0, and one of other widths that teaches it."""
-    dense = Transformer(model_config({"model": HEALED_MODEL | {"hidden_size": 64}}), seed=7)
-    pruned = Transformer(model_config({"model": HEALED_MODEL}), seed=3)
+    """Export a model with half of its linear weights 0, and a teacher for it with other widths."""
+    dense = Transformer(model_config({"model": COMPRESSED_MODEL | {"hidden_size": 64}}), seed=7)
+    pruned = Transformer(model_config({"model": COMPRESSED_MODEL}), seed=3)
     for name, weight in pruned.named_parameters():
         if is_of_a_linear(name):
             weight.data[:, ::2] = 0
@@ -138,27 +138,28 @@ def make_models(folder: Path) -> None:
         huggingface.export(model.config, model.state_dict(), folder / name)
 
 
-class Ranks:
-    """Starts ranks once for all jobs of a world size, and keeps what they answered, or how they failed."""
+class JobsOnRanks:
+    """Starts ranks once for all jobs of a world size, and keeps their results or their failure."""
 
     def __init__(self, jobs: dict[str, tuple[int, dict]]):
         self._jobs = jobs
         self._answers: dict[int, dict[str, dict] | AssertionError] = {}
 
     def answer(self, name: str) -> dict:
+        """Return the result of a job. All jobs of its world size are run together, at the first call."""
         ranks = self._jobs[name][0]
         if ranks not in self._answers:
-            mine = {other: job for other, (world_size, job) in self._jobs.items() if world_size == ranks}
+            jobs = {other: job for other, (world_size, job) in self._jobs.items() if world_size == ranks}
             try:
-                answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps(list(mine.values())), timeout_seconds=500)
+                answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps(list(jobs.values())), timeout_seconds=500)
                 assert all(str(answer) == str(answers[0]) for answer in answers), "the ranks report different numbers"
-                self._answers[ranks] = dict(zip(mine, answers[0], strict=True))
+                self._answers[ranks] = dict(zip(jobs, answers[0], strict=True))
             except AssertionError as failure:
                 self._answers[ranks] = failure
-        found = self._answers[ranks]
-        if isinstance(found, AssertionError):
-            raise found
-        return found[name]
+        results = self._answers[ranks]
+        if isinstance(results, AssertionError):
+            raise results
+        return results[name]
 
 
 @pytest.fixture(scope="module")
@@ -167,14 +168,14 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first_half(saved) -> Ranks:
+def first_half(saved) -> JobsOnRanks:
     jobs = {name: (ranks, job(case, save=str(saved / name))) for name, (ranks, case) in TRAINED.items()}
     more = {name: (ranks, job(case)) for some in (OTHERS, SAMPLED, WITH_DROPOUT) for name, (ranks, case) in some.items()}
     more |= {name: (ranks, job(case, steps=STEPS)) for name, (ranks, case) in IN_BF16.items()}
     make_models(saved)
-    more |= {name: (2, job(healed(name, saved), init=str(saved / "pruned"), save=str(saved / name))) for name in HEALED}
+    more |= {name: (2, job(compressed_case(name, saved), init=str(saved / "pruned"), save=str(saved / name))) for name in AFTER_COMPRESSION}
     assert not jobs.keys() & more.keys()
-    return Ranks(jobs | more)
+    return JobsOnRanks(jobs | more)
 
 
 def job(
@@ -189,36 +190,36 @@ def _plain(case: str) -> tuple:
 
 
 def plain(case: dict) -> tuple:
-    """Losses, gradient norms and weights of the reference, worked out once for all layouts."""
+    """Return losses, gradient norms and weights of the reference, which is computed once for all layouts."""
     return _plain(json.dumps({key: case[key] for key in ("model", "loss", "clipping", "poison", "words") if key in case} | {"json": ""}))
 
 
 def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: float) -> None:
     assert len(measured["history"]) == len(expected) >= FEWER_STEPS
     for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], expected, strict=True):
-        if plain_loss != plain_loss:  # a poisoned step: the steps behind it show that it changed nothing
+        if plain_loss != plain_loss:  # the step with a NaN: the steps after it show that it changed nothing
             continue
         assert loss == pytest.approx(plain_loss, abs=loss_bound)
         assert norm == pytest.approx(plain_norm, rel=norm_bound)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_layout_gives_the_losses_gradient_norms_and_weights_of_plain_pytorch(name, first_half, saved):
+def test_a_layout_gives_the_numbers_of_plain_pytorch(name, first_half, saved):
     history, weights = plain(TRAINED[name][1])
     assert_equal(first_half.answer(name), history[:STEPS], 1e-5, 1e-5)
     ours = Averaged([saved / name / folder_of(STEPS)])
     assert ours.keys() == weights.keys()
-    for parameter, tensor in weights.items():  # 20 steps of AdamW may blow a rounding up to a part of its rate
+    for parameter, tensor in weights.items():  # in 20 steps AdamW can enlarge a rounding error to a fraction of its rate
         assert float((ours[parameter] - tensor).abs().max()) < 1e-5, parameter
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_so_it_is_with(name, first_half):
+def test_special_cases_match_plain_pytorch(name, first_half):
     assert_equal(first_half.answer(name), plain(OTHERS[name][1])[0][:FEWER_STEPS], 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_a_text_and_a_validation_between_steps_are_the_same_and_leave_nothing_behind(name, first_half):
+def test_sampling_and_validation_do_not_change_training(name, first_half):
     answer, reference = first_half.answer(name), first_half.answer(next(iter(SAMPLED)))
     assert_equal(answer, plain(SAMPLED[name][1])[0][:FEWER_STEPS], 1e-5, 1e-5)
     assert answer["drawn"] == reference["drawn"]
@@ -226,16 +227,16 @@ def test_a_text_and_a_validation_between_steps_are_the_same_and_leave_nothing_be
 
 
 @pytest.mark.parametrize("name", [name for name, (_, case) in TRAINED.items() if "samples" in case])
-def test_so_they_are_in_every_family(name, first_half):
+def test_samples_and_validation_are_equal_in_all_layouts_of_a_family(name, first_half):
     family = name.rpartition("-")[2]
     answer, reference = (first_half.answer(one) for one in (name, next(one for one in TRAINED if one.endswith(f"-{family}"))))
     assert answer.get("drawn") == reference.get("drawn") and ("drawn" in answer) == (family in ("transformer", "t5"))
     assert answer["validated"] == pytest.approx(reference["validated"], abs=1e-5)
-    assert (min(answer["validated"][2:]) > 0) == (family == "bert"), "classes are counted where there are some"
+    assert (min(answer["validated"][2:]) > 0) == (family == "bert"), "classes are counted if there are any"
 
 
 @pytest.mark.parametrize("name", IN_BF16)
-def test_bf16_stays_near_float32(name, first_half):
+def test_bf16_is_close_to_float32(name, first_half):
     assert_equal(first_half.answer(name), plain(IN_BF16[name][1])[0][:STEPS], 1e-3, 1e-2)
 
 
@@ -248,8 +249,8 @@ def test_dropout_is_the_same_under_data_parallelism_and_in_pipelines(name, first
     assert max(abs(loss - other) for (loss, _), (other, _) in zip(reference, without, strict=True)) > 1e-3
 
 
-# Who goes on from whom: within a family, from the checkpoint of the layout that stands some places further on.
-GOES_ON_FROM = {
+# Which checkpoint each layout resumes from: that of the layout eight places later within the family.
+RESUMES_FROM = {
     name: others[(others.index(name) + 8) % len(others)]
     for family in FAMILIES
     for others in [[name for name in TRAINED if name.endswith(f"-{family}")]]
@@ -257,16 +258,16 @@ GOES_ON_FROM = {
 }
 
 
-HEALS_ON_FROM = {
+COMPRESSED_RESUMES_FROM = {
     "taught zero3": "taught pipeline_zero1",
     "taught pipeline_zero1": "taught zero1",
     "rounded zero2": "rounded zero3",
 }
 
 
-# Which start anew from whose weights: the same model, or one with other outputs, which has an embedding of its own name.
+# Runs that start from the weights of another: the same model, or one with other outputs, whose embedding has another name.
 CLASSIFIER = {"model": BERT | {"num_classes": 3, "token_head": False}}
-STARTED = {
+STARTS_FROM = {
     "zero3-llama": (case_of("zero3", {}, "llama"), "2-zero1-llama"),
     "tensor-llama": (case_of("zero1", TENSOR, "llama"), "2-zero3-llama"),
     "pipeline-transformer": (case_of("pipeline_zero1", STAGES, "transformer"), "2-zero2-transformer"),
@@ -276,29 +277,29 @@ STARTED = {
 
 
 @pytest.fixture(scope="module")
-def second_half(first_half, saved) -> Ranks:
-    going_on = {
-        name: (ranks, job(case, first=STEPS, load=str(saved / GOES_ON_FROM[name] / folder_of(STEPS))))
+def second_half(first_half, saved) -> JobsOnRanks:
+    resumed = {
+        name: (ranks, job(case, first=STEPS, load=str(saved / RESUMES_FROM[name] / folder_of(STEPS))))
         for name, (ranks, case) in TRAINED.items()
     }
-    starting = {name: (2, job(case, init=str(saved / origin / folder_of(STEPS)))) for name, (case, origin) in STARTED.items()}
-    healing = {
-        name: (2, job(healed(name, saved), first=STEPS, load=str(saved / origin / folder_of(STEPS))))
-        for name, origin in HEALS_ON_FROM.items()
+    started = {name: (2, job(case, init=str(saved / origin / folder_of(STEPS)))) for name, (case, origin) in STARTS_FROM.items()}
+    compressed = {
+        name: (2, job(compressed_case(name, saved), first=STEPS, load=str(saved / origin / folder_of(STEPS))))
+        for name, origin in COMPRESSED_RESUMES_FROM.items()
     }
-    return Ranks(going_on | starting | healing)
+    return JobsOnRanks(resumed | started | compressed)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_checkpoint_of_any_layout_goes_on_in_any_other_with_the_numbers_of_a_run_that_never_stopped(name, first_half, second_half):
-    for ranks in {TRAINED[other][0] for other in TRAINED}:  # all checkpoints are there
+def test_resume_in_another_layout_matches_a_run_that_never_stopped(name, first_half, second_half):
+    for ranks in {TRAINED[other][0] for other in TRAINED}:  # every job that saves a checkpoint has run
         first_half.answer(next(other for other in TRAINED if TRAINED[other][0] == ranks))
     assert_equal(second_half.answer(name), plain(TRAINED[name][1])[0][STEPS : STEPS + FEWER_STEPS], 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("name", STARTED)
-def test_a_run_starts_from_the_weights_of_another_layout_as_plain_pytorch_does(name, first_half, second_half):
-    case, origin = STARTED[name]
+@pytest.mark.parametrize("name", STARTS_FROM)
+def test_init_from_another_layouts_weights_matches_plain_pytorch(name, first_half, second_half):
+    case, origin = STARTS_FROM[name]
     first_half.answer(origin)
     _, weights = plain(TRAINED[origin][1])
     if name.endswith("classifier"):
@@ -308,9 +309,9 @@ def test_a_run_starts_from_the_weights_of_another_layout_as_plain_pytorch_does(n
     assert_equal(second_half.answer(name), train_plain(case, FEWER_STEPS, weights)[0], 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("name", HEALED)
-def test_training_after_compression_is_that_of_plain_pytorch_and_zeros_stay_zeros(name, first_half, saved):
-    answer, case = first_half.answer(name), healed(name, saved)
+@pytest.mark.parametrize("name", AFTER_COMPRESSION)
+def test_training_after_compression_matches_plain_pytorch_and_keeps_zeros(name, first_half, saved):
+    answer, case = first_half.answer(name), compressed_case(name, saved)
     history, weights = plain(case)
     assert_equal(answer, history[:STEPS], *((1e-3, 1e-2) if "bf16" in name else (1e-5, 1e-5)))
     ours, pruned = Averaged([saved / name / folder_of(STEPS)]), open_model(str(saved / "pruned")).state
@@ -320,15 +321,15 @@ def test_training_after_compression_is_that_of_plain_pytorch_and_zeros_stay_zero
         assert (ours[parameter][~zero] != pruned[parameter][~zero]).any()
 
 
-@pytest.mark.parametrize("name", HEALS_ON_FROM)
-def test_so_it_is_when_it_goes_on(name, first_half, second_half, saved):
+@pytest.mark.parametrize("name", COMPRESSED_RESUMES_FROM)
+def test_training_after_compression_resumes_in_another_layout(name, first_half, second_half, saved):
     first_half.answer(name)
-    assert_equal(second_half.answer(name), plain(healed(name, saved))[0][STEPS : STEPS + FEWER_STEPS], 1e-5, 1e-5)
+    assert_equal(second_half.answer(name), plain(compressed_case(name, saved))[0][STEPS : STEPS + FEWER_STEPS], 1e-5, 1e-5)
 
 
-def test_nobody_goes_on_from_its_own_layout():
+def test_no_case_resumes_from_its_own_layout():
     layout = lambda name: (TRAINED[name][0], TRAINED[name][1]["json"], TRAINED[name][1]["layout"])  # noqa: E731
-    assert all(layout(name) != layout(other) for name, other in GOES_ON_FROM.items())
+    assert all(layout(name) != layout(other) for name, other in RESUMES_FROM.items())
 
 
 COMPILED = {
@@ -355,7 +356,11 @@ def test_compiled_blocks_give_the_same_numbers(ranks):
         assert_equal(measured, plain(case)[0][:FEWER_STEPS], 1e-5, 1e-5)
 
 
-WITHOUT_WEIGHTS = GPT2 | {"tie_embeddings": True, "positions": "sinusoidal", "norm_position": "post"}  # a stage of its five
+WITHOUT_WEIGHTS = GPT2 | {
+    "tie_embeddings": True,
+    "positions": "sinusoidal",
+    "norm_position": "post",
+}  # one of its five stages has no weights
 MANY_RANKS = {
     "stages, tensors and sequences shared at once": (8, case_of("pipeline_zero1", STAGES | TENSOR | SEQUENCE, "llama")),
     "an encoder-decoder in stages that receive and send": (4, case_of("pipeline_zero1", {"pipeline_stages": 4}, "t5")),
@@ -371,7 +376,7 @@ MANY_RANKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MANY_RANKS)
-def test_so_it_is_on_many_ranks_and_when_they_go_on(name, tmp_path):
+def test_many_ranks_match_plain_pytorch_and_resume(name, tmp_path):
     ranks, case = MANY_RANKS[name]
     jobs = [job(case, save=str(tmp_path)), job(case, first=STEPS, load=str(tmp_path / folder_of(STEPS)))]
     answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=500)

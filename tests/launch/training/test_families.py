@@ -1,4 +1,4 @@
-"""Each family is trained, goes on, starts from another's weights and is evaluated through the doors."""
+"""Each family is trained, resumed, started from another model's weights and evaluated, by the scripts that users run."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ PAIR = SHAPE | {"architecture": "encoder_decoder", "norm_position": "post", "pos
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    """Texts of a few hundred made-up words, prepared."""
+    """A prepared folder of texts made of a few hundred random words."""
     return prepared(tmp_path_factory.mktemp("texts"), made_up(0), special_tokens=SPECIAL, vocab_size=600)
 
 
@@ -44,7 +44,7 @@ def made_up(seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def labelled(texts, tmp_path_factory) -> Path:
-    """Short texts, each "good" or "bad" as it begins, by the same tokenizer."""
+    """A prepared folder of short texts with the label "good" or "bad", with the same tokenizer."""
     folder, dice = tmp_path_factory.mktemp("labelled"), random.Random(1)
     drawn = [dice.choice(("good", "bad")) for _ in range(200)]
     lines = [json.dumps({"text": f"{'ab' if label == 'good' else 'zy'} {dice.randint(0, 99)}", "label": label}) for label in drawn]
@@ -83,13 +83,13 @@ def bert(texts, tmp_path_factory) -> Path:
 
 
 def recipe(run: Path) -> Path:
-    """An empty one, so that nothing of the demo's is in the run."""
+    """Write a nearly empty recipe, so that the run has none of the demo's settings."""
     path = run.with_suffix(".yaml")
     path.write_text("seed: 1\n")
     return path
 
 
-def test_bert_learns_words_and_sentences_and_is_measured_as_it_was_validated(bert):
+def test_bert_trains_and_evaluates_as_it_was_validated(bert):
     said = last(bert)
     result = evaluating.evaluate(EvaluateSettings(str(bert)), show_progress=False)
     assert result.loss == pytest.approx(said["loss/validation"], abs=1e-5)
@@ -120,7 +120,7 @@ def test_a_pretrained_encoder_becomes_a_classifier(bert, classifier):
     assert load_model(str(run)).config == dataclasses.replace(load_model(str(bert)).config, token_head=False)
 
 
-def test_a_run_goes_on_without_the_weights_that_it_started_from(classifier, tmp_path):
+def test_a_run_resumes_without_the_weights_that_it_started_from(classifier, tmp_path):
     run, words = classifier
     copy = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "step_00000040")
@@ -134,7 +134,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(classifier, tmp_
 
 @pytest.fixture(scope="module")
 def pairs(texts, tmp_path_factory) -> Path:
-    """Texts, each with the same one told backwards."""
+    """A prepared folder of texts, each paired with its words in reverse order."""
     folder, dice = tmp_path_factory.mktemp("pairs"), random.Random(2)
     drawn = [dice.choices(["ab", "cd", "ef", "gh"], k=dice.randint(2, 5)) for _ in range(200)]
     lines = [json.dumps({"text": " ".join(one), "backwards": " ".join(reversed(one))}) for one in drawn]
@@ -153,7 +153,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_is_trained_writes_and_is_measured_as_it_was_validated(name, texts, pairs, tmp_path):
+def test_a_family_trains_samples_and_evaluates_as_it_was_validated(name, texts, pairs, tmp_path):
     ranks, model, more = FAMILIES[name]
     run = tmp_path / "run"
     shape = model | {"vocab_size": 600, "sequence_length": 32}
@@ -162,7 +162,7 @@ def test_a_family_is_trained_writes_and_is_measured_as_it_was_validated(name, te
         r"step: 4 \| validation loss: [\d.]+ \| perplexity: ", plan
     )
     assert last(run)["loss/validation"] == pytest.approx(evaluating.evaluate(EvaluateSettings(str(run)), False).loss, abs=1e-5)
-    assert ("perplexity/train" in last(run)) == (name == "prefix"), "with smoothing or z-loss it would be another number"
+    assert ("perplexity/train" in last(run)) == (name == "prefix"), "with smoothing or z-loss the loss is not a perplexity"
 
 
 REFUSED = {
@@ -193,7 +193,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused(name, bert, texts, labelled, tmp_path):
+def test_settings_that_do_not_fit_init_are_refused(name, bert, texts, labelled, tmp_path):
     more, sentence = REFUSED[name]
     data = labelled if "classification" in more else texts
     words = words_of({}, data, tmp_path / "run", "--init", str(bert), "--data.next_sentence", str("classification" not in more).lower())
@@ -211,7 +211,7 @@ def test_weights_of_another_tokenizer_are_refused(bert, tmp_path):
         pretrain.main(words)
 
 
-def test_a_decoder_that_begins_otherwise_is_refused_until_its_token_is_named(pairs, tmp_path):
+def test_another_start_token_than_that_of_init_is_refused(pairs, tmp_path):
     config, tokenizer, folder = ModelConfig(**PAIR, vocab_size=600, sequence_length=32), load_tokenizer(pairs), tmp_path / "hf"
     special = SpecialTokens(tokenizer.end_of_text, decoder_start=tokenizer.special_tokens["[CLS]"])
     export(config, dict(Transformer(config).named_parameters()), folder, special)
@@ -227,10 +227,10 @@ def test_a_decoder_that_begins_otherwise_is_refused_until_its_token_is_named(pai
     told = evaluating.evaluate(measured, False).loss
     stated = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(stated | {"decoder_start_token_id": tokenizer.end_of_text}))
-    assert abs(evaluating.evaluate(measured, False).loss - told) > 1e-4, "the folder says what its decoder begins with"
+    assert abs(evaluating.evaluate(measured, False).loss - told) > 1e-4, "the folder's start token is used"
 
 
-def test_the_plan_says_which_weights_are_taken(bert, labelled, tmp_path, capsys):
+def test_the_plan_lists_the_weights_that_are_taken_from_init(bert, labelled, tmp_path, capsys):
     words = words_of({}, labelled, tmp_path / "run", "--init", str(bert), *CLASSIFIER, "--dry_run")
     assert pretrain.main(words) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    init: ")]

@@ -1,4 +1,4 @@
-"""Training after compression: a teacher, zeros that are held, rounded weights."""
+"""Training after compression: a teacher, zeros that stay 0, rounded weights."""
 
 import dataclasses
 import json
@@ -23,14 +23,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> str:
-    """A model of other widths and depth than CONFIG, in a folder."""
+    """The folder of a model with other widths and depth than CONFIG."""
     config = dataclasses.replace(CONFIG, hidden_size=64, head_size=None, num_layers=3)
     folder = tmp_path_factory.mktemp("models") / "dense"
     huggingface.export(config, Transformer(config, 5).state_dict(), folder)
     return str(folder)
 
 
-def test_a_teacher_says_what_its_model_says_and_sees_the_documents_that_the_run_sees(dense):
+def test_a_teacher_gives_its_models_logits_under_the_runs_document_mask(dense):
     apart = dataclasses.replace(CONFIG, document_mask=True)
     tokens, segments = torch.arange(10)[None], torch.tensor([[1] * 6 + [2] * 4])
     _, state = huggingface.load(dense)
@@ -52,13 +52,13 @@ def test_a_teacher_says_what_its_model_says_and_sees_the_documents_that_the_run_
         ({"architecture": "encoder"}, "has architecture decoder; this run has model.architecture encoder, and they must be the same."),
     ],
 )
-def test_a_teacher_of_other_words_is_refused(dense, changes, reason):
+def test_a_teacher_with_another_vocabulary_or_architecture_is_refused(dense, changes, reason):
     with pytest.raises(UserError) as refused:
         Teacher(dense, dataclasses.replace(CONFIG, **changes))
     assert str(refused.value).startswith(f"distillation.teacher {dense} {reason}")
 
 
-def test_a_run_goes_on_with_the_weights_that_it_has_learnt_from(dense, tmp_path):
+def test_a_run_resumes_only_with_the_same_weights_of_its_teacher(dense, tmp_path):
     settings = RunSettings(output=str(tmp_path), distillation=DistillationSettings(teacher=dense))
     (tmp_path / "run.json").write_text("{}")
     network = Teacher(dense, CONFIG).network(CPU, torch.bfloat16)
@@ -72,7 +72,7 @@ def test_a_run_goes_on_with_the_weights_that_it_has_learnt_from(dense, tmp_path)
     assert json.loads((tmp_path / "run.json").read_text()) == {"teacher_fingerprint": fingerprint(network)}
 
 
-def test_the_plan_says_who_teaches_and_what_is_rounded(dense, tiny, capsys):
+def test_the_plan_shows_the_teacher_and_the_rounding(dense, tiny, capsys):
     words = [*tiny, "--distillation.teacher", dense, "--quantization.bits", "4", "--quantization.group_size", "16"]
     assert pretrain.main([*words, "--quantization.activations", "int8", "--dry_run"]) == 0
     shown = dict(line.strip().split(": ", 1) for line in capsys.readouterr().out.splitlines())
@@ -82,7 +82,7 @@ def test_the_plan_says_who_teaches_and_what_is_rounded(dense, tiny, capsys):
     assert shown["rounding"].startswith("the blocks compute with 4-bit weights, one scale per 16 entries, and int8 inputs; ")
 
 
-def test_zeros_are_held_where_there_are_some(dense, tiny):
+def test_hold_zeros_is_refused_for_a_model_without_zeros(dense, tiny):
     words = ["--model.hidden_size=64", "--model.num_layers=3", "--init", dense, "--hold_zeros", "true", "--dry_run"]
     with pytest.raises(UserError, match=r"^hold_zeros needs a pruned model: in init \S+ no weight of the blocks' linear layers is 0\."):
         pretrain.main([*tiny, *words])
@@ -111,7 +111,7 @@ def test_zeros_are_held_where_there_are_some(dense, tiny):
         (["--distillation.teacher=dense", "--distillation.kl_weight=-1"], "distillation.kl_weight is -1.0; it may not be negative."),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(words, sentence):
+def test_settings_without_effect_or_out_of_range_are_refused(words, sentence):
     with pytest.raises(UserError) as refused:
         read_run_settings(words)
     assert str(refused.value) == sentence
@@ -132,7 +132,7 @@ def test_settings_that_make_no_sense_are_refused(words, sentence):
         ),
     ],
 )
-def test_layouts_that_cut_what_must_be_whole_are_refused(settings, layout, sentence):
+def test_unsupported_layouts_of_training_after_compression_are_refused(settings, layout, sentence):
     run = share_the_batch(dataclasses.replace(read_run_settings([]), **settings), layout)
     with pytest.raises(UserError) as refused:
         complete({"zero_optimization": {"stage": 1}}, "x.json", run, layout, "cpu")

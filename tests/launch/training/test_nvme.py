@@ -1,4 +1,4 @@
-"""State on a disk: the same numbers, and checkpoints in both directions. DeepSpeed compiles its asynchronous reader for it."""
+"""State on NVMe gives the same numbers, and its checkpoints resume in memory and back. DeepSpeed compiles its reader for it."""
 
 import json
 import shutil
@@ -17,8 +17,8 @@ MISSING = [name for name in ("g++", "ninja") if not shutil.which(name)] + ([] if
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(MISSING), reason=f"DeepSpeed compiles its reader with them: {', '.join(MISSING)} not there")
-def test_state_on_nvme_gives_the_numbers_of_plain_pytorch_and_goes_on_in_memory_and_back(tmp_path):
+@pytest.mark.skipif(bool(MISSING), reason=f"DeepSpeed needs them to compile its reader, and they are missing: {', '.join(MISSING)}")
+def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(tmp_path):
     zero = {
         "sub_group_size": 6000,
         "stage3_param_persistence_threshold": 0,
