@@ -3,18 +3,24 @@
 DeepSpeed ignores unknown keys at the top level and in some sections, so every key is checked here.
 """
 
-import functools
 import json
 import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
 
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
 from data.command_line import UserError, nearest
 from launch.training.optimizers import OPTIMIZERS
 
+_TYPED_SECTIONS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+}
 # Sections whose keys DeepSpeed does not check.
 _PLAIN_SECTIONS: dict[str, set[str]] = {
     "data_types": {"grad_accum_dtype"},
@@ -75,22 +81,13 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-@functools.cache
-def _typed_sections() -> dict[str, type[BaseModel]]:
-    # Importing DeepSpeed must wait until its device is chosen, in DS_ACCELERATOR, and until a file has to be checked.
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    return {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-
-
 def _complaints_about_key(key: str, value: typing.Any, path: str) -> list[str]:
     """Return what is wrong with the keys of one top-level entry."""
     if key in _SET_ELSEWHERE:
         return [f'{path}: "{key}" is not supported in this file. {_SET_ELSEWHERE[key]}']
     if key not in _TOP_LEVEL:
         return [_unknown(path, key, key, _TOP_LEVEL) + " DeepSpeed would ignore it."]
-    typed = _typed_sections().get(key)
+    typed = _TYPED_SECTIONS.get(key)
     if (typed or key in _PLAIN_SECTIONS) and not isinstance(value, dict):
         return [f'{path}: "{key}" is {json.dumps(value)}; it must be an object.']
     if typed:
@@ -130,7 +127,7 @@ def _unknown_in_model(model: type[BaseModel], section: dict, path: str, name: st
 def invalid_values(merged: dict, path: str) -> list[str]:
     """Return a complaint for each value of a completed JSON that DeepSpeed's own types do not allow."""
     complaints = []
-    for section, model in _typed_sections().items():
+    for section, model in _TYPED_SECTIONS.items():
         try:
             model(**merged[section])
         except ValidationError as error:
