@@ -17,7 +17,7 @@ from data.sampling.batches import Batch
 from launch import REPOSITORY
 from launch.benchmarks.settings import TrainingStepSettings
 from launch.ranks import processes
-from launch.ranks.rendezvous import meet
+from launch.ranks.rendezvous import connect
 from launch.training import deepspeed_config
 from launch.training.communication import initialize_communication
 from launch.training.deepspeed_json import read_deepspeed_json
@@ -173,7 +173,7 @@ def _ours_under_deepspeed(
     process = processes.find_process()
     processes.share_the_cores(process)
     processes.keep_freed_memory()
-    initialize_communication(process, meet(process, 30, sys.argv), 600)
+    initialize_communication(process, connect(process, 30, sys.argv), 600)
     path = str(REPOSITORY / "ds_configs" / f"{json_name}.json")
     batch = BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size)
     run = RunSettings(

@@ -55,7 +55,7 @@ def compress(
     done = _layers_in(parts, workers)
     if done:
         say(f"Going on behind layer {done} of an earlier start, from {parts.folder}.")
-    watch, is_calibrated = treatment.watch or contextlib.nullcontext, any(workers.gather(bool(samples)))
+    watch, is_calibrated = treatment.watch or contextlib.nullcontext, any(workers.all_gather(bool(samples)))
     passed, begun, blocks_done, written = list(samples), time.perf_counter(), 0, set(parts)
     place = -1
     for step in walk(config, _Continued(parts, state, stored_as), workers.device):
@@ -72,7 +72,7 @@ def compress(
                 say(_line(step.block, config.total_blocks, linears, seconds, left))
             unchanged = {name: parameter for name, parameter in step.parameters.items() if name not in tensors and name not in written}
             tensors |= {name: parameter.to("cpu", stored_as) for name, parameter in unchanged.items()}
-            workers.by_first(functools.partial(parts.write, place, tensors, told))
+            workers.run_on_rank0(functools.partial(parts.write, place, tensors, told))
             _put(step, tensors)
             written |= set(tensors)
             del tensors, unchanged
@@ -94,8 +94,8 @@ def _put(step: Step, tensors: Mapping[str, "Tensor | Quantized"]) -> None:
 
 def _layers_in(parts: Parts, workers: Workers) -> int:
     """How many are written, seen by every rank."""
-    count = workers.by_first(parts.find)
-    if count and any(seen != count for seen in workers.gather(parts.find())):
+    count = workers.run_on_rank0(parts.find)
+    if count and any(seen != count for seen in workers.all_gather(parts.find())):
         raise UserError(f"{parts.folder} is not the same folder for all ranks: --output must lie on a disk that all machines share.")
     return count
 
@@ -140,8 +140,8 @@ def _gather(step: Step, samples: Sequence[Passed], workers: Workers) -> dict[Gro
             step(sample)
     statistics = {}
     for group, sums in gatherer.sums():
-        workers.add_up([sums.tokens, sums.second_moment, sums.magnitude])
-        workers.take_largest(sums.largest)
+        workers.sum_in_place([sums.tokens, sums.second_moment, sums.magnitude])
+        workers.max_in_place(sums.largest)
         statistics[group] = sums.statistics()
     return statistics
 
@@ -154,7 +154,7 @@ def _treat(
     assert isinstance(block, Block) and number is not None
     for group, known in statistics.items():
         scales = treatment.scales(number, group, [block.get_submodule(linear).weight.data for linear in group.linears], known)
-        scales = workers.tell(None if scales is None else scales.cpu())  # a search may end elsewhere on another machine
+        scales = workers.broadcast(None if scales is None else scales.cpu())  # a search may end elsewhere on another machine
         if scales is not None:
             scales = scales.to(workers.device)
             _fold(block, group, scales)
@@ -164,11 +164,11 @@ def _treat(
     for group in groups_of(block):
         known = statistics.pop(group, None)
         for linear in group.linears:
-            if workers.has(linears.index(linear)):
+            if workers.owns(linears.index(linear)):
                 results[linear] = _changed(step, linear, treatment, known, stored_as)
     tensors, told = {}, []
     for job, linear in enumerate(linears):
-        result = workers.tell(results.pop(linear, None), job)
+        result = workers.broadcast(results.pop(linear, None), workers.owner_of(job))
         if result is not None:
             tensors[f"{step.name}.{linear}.weight"], report = result
             told.append(report)

@@ -120,7 +120,7 @@ def _cut(job: Job[PruneSettings], smaller: ModelConfig, parts: Parts) -> Result:
     treatment = Treatment(change, watch=None if channels is None else channels.watching)
     compress(shallow, state, treatment, job.samples, parts, job.workers, job.dtype, job.say)
     if channels is not None:
-        job.workers.add_up(list(channels.sums.values()))
+        job.workers.sum_in_place(list(channels.sums.values()))
     cut = structured.narrower(shallow, Weights(parts), smaller, channels)
     return Result(smaller, cut, "structured", f"structured: {_in_words(config, smaller)}")
 

@@ -117,7 +117,7 @@ def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts:
     compress(job.config, job.opened.state, treatment, job.samples, parts, job.workers, job.dtype, job.say)
     kv_cache = None
     if kind is not None:
-        job.workers.take_largest(largest.sizes)
+        job.workers.max_in_place(largest.sizes)
         of_blocks = scale_of(largest.sizes, grid_of(kind), job.dtype).tolist()
         kv_cache = CacheScheme(kind, tuple((keys, values) for keys, values in of_blocks))
     artefact = cast(report.Artefact, next(iter(schemes.values())).format)

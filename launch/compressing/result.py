@@ -68,7 +68,7 @@ def finish(job: Job, result: Result, parts: Parts) -> int:
         job.say(f"Measuring: {job.test.num_samples:,} samples of {job.test.what}, before and after.")
         before = Side(opened.config, opened.state, rounding(opened.schemes, opened.kv_cache))
         quality = compare(before, after, workers.share(job.test.batches), workers).quality(job.test.bytes_per_token)
-    workers.part()
+    workers.leave_group()
     if not workers.is_first:
         return 0
     assert opened.tokenizer is not None

@@ -35,7 +35,7 @@ def divergences(job: Job, parts: Parts, changes: Sequence[Change]) -> list[list[
         samples = first_inputs(job.workers.share(batches), job.workers.device)
         sums, tokens = sensitivity.divergences(job.config, job.opened.state, samples, changes, job.workers.device)
         counted = torch.tensor(float(tokens), dtype=torch.float64, device=job.workers.device)
-        job.workers.add_up([sums, counted])
+        job.workers.sum_in_place([sums, counted])
         return (sums / counted).tolist()
 
     return _noted(job, parts, "sensitivity", find)
@@ -62,7 +62,7 @@ def importance(job: Job, parts: Parts, by: str) -> Tensor:
 
     def influences() -> list[float]:
         sums = structured.influences(job.config, state, job.samples, device)
-        job.workers.add_up([sums])
+        job.workers.sum_in_place([sums])
         return sums.tolist()
 
     def rises() -> list[float]:
@@ -76,7 +76,7 @@ def importance(job: Job, parts: Parts, by: str) -> Tensor:
             return sums_of(said, batch.targets, batch.classes)[:2].sum()
 
         losses = structured.losses_without_each_block(job.config, state, samples, loss, device)
-        job.workers.add_up([losses])
+        job.workers.sum_in_place([losses])
         return (losses[1:] - losses[0]).tolist()
 
     return torch.tensor(_noted(job, parts, "importance", influences if by == "influence" else rises), dtype=torch.float64)
@@ -84,8 +84,8 @@ def importance(job: Job, parts: Parts, by: str) -> Tensor:
 
 def _noted(job: Job, parts: Parts, name: str, find: Callable[[], Found]) -> Found:
     """What an earlier start has found, or what is found now; on all ranks the same."""
-    known = job.workers.by_first(lambda: parts.known(name))
+    known = job.workers.run_on_rank0(lambda: parts.known(name))
     if known is None:
         known = find()
-        job.workers.by_first(lambda: parts.note(name, known))
+        job.workers.run_on_rank0(lambda: parts.note(name, known))
     return known

@@ -81,7 +81,7 @@ class Job(Generic[Settings]):
         """What has been done of this job before, and will be, held for this process."""
         parts = Parts(self.output, self._plan())
         try:
-            self.workers.by_first(parts.open)
+            self.workers.run_on_rank0(parts.open)
             yield parts
         finally:
             parts.close()
@@ -182,9 +182,9 @@ def _looked_at(opened: OpenedModel, workers: Workers, dtype: torch.dtype, force:
                 f"{_place(opened, name)}: {zeros / weight.numel():.0%} of {name} are zero: it is pruned already, and what is compressed "
                 "twice loses twice. --force does it all the same."
             )
-    if complaints := [one for rank in workers.gather(complaints) for one in rank]:
+    if complaints := [one for rank in workers.all_gather(complaints) for one in rank]:
         raise UserError(complaints[0] + (f" So are {len(complaints) - 1} more." if complaints[1:] else ""))
-    seen = {name: found for rank in workers.gather(tensors) for name, found in rank.items()}
+    seen = {name: found for rank in workers.all_gather(tensors) for name, found in rank.items()}
     fingerprint = hashlib.sha256(repr([(name, seen[name][1]) for name in kinds]).encode()).hexdigest()
     return report.Weights(weights_bytes(opened), tuple(seen[name][0] for name in kinds)), fingerprint
 

@@ -42,7 +42,7 @@ def compare(before: Side, after: Side, batches: Sequence[Batch], workers: Worker
         sides = (side.outputs(some, workers.device) for side in (before, after))
         for batch, old, new in zip(some, *sides, strict=True):
             total += compared(*_asked(old, new, batch.map(lambda tensor: tensor.to(workers.device))))
-    return functools.reduce(Comparison.__add__, workers.gather(total))
+    return functools.reduce(Comparison.__add__, workers.all_gather(total))
 
 
 def perplexity_of(side: Side, batches: Sequence[Batch], device: torch.device) -> float:

@@ -14,8 +14,8 @@ from data.sampling.batches import Batch, TrainingBatches, held_out_batches
 from data.sampling.samples import Samples
 from launch.checkpoints import checkpoint, run_record
 from launch.checkpoints.initial import InitialWeights
+from launch.ranks.collectives import describe_lost_ranks
 from launch.ranks.layout import describe
-from launch.ranks.rendezvous import sentence_of_loss
 from launch.ranks.stopping import StopRequest
 from launch.training import run_folder
 from launch.training.data import RunData
@@ -47,7 +47,7 @@ def pretrain(settings: RunSettings, arguments: Sequence[str], stop: StopRequest)
         print(error, file=sys.stderr)
         return NOT_TO_BE_REQUEUED
     except RuntimeError as error:
-        if (message := sentence_of_loss(error, settings.communication_timeout)) is None:
+        if (message := describe_lost_ranks(error, settings.communication_timeout)) is None:
             raise
         saved = [path.name for path in checkpoint.published(Path(settings.output) / "checkpoints")[:1]]
         print(message + (f" The newest checkpoint is {saved[0]}; the same command resumes from it." if saved else ""), file=sys.stderr)
@@ -94,7 +94,7 @@ def assemble(ready: Ready, stop: StopRequest) -> Run:
         validation_batches={name: functools.partial(_validation_batches, ready, samples) for name, samples in data.held_out.items()},
         sample_text=None if settings.model.architecture == "encoder" else _text_sampler(settings, data, engine),
         first_step=first_step,
-        manifest=_manifest(settings, data, current_layout, engine.first_sentence(start.run_id)),
+        manifest=_manifest(settings, data, current_layout, engine.ranks.broadcast(start.run_id)),
         figures=_figures(settings, data, peak, process.world_size),
         monitor=monitor,
         stop=stop,
@@ -105,7 +105,7 @@ def _record_teacher(ready: Ready, engine: Engine) -> None:
     """Record the teacher's weights in run.json. Raises UserError on every rank if the run had another teacher before."""
     if (fingerprint := engine.teacher_fingerprint()) is not None:
         complaint = run_folder.record_teacher(ready.settings, fingerprint) if ready.process.is_first else None
-        if complaint := engine.first_sentence(complaint):
+        if complaint := engine.ranks.first_error_of_any_rank(complaint):
             raise UserError(complaint)
 
 
@@ -119,7 +119,7 @@ def _load_weights(ready: Ready, engine: Engine, current_layout: dict) -> tuple[i
     root = Path(settings.output) / "checkpoints"
     names = [path.name for path in checkpoint.published(root)]
     # Rank 0 decides for all ranks which checkpoints there are: a network disk may show each rank another state.
-    choice, *names = (engine.first_sentence(" ".join(["resume" if start.resumes else "begin", *names]), 32 * 1024) or "").split()
+    choice, *names = engine.ranks.broadcast(["resume" if start.resumes else "begin", *names])
     if choice == "resume":
         return _load_checkpoint(ready, engine, [root / name for name in names], current_layout)
     if settings.init:
@@ -135,7 +135,7 @@ def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], curre
     process = ready.process
     folder = checkpoint.newest_good(
         Path(ready.settings.output) / "checkpoints",
-        verify=lambda folder: engine.first_sentence(checkpoint.damage(folder, process.rank, process.world_size)),
+        verify=lambda folder: engine.ranks.first_error_of_any_rank(checkpoint.damage(folder, process.rank, process.world_size)),
         say=lambda line: print(line, flush=True) if process.is_first else None,
         may_rename=process.is_first,
         candidates=candidates,

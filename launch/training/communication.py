@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime import compiler
 from torch.distributed import distributed_c10d
 
+from launch.ranks.collectives import join_process_group
 from launch.ranks.processes import Process, device_name, device_number
 
 
@@ -30,11 +31,8 @@ def initialize_communication(process: Process, store: dist.Store, timeout_second
     compiler.compile = lambda: compiler.dummy_decorator
     if device_name() == "cuda":
         torch.cuda.set_device(device_number(process))
-    backend = "nccl" if device_name() == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    store.set_timeout(timeout)  # NCCL reads its ids from the store when each group is first used
     # DeepSpeed creates its groups of ranks without a timeout and has no option for one; torch's default is 10 or 30 minutes.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    group = dist.PrefixStore("process group", store)
-    dist.init_process_group(backend, store=group, rank=process.rank, world_size=process.world_size, timeout=timeout)
+    backend = join_process_group(store, process, device_name(), timeout)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

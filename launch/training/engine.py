@@ -6,7 +6,7 @@ import functools
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +23,7 @@ from data.sampling.batches import Batch, target_classes, target_tokens
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.initial import InitialWeights
 from launch.evaluation.score import Score, measure
+from launch.ranks.collectives import CollectedError, Ranks
 from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, device_name, device_number
 from launch.training import parallel
@@ -67,6 +68,7 @@ class Engine:
         self.process = process
         self.layout = layout
         self.device = torch.device(device_name(), device_number(process)) if device_name() == "cuda" else torch.device("cpu")
+        self.ranks = Ranks(process, self.device)
         self.zero_stage = merged_json["zero_optimization"].get("stage", 0)
         self._seed = settings.seed
         self._loss, self._distillation = settings.loss, settings.distillation
@@ -117,7 +119,8 @@ class Engine:
         """A hash of the weights that are learnt from, the same on every rank; None without a teacher."""
         if self._distillation.teacher is None:
             return None
-        return self.first_sentence(fingerprint(self._teacher) if self._teacher is not None else None)
+        found = self.ranks.all_gather(fingerprint(self._teacher) if self._teacher is not None else None)
+        return next(one for one in found if one is not None)
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int, stop_asked: bool = False) -> StepReport:
         """One optimizer step on this data rank's micro-batches of global step `step`."""
@@ -125,12 +128,12 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         micro_batches = [self._part_of(batch) for batch in micro_batches]
-        counts = self._sum_over_ranks([target_tokens(micro_batches), target_classes(micro_batches)])
+        counts = self.ranks.sum([target_tokens(micro_batches), target_classes(micro_batches)])
         parts = len(micro_batches) * self.layout.zero_size
         divisors = [torch.tensor(max(1, count / self.layout.num_copies) / parts, device=self.device) for count in counts]
         watch = Stopwatch(self.device)
         loss, gradient_norm, skipped = self._step_on(micro_batches, divisors, watch)
-        loss_sum, stops = self._sum_over_ranks([loss, float(stop_asked)])
+        loss_sum, stops = self.ranks.sum([loss, float(stop_asked)])
         return StepReport(
             loss=loss_sum / self.process.world_size,
             gradient_norm=gradient_norm,
@@ -184,7 +187,7 @@ class Engine:
 
     def _over_ranks(self, mine: Score, num_copies: int) -> Score:
         """From each rank's share, which so many ranks have alike."""
-        summed = self._sum_over_ranks(list(dataclasses.astuple(mine)))
+        summed = self.ranks.sum(list(dataclasses.astuple(mine)))
         token_loss, tokens, class_loss, classes, right = (total / num_copies for total in summed)
         return Score(token_loss, round(tokens), class_loss, round(classes), round(right))
 
@@ -222,23 +225,21 @@ class Engine:
 
         A failure on any rank leaves what was there before, and the run can go on.
         """
-        attempt = Attempt()
+        collected = CollectedError()
         folder = root / f"{checkpoint.name_of(step)}.tmp-{about['run_id']}"
         if self.process.is_first:
-            attempt.to(lambda: checkpoint.begin(root, step, about["run_id"]))
-        if not self.agree(attempt.failure is None):
-            return self.first_sentence(attempt.failure)
-        attempt.to(lambda: self._write(folder))
+            collected.run(lambda: checkpoint.begin(root, step, about["run_id"]))
+        if error := self.ranks.first_error_of_any_rank(collected.message):
+            return error
+        collected.run(lambda: self._write(folder))
         checksums = self._checksums()
-        if self.agree(attempt.failure is None) and self.process.is_first:
+        if self.ranks.all_ranks(collected.message is None) and self.process.is_first:
             counters = {"steps": self._state.steps, "loss_scaler": self._state.loss_scaler}
             about = about | self._state.optimizer.record() | {"optimizer": counters, "checksums": checksums}
-            attempt.to(lambda: checkpoint.publish(folder, step, about))
-        if self.agree(attempt.failure is None):
-            return None
-        if self.process.is_first:
+            collected.run(lambda: checkpoint.publish(folder, step, about))
+        if (error := self.ranks.first_error_of_any_rank(collected.message)) and self.process.is_first:
             checkpoint.discard(folder)
-        return self.first_sentence(attempt.failure)
+        return error
 
     def _write(self, folder: Path) -> None:
         written = {}
@@ -251,10 +252,10 @@ class Engine:
 
     def begin_from(self, weights: InitialWeights) -> str:
         """Take weights of another model, before the first step; a hash of what all ranks have then. Raises UserError on every rank."""
-        attempt = Attempt()
-        attempt.to(lambda: self._state.read(weights))
-        if not self.agree(attempt.failure is None):
-            raise UserError(self.first_sentence(attempt.failure) or "")
+        collected = CollectedError()
+        collected.run(lambda: self._state.read(weights))
+        if error := self.ranks.first_error_of_any_rank(collected.message):
+            raise UserError(error)
         self._state.resume(0, None)
         return hashlib.sha256(repr(self._checksums()).encode()).hexdigest()
 
@@ -265,10 +266,10 @@ class Engine:
         what was saved; on every rank.
         """
         manifest = checkpoint.read_manifest(folder)
-        attempt = Attempt()
-        attempt.to(lambda: self._state.read(state.SavedState(folder)))
-        if not self.agree(attempt.failure is None):
-            raise UserError(self.first_sentence(attempt.failure) or "")
+        collected = CollectedError()
+        collected.run(lambda: self._state.read(state.SavedState(folder)))
+        if error := self.ranks.first_error_of_any_rank(collected.message):
+            raise UserError(error)
         self._state.resume(**manifest["optimizer"])
         wrong = [name for name, sums in self._checksums().items() if sums != manifest["checksums"].get(name)]
         if wrong:
@@ -282,7 +283,7 @@ class Engine:
         for shard_slice, tensors in self._state.visit(self._state.owned):
             sums[rows[shard_slice.name]] += torch.tensor([state.checksum(tensors[kind], shard_slice) for kind in kinds])
         sums = sums.to(self.device)
-        dist.all_reduce(sums)
+        self.ranks.sum_in_place([sums])
         return dict(zip(rows, sums.tolist(), strict=True))
 
     def _region_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], state.Region] | None:
@@ -304,18 +305,6 @@ class Engine:
         start = self.layout.sequence_place(self.process.rank) * size
         return batch.map(lambda tensor: tensor[:, start : start + size])._replace(segments=batch.segments)
 
-    def agree(self, claim: bool) -> bool:
-        """True where the claim holds on every rank."""
-        return self._sum_over_ranks([0 if claim else 1])[0] == 0
-
-    def first_sentence(self, sentence: str | None, length: int = 1000) -> str | None:
-        """The sentence of the lowest rank that has one, on every rank."""
-        mine = torch.tensor(list((sentence or "").encode()[:length].ljust(length)), dtype=torch.uint8, device=self.device)
-        all_of_them = [torch.empty_like(mine) for _ in range(self.process.world_size)]
-        dist.all_gather(all_of_them, mine)
-        sentences = [bytes(one.tolist()).decode(errors="replace").strip() for one in all_of_them]
-        return next((one for one in sentences if one), None)
-
     def memory_bytes(self) -> int:
         """Peak memory of this rank: of its GPU's allocator, or, on a CPU, of the process."""
         if self.device.type == "cuda":
@@ -327,12 +316,6 @@ class Engine:
     def close(self) -> None:
         self._deepspeed.destroy()
         dist.destroy_process_group()
-
-    def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
-        summed = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        if self.process.world_size > 1:
-            dist.all_reduce(summed)
-        return summed.tolist()
 
     def _begin_stream(self, layer: int, module: nn.Module, inputs: tuple) -> None:
         """Before a layer is run in training: its dropout is a function of seed, step, micro-batch and layer, whatever the layout."""
@@ -386,18 +369,3 @@ def labels_of(batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _stream(*place: int) -> int:
     """A seed for torch from numbers."""
     return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "little") >> 1
-
-
-class Attempt:
-    """Things that a disk or a file may refuse. The error is kept, not raised: the other ranks are on their way to a collective."""
-
-    def __init__(self) -> None:
-        self.failure: str | None = None
-
-    def to(self, write: Callable[[], object]) -> None:
-        try:
-            write()
-        except UserError as error:
-            self.failure = self.failure or str(error)
-        except OSError as error:
-            self.failure = self.failure or f"{type(error).__name__}: {error}."

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from types import ModuleType
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
@@ -121,7 +120,7 @@ class PipelinedEngine(Engine):
         is_speaker = (self.layout.data_rank(rank), self.layout.sequence_place(rank), self.layout.tensor_place(rank)) == (0, part, 0)
         if outputs is not None and is_speaker:
             row.copy_(outputs[0][0, place])
-        dist.all_reduce(row)
+        self.ranks.sum_in_place([row])
         return row[None, None]
 
     @property

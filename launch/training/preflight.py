@@ -20,9 +20,9 @@ from data.command_line import UserError, flatten
 from data.files import nearest_existing, sha256_of
 from launch import REPOSITORY
 from launch.checkpoints.run_record import versions
+from launch.ranks.collectives import gather_on_rank0
 from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, device_number
-from launch.ranks.rendezvous import gather
 from launch.training.data import RunData
 from launch.training.optimizers import optimizer_for
 from launch.training.run_folder import PROBE_PREFIX
@@ -128,7 +128,7 @@ def measure(process: Process, layout: Layout, device: str) -> dict:
 
 def compare_speeds(store: dist.Store, process: Process, layout: Layout, device: str, reports: list[dict]) -> str:
     """Measure this rank's speeds. Returns the table of all ranks and notes on it, on rank 0; "" on the others."""
-    speeds = gather(store, process, "speeds", measure(process, layout, device), 600)
+    speeds = gather_on_rank0(store, process, "speeds", measure(process, layout, device), 600)
     complete = [report | speed for report, speed in zip(reports, speeds, strict=True)]
     return "\n".join([table(complete), *notes(complete)]) if process.is_first else ""
 

@@ -16,10 +16,12 @@ from data.command_line import UserError
 from data.tokenization.comparison import tokens_differ
 from launch.checkpoints.initial import InitialWeights
 from launch.checkpoints.opening import OpenedModel
-from launch.ranks import processes, rendezvous
+from launch.ranks import processes
+from launch.ranks.collectives import RanksMissing, broadcast_from_rank0, describe_lost_ranks, gather_on_rank0
 from launch.ranks.launchers import without_local_rank
 from launch.ranks.layout import Layout
 from launch.ranks.processes import Process
+from launch.ranks.rendezvous import connect
 from launch.training import deepspeed_config, preflight, run_folder
 from launch.training.communication import initialize_communication
 from launch.training.data import RunData, open_data, prepare_embedded_corpus, wait_for, will_be_prepared
@@ -77,7 +79,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
         start = run_folder.inspect(settings, data.fingerprint, merged) if data else None
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
         return Ready(settings, process, device, layout, merged, data, start, initial, teacher, None)
-    store = rendezvous.meet(process, settings.rendezvous_seconds, without_local_rank(arguments))
+    store = connect(process, settings.rendezvous_seconds, without_local_rank(arguments))
     compare = preflight_alone or (settings.preflight and (process.spans_nodes or "SLURM_JOB_ID" in os.environ))
     _prepare_missing_corpus(settings, store, process)
     data, start, initial, teacher, reports = _check_all_ranks(settings, merged, layout, process, device, store, compare)
@@ -97,7 +99,7 @@ def compare_ranks(settings: RunSettings, arguments: Sequence[str]) -> int:
     try:
         ready = get_ready(settings, arguments, preflight_alone=True)
     except RuntimeError as error:
-        if (message := rendezvous.sentence_of_loss(error, settings.communication_timeout)) is None:
+        if (message := describe_lost_ranks(error, settings.communication_timeout)) is None:
             raise
         print(message, file=sys.stderr)
         return 1
@@ -175,7 +177,7 @@ def _prepare_missing_corpus(settings: RunSettings, store: dist.Store, process: P
             message = "prepared"
         except UserError as error:
             message = str(error)
-    message = rendezvous.tell(store, process, "data", message, LONGEST_CHECK_SECONDS)
+    message = broadcast_from_rank0(store, process, "data", message, LONGEST_CHECK_SECONDS)
     if message == "prepared":
         wait_for(Path(settings.data.path[0]))
     elif message:
@@ -206,16 +208,16 @@ def _check_all_ranks(
         traceback.print_exc()
         report |= {"complaint": f"{type(error).__name__}: {error}", "is_mistake": False}
     try:
-        reports = rendezvous.gather(store, process, "machines", report, LONGEST_CHECK_SECONDS)
+        reports = gather_on_rank0(store, process, "machines", report, LONGEST_CHECK_SECONDS)
         complaint = preflight.check_consistent(reports, probe_file.parent) if process.is_first else ""
-        complaint = rendezvous.tell(store, process, "complaint", complaint, LONGEST_CHECK_SECONDS)
+        complaint = broadcast_from_rank0(store, process, "complaint", complaint, LONGEST_CHECK_SECONDS)
         is_mistake = all(report.get("is_mistake", True) for report in reports)
-        is_mistake = rendezvous.tell(store, process, "is mistake", "yes" if is_mistake else "", LONGEST_CHECK_SECONDS)
+        is_mistake = broadcast_from_rank0(store, process, "is mistake", "yes" if is_mistake else "", LONGEST_CHECK_SECONDS)
     finally:
         with contextlib.suppress(OSError):  # a disk that cannot be written
             probe_file.unlink(missing_ok=True)
     if complaint and not is_mistake:  # a failure of a disk, a machine or our code: the next start may succeed
-        raise rendezvous.RanksMissing(complaint)
+        raise RanksMissing(complaint)
     if complaint:
         if process.is_first and all("data" in report for report in reports):
             print(preflight.table(reports), flush=True)
@@ -236,6 +238,6 @@ def _lock_folder(
             start = run_folder.inspect(settings, data.fingerprint, merged)  # again: the process that had the lock may have saved
         except UserError as error:
             message = str(error)
-    if message := rendezvous.tell(store, process, "folder", message, patience + LONGEST_CHECK_SECONDS):
+    if message := broadcast_from_rank0(store, process, "folder", message, patience + LONGEST_CHECK_SECONDS):
         raise UserError(message)
     return lock, start

@@ -242,12 +242,12 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
 def main() -> None:
     from deepspeed.utils import groups
 
-    from launch.ranks.rendezvous import meet
+    from launch.ranks.rendezvous import connect
     from launch.training.communication import initialize_communication
 
     torch.set_num_threads(1)
     process = find_process()
-    initialize_communication(process, meet(process, 30, sys.argv), 600)
+    initialize_communication(process, connect(process, 30, sys.argv), 600)
     answers = []
     gc.freeze()  # what was imported stays; to walk it at every collection is a tenth of the work
     for job in json.loads(sys.argv[1]):

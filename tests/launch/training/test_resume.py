@@ -27,7 +27,7 @@ SILENT_IN_SEVERAL_TRANSFERS = """
 import os, threading
 from datetime import timedelta
 import torch, torch.distributed as dist
-from launch.ranks.rendezvous import sentence_of_loss
+from launch.ranks.collectives import describe_lost_ranks
 store, groups = dist.HashStore(), {}
 def join(rank): groups[rank] = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=0.5))
 threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
@@ -35,7 +35,7 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 for work in [groups[0].allreduce([torch.ones(1)]) for _ in range(5)]:
     try: work.wait()
-    except RuntimeError as error: print(error, "->", sentence_of_loss(error, 0.5), flush=True)
+    except RuntimeError as error: print(error, "->", describe_lost_ranks(error, 0.5), flush=True)
 os._exit(0)
 """
 
@@ -171,7 +171,7 @@ def test_each_of_several_transfers_under_way_together_is_known_for_a_silent_rank
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, env=os.environ | {"RANK": "0"}).stdout.splitlines()
     assert len(said) == 5
     assert any(line.startswith("Application timeout caused pair closure") for line in said), said
-    assert all(line.endswith("at the start: no answer for 0.5 s (--communication_timeout).") for line in said), said
+    assert all(line.endswith("during start-up: no answer for 0.5 s (--communication_timeout).") for line in said), said
 
 
 def test_a_run_whose_gradients_are_never_finite_again_ends_with_93(tiny):
