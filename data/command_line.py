@@ -117,6 +117,12 @@ def describe(settings: object, name: str) -> str:
     return f"{name} {_as_text(operator.attrgetter(name)(settings))}{f' ({origin})' if origin else ''}"
 
 
+def add_origins(message: str, settings: object) -> str:
+    """Return a message with the place where it was set after each "name value" in it, for names with a dot."""
+    origins = {name: origin for name, origin in getattr(settings, "_origins", {}).items() if "." in name}
+    return _with_origins(message, {name: operator.attrgetter(name)(settings) for name in origins}, origins)
+
+
 def run_script(main: Callable[[Sequence[str]], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> None:
     """Call a script's main with the command line, and exit with the status that it returns.
 
@@ -385,7 +391,8 @@ def _check(settings: type[Settings], values: dict, options: dict[str, _Option], 
         raise UserError("\n".join(complaints))
     values = values | {name: options[name].default for name in wrong}
     result, refused = _build(settings, values)
-    complaints += [_with_origins(message, section, values, origins) for section, message in refused.items()]
+    for section, message in refused.items():
+        complaints.append(_with_origins(message, values, {name: origins[name] for name in _members(section, origins)}))
     object.__setattr__(result, "_origins", origins)
     unknown = [*wrong, *(f"{section}." for section in refused)]
     for complaint in getattr(result, "complaints", list)():
@@ -414,10 +421,9 @@ def _build(settings: type[Settings], values: dict, prefix: str = "") -> tuple[Se
         return settings(), refused | {prefix.removesuffix("."): str(error)}
 
 
-def _with_origins(message: str, section: str, values: dict, origins: dict[str, str]) -> str:
-    """Return a section's message with the origin after each "name value" or "name is value" in it."""
-    for name in _members(section, values):
+def _with_origins(message: str, values: dict, origins: dict[str, str]) -> str:
+    """Return a message with the origin after each "name value" or "name is value" in it."""
+    for name, origin in origins.items():
         pair = rf'(?<![\w.])({re.escape(name)}(?: is)? "?{re.escape(_as_text(values[name]))}"?)(?![\w.]*\w)'
-        parts = re.split(pair, message)
-        message = "".join(part + (f" ({origins[name]})" if number % 2 else "") for number, part in enumerate(parts))
+        message = "".join(part + (f" ({origin})" if number % 2 else "") for number, part in enumerate(re.split(pair, message)))
     return message

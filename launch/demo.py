@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import UserError, run_script
-from launch.training.settings import read_run_settings
+from launch.training.recipe import read_run_settings
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from data.command_line import run_script
 from launch.ranks.stopping import StopRequest, leave
-from launch.training.settings import read_run_settings
+from launch.training.recipe import read_run_settings
 
 
 def main(arguments: Sequence[str]) -> int:

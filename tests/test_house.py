@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.training.settings import read_run_settings
+from launch.training.recipe import read_run_settings
 from tests.ranks import REPOSITORY
 
 FOLDERS = {"model", "data", "ds_configs", "launch", "tests"}

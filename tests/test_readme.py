@@ -14,7 +14,7 @@ from launch.checkpoints.settings import ConvertSettings
 from launch.compare import read_compare_settings
 from launch.compressing.settings import ExportSettings, PruneSettings, QuantizeSettings
 from launch.evaluation.settings import EvaluateSettings, GenerateSettings
-from launch.training.settings import read_run_settings
+from launch.training.recipe import read_run_settings
 from tests.ranks import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()

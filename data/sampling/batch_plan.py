@@ -4,6 +4,9 @@ It stands in data/ and not in launch/training because data/show.py, which may no
 """
 
 import dataclasses
+from typing import Annotated
+
+from annotated_types import Gt
 
 from data.command_line import UserError
 
@@ -12,9 +15,9 @@ from data.command_line import UserError
 class BatchSettings:
     """Sizes of a batch as a recipe gives them."""
 
-    global_batch_size: int = 32
+    global_batch_size: Annotated[int, Gt(0)] = 32
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Annotated[int, Gt(0)] | None = None
     """Sequences per forward pass of one rank. Gradient accumulation follows from it (default: the whole share of the rank, which needs
     no accumulation; in a pipeline, the size that gives four micro-batches a stage)."""
 

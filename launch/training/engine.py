@@ -85,7 +85,7 @@ class Engine:
             for block in _blocks(model):
                 if settings.quantization.bits is not None:
                     chosen = settings.quantization
-                    fake_quantize(block, Grid("int", chosen.bits, chosen.shared_by, chosen.symmetric), chosen.activations)
+                    fake_quantize(block, Grid("int", chosen.bits, chosen.entries_per_scale, chosen.symmetric), chosen.activations)
                 if settings.compile:
                     block.compile()
             optimizer = optimizer_for(settings.optimizer)

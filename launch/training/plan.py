@@ -114,7 +114,7 @@ def _quantization_rows(settings: RunSettings) -> Rows:
     chosen = settings.quantization
     if chosen.bits is None:
         return []
-    shared = f"{chosen.shared_by} entries" if chosen.shared_by else "row"
+    shared = f"{chosen.entries_per_scale} entries" if chosen.entries_per_scale else "row"
     text = f"the blocks compute with {chosen.bits}-bit weights, one scale{'' if chosen.symmetric else ' and zero point'} per {shared}"
     text += f", and {chosen.activations} inputs" if chosen.activations != "none" else ""
     return [("rounding", text + "; the weights that are trained and saved are not rounded")]

@@ -20,7 +20,8 @@ from data.files import lock_file, nearest_existing, write_file
 from launch import REPOSITORY
 from launch.checkpoints import checkpoint
 from launch.checkpoints.run_record import TOKENIZER_CONFIGURATION, paths_of, tokenizer_files, versions
-from launch.training.settings import NOT_IN_THE_WEIGHTS, RunSettings
+from launch.training.initial_model import NOT_IN_THE_WEIGHTS
+from launch.training.settings import RunSettings
 from model.config import ModelConfig
 
 # Settings that may differ when a run resumes: they change results only by rounding and, with dropout, by which values are dropped.

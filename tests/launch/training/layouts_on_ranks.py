@@ -21,7 +21,8 @@ from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, find_process
 from launch.training import deepspeed_config
 from launch.training.deepspeed_json import read_deepspeed_json
-from launch.training.settings import RunSettings, read_run_settings
+from launch.training.recipe import read_run_settings
+from launch.training.settings import RunSettings
 from model.config import ModelConfig
 from model.loss import IGNORED, training_loss
 from model.transformer import Transformer

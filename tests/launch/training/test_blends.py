@@ -22,7 +22,8 @@ from launch.checkpoints.run_record import tokenizer_files
 from launch.evaluation import evaluating
 from launch.evaluation.settings import EvaluateSettings
 from launch.training.data import open_data
-from launch.training.settings import RunSettings, read_run_settings
+from launch.training.recipe import read_run_settings
+from launch.training.settings import RunSettings
 from model.loss import token_losses
 from tests.data.tokenization.vocabularies import rank_file
 from tests.ranks import REPOSITORY, finish, start_ranks
@@ -116,7 +117,7 @@ def test_a_limit_that_not_even_a_step_keeps_is_refused(tiny, monkeypatch):
     assert refusal([*tiny, "--data.max_epochs", "1e-6"], monkeypatch).endswith(
         "\nNot even one step fits; raise data.max_epochs or prepare more text."
     )
-    assert refusal([*tiny, "--data.max_epochs", "0"], monkeypatch) == "data.max_epochs is 0.0; it must be above 0."
+    assert refusal([*tiny, "--data.max_epochs", "0"], monkeypatch) == "data.max_epochs is 0; it must be above 0. Set on the command line."
 
 
 @pytest.mark.parametrize(

@@ -184,10 +184,16 @@ REFUSED = {
     ),
     "another width": (
         ["--model.hidden_size", "64"],
-        r"^model\.hidden_size is 64; in init \S+ it is 32\. Leave it out, or start from other",
+        r"^model\.hidden_size 64 \(command line\) differs from init \S+, where it is 32\. Remove the setting, or start from other",
     ),
-    "a longer table": (["--model.sequence_length", "64"], r"^model\.sequence_length is 64; in init \S+ it is 32\."),
-    "a size too": (["--size", "gpt2-124m"], r"^size gpt2-124m and init \S+ both say what the model is; keep one of them\.$"),
+    "a longer table": (
+        ["--model.sequence_length", "64"],
+        r"^model\.sequence_length 64 \(command line\) differs from init \S+, where it is 32\.",
+    ),
+    "a size too": (
+        ["--size", "gpt2-124m"],
+        r"^size gpt2-124m \(command line\) and init \S+ \(command line\) both set the model; keep one of them\.$",
+    ),
     "nothing there": (["--init", "nowhere"], r"nowhere is not a folder"),
 }
 

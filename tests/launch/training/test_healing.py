@@ -11,7 +11,8 @@ from launch import pretrain
 from launch.ranks.layout import Layout
 from launch.training import run_folder
 from launch.training.deepspeed_config import complete
-from launch.training.settings import DistillationSettings, QuantizationSettings, RunSettings, read_run_settings, share_the_batch
+from launch.training.recipe import read_run_settings
+from launch.training.settings import DistillationSettings, QuantizationSettings, RunSettings, share_the_batch
 from launch.training.teacher import Teacher, fingerprint
 from model import huggingface
 from model.config import ModelConfig, count_parameters
@@ -91,24 +92,32 @@ def test_hold_zeros_is_refused_for_a_model_without_zeros(dense, tiny):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--distillation.temperature=2"], "distillation.temperature 2.0 does nothing without distillation.teacher."),
-        (["--quantization.symmetric=false"], "quantization.symmetric False does nothing without quantization.bits."),
-        (["--quantization.bits=9"], "quantization.bits is 9; it must be 2 to 8."),
+        (["--distillation.temperature=2"], "distillation.temperature 2 (command line) has no effect without distillation.teacher."),
+        (["--quantization.symmetric=false"], "quantization.symmetric false (command line) has no effect without quantization.bits."),
+        (["--quantization.bits=9"], "quantization.bits is 9; it must be at least 2 and at most 8. Set on the command line."),
         (
             ["--quantization.bits=4", "--quantization.group_size=48"],
-            "quantization.group_size 48 does not divide the rows of the blocks' weights, which are 256, 768 long. "
-            "Allowed: 8, 16, 32, 64, 128, 256, 0 (the whole row).",
+            "quantization.group_size 48 (command line) does not divide the rows of the blocks' weights, which have 256, 768 entries "
+            "(model.hidden_size, model.num_attention_heads x model.head_size, model.intermediate_size). "
+            "Use 8, 16, 32, 64, 128, 256 or 0 (the whole row).",
         ),
-        (["--hold_zeros=true"], "hold_zeros keeps the zeros of a pruned model; give its folder as init: of fresh weights none is 0."),
+        (
+            ["--hold_zeros=true"],
+            "hold_zeros true (command line) needs init: give the folder of the pruned model whose zeros are kept.",
+        ),
         (
             ["--distillation.teacher=dense", "--distillation.kl_weight=0", "--distillation.cross_entropy_weight=0"],
-            "distillation.kl_weight and distillation.cross_entropy_weight are both 0: nothing would be learnt.",
+            "distillation.kl_weight 0 (command line) and distillation.cross_entropy_weight 0 (command line) leave nothing to learn. "
+            "Set one of them above 0.",
         ),
         (
             ["--distillation.teacher=dense", "--distillation.cross_entropy_weight=0", "--loss.z_loss=1e-4"],
-            "loss.z_loss does nothing while distillation.cross_entropy_weight is 0.",
+            "loss.z_loss 0.0001 (command line) has no effect with distillation.cross_entropy_weight 0 (command line).",
         ),
-        (["--distillation.teacher=dense", "--distillation.kl_weight=-1"], "distillation.kl_weight is -1.0; it may not be negative."),
+        (
+            ["--distillation.teacher=dense", "--distillation.kl_weight=-1"],
+            "distillation.kl_weight is -1; it must be at least 0. Set on the command line.",
+        ),
     ],
 )
 def test_settings_without_effect_or_out_of_range_are_refused(words, sentence):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from data.command_line import UserError
 from data.sampling.batch_plan import BatchSettings
 from launch.ranks.layout import Layout
-from launch.training.settings import read_run_settings, share_the_batch
+from launch.training.recipe import read_run_settings
+from launch.training.settings import share_the_batch
 from model.config import SIZES, ModelConfig
 
 
@@ -81,12 +82,13 @@ def test_a_micro_batch_size_that_was_given_stays():
 @pytest.mark.parametrize(
     ("words", "ranks", "sentence"),
     [
-        ([], 4, "batch.global_batch_size 10 is not a multiple of data_parallel_size 4.\nNearest: 8 or 12."),
-        ([], 16, "batch.global_batch_size 10 is not a multiple of data_parallel_size 16.\nNearest: 16."),
+        ([], 4, "batch.global_batch_size 10 (command line) is not a multiple of data_parallel_size 4.\nNearest: 8 or 12."),
+        ([], 16, "batch.global_batch_size 10 (command line) is not a multiple of data_parallel_size 16.\nNearest: 16."),
         (
             ["--batch.micro_batch_size", "2"],
             4,
-            "batch.global_batch_size 10 is not a multiple of batch.micro_batch_size 2 x data_parallel_size 4 = 8.\nNearest: 8 or 16.",
+            "batch.global_batch_size 10 (command line) is not a multiple of batch.micro_batch_size 2 (command line) "
+            "x data_parallel_size 4 = 8.\nNearest: 8 or 16.",
         ),
     ],
 )
@@ -104,7 +106,7 @@ def test_tokens_become_whole_steps(recipe):
 def test_the_length_is_given_in_steps_or_in_tokens_and_once(recipe):
     both = recipe("train_steps: 800\ntrain_tokens: 1.0e+6\n")
     assert refusal("--config", both) == [
-        "train_steps 800 and train_tokens 1e+06 both say how long to train; keep one and set the other to null."
+        f"train_steps 800 ({both}) and train_tokens 1e+06 ({both}) both set the length of training; keep one and set the other to null."
     ]
     assert refusal("--train_steps", "null") == ["Give train_steps or train_tokens, the length of training."]
     settings = read_run_settings(["--config", both, "--train_tokens", "1e6"])  # the command line's takes the place of the recipe's
@@ -127,7 +129,7 @@ def test_all_complaints_come_at_once():
 
 def test_a_warm_up_that_leaves_nothing_is_refused_with_the_nearest():
     assert refusal("--train_steps", "20", "--schedule.warmup_steps", "20") == [
-        "schedule.warmup_steps 20 leaves nothing of the 20 steps. Nearest: 19."
+        "schedule.warmup_steps 20 (command line) must be below train_steps 20 (command line). Use --schedule.warmup_steps 19 or less."
     ]
     read_run_settings(["--train_steps", "20", "--schedule.warmup_steps", "19"])
     read_run_settings(["--train_steps", "20", "--schedule.warmup_steps", "20", "--schedule.kind", "constant"])

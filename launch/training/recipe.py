@@ -1,0 +1,74 @@
+"""Reads the settings of a run: the command line over the recipe over the defaults."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from data.command_line import UserError, read_settings
+from launch import REPOSITORY
+from launch.ranks.launchers import without_local_rank
+from launch.training.initial_model import model_of_init
+from launch.training.settings import RunSettings
+from model.config import ModelConfig, named_size
+
+DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
+ALIASES = {"--deepspeed_config": "--deepspeed", "--data": "--data.path", "--preserve_sparsity": "--hold_zeros"}
+"""Other names of options. The first two are the names that DeepSpeed's users and other tools of this project use."""
+
+
+def read_run_settings(arguments: Sequence[str]) -> RunSettings:
+    """Return the settings that a command line gives. Without a recipe and without a model, the demo recipe is read.
+
+    Raises UserError with every complaint.
+    """
+    words = without_local_rank(arguments)
+    if not any(has_option(words, name) for name in ("--config", "--size", "--init")):
+        words = ["--config", str(DEMO_RECIPE), *words]
+    return read_settings(
+        RunSettings,
+        [*expand_size_option(words), *expand_length_option(words), *words],
+        "Train a transformer with DeepSpeed.",
+        aliases=ALIASES,
+        defaults=_model_defaults,
+        defaults_from=("init", "size"),
+    )
+
+
+def expand_size_option(words: list[str]) -> list[str]:
+    """Return the options --model.* that --size stands for. They replace the recipe's, and options of the user replace them."""
+    sizes = [word.removeprefix("--size=") for word in words if word.startswith("--size=")]
+    sizes += [value for name, value in itertools.pairwise(words) if name == "--size"]
+    shape = _defaults_as_written() | _named_size(sizes[-1]) if sizes else {}
+    return [f"--model.{name}={'null' if value is None else str(value).lower()}" for name, value in shape.items()]
+
+
+def expand_length_option(words: list[str]) -> list[str]:
+    """Return an option that removes the recipe's length of training if the command line gives it in the other unit."""
+    steps, tokens = has_option(words, "--train_steps"), has_option(words, "--train_tokens")
+    return (["--train_steps=null"] if tokens and not steps else []) + (["--train_tokens=null"] if steps and not tokens else [])
+
+
+def has_option(words: list[str], name: str) -> bool:
+    """Return True if a command line has an option, as --name VALUE or --name=VALUE."""
+    return any(word == name or word.startswith(f"{name}=") for word in words)
+
+
+def _model_defaults(given: dict) -> dict:
+    """Return the model settings of init, of the named size, or of every model, by dotted name."""
+    if given.get("init") and not given.get("size"):  # both are refused by RunSettings.complaints
+        shape = dataclasses.asdict(model_of_init(given["init"], given.get("output", RunSettings.output)))
+    else:
+        shape = _defaults_as_written() | (_named_size(given["size"]) if given.get("size") else {})
+    return {f"model.{name}": value for name, value in shape.items()}
+
+
+def _named_size(name: str) -> dict:
+    try:
+        return named_size(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _defaults_as_written() -> dict:
+    """Return the model's defaults. Those that follow from other settings stay open, so that they follow a given width."""
+    return {field.name: field.default for field in dataclasses.fields(ModelConfig)}
