@@ -8,14 +8,15 @@ from launch.ranks.stopping import leave
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line; return the exit status."""
     description = (
-        "Prune a model, and write a folder that transformers loads, with a report of what it cost. Masks keep the size of the model; "
-        "structured pruning gives a smaller one. launch/pretrain.py --init trains either on. One block is in memory at a time; deepspeed, "
-        "torchrun and srun spread samples and matrices over ranks; started again, it goes on."
+        "Prune a model and write a folder that transformers loads, with a report of what it cost. Masks keep the model's size; structured "
+        "pruning makes it smaller. launch/pretrain.py --init trains the result further. One block is in memory at a time. Under deepspeed, "
+        "torchrun or srun, samples and matrices are distributed over the ranks. A run that was stopped resumes with the same command."
     )
     settings = read_settings(PruneSettings, arguments, description, positional="model")
     settings.refuse_contradictions()
-    from launch.compressing import pruning  # seconds that --help does not need
+    from launch.compressing import pruning  # imports torch, which takes seconds that --help does not need
 
     return pruning.prune(settings, arguments)
 

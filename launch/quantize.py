@@ -8,13 +8,15 @@ from launch.ranks.stopping import leave
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line; return the exit status."""
     description = (
-        "Quantize the matrices of a model's blocks and write a folder that transformers and vLLM load, with a report of what it cost. "
-        "One block is in memory at a time; deepspeed, torchrun and srun spread samples and matrices over ranks; started again, it goes on."
+        "Quantize the matrices of a model's blocks and write a folder that transformers and vLLM load, with a report of what it cost. One "
+        "block is in memory at a time. Under deepspeed, torchrun or srun, samples and matrices are distributed over the ranks. A run that "
+        "was stopped resumes with the same command."
     )
     settings = read_settings(QuantizeSettings, arguments, description, positional="model")
     settings.refuse_contradictions()
-    from launch.compressing import quantizing  # seconds that --help does not need
+    from launch.compressing import quantizing  # imports torch, which takes seconds that --help does not need
 
     return quantizing.quantize(settings, arguments)
 

@@ -15,11 +15,13 @@ from data.shards import PreparedData
 from launch.checkpoints.opening import TrainedModel, load_model
 from launch.checkpoints.run_record import paths_of
 from launch.evaluation.evaluation_sets import mismatched_tokens
-from launch.evaluation.score import Score, measure, perplexity
+from launch.evaluation.score import Score
 from launch.evaluation.settings import EvaluateSettings
 from launch.evaluation.tasks.table import task_of
 from launch.evaluation.tasks.task import Task
 from launch.ranks.processes import device_name, keep_freed_memory
+
+_FORMATS = {"perplexity": ".3f", "accuracy": ".2%"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Evaluation:
     Other models predict what their objective asks for; masked tokens, spans and prefixes are the same in every evaluation.
     """
 
+    task: Task
     score: Score
     bytes: int | None
     """UTF-8 bytes of the whole text; None if the model does not predict all of it."""
@@ -37,7 +40,7 @@ class Evaluation:
 
     def __add__(self, other: "Evaluation") -> "Evaluation":
         num_bytes = None if self.bytes is None or other.bytes is None else self.bytes + other.bytes
-        return Evaluation(self.score + other.score, num_bytes, self.seconds + other.seconds)
+        return Evaluation(self.task, self.score + other.score, num_bytes, self.seconds + other.seconds)
 
     @property
     def loss(self) -> float:
@@ -50,21 +53,25 @@ class Evaluation:
         return self.score.tokens
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """What the score means for the task, by name."""
+        return self.task.metrics(self.score, self.bytes)
+
+    @property
     def perplexity(self) -> float:
         """Perplexity per token."""
-        return perplexity(self.score.token_loss / self.tokens)
+        return self.metrics["perplexity"]
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of the whole text."""
-        assert self.bytes is not None, "the model does not predict the whole text"
-        return self.score.token_loss / math.log(2) / self.bytes
+        """Bits per byte of the whole text; KeyError if the model does not predict all of it."""
+        return self.metrics["bits_per_byte"]
 
     def __str__(self) -> str:
         parts = [f"loss: {self.loss:.5f} nats/{'token' if self.tokens else 'class'}"]
-        parts += [f"perplexity: {self.perplexity:.3f}"] if self.tokens else []
-        parts += [f"bits per byte: {self.bits_per_byte:.4f}"] if self.bytes is not None else []
-        parts += [f"accuracy: {self.score.accuracy:.2%} of {self.score.classes:,}"] if self.score.accuracy is not None else []
+        for name, value in self.metrics.items():
+            count = f" of {self.score.classes:,}" if name == "accuracy" else ""
+            parts.append(f"{name.replace('_', ' ')}: {value:{_FORMATS.get(name, '.4f')}}{count}")
         return " | ".join(parts)
 
 
@@ -103,8 +110,10 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
         num_batches = math.ceil(one.num_samples / size)
         batches = tqdm(one.batches, total=num_batches, unit="batch", disable=None if show_progress else True, leave=False)
         start = time.perf_counter()
-        score = measure(model, batches, device)
-        evaluations[name] = Evaluation(score, one.stream.num_bytes if task.predicts_every_token else None, time.perf_counter() - start)
+        score = task.measure(model, batches, device)
+        evaluations[name] = Evaluation(
+            task, score, one.stream.num_bytes if task.predicts_every_token else None, time.perf_counter() - start
+        )
     return evaluations
 
 

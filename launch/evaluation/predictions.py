@@ -111,6 +111,7 @@ class Continuation(Predictor):
         self.sampling = sampling
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of the prompt; an empty prompt is the end of the text before."""
         return self.tokenizer.encode(text) or [self.tokenizer.end_of_text]
 
     def stream(self, text: str) -> Iterator[str]:
@@ -150,9 +151,11 @@ class TargetText(Predictor):
         self.start = trained.start_token(tokenizer)
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of the source and end of text."""
         return self._framed(text, self.tokenizer.sentinels)
 
     def predict(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the target of each source."""
         source, segments = self._padded(rows)
         end = self.tokenizer.end_of_text
         limits: dict = {"sequence_length": self.config.sequence_length, "vocab_size": self.tokenizer.vocab_size}
@@ -181,6 +184,7 @@ class EncoderPredictor(Predictor):
         self.class_token = tokenizer.special_token_id(self.names.class_token)
 
     def encode(self, text: str) -> list[int]:
+        """Return the class token, the ids of the text, and end of text."""
         return self._framed(text, {}, [self.class_token])
 
     def inputs(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
@@ -198,9 +202,11 @@ class FilledMasks(EncoderPredictor):
         self.mask, self.top_k = tokenizer.special_token_id(self.names.mask_token), top_k
 
     def encode(self, text: str) -> list[int]:
+        """Return the class token, the ids of the text with its masks, and end of text."""
         return self._framed(text, {self.names.mask_token: self.mask}, [self.class_token])
 
     def predict(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return each text with its masks filled."""
         filled = iter(self._filled(rows, 1)[0].flatten().tolist())
         return [self.tokenizer.decode([next(filled) if id == self.mask else id for id in row[1:-1]]) for row in rows]
 
@@ -228,6 +234,7 @@ class Classes(EncoderPredictor):
     """Classes of texts, by label if the model has labels, otherwise by index."""
 
     def predict(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the most likely class of each text."""
         return [self._labels[index] for index in self._probabilities(rows).argmax(dim=1).tolist()]
 
     def describe(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""What two models say of the same targets: sums that add up over batches and ranks, and what they mean."""
+"""Quality of a changed model compared with the original: sums over the same targets that add up over batches and ranks."""
 
 import dataclasses
 import math
@@ -10,41 +10,44 @@ from torch import Tensor
 from launch.evaluation.score import perplexity
 from model.loss import IGNORED
 
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # float32 log-probabilities of a model at a time: on a CPU what its cache holds
+_CHUNK_BYTES = {
+    "cpu": 4 << 20,
+    "cuda": 256 << 20,
+}  # float32 log-probabilities of one model in memory at a time; on a CPU they fit its cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over tokens, or what follows from it."""
+    """A mean over tokens, or a value computed from it, with its standard error."""
 
     value: float
     standard_error: float
-    """As if tokens were drawn one by one; those of a text hang together, so that this is the least that it can be."""
+    """Standard error if tokens were independent. Tokens of one text are not, so this is a lower bound."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """A model before and after it was changed, on the same targets."""
+    """Measurements of a model before and after it was changed, on the same targets."""
 
     tokens: int
-    """Targets."""
+    """Number of targets."""
     loss_before: Estimate
-    """Nats a token."""
+    """Loss per token, nats."""
     loss_after: Estimate
     perplexity_before: Estimate
-    """A token."""
+    """Perplexity per token."""
     perplexity_after: Estimate
     ratio: Estimate
-    """Perplexity after / before. Its standard error is that of the differences token by token: far below those of the two."""
+    """Perplexity after / before. Its standard error comes from the differences token by token, and is far below those of the two."""
     bits_per_byte_before: float | None
-    """Of the text, UTF-8; None where the model is not asked for all of it."""
+    """Bits per UTF-8 byte of the text; None if the model does not predict all of it."""
     bits_per_byte_after: float | None
     divergence: Estimate
-    """Kullback and Leibler's, of what the model says after from what it said before: nats a token."""
+    """Kullback-Leibler divergence KL(before || after) of the predicted distributions, nats per token."""
     divergence_p99: float
-    """Of 99 of 100 tokens it is at most this."""
+    """99th percentile of the divergence over tokens."""
     agreement: Estimate
-    """Share of the tokens for which both find the same one likeliest."""
+    """Share of targets for which both models find the same token most likely."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +60,16 @@ class Comparison:
     squared_before: float = 0.0
     squared_after: float = 0.0
     squared_difference: float = 0.0
-    """Of a token's two losses."""
+    """Sum of the squared differences between the two losses of a token."""
     agreements: int = 0
     divergences: tuple[Tensor, ...] = ()
-    """Of every target, in pieces: float32 on the CPU."""
+    """Divergence of every target, in several tensors: float32 on the CPU."""
 
     def __add__(self, other: "Comparison") -> "Comparison":
         return Comparison(*(getattr(self, one.name) + getattr(other, one.name) for one in dataclasses.fields(self)))
 
     def quality(self, bytes_per_token: float | None = None) -> Quality:
-        """Means; `bytes_per_token` is the text's, where all of its tokens were asked for. Needs one target."""
+        """Return the means. `bytes_per_token` is the text's, if all of its tokens are targets. There must be at least one target."""
         before = self._mean(self.loss_before, self.squared_before)
         after = self._mean(self.loss_after, self.squared_after)
         divergences = torch.cat(self.divergences).double()
@@ -92,9 +95,9 @@ class Comparison:
 
 
 def compared(before: Tensor, after: Tensor, targets: Tensor) -> Comparison:
-    """Two models' logits of the same positions.  [.., vocab], [.., vocab], [..] -> sums over the targets that are not IGNORED
+    """Return the sums for two models' logits of the same positions.  [.., vocab], [.., vocab], [..] -> sums over targets not IGNORED
 
-    The arithmetic is float32 whatever the logits are, so many rows at a time that it needs no copy of them.
+    The arithmetic is in float32 for any type of logits, a limited number of rows at a time, so that no whole copy is needed.
     """
     before, after, targets = before.flatten(0, -2), after.flatten(0, -2), targets.flatten()
     counted = (targets != IGNORED).nonzero().squeeze(1)
@@ -105,13 +108,13 @@ def compared(before: Tensor, after: Tensor, targets: Tensor) -> Comparison:
         agree = old.argmax(dim=1) == new.argmax(dim=1)
         squares = [loss.square() for loss in (old_loss, new_loss, new_loss - old_loss)]
         sums = torch.stack([one.sum(dtype=torch.float64) for one in (old_loss, new_loss, *squares, agree)])
-        divergence = (old.exp() * (old - new)).sum(dim=1).clamp_(min=0)  # below 0 by rounding alone
+        divergence = (old.exp() * (old - new)).sum(dim=1).clamp_(min=0)  # only rounding makes it negative
         *losses, agreements = sums.tolist()
         total += Comparison(len(rows), *losses, round(agreements), (divergence.cpu(),))  # type: ignore[call-arg]
     return total
 
 
 def _exponential(mean: Estimate) -> Estimate:
-    """The standard error to first order."""
+    """Return exp(mean); its standard error is a first-order approximation."""
     value = perplexity(mean.value)
     return Estimate(value, value * mean.standard_error)

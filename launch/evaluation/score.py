@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -71,13 +70,3 @@ def score_of(sums: Tensor, batches: list[Batch]) -> Score:
     """Return the score for the sums over some batches, as sums_of gives them, with the numbers of targets in the batches.  [3]"""
     token_loss, class_loss, right = sums.tolist()
     return Score(token_loss, target_tokens(batches), class_loss, target_classes(batches), round(right))
-
-
-def measure(network: Callable, batches: Iterable[Batch], device: torch.device | str) -> Score:
-    """Run a network on batches, one at a time, and return its score."""
-    total = Score()
-    with torch.no_grad():
-        for batch in batches:
-            batch = batch.map(lambda tensor: tensor.to(device))
-            total += score_of(sums_of(network(*batch.inputs), batch.targets, batch.classes), [batch])
-    return total

@@ -1,9 +1,10 @@
 """The base class of tasks."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data.sampling.batches import Batch
@@ -13,7 +14,7 @@ from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import OpenedModel, TrainedModel
 from launch.evaluation.evaluation_sets import EvaluationSet, sample_sets
 from launch.evaluation.predictions import Predictor
-from launch.evaluation.score import score_of, sums_of
+from launch.evaluation.score import Score, bits_per_byte, perplexity, score_of, sums_of
 from launch.evaluation.settings import GenerateSettings
 from model.config import ModelConfig
 from model.loss import training_loss
@@ -89,11 +90,35 @@ class Task:
     # ----- loss and scores -----
 
     training_loss = staticmethod(training_loss)
-    """The loss of a micro-batch, as model.loss.training_loss takes and returns it."""
+    """The loss of a micro-batch; model.loss.training_loss states its arguments."""
     sums_of = staticmethod(sums_of)
-    """The sums of an evaluation batch, as launch.evaluation.score.sums_of takes and returns them."""
+    """The sums of an evaluation batch; launch.evaluation.score.sums_of states its arguments."""
     score_of = staticmethod(score_of)
-    """The score for the sums over batches."""
+    """The score for the sums over batches; launch.evaluation.score.score_of states its arguments."""
+
+    def measure(self, network: Callable, batches: Iterable[Batch], device: torch.device | str) -> Score:
+        """Run a network on evaluation batches, one at a time, and return its score."""
+        total = Score()
+        with torch.no_grad():
+            for batch in batches:
+                batch = batch.map(lambda tensor: tensor.to(device))
+                total += self.score_of(self.sums_of(network(*batch.inputs), batch.targets, batch.classes), [batch])
+        return total
+
+    def metrics(self, score: Score, num_bytes: float | None = None) -> dict[str, float]:
+        """Return what a score means, by name: perplexity per token, bits per byte, accuracy.
+
+        `num_bytes` is the size of the text in UTF-8 if each of its tokens was predicted, else None.
+        """
+        metrics = {}
+        if score.tokens:
+            loss = score.token_loss / score.tokens
+            metrics["perplexity"] = perplexity(loss)
+            if num_bytes is not None:
+                metrics["bits_per_byte"] = bits_per_byte(loss, num_bytes / score.tokens)
+        if score.accuracy is not None:
+            metrics["accuracy"] = score.accuracy
+        return metrics
 
     # ----- evaluation sets -----
 
