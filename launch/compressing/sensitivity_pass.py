@@ -10,7 +10,6 @@ from launch.compressing.driver import gathered
 from launch.compressing.layer_store import Parts
 from launch.compressing.setup import Job
 from launch.evaluation.evaluation_sets import first_inputs
-from launch.evaluation.score import sums_of
 from model.compression import sensitivity, structured
 from model.compression.allocation import outlier_ratio
 from model.compression.sensitivity import Change
@@ -69,11 +68,11 @@ def importance(job: Job, parts: Parts, by: str) -> Tensor:
         assert job.calibration is not None
         # Their hidden states are kept once for each block.
         batches = job.workers.share(job.calibration.beginning(max(1, job.calibration.num_samples // job.config.total_blocks)))
-        samples = first_inputs(batches, device)
+        samples, task = first_inputs(batches, device), job.calibration.task
 
         def loss(said: Tensor | tuple[Tensor, Tensor], number: int) -> Tensor:
             batch = batches[number].map(lambda tensor: tensor.to(device))
-            return sums_of(said, batch.targets, batch.classes)[:2].sum()
+            return task.sums_of(said, batch.targets, batch.classes)[:2].sum()
 
         losses = structured.losses_without_each_block(job.config, state, samples, loss, device)
         job.workers.sum_in_place([losses])
