@@ -19,7 +19,6 @@ def read_compare_settings(arguments: Sequence[str]) -> CompareSettings:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; return the exit status."""
     settings = read_compare_settings(arguments)
-    settings.validate()
     from launch.evaluation import comparing  # imports torch, which takes seconds that --help does not need
 
     return comparing.print_comparison(settings)

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.command_line import UserError, read_settings, run_script
+from data.command_line import read_settings, run_script
 from launch.checkpoints.settings import ConvertSettings
 
 
@@ -24,8 +24,6 @@ def main(arguments: Sequence[str]) -> int:
         "(four times if tensor parallelism split it), 8 MiB for each file that is read, and 0.25 GB for Python."
     )
     settings = read_settings(ConvertSettings, arguments, description, positional="checkpoint")
-    if not settings.file_gib > 0:
-        raise UserError(f"--file_gib is {settings.file_gib}; it must be above 0.")
     from launch.checkpoints import conversion  # imports torch, which takes a second that --help does not need
 
     done = conversion.convert(

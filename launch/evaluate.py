@@ -9,7 +9,6 @@ from launch.evaluation.settings import EvaluateSettings
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; return the exit status."""
     settings = read_settings(EvaluateSettings, arguments, "Evaluate a model on held-out text.", positional="model")
-    settings.validate()
     from launch.evaluation import evaluating  # imports torch, which takes seconds that --help does not need
 
     return evaluating.print_evaluation(settings)

@@ -13,7 +13,6 @@ def main(arguments: Sequence[str]) -> int:
         "the largest weight while writing; the whole model in float32, in transformers, while comparing."
     )
     settings = read_settings(ExportSettings, arguments, description, positional="model")
-    settings.validate()
     from launch.compressing import exporting  # imports torch, which takes seconds that --help does not need
 
     return exporting.export(settings)

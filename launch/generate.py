@@ -10,7 +10,6 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; return the exit status."""
     description = "Generate text with a decoder or encoder-decoder; fill masks or classify texts with an encoder."
     settings = read_settings(GenerateSettings, arguments, description, positional="model")
-    settings.validate()
     from launch.evaluation import generating  # imports torch, which takes seconds that --help does not need
 
     return generating.generate(settings)

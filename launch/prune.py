@@ -15,7 +15,6 @@ def main(arguments: Sequence[str]) -> int:
         "torchrun or srun, samples and matrices are distributed over the ranks. A run that was stopped resumes with the same command."
     )
     settings = read_settings(PruneSettings, arguments, description, positional="model")
-    settings.refuse_contradictions()
     from launch.compressing import pruning  # imports torch, which takes seconds that --help does not need
 
     return pruning.prune(settings, arguments)

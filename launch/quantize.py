@@ -15,7 +15,6 @@ def main(arguments: Sequence[str]) -> int:
         "was stopped resumes with the same command."
     )
     settings = read_settings(QuantizeSettings, arguments, description, positional="model")
-    settings.refuse_contradictions()
     from launch.compressing import quantizing  # imports torch, which takes seconds that --help does not need
 
     return quantizing.quantize(settings, arguments)

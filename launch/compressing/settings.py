@@ -2,9 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from data.command_line import UserError
+from annotated_types import Ge, Gt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,6 @@ class CompressionSettings:
         if self.max_perplexity_ratio is not None and not self.test_samples:
             found.append("max_perplexity_ratio needs a measurement; test_samples is 0.")
         return found
-
-    def refuse_contradictions(self) -> None:
-        """Raises UserError with all complaints."""
-        if complaints := self.complaints():
-            raise UserError("\n".join(complaints))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,31 +182,26 @@ class ExportSettings:
     """New folder for safetensors, config.json, generation_config.json, tokenizer and README.md; with --format gguf a new file NAME.gguf."""
     format: Literal["huggingface", "gguf"] = "huggingface"
     """huggingface: a folder for transformers and software that reads its files. gguf: a file for llama.cpp (decoders only, with the
-    tokenizer). Default: huggingface."""
-    average: int = 1
-    """Number of the run's newest checkpoints whose weights are averaged (default: 1)."""
+    tokenizer)."""
+    average: Annotated[int, Ge(1)] = 1
+    """Number of the run's newest checkpoints whose weights are averaged."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Type of the written weights with --format huggingface (default: float32)."""
-    max_shard_gib: float = 4.0
-    """Maximum size of a safetensors file, GiB (default: 4)."""
+    """Type of the written weights with --format huggingface."""
+    max_shard_gib: Annotated[float, Gt(0)] = 4.0
+    """Maximum size of a safetensors file, GiB."""
     type: Literal["f32", "f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"] | None = None
     """Type of the matrices with --format gguf (default: f16). q8_0 and q4_0 round to blocks of 32. q4_k_m, q5_k_m and q6_k are written by
     llama.cpp and need llama-cpp-python."""
 
-    def validate(self) -> None:
-        """Raise UserError for values that are wrong whatever the model is."""
+    def complaints(self) -> list[str]:
+        """Return an error message for each value that is wrong whatever the model is."""
         complaints = []
         if Path(self.output).exists():
             complaints.append(f"--output {self.output} already exists; nothing is overwritten. Give another name.")
-        if not self.max_shard_gib > 0:
-            complaints.append(f"--max_shard_gib is {self.max_shard_gib:g}; it must be above 0.")
-        if self.average < 1:
-            complaints.append(f"--average is {self.average}; it must be at least 1.")
         if self.format == "huggingface" and self.type is not None:
             complaints.append(f"--type {self.type} applies only to --format gguf. For a Hugging Face folder use --precision.")
         if self.format == "gguf" and self.precision != "float32":
             complaints.append(f"--precision {self.precision} applies only to --format huggingface. For gguf use --type.")
         if self.format == "gguf" and Path(self.output).suffix != ".gguf":
             complaints.append(f"--output {self.output} must be a file name that ends with .gguf.")
-        if complaints:
-            raise UserError("\n".join(complaints))
+        return complaints

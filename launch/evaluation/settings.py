@@ -2,10 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from data.command_line import UserError
+from annotated_types import Ge, Gt, Le
+
 from data.sampling.settings import ObjectiveName
+
+EXISTS = "already exists; nothing is overwritten. Give another name."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,27 +20,23 @@ class EvaluateSettings:
     data: str | None = None
     """Folder that data/prepare.py wrote (default: the folder or folders that the run was trained on)."""
     split: Literal["validation", "train"] = "validation"
-    """Split of the documents to evaluate on (default: validation)."""
+    """Split of the documents to evaluate on."""
     objective: ObjectiveName | None = None
     """Objective to evaluate, as data.objective in a recipe (default: the run's objective with its other data settings; for an exported
     folder the objective that fits the model)."""
     labels: tuple[str, ...] = ()
     """Labels of the classes in order, as data.labels in a recipe (default: the run's labels)."""
-    sequence_length: int | None = None
+    sequence_length: Annotated[int | None, Ge(1)] = None
     """Length of a window or sample, tokens (default: the model's context)."""
-    stride: int | None = None
+    stride: Annotated[int | None, Ge(1)] = None
     """Distance between the starts of two windows, tokens (default: sequence_length, so windows do not overlap). Below sequence_length,
     each token is predicted from at least sequence_length - stride tokens before it. Only for causal models."""
-    micro_batch_size: int = 16
-    """Windows or samples in one forward pass (default: 16)."""
+    micro_batch_size: Annotated[int, Ge(1)] = 16
+    """Windows or samples in one forward pass."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Type of weights and activations; losses are always computed in float32 (default: float32)."""
-    average: int = 1
-    """Number of the run's newest checkpoints whose weights are averaged (default: 1)."""
-
-    def validate(self) -> None:
-        """Raise UserError for values that are wrong whatever the model is."""
-        _raise_all(_below_one(self, "sequence_length", "stride", "micro_batch_size", "average"))
+    """Type of weights and activations; losses are always computed in float32."""
+    average: Annotated[int, Ge(1)] = 1
+    """Number of the run's newest checkpoints whose weights are averaged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,26 +52,26 @@ class GenerateSettings:
     """File with one text per line in place of --prompt, or - for standard input; one line is written for each. Not for decoders."""
     output: str | None = None
     """New file for the results of --input (default: standard output)."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, Ge(1)] = None
     """Lines of --input in one batch (default: 64)."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int | None, Ge(1)] = None
     """Maximum length of the written text, tokens (default: 200; for beam search, the length of the source + 50)."""
-    temperature: float | None = None
+    temperature: Annotated[float | None, Ge(0)] = None
     """Divisor of the logits; 0 always takes the most likely token (default: 0.8). An encoder-decoder samples only if this option, top_k,
     top_p or seed is given."""
-    top_k: int | None = None
+    top_k: Annotated[int | None, Ge(1)] = None
     """Sample only from the k most likely tokens (default: all); for a [MASK], the number of tokens to show (default: 5)."""
-    top_p: float | None = None
+    top_p: Annotated[float | None, Gt(0), Le(1)] = None
     """Sample only from the most likely tokens that together have this probability (arXiv 1904.09751; default: all)."""
     seed: int | None = None
     """Seed for sampling (default: 0)."""
-    beam_size: int | None = None
-    """Number of targets that beam search of an encoder-decoder follows (default: 4); 1 is greedy search."""
+    beam_size: Annotated[int | None, Ge(1)] = None
+    """Number of targets that beam search of an encoder-decoder follows; 1 is greedy search."""
     length_penalty: float | None = None
     """Exponent of beam search's length penalty: the target with the highest log P / ((5 + tokens) / 6) ** length_penalty is chosen
     (arXiv 1609.08144; default: 0.6)."""
-    average: int = 1
-    """Number of the run's newest checkpoints whose weights are averaged (default: 1)."""
+    average: Annotated[int, Ge(1)] = 1
+    """Number of the run's newest checkpoints whose weights are averaged."""
     tokenizer: str | None = None
     """tokenizer.model, tokenizer.json or .tiktoken file (default: the one next to the model)."""
 
@@ -80,14 +79,14 @@ class GenerateSettings:
         """Return those of the named settings that were given, by name."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def validate(self) -> None:
-        """Raise UserError for values that are wrong whatever the model is."""
-        complaints = [_exists(self.output)] if self.output and Path(self.output).exists() else []
+    def complaints(self) -> list[str]:
+        """Return an error message for each value that is wrong whatever the model is."""
+        complaints = [f"--output {self.output} {EXISTS}"] if self.output and Path(self.output).exists() else []
         if self.input and self.prompt:
             complaints.append("--prompt and --input both give the text to read: keep one of them.")
         if not self.input:
             complaints += [f"--{name} applies only to --input, which is not given." for name in self.given("output", "batch_size")]
-        _raise_all(complaints + _below_one(self, "top_k", "batch_size", "average"))
+        return complaints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,33 +99,19 @@ class CompareSettings:
     data: str | None = None
     """Folder that data/prepare.py wrote (default: the data that the first of these models with a recipe was trained on)."""
     split: Literal["validation", "train"] = "validation"
-    """Split of the documents to evaluate on (default: validation)."""
-    sequence_length: int | None = None
+    """Split of the documents to evaluate on."""
+    sequence_length: Annotated[int | None, Ge(1)] = None
     """Length of a window or sample, tokens (default: the smallest context of the models)."""
-    micro_batch_size: int = 16
-    """Windows or samples in one forward pass (default: 16)."""
+    micro_batch_size: Annotated[int, Ge(1)] = 16
+    """Windows or samples in one forward pass."""
     output: str | None = None
-    """New folder for the table (compare.md, compare.json) and a picture of perplexity against bytes (compare.svg) (default: none)."""
+    """New folder for the table (compare.md, compare.json) and a picture of perplexity against bytes (compare.svg)."""
 
-    def validate(self) -> None:
-        """Raise UserError for values that are wrong whatever the models are."""
+    def complaints(self) -> list[str]:
+        """Return an error message for each value that is wrong whatever the models are."""
         complaints = []
         if len(self.models) < 2:
             complaints.append(f"--models are {', '.join(self.models) or 'none'}; give two or more to compare.")
         if self.output is not None and Path(self.output).exists():
-            complaints.append(_exists(self.output))
-        _raise_all(complaints + _below_one(self, "sequence_length", "micro_batch_size"))
-
-
-def _below_one(settings: EvaluateSettings | GenerateSettings | CompareSettings, *names: str) -> list[str]:
-    given = {name: getattr(settings, name) for name in names}
-    return [f"--{name} is {value}; it must be at least 1." for name, value in given.items() if value is not None and value < 1]
-
-
-def _exists(output: str) -> str:
-    return f"--output {output} already exists; nothing is overwritten. Give another name."
-
-
-def _raise_all(complaints: list[str]) -> None:
-    if complaints:
-        raise UserError("\n".join(complaints))
+            complaints.append(f"--output {self.output} {EXISTS}")
+        return complaints

@@ -118,7 +118,7 @@ def test_keys_and_values_become_bytes_by_the_largest_of_the_calibration_text(qua
                 passed = step(passed)
     assert torch.allclose(torch.tensor(opened.kv_cache.scales), seen.sizes / 127.5)
     assert not torch.equal(loaded(opened).model(*batch.inputs), network(*batch.inputs))
-    with pytest.raises(UserError, match=r"is quantized \(int4, a scale each 32; keys and values int8\): GGUF has no place"):
+    with pytest.raises(UserError, match=r"is quantized \(int4, a scale each 32; keys and values int8\): GGUF cannot store"):
         export.main([str(folder), "--format", "gguf", "--output", str(folder.parent / "out.gguf")])
 
 

@@ -232,7 +232,9 @@ def test_a_folder_that_was_tokenized_with_other_settings_is_not_evaluated_on(fin
     for path in tokenizer_files(there):
         shutil.copyfile(path, copy / path.name)
     assert evaluating.evaluate(EvaluateSettings(str(copy), str(there), "train"), False).tokens > 0
-    with pytest.raises(UserError, match=r"o200k_base-prepared was tokenized with other settings beside \S+ than .*/run was trained with\."):
+    with pytest.raises(
+        UserError, match=r"o200k_base-prepared was tokenized with different settings next to \S+ than .*/run was trained with\."
+    ):
         evaluating.evaluate(EvaluateSettings(str(copy), str(other), "train"), False)
 
 
