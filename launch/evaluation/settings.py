@@ -66,7 +66,7 @@ class GenerateSettings:
     seed: int | None = None
     """Seed for sampling (default: 0)."""
     beam_size: Annotated[int | None, Ge(1)] = None
-    """Number of targets that beam search of an encoder-decoder follows; 1 is greedy search."""
+    """Number of targets that beam search of an encoder-decoder follows (default: 4); 1 is greedy search."""
     length_penalty: float | None = None
     """Exponent of beam search's length penalty: the target with the highest log P / ((5 + tokens) / 6) ** length_penalty is chosen
     (arXiv 1609.08144; default: 0.6)."""
