@@ -17,6 +17,7 @@ import torch
 
 from data.sampling.batches import Batch
 from launch.checkpoints.opening import open_model
+from launch.evaluation.tasks.task import Task
 from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, find_process
 from launch.training import deepspeed_config
@@ -199,14 +200,12 @@ def build_engine(case: dict, process: Process):
 
 @contextlib.contextmanager
 def poisoned(here: bool):
-    """Within it, a loss on this rank is not a number."""
-    from launch.training import engine
-
-    whole = engine.training_loss
+    """Make the loss on this rank NaN inside the context."""
+    loss = Task.training_loss
     if here:
-        engine.training_loss = lambda *arguments: whole(*arguments) * float("nan")
+        Task.training_loss = staticmethod(lambda *arguments: loss(*arguments) * float("nan"))
     yield
-    engine.training_loss = whole
+    Task.training_loss = staticmethod(loss)
 
 
 def train_under_deepspeed(job: dict, process: Process) -> dict:
