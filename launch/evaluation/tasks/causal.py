@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from data.sampling.objectives import causal as objectives
 from data.sampling.settings import SamplingSettings
 from data.shards import PreparedData
 from data.tokenization.tokenizer import Tokenizer
@@ -16,15 +17,16 @@ from model.config import ModelConfig
 class Decoding(Task):
     """The part that all tasks of decoders share: a prompt is continued."""
 
-    architecture = "decoder"
     model_kind = "a decoder"
     options = ("max_new_tokens", *SAMPLING_OPTIONS)
     needs_prompt = False
 
     def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Continuation:
+        """Return the predictor that continues a prompt."""
         return Continuation(trained, tokenizer, device, sampling_of(settings))
 
     def text_request(self, prompt: list[int], end_of_text: int, start_token: int | None, config: ModelConfig) -> TextRequest:
+        """Return the prompt, which the model continues; if it is empty, the end of the text before."""
         tokens = prompt or [end_of_text]
         return TextRequest(tokens, temperature=0.8, shown=tuple(tokens))
 
@@ -32,8 +34,7 @@ class Decoding(Task):
 class Causal(Decoding):
     """Causal language modelling. Evaluation reads the text in windows, which may overlap."""
 
-    name = "causal"
-    predicts_every_token = True
+    objective = objectives.Causal
     description = "the next token"
 
     def evaluation_sets(
@@ -47,6 +48,7 @@ class Causal(Decoding):
         stride: int | None = None,
         limit_samples: int | None = None,
     ) -> dict[str, EvaluationSet]:
+        """Return windows over the text of each folder that has the split, in a fixed order."""
         return window_sets(config, folders, split, micro_batch_size, length, stride or length, limit_samples)
 
 

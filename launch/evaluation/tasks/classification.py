@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from data.command_line import UserError
+from data.sampling.objectives import classification as objectives
 from data.sampling.settings import SamplingSettings
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import OpenedModel, TrainedModel
@@ -14,16 +15,17 @@ from launch.evaluation.tasks.task import FILE_OPTIONS, Task
 class Classification(Task):
     """Classification of texts; data.labels name the classes."""
 
-    name = "classification"
-    architecture = "encoder"
+    objective = objectives.Classification
     token_head = False
     model_kind = "a classifier"
     options = FILE_OPTIONS
 
     def num_classes(self, data: SamplingSettings) -> tuple[int, str]:
+        """Return the number of data.labels."""
         return len(data.labels), f"data.labels are {len(data.labels)}"
 
     def sampling_settings(self, opened: OpenedModel, name: str, labels: Iterable[str] = ()) -> SamplingSettings:
+        """Return the settings of the evaluation samples. Raises UserError if the number of labels is not the model's number of classes."""
         sampling = super().sampling_settings(opened, name, labels)
         if len(sampling.labels) != opened.config.num_classes:
             raise UserError(
@@ -33,4 +35,5 @@ class Classification(Task):
         return sampling
 
     def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Classes:
+        """Return the predictor of classes."""
         return Classes(trained, tokenizer, device)

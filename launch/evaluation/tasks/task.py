@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data.sampling.batches import Batch
+from data.sampling.objectives.base import Objective
 from data.sampling.settings import Architecture, ObjectiveName, SamplingSettings
 from data.shards import PreparedData
 from data.tokenization.tokenizer import Tokenizer
@@ -39,16 +40,28 @@ class TextRequest:
 class Task:
     """A task: what a model learns and is judged by. It knows its samples, network outputs, loss, scores and predictions.
 
-    Each task is a subclass in a file of this folder and has a line in table.py; its objective in data/sampling makes its samples.
+    Each task is a subclass in a file of this folder and has a line in table.py.
     """
 
-    name: ObjectiveName
-    """The name of its objective, data.objective in a recipe."""
-    architecture: Architecture
-    predicts_every_token = False
-    """True if each token of a text is predicted from all tokens before it, so that the text as a whole has a probability."""
+    objective: type[Objective]
+    """Makes the samples; it gives the task its name."""
     description = "what the model was trained for"
     """What the model predicts, for reports."""
+
+    @property
+    def name(self) -> ObjectiveName:
+        """The value of data.objective."""
+        return self.objective.name
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model.architecture that can learn the task."""
+        return self.objective.architecture
+
+    @property
+    def predicts_every_token(self) -> bool:
+        """True if each token of a text is predicted from all tokens before it, so that the text as a whole has a probability."""
+        return self.objective.predicts_every_token
 
     # ----- the network's outputs -----
 

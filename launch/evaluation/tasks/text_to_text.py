@@ -14,7 +14,6 @@ from model.config import ModelConfig
 class TextToText(Task):
     """Tasks of encoder-decoders."""
 
-    architecture = "encoder_decoder"
     model_kind = "an encoder-decoder"
     options = ("max_new_tokens", *SAMPLING_OPTIONS, "beam_size", "length_penalty", *FILE_OPTIONS)
 
@@ -29,6 +28,7 @@ class TextToText(Task):
         return {"start_token": None if start == tokenizer.end_of_text else tokenizer.special_names[start]}
 
     def option_complaints(self, settings: GenerateSettings, config: ModelConfig) -> list[str]:
+        """Return messages for options of search and sampling together, and for a target longer than the model's longest."""
         complaints = []
         for_search = [name for name in settings.given("beam_size", "length_penalty") if name != "beam_size" or settings.beam_size != 1]
         for_sampling = list(settings.given(*SAMPLING_OPTIONS))
@@ -44,10 +44,12 @@ class TextToText(Task):
         return complaints
 
     def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> TargetText:
+        """Return the predictor of targets; it samples if an option of sampling is given, else it searches."""
         search = settings.given("max_new_tokens", "beam_size", "length_penalty")
         return TargetText(trained, tokenizer, device, search, sampling_of(settings) if settings.given(*SAMPLING_OPTIONS) else None)
 
     def text_request(self, prompt: list[int], end_of_text: int, start_token: int | None, config: ModelConfig) -> TextRequest:
+        """Return the prompt as a source, for which the model writes the target."""
         assert start_token is not None
         source = [*prompt[: config.sequence_length - 1], end_of_text]
         return TextRequest([start_token], temperature=0.0, source=source)
