@@ -92,7 +92,7 @@ def assemble(ready: Ready, stop: StopRequest) -> Run:
         engine=engine,
         micro_batches=batches.step,
         validation_batches={name: functools.partial(_validation_batches, ready, samples) for name, samples in data.held_out.items()},
-        sample_text=None if settings.model.architecture == "encoder" else _text_sampler(settings, data, engine),
+        sample_text=_text_sampler(settings, data, engine),
         first_step=first_step,
         manifest=_manifest(settings, data, current_layout, engine.ranks.broadcast(start.run_id)),
         figures=_figures(settings, data, peak, process.world_size),
@@ -173,21 +173,18 @@ def _validation_batches(ready: Ready, samples: Samples) -> Iterator[Batch]:
     return held_out_batches(samples, settings.batch.micro_batch_size, data_rank, layout.data_parallel_size, limit)
 
 
-def _text_sampler(settings: RunSettings, data: RunData, engine: Engine) -> Callable[[int], str]:
-    """Return a function that generates a text after log.sample_prompt; all ranks must call it together."""
-    tokenizer, sampling, model = data.sampling.tokenizer, data.sampling, settings.model
+def _text_sampler(settings: RunSettings, data: RunData, engine: Engine) -> Callable[[int], str] | None:
+    """Return a function that generates a text after log.sample_prompt; all ranks must call it together. None if the model writes none."""
+    tokenizer, sampling = data.sampling.tokenizer, data.sampling
+    prompt, end = tokenizer.encode(settings.log.sample_prompt), tokenizer.end_of_text
+    new_tokens = max(1, min(128, (sampling.target_length or settings.model.sequence_length) // 2))
+    request = engine.task.text_request(prompt, end, sampling.start_token, settings.model)
+    if request is None:
+        return None
 
     def sample_text(step: int) -> str:
-        prompt, end = tokenizer.encode(settings.log.sample_prompt), tokenizer.end_of_text
-        new_tokens = max(1, min(128, (sampling.target_length or model.sequence_length) // 2))
-        if model.architecture == "encoder_decoder":
-            assert sampling.start_token is not None
-            source = [*prompt[: model.sequence_length - 1], end]
-            drawn, shown = engine.sample([sampling.start_token], new_tokens, 0.0, step, tokenizer.vocab_size, source), []
-        else:
-            shown = prompt or [end]
-            drawn = engine.sample(shown, new_tokens, 0.8, step, tokenizer.vocab_size)
-        return tokenizer.decode(shown + drawn[: drawn.index(end) if end in drawn else len(drawn)])
+        new_ids = engine.sample(request.tokens, new_tokens, request.temperature, step, tokenizer.vocab_size, request.source)
+        return tokenizer.decode([*request.shown, *(new_ids[: new_ids.index(end)] if end in new_ids else new_ids)])
 
     return sample_text
 

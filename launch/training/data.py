@@ -13,6 +13,7 @@ from data.sampling.batch_plan import BatchPlan
 from data.sampling.order import Blend
 from data.sampling.samples import Samples
 from data.sampling.sources import Sampling, open_folders, open_held_out, open_sampling
+from launch.evaluation.tasks.table import TASKS
 from launch.training.settings import DataSettings, RunSettings
 
 _MAX_HASHED_BYTES = 4 << 30  # hashed in two or three seconds; of more, only sizes and indexes are checked here, and ids while reading
@@ -49,35 +50,13 @@ def open_data(settings: RunSettings) -> RunData:
     model = settings.model
     of_model = {"architecture": model.architecture, "token_types": model.token_types}
     sampling = open_sampling(folders, settings.data, model.sequence_length, model.document_mask, settings.seed, **of_model)
-    _refuse_unfit_outputs(settings, sampling.objective.name)
+    if complaints := TASKS[sampling.objective.name].model_complaints(model, settings.data):
+        raise UserError("\n".join(complaints))
     held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, **of_model)
     _refuse_too_many_epochs(settings, sampling)
     fingerprints = [folder.fingerprint for folder in folders.values()]
     fingerprint = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
     return RunData(sampling, held_out, first.tokenizer_path, fingerprint)
-
-
-def _refuse_unfit_outputs(settings: RunSettings, objective: str) -> None:
-    """Raise UserError if the model lacks an output that the objective trains, or has one that it does not train."""
-    model, data = settings.model, settings.data
-    complaints = []
-    if (objective == "prefix") != model.prefix_attention:
-        complaints.append(
-            f"data.objective is {objective} and model.prefix_attention {str(model.prefix_attention).lower()}; "
-            "objective prefix needs prefix_attention, and no other objective may have it."
-        )
-    wanted = {"classification": len(data.labels), "masked": 2 if data.next_sentence else 0}.get(objective, 0)
-    if model.num_classes != wanted:
-        reason = {"classification": f"data.labels are {wanted}", "masked": f"data.next_sentence is {str(data.next_sentence).lower()}"}
-        reason = reason.get(objective, f"data.objective is {objective}")
-        complaints.append(f"model.num_classes is {model.num_classes}; {reason}, so it must be {wanted}.")
-    if model.architecture == "encoder" and model.token_head != (objective == "masked"):
-        complaints.append(
-            f"model.token_head is {str(model.token_head).lower()}; data.objective {objective} "
-            f"{'predicts tokens: set it true' if objective == 'masked' else 'trains none: set it false'}."
-        )
-    if complaints:
-        raise UserError("\n".join(complaints))
 
 
 def _refuse_too_many_epochs(settings: RunSettings, sampling: Sampling) -> None:

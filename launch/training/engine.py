@@ -73,7 +73,7 @@ class Engine:
         self.zero_stage = merged_json["zero_optimization"].get("stage", 0)
         self._seed = settings.seed
         self._loss, self._distillation = settings.loss, settings.distillation
-        self._task = task_named(settings.data.objective, settings.model.architecture)
+        self.task = task_named(settings.data.objective, settings.model.architecture)
         self.step_in_hand = 0
         self._micro_batches_seen: dict[int, int] = {}  # by each layer, in this step
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the pipeline's parts, and its memory use at every turn
@@ -172,7 +172,7 @@ class Engine:
                 logits = self._teacher(*inputs)
             weights = self._distillation.kl_weight, self._distillation.cross_entropy_weight
             teaching = Teaching(logits, *weights, self._distillation.temperature)
-        return self._task.training_loss(outputs, labels, self._loss.label_smoothing, self._loss.z_loss, teaching)
+        return self.task.training_loss(outputs, labels, self._loss.label_smoothing, self._loss.z_loss, teaching)
 
     def _labels_of_training(self, batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """labels_of, and behind them the batch's inputs where there is a teacher to read them."""
@@ -185,7 +185,7 @@ class Engine:
     def validate(self, batches: Iterable[Batch]) -> Score:
         """Of all data ranks' batches together; each gives equally many."""
         self._deepspeed.eval()
-        return self._over_ranks(self._task.measure(self._model, map(self._part_of, batches), self.device), self.layout.num_copies)
+        return self._over_ranks(self.task.measure(self._model, map(self._part_of, batches), self.device), self.layout.num_copies)
 
     def _over_ranks(self, mine: Score, num_copies: int) -> Score:
         """From each rank's share, which so many ranks have alike."""

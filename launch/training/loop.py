@@ -1,7 +1,6 @@
 """The training loop: an engine with a few methods, a batch plan, and a monitor on rank 0."""
 
 import dataclasses
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.batches import Batch
 from launch.checkpoints import checkpoint
-from launch.evaluation.score import Score, perplexity
+from launch.evaluation.score import Score, bits_per_byte, perplexity
 from launch.ranks.stopping import StopRequest
 from launch.training.engine import Engine, StepReport
 from launch.training.monitor import Monitor
@@ -21,6 +20,8 @@ SAVED_AND_UNFINISHED = 85
 """Exit status of a run that was asked to stop: it saved a checkpoint, and the same command resumes it."""
 MAX_SKIPPED_IN_A_ROW = 50
 """Steps in a row whose gradient was not finite before the run stops (an fp16 loss scale needs about 16 to settle)."""
+
+_METRIC_FORMATS = {"perplexity": ".2f", "accuracy": ".2%"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +157,6 @@ def _save(run: Run, step: int) -> bool:
     return failure is None
 
 
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Convert a mean loss in nats per token to bits per byte of text."""
-    return loss / math.log(2) / bytes_per_token
-
-
 def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: StepReport, seconds: float, data_seconds: float) -> None:
     """Write the scalars of a step, and at each interval of log.interval its console line. `done` counts this step too."""
     figures = run.figures
@@ -189,7 +185,7 @@ def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: Ste
             "time/step": seconds,
             "time/data": data_seconds,
         } | {f"time/{part}": part_seconds for part, part_seconds in report.seconds.items()}
-        if _loss_is_nats_per_token(run.settings):
+        if _loss_is_nats_per_token(run):
             scalars["perplexity/train"] = perplexity(report.loss)
             if figures.train_bytes_per_token is not None:
                 scalars["bits_per_byte/train"] = bits_per_byte(report.loss, figures.train_bytes_per_token)
@@ -198,10 +194,11 @@ def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: Ste
         monitor.console(done, report.loss, rate, report.gradient_norm, tokens_per_second, flops / figures.peak_flops)
 
 
-def _loss_is_nats_per_token(settings: RunSettings) -> bool:
+def _loss_is_nats_per_token(run: Run) -> bool:
     """True if the training loss is the cross-entropy of tokens and nothing else is added to it."""
-    loss = settings.loss
-    return not (settings.model.num_classes or loss.label_smoothing or loss.z_loss or settings.distillation.teacher)
+    settings = run.settings
+    is_changed = settings.loss.label_smoothing or settings.loss.z_loss or settings.distillation.teacher
+    return run.engine.task.loss_is_per_token(settings.data) and not is_changed
 
 
 def _by_source(name: str, values: dict[str, float]) -> dict[str, float]:
@@ -220,17 +217,12 @@ def _validate(run: Run, step: int) -> None:
     losses = {source: score.loss for source, score in scores.items()}
     scalars = {"loss/validation": total.loss, "time/validation": time.perf_counter() - start}
     shown = [f"validation loss: {total.loss:.4f}"]
-    if total.tokens:
-        nats = total.token_loss / total.tokens
-        scalars["perplexity/validation"] = perplexity(nats)
-        shown.append(f"perplexity: {perplexity(nats):.2f}")
-        if figures.train_bytes_per_token is not None:
-            num_bytes = sum(score.tokens * figures.validation_bytes_per_token[source] for source, score in scores.items())
-            scalars["bits_per_byte/validation"] = bits = bits_per_byte(nats, num_bytes / total.tokens)
-            shown.append(f"bits per byte: {bits:.4f}")
-    if total.accuracy is not None:
-        scalars["accuracy/validation"] = total.accuracy
-        shown.append(f"accuracy: {total.accuracy:.2%}")
+    num_bytes = None
+    if figures.train_bytes_per_token is not None:
+        num_bytes = sum(score.tokens * figures.validation_bytes_per_token[source] for source, score in scores.items())
+    for name, value in run.engine.task.metrics(total, num_bytes).items():
+        scalars[f"{name}/validation"] = value
+        shown.append(f"{name.replace('_', ' ')}: {value:{_METRIC_FORMATS.get(name, '.4f')}}")
     counts = [f"{count:,} {what}" for count, what in ((total.tokens, "tokens"), (total.classes, "samples with a class")) if count]
     shown.append(f"over {' and '.join(counts)}")
     monitor.scalars(step, scalars | _by_source("loss/validation", losses))

@@ -65,7 +65,7 @@ class PipelinedEngine(Engine):
         """What the last stage makes of a micro-batch: in training its loss, else sums_of it.  -> scalar or [3]"""
         if torch.is_grad_enabled():
             return self._training_loss(outputs_of(self.config, outputs), labels)
-        return self._task.sums_of(outputs_of(self.config, outputs), *labels[::2])
+        return self.task.sums_of(outputs_of(self.config, outputs), *labels[::2])
 
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         engine, self._shaped_like = self._deepspeed, micro_batches[0]
@@ -85,7 +85,7 @@ class PipelinedEngine(Engine):
         for some in (batches[first : first + size] for first in range(0, len(batches), size)):
             losses, _ = self._evaluate(some + [_nothing(some[0])] * (size - len(some)))
             if losses:  # the last stage's
-                mine += self._task.score_of(torch.stack(losses).sum(dim=0), some)
+                mine += self.task.score_of(torch.stack(losses).sum(dim=0), some)
         return self._over_ranks(mine, self.layout.tensor_parallel_size)
 
     def _evaluate(self, batches: list[Batch], keep_outputs: bool = False) -> tuple[list[Tensor], Passed | None]:

@@ -87,8 +87,8 @@ class Task:
         complaints = []
         if model.prefix_attention != self.prefix_attention:
             complaints.append(
-                f"data.objective is {self.name} and model.prefix_attention is {str(model.prefix_attention).lower()}; prefix attention "
-                "belongs to objective prefix. Set both or neither."
+                f"data.objective is {self.name} and model.prefix_attention {str(model.prefix_attention).lower()}; "
+                "objective prefix needs prefix_attention, and no other objective may have it."
             )
         classes, reason = self.num_classes(data)
         if model.num_classes != classes:
@@ -96,7 +96,7 @@ class Task:
         if model.architecture == self.architecture and model.token_head != self.token_head:
             complaints.append(
                 f"model.token_head is {str(model.token_head).lower()}; data.objective {self.name} "
-                f"{'predicts tokens: set it to true' if self.token_head else 'predicts no tokens: set it to false'}."
+                f"{'predicts tokens: set it to true' if self.token_head else 'trains none: set it to false'}."
             )
         return complaints
 
@@ -117,6 +117,10 @@ class Task:
                 batch = batch.map(lambda tensor: tensor.to(device))
                 total += self.score_of(self.sums_of(network(*batch.inputs), batch.targets, batch.classes), [batch])
         return total
+
+    def loss_is_per_token(self, data: SamplingSettings) -> bool:
+        """Return True if the loss is the cross-entropy of tokens and nothing else."""
+        return self.token_head and not self.num_classes(data)[0]
 
     def metrics(self, score: Score, num_bytes: float | None = None) -> dict[str, float]:
         """Return what a score means, by name: perplexity per token, bits per byte, accuracy.
