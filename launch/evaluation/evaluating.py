@@ -54,7 +54,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the score means for the task, by name."""
+        """Meaning of the score for the task, by name: perplexity, bits per byte, accuracy."""
         return self.task.metrics(self.score, self.bytes)
 
     @property

@@ -1,7 +1,7 @@
-"""On one NVIDIA GPU: the numbers that a CPU gives, fp16, compression, and how fast; printed with pytest -s.
+"""Tests on one NVIDIA GPU: the same numbers as on a CPU, fp16, compression, and speed; pytest -s prints them.
 
-Where torch sees no GPU all of it is skipped; what is compared with the CPU here is held to plain PyTorch there by other tests. In some
-four minutes; commands that are not timed run side by side.
+Without a GPU they are skipped. Other tests compare the CPU's numbers with plain PyTorch. They take about four minutes; commands that are
+not timed run in parallel.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 STEPS = 60
 BATCH = ["--batch.global_batch_size=8", "--batch.micro_batch_size=4", "--optimizer.learning_rate=1e-3", "--schedule.warmup_steps=5"]
 QUIET = ["--log.validation_interval=0", "--log.validation_samples=8", "--log.sample_interval=0"]
-# Of the demo's network: engine JSON, precision, and how far a step's loss may be from the CPU's. Float32 differs in the order of sums;
-# of bf16 and fp16 a loss of 8 keeps three digits.
+# Runs of the demo's network: engine JSON, precision, and the allowed difference of a step's loss from the CPU's. Float32 sums in another
+# order; in bf16 and fp16 a loss of 8 has three digits.
 TRAINED = {
     "ZeRO-1 bf16": ("zero1", "bf16", 1e-2),
     "ZeRO-3 bf16": ("zero3", "bf16", 1e-2),
@@ -56,8 +56,8 @@ COMPRESSED = {
     "FP8, keys and values too": ("quantize", "--method=rtn", "--kind=fp8", "--kv_cache=fp8"),
     "W8A8": ("quantize", "--method=gptq", "--bits=8", "--activations=int8", "--scaling=smoothquant"),
 }
-# Words of training, and how far losses of float32 and of bf16 under ZeRO-3 may be from the CPU's float32. A weight between two codes
-# goes to the one or the other by its scale's last bit, and bf16 has scales of its own.
+# Arguments of training, and the allowed differences of the losses in float32, and in bf16 under ZeRO-3, from those of the CPU in float32.
+# The last bit of a scale decides to which of two codes a weight between them is rounded, and bf16 has other scales.
 HEALED = {
     "taught": (["--init={pruned}", "--hold_zeros=true", "--distillation.teacher={dense}"], 1e-4, 3e-2),
     "rounded": (["--init={dense}", "--quantization.bits=4", "--quantization.group_size=32"], 1e-2, 5e-2),
@@ -65,15 +65,15 @@ HEALED = {
 
 
 def begin(device: str, *words: str | Path) -> subprocess.Popen:
-    """A door as a process of its own, on "cuda" or "cpu"."""
-    path = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # what a borrowed machine lacks may lie there
+    """Start a script as a process of its own, on "cuda" or "cpu"."""
+    path = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # packages that the machine lacks may be there
     environment = clean_environment(DS_ACCELERATOR=device, OMP_NUM_THREADS="4", PYTHONPATH=path)
     command = [sys.executable, *map(str, words)]
     return subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def do(device: str, *words: str | Path) -> str:
-    """What it printed, once it is done."""
+    """Run a script and return what it printed."""
     return finish([begin(device, *words)], timeout_seconds=200)[0]
 
 
@@ -86,7 +86,7 @@ def measured(folder: Path, name: str) -> list[float]:
     return [entry[name] for entry in entries if name in entry]
 
 
-def farthest(some: list[float], others: list[float]) -> float:
+def largest_difference(some: list[float], others: list[float]) -> float:
     return max(abs(one - other) for one, other in zip(some, others, strict=True))
 
 
@@ -103,14 +103,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(folder) -> Path:
-    """The embedded corpus, prepared."""
+    """Prepare the embedded corpus."""
     do("cpu", "data/prepare.py", "--output", folder / "text", "--gigatoken=false", "--tokenizer_characters=2000000")
     return folder / "text"
 
 
 @pytest.fixture(scope="module")
 def short(folder, text):
-    """Words of a short run of the demo's network."""
+    """Return a function that gives the arguments of a short run of the demo's network."""
 
     def words(name: str, json_name: str, precision: str) -> list[str]:
         place = [f"--data={text}", f"--output={folder / name}", f"--deepspeed=ds_configs/{json_name}.json", f"--precision={precision}"]
@@ -121,32 +121,32 @@ def short(folder, text):
 
 @pytest.fixture(scope="module")
 def trained(pool, folder, text, short) -> dict[str, Future[Path]]:
-    """Runs on the GPU; "plain" is one on the CPU, "stopped" one that was told to stop and went on, "dense" a longer one."""
+    """Start runs on the GPU: "plain" is one on the CPU, "stopped" one that was stopped and resumed, "dense" a longer one."""
 
     def run(name: str, device: str, json_name: str, precision: str, *more: str) -> Path:
         do(device, *short(name, json_name, precision), *more)
         return folder / name
 
-    def stop_and_go_on() -> Path:
-        words = [*short("stopped", "zero1", "float32"), "--log.sample_interval=2"]  # it writes so often that it can be met underway
+    def stop_and_resume() -> Path:
+        words = [*short("stopped", "zero1", "float32"), "--log.sample_interval=2"]  # frequent writing gives time to stop it
         process, metrics = begin(GPU, *words), folder / "stopped" / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count("loss/train") >= 10):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=100)[0]
-        assert process.returncode == SAVED_AND_UNFINISHED, said
+        printed = process.communicate(timeout=100)[0]
+        assert process.returncode == SAVED_AND_UNFINISHED, printed
         assert "Resuming from step" in do(GPU, *words)
         return folder / "stopped"
 
     whole = "--optimizer.learning_rate=5e-3", "--train_steps=600"
-    started = {"dense": pool.submit(run, "dense", GPU, "zero1", "bf16", *whole), "stopped": pool.submit(stop_and_go_on)}
+    started = {"dense": pool.submit(run, "dense", GPU, "zero1", "bf16", *whole), "stopped": pool.submit(stop_and_resume)}
     started["plain"] = pool.submit(run, "plain", "cpu", "zero1", "float32")
     return started | {name: pool.submit(run, name, GPU, *words) for name, (*words, _) in TRAINED.items()}
 
 
 @pytest.fixture(scope="module")
 def compressed(pool, folder, trained) -> dict[tuple[str, str], Future[Path]]:
-    """By how, and by the device."""
+    """Start the compressions; return them by name and device."""
 
     def compress(door: str, words: list[str], device: str, output: Path) -> Path:
         counts = "--calibration_samples=64", "--test_samples=64", "--sensitivity_samples=2"
@@ -162,7 +162,7 @@ def compressed(pool, folder, trained) -> dict[tuple[str, str], Future[Path]]:
 
 @pytest.fixture(scope="module")
 def healed(pool, folder, text, trained, compressed) -> dict[tuple[str, str], Future[Path]]:
-    """Runs of ten steps that begin from what was compressed; by what is done, and how."""
+    """Start runs of ten steps that begin with compressed models; return them by name and way."""
 
     def heal(name: str, device: str, json_name: str, precision: str, output: Path) -> Path:
         models = {"dense": trained["dense"].result(), "pruned": compressed["SparseGPT 2:4", GPU].result()}
@@ -176,50 +176,50 @@ def healed(pool, folder, text, trained, compressed) -> dict[tuple[str, str], Fut
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_training_gives_the_losses_of_the_cpu(trained, name):
+def test_training_losses_match_the_cpu(trained, name):
     expected, run = losses_of(trained["plain"].result()), trained[name].result()
     losses, skipped, bound = losses_of(run), len(measured(run, "alarm/skipped_step")), TRAINED[name][-1]
-    apart = farthest(losses, expected)
+    difference = largest_difference(losses, expected)
     scales = sorted(set(measured(run, "optimization/loss_scale")))
-    print(f"\n{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}, {apart:.1e} from the CPU's; {skipped} steps skipped, scales {scales}")
+    print(f"\n{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}, {difference:.1e} from the CPU's; {skipped} steps skipped, scales {scales}")
     assert len(losses) == STEPS and losses[-1] < losses[0] - 1
-    assert apart < bound
+    assert difference < bound
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(trained):
-    apart = farthest(losses_of(trained["stopped"].result()), losses_of(trained["ZeRO-1 float32"].result()))
-    print(f"\nStopped and gone on with: {apart:.1e} from the run that was not")
-    assert apart < 1e-4
+def test_resume_gives_the_losses_of_a_run_that_never_stopped(trained):
+    difference = largest_difference(losses_of(trained["stopped"].result()), losses_of(trained["ZeRO-1 float32"].result()))
+    print(f"\nStopped and resumed: largest difference {difference:.1e} from the run that never stopped")
+    assert difference < 1e-4
 
 
-def test_evaluation_gives_the_perplexity_of_the_cpu(pool, trained):
+def test_evaluation_perplexity_matches_the_cpu(pool, trained):
     words = "launch/evaluate.py", trained["dense"].result()
-    said = [one.result() for one in [pool.submit(do, device, *words) for device in (GPU, "cpu")]]
-    here, there = (float(re.search(r"perplexity: ([\d.]+)", one)[1]) for one in said)
-    print(f"\nPerplexity of the dense model: {here} on the GPU, {there} on the CPU")
-    assert here == pytest.approx(there, rel=1e-4)
+    printed = [one.result() for one in [pool.submit(do, device, *words) for device in (GPU, "cpu")]]
+    gpu, cpu = (float(re.search(r"perplexity: ([\d.]+)", one)[1]) for one in printed)
+    print(f"\nPerplexity of the dense model: {gpu} on the GPU, {cpu} on the CPU")
+    assert gpu == pytest.approx(cpu, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-def test_compression_costs_what_it_costs_on_a_cpu(compressed, name):
-    """Each of them was read by transformers at the end, on that device, or it would not be there."""
-    here, there = (json.loads((compressed[name, device].result() / "report.json").read_text()) for device in (GPU, "cpu"))
-    ratios = [report["quality"]["ratio"]["value"] for report in (here, there)]
-    found = f"perplexity x{ratios[0]:.5f} on the GPU in {here['seconds']:.1f} s, x{ratios[1]:.5f} on the CPU in {there['seconds']:.1f} s"
-    print(f"\n{name}: {found}; transformers differs by {here['proof']['difference']:.1e}")
-    assert here["device"].startswith(GPU) and there["device"] == "cpu"
+def test_compression_cost_matches_the_cpu(compressed, name):
+    """transformers has read each of the folders on that device; otherwise the folder would not exist."""
+    gpu, cpu = (json.loads((compressed[name, device].result() / "report.json").read_text()) for device in (GPU, "cpu"))
+    ratios = [report["quality"]["ratio"]["value"] for report in (gpu, cpu)]
+    found = f"perplexity x{ratios[0]:.5f} on the GPU in {gpu['seconds']:.1f} s, x{ratios[1]:.5f} on the CPU in {cpu['seconds']:.1f} s"
+    print(f"\n{name}: {found}; transformers differs by {gpu['proof']['difference']:.1e}")
+    assert gpu["device"].startswith(GPU) and cpu["device"] == "cpu"
     assert ratios[0] == pytest.approx(ratios[1], rel=1e-2)
-    assert here["proof"]["measure"] == "perplexity" and here["proof"]["difference"] <= here["proof"]["bound"]
+    assert gpu["proof"]["measure"] == "perplexity" and gpu["proof"]["difference"] <= gpu["proof"]["bound"]
 
 
 @pytest.mark.parametrize("name", HEALED)
-def test_training_after_compression_gives_the_losses_of_the_cpu(trained, compressed, healed, name):
+def test_training_after_compression_matches_the_cpu(trained, compressed, healed, name):
     runs = {way: healed[name, way].result() for way in ("plain", "float32", "bf16")}
     losses = {way: losses_of(run) for way, run in runs.items()}
-    apart = [farthest(losses[way], losses["plain"]) for way in ("float32", "bf16")]
+    differences = [largest_difference(losses[way], losses["plain"]) for way in ("float32", "bf16")]
     found = f"losses {losses['plain'][0]:.4f} -> {losses['plain'][-1]:.4f} on the CPU"
-    print(f"\n{name}: {found}; {apart[0]:.1e} from them in float32, {apart[1]:.1e} in bf16 under ZeRO-3")
-    assert apart[0] < HEALED[name][1] and apart[1] < HEALED[name][2]
+    print(f"\n{name}: {found}; {differences[0]:.1e} from them in float32, {differences[1]:.1e} in bf16 under ZeRO-3")
+    assert differences[0] < HEALED[name][1] and differences[1] < HEALED[name][2]
     if name == "taught":
         pruned = open_model(str(compressed["SparseGPT 2:4", GPU].result()))
         for way in ("float32", "bf16"):
@@ -227,8 +227,8 @@ def test_training_after_compression_gives_the_losses_of_the_cpu(trained, compres
             assert all(torch.equal(state[weight] == 0, pruned.state[weight] == 0) for weight in matrices(pruned.config)), way
 
 
-def test_gptq_of_blocks_as_wide_as_those_of_a_billion_parameters(folder, text):
-    """128 samples of 2,048 tokens, through the door; the device's memory is what all processes have of it, looked at ten times a second."""
+def test_gptq_of_blocks_of_a_billion_parameter_model(folder, text):
+    """Quantize with 128 samples of 2,048 tokens; the memory is that of all processes on the device, read ten times a second."""
     config = dataclasses.replace(ModelConfig(**named_size("llama-1.1b")), num_layers=4)
     huggingface.export(config, Transformer(config, seed=1).state_dict(), folder / "wide", dtype=torch.bfloat16)
     shutil.copy(text / "tokenizer.model", folder / "wide")
@@ -255,8 +255,8 @@ def test_gptq_of_blocks_as_wide_as_those_of_a_billion_parameters(folder, text):
     assert all(linear["error"] < 0.2 for linear in report["linears"])
 
 
-def test_two_zeros_of_four_run_on_sparse_tensor_cores():
-    """What SparseGPT has pruned, by PyTorch's own kernels."""
+def test_2_4_sparse_weights_run_on_sparse_tensor_cores():
+    """Multiply by a matrix that SparseGPT has pruned, with PyTorch's own kernels."""
     size = 4096
     rows = torch.randn(2 * size, size, device=GPU)
     statistics_of_rows = InputStatistics(len(rows), rows.T @ rows, rows.abs().mean(dim=0), rows.abs().amax(dim=0))
@@ -268,7 +268,7 @@ def test_two_zeros_of_four_run_on_sparse_tensor_cores():
     pruning_seconds = time.perf_counter() - start
     x, sparse = rows[:size].bfloat16(), to_sparse_semi_structured(dense)
     with torch.inference_mode():
-        torch.testing.assert_close(F.linear(x, sparse), F.linear(x, dense), rtol=2**-7, atol=1e-2)  # bf16 keeps 8 bits of a sum
+        torch.testing.assert_close(F.linear(x, sparse), F.linear(x, dense), rtol=2**-7, atol=1e-2)  # a bf16 sum has 8 significant bits
         seconds = [
             Timer("F.linear(x, weight)", globals={"F": F, "x": x, "weight": one}).blocked_autorange(min_run_time=0.5).median
             for one in (dense, sparse)
@@ -280,7 +280,7 @@ def test_two_zeros_of_four_run_on_sparse_tensor_cores():
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_training_uses_the_gpu(folder, text, is_compiled):
-    """llama-160m in bf16, the median of the last 15 of 30 steps."""
+    """Train llama-160m in bf16; figures are medians of the last 15 of 30 steps."""
     run = folder / f"160m {is_compiled}"
     place = f"--data={text}", f"--output={run}", f"--compile={str(is_compiled).lower()}", "--log.interval=1", "--train_steps=30"
     batch = "--batch.global_batch_size=32", "--batch.micro_batch_size=16", "--schedule.warmup_steps=10"

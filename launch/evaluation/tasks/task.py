@@ -46,7 +46,7 @@ class Task:
     objective: type[Objective]
     """Makes the samples; it gives the task its name."""
     description = "what the model was trained for"
-    """What the model predicts, for reports."""
+    """Name of the predicted thing, for reports."""
 
     @property
     def name(self) -> ObjectiveName:
