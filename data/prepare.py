@@ -16,7 +16,6 @@ from data.preparation.settings import PrepareSettings
 def main(arguments: Sequence[str]) -> int:
     """Read the settings, prepare the folder and return the exit status."""
     settings = read_settings(PrepareSettings, arguments, __doc__)
-    settings.validate()
     from data.preparation import driver  # the body: numpy and the tokenizers, which --help does not need
 
     return driver.run(settings)

@@ -22,7 +22,6 @@ from data.preparation.corpus import (
     embedded_corpus,
     file_corpus,
 )
-from data.preparation.duplicates import bands_for
 from data.preparation.fields import Fields
 from data.preparation.input_files import path_as_text, store_standard_input
 from data.preparation.node import PLAN, Node, describe_changes
@@ -55,7 +54,6 @@ def prepare(settings: PrepareSettings, log: Callable[[str], object] = print) -> 
     input are invalid, or if the folder exists with other content.
     """
     settings.validate()
-    bands_for(settings.near_duplicate_similarity)
     rank, world_size = rank_and_world_size(settings)
     given_tokenizer = load_tokenizer(settings.tokenizer, settings.end_of_text) if settings.tokenizer else None
     output = Path(settings.output)

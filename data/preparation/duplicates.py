@@ -112,7 +112,7 @@ def bands_for(similarity: float) -> tuple[int, int]:
         bands = NUM_PERMUTATIONS // rows
         if 0 < similarity <= 1 and (1 - similarity**rows) ** bands <= 1 - _PROBABILITY_TO_FIND:
             return bands, rows
-    raise UserError(f"--near_duplicate_similarity {similarity} must be from 0.06 to 1.")
+    raise UserError(f"near_duplicate_similarity is {similarity}; it must be from 0.06 to 1.")
 
 
 def near_duplicates(

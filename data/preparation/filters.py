@@ -4,7 +4,6 @@ Gopher: Rae et al. 2021, arXiv 2112.11446, appendix A1.1.  C4: Raffel et al. 202
 Words are separated by white space; CJK ideographs and kana, which are written without spaces, are one word each.
 """
 
-import math
 import re
 import string
 from collections import Counter
@@ -12,51 +11,58 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from itertools import pairwise
+from typing import Annotated
 
-from data.command_line import UserError
+from annotated_types import Ge, Le
 
 
 @dataclass(frozen=True)
 class FilterSettings:
     """Limits for each document, all inclusive. A limit that is not set is not computed and costs no time."""
 
-    min_characters: int | None = None
+    min_characters: Annotated[int, Ge(0)] | None = None
     """Minimum number of characters."""
-    max_characters: int | None = None
+    max_characters: Annotated[int, Ge(0)] | None = None
     """Maximum number of characters."""
-    min_words: int | None = None
+    min_words: Annotated[int, Ge(0)] | None = None
     """Minimum number of words. Gopher: 50."""
-    max_words: int | None = None
+    max_words: Annotated[int, Ge(0)] | None = None
     """Maximum number of words. Gopher: 100000."""
-    min_mean_word_length: float | None = None
+    min_mean_word_length: Annotated[float, Ge(0)] | None = None
     """Minimum mean number of characters in a word. Gopher: 3. Not for Chinese or Japanese, where each character is a word."""
-    max_mean_word_length: float | None = None
+    max_mean_word_length: Annotated[float, Ge(0)] | None = None
     """Maximum mean number of characters in a word. Gopher: 10."""
-    max_symbol_share: float | None = None
+    max_symbol_share: Annotated[float, Ge(0), Le(1)] | None = None
     """Maximum ratio of # signs to words, and of ellipses (... or …) to words; from 0 to 1. Gopher: 0.1."""
-    min_alphabetic_share: float | None = None
+    min_alphabetic_share: Annotated[float, Ge(0), Le(1)] | None = None
     """Minimum fraction of words that contain a letter, from 0 to 1. Gopher: 0.8."""
-    max_bullet_lines: float | None = None
+    max_bullet_lines: Annotated[float, Ge(0), Le(1)] | None = None
     """Maximum fraction of lines that begin with a bullet or a dash, from 0 to 1; empty lines do not count. Gopher: 0.9."""
-    max_ellipsis_lines: float | None = None
+    max_ellipsis_lines: Annotated[float, Ge(0), Le(1)] | None = None
     """Maximum fraction of lines that end in an ellipsis, from 0 to 1; empty lines do not count. Gopher: 0.3."""
-    min_stop_words: int | None = None
+    min_stop_words: Annotated[int, Ge(0)] | None = None
     """Minimum number of different words among: the, be, to, of, and, that, have, with. Gopher: 2. For English only."""
-    max_repeated_lines: float | None = None
+    max_repeated_lines: Annotated[float, Ge(0), Le(1)] | None = None
     """Maximum fraction of lines that repeat an earlier line of the document, from 0 to 1; empty lines do not count. Gopher: 0.3."""
-    max_repeated_line_characters: float | None = None
+    max_repeated_line_characters: Annotated[float, Ge(0), Le(1)] | None = None
     """Maximum fraction of characters in lines that repeat an earlier line, from 0 to 1. Gopher: 0.2."""
-    max_repeated_paragraphs: float | None = None
+    max_repeated_paragraphs: Annotated[float, Ge(0), Le(1)] | None = None
     """Maximum fraction of paragraphs (separated by empty lines) that repeat an earlier paragraph, from 0 to 1. Gopher: 0.3."""
-    max_top_bigram: float | None = None
+    max_top_bigram: Annotated[float, Ge(0), Le(1)] | None = None
     """Maximum fraction of the words' characters that are in the most frequent pair of neighbouring words, if it occurs more than once; from
     0 to 1. Gopher: 0.2."""
-    min_sentences: int | None = None
+    min_sentences: Annotated[int, Ge(0)] | None = None
     """Minimum number of sentences, counted by their ends. C4: 3."""
-    max_curly_brackets: int | None = None
+    max_curly_brackets: Annotated[int, Ge(0)] | None = None
     """Maximum number of { signs, which are frequent in programs and rare in prose. C4: 0."""
-    max_lorem_ipsum: int | None = None
+    max_lorem_ipsum: Annotated[int, Ge(0)] | None = None
     """Maximum number of occurrences of "lorem ipsum". C4: 0."""
+
+    def minimums_above_maximums(self) -> list[tuple[str, str]]:
+        """Return (name of the minimum, name of the maximum) of each pair that no document can satisfy."""
+        limits = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
+        pairs = [(name, name.replace("min_", "max_")) for name in limits if name.startswith("min_")]
+        return [(minimum, maximum) for minimum, maximum in pairs if maximum in limits and limits[minimum] > limits[maximum]]
 
 
 def reason_to_drop(text: str, filters: FilterSettings) -> str | None:
@@ -67,19 +73,6 @@ def reason_to_drop(text: str, filters: FilterSettings) -> str | None:
         if (excess < 0) if name.startswith("min_") else (excess > 0):
             return name
     return None
-
-
-def check_filters(filters: FilterSettings) -> None:
-    """Raise UserError if a limit is negative, infinite or a fraction above 1, or if a minimum is above its maximum."""
-    for name, _, limit in _limits(filters):
-        maximum = 1 if name.partition("_")[2] in _FRACTIONS else math.inf
-        if not (math.isfinite(limit) and 0 <= limit <= maximum):
-            raise UserError(f"--filters.{name} {limit} must be {'from 0 to 1' if maximum == 1 else 'a finite number of at least 0'}.")
-        other = getattr(filters, name.replace("min_", "max_"), None)
-        if name.startswith("min_") and other is not None and limit > other:
-            raise UserError(
-                f"--filters.{name} {limit} is above --filters.{name.replace('min_', 'max_')} {other}: every document would be dropped."
-            )
 
 
 class _TextViews:
@@ -171,7 +164,7 @@ def _top_bigram(views: _TextViews) -> float:
     return min(1.0, length * highest / sum(map(len, views.words)))  # "ha ha ha" contains its pair twice, in three words
 
 
-_AMOUNTS: dict[str, Callable[[_TextViews], float]] = {
+_MEASURES: dict[str, Callable[[_TextViews], float]] = {
     "characters": lambda views: len(views.text),
     "words": lambda views: len(views.words),
     "mean_word_length": _mean_word_length,
@@ -179,8 +172,6 @@ _AMOUNTS: dict[str, Callable[[_TextViews], float]] = {
     "sentences": lambda views: len(_SENTENCE_END.findall(views.text)),
     "curly_brackets": lambda views: views.text.count("{"),
     "lorem_ipsum": lambda views: len(_LOREM_IPSUM.findall(views.text)),
-}
-_FRACTIONS: dict[str, Callable[[_TextViews], float]] = {
     "symbol_share": _symbol_share,
     "alphabetic_share": _alphabetic_share,
     "bullet_lines": _bullet_lines,
@@ -195,6 +186,5 @@ _FRACTIONS: dict[str, Callable[[_TextViews], float]] = {
 @cache
 def _limits(filters: FilterSettings) -> list[tuple[str, Callable[[_TextViews], float], float]]:
     """Return (name, function that measures a text, limit) of each limit that is set."""
-    measures = _AMOUNTS | _FRACTIONS
     limits = ((field.name, getattr(filters, field.name)) for field in fields(filters))
-    return [(name, measures[name.partition("_")[2]], limit) for name, limit in limits if limit is not None]
+    return [(name, _MEASURES[name.partition("_")[2]], limit) for name, limit in limits if limit is not None]

@@ -4,14 +4,18 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from data.command_line import UserError
-from data.preparation.filters import FilterSettings, check_filters
+from annotated_types import Ge, Gt, Le, Lt
+
+from data.command_line import UserError, describe
+from data.preparation.filters import FilterSettings
+from data.ranges import range_complaints
 
 OnError = Literal["fail", "skip", "quarantine"]
 STANDARD_INPUT = "-"
-_MAX_VOCAB_SIZE = 2**31 - 1
+_TRAINING_SETTINGS = ("vocab_size", "pieces_within_words", "special_tokens")
+"""Settings of a tokenizer that is trained here."""
 
 
 @dataclass(frozen=True)
@@ -48,114 +52,97 @@ class PrepareSettings:
     gigatoken: bool = True
     """Tokenize with gigatoken, which is several times faster, if it gives the same ids. This is checked at the start and in every work
     unit."""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, Ge(512), Lt(2**31)] = 4096
     """Number of ids of the tokenizer to train, including the 256 bytes; at least 512."""
     tokenizer_kind: Literal["bpe", "unigram"] = "bpe"
     """Algorithm of the tokenizer to train: bpe gives fewer tokens and trains faster, unigram tokenizes faster."""
     pieces_within_words: bool = False
     """Tokens of the tokenizer to train never cross a space or the border between letters and other characters. Use it for translation and
     for whole-word masking. Without it, the same text has fewer tokens."""
-    tokenizer_characters: int = 20_000_000
+    tokenizer_characters: Annotated[int, Gt(0)] = 20_000_000
     """Number of characters to train the tokenizer on, taken from the beginning of files across the whole corpus."""
     special_tokens: tuple[str, ...] = ()
     """Additional special tokens of the tokenizer to train, for example those of fill-in-the-middle. Text is never tokenized to them."""
-    held_out: float = 0.02
+    held_out: Annotated[float, Ge(0), Lt(1)] = 0.02
     """Fraction of the documents to hold out for validation, at least 0 and below 1. A hash of its text decides for each document."""
     exact_duplicates: Literal["drop", "keep"] = "drop"
     """drop: of documents with identical text, keep the first. keep: keep all of them."""
     near_duplicates: Literal["keep", "held_out", "drop"] = "keep"
     """held_out: drop held-out documents that are near-duplicates of a training document. drop: keep one document of each group of
     near-duplicates. keep: do not look for near-duplicates."""
-    near_duplicate_similarity: float = 0.8
+    near_duplicate_similarity: Annotated[float, Ge(0.06), Le(1)] = 0.8
     """Jaccard similarity of five-word shingles (estimated by MinHash) from which two documents are near-duplicates; from 0.06 to 1."""
     filters: FilterSettings = dataclasses.field(default_factory=FilterSettings)
     on_error: OnError = "fail"
     """What to do with a record that is not valid text. fail: stop and report it. skip: count it. quarantine: count it and write it to
     OUTPUT/quarantine.jsonl. After fail, the finished work is kept, and the same command with skip or quarantine resumes it."""
-    max_errors: int = 1000
+    max_errors: Annotated[int, Ge(0)] = 1000
     """Maximum number of invalid records to skip or quarantine; if there are more, the work stops."""
-    shard_tokens: int = 2**28
+    shard_tokens: Annotated[int, Gt(0)] = 2**28
     """Number of tokens after which a new shard begins."""
-    unit_megabytes: float | None = None
+    unit_megabytes: Annotated[float, Gt(0)] | None = None
     """Size of a work unit, in MiB of input: a process reads one unit at a time, and a crash loses at most that (default: 4 to 64, by the
     size of the corpus)."""
-    workers: int = 0
+    workers: Annotated[int, Ge(0)] = 0
     """Number of worker processes; 0: one for each core. The output does not depend on it."""
-    rank: int | None = None
+    rank: Annotated[int, Ge(0)] | None = None
     """Index of this node, from 0 (default: the rank that srun sets, else 0). The output does not depend on the number of nodes."""
-    world_size: int | None = None
+    world_size: Annotated[int, Gt(0)] | None = None
     """Number of nodes that work on this corpus, each with its own rank and the same disk (default: the number that srun sets, else 1)."""
 
-    def validate(self) -> None:
-        """Raise UserError if a value is out of range or two settings contradict each other."""
-        rank_and_world_size(self)
-        partial_folder(Path(self.output))
-        self._check_source()
-        self._check_tokenizer()
-        self._check_ranges()
-        check_filters(self.filters)
+    def complaints(self) -> list[str]:
+        """Return a message for each combination of settings that is not allowed."""
+        complaints = self._input_complaints() + self._tokenizer_complaints()
+        rank, world_size = rank_and_world_size(self)
+        if rank >= world_size:
+            complaints.append(f"{describe(self, 'rank')} must be below {describe(self, 'world_size')}.")
+        if not Path(self.output).name:
+            complaints.append(f"{describe(self, 'output')} is not the name of a folder. Give the name of a new folder.")
+        for minimum, maximum in self.filters.minimums_above_maximums():
+            names = f"{describe(self, f'filters.{minimum}')} is above {describe(self, f'filters.{maximum}')}"
+            complaints.append(f"{names}: every document would be dropped.")
+        return complaints
 
-    def _check_source(self) -> None:
+    def validate(self) -> None:
+        """Raise UserError if a value is out of range or settings contradict each other. read_settings does this for a command line."""
+        if complaints := range_complaints(self) or self.complaints():
+            raise UserError("\n".join(complaints))
+
+    def _input_complaints(self) -> list[str]:
+        complaints = []
         if self.input and self.dataset:
-            raise UserError("--input and --dataset are both given. Give only one of them.")
+            complaints.append(f"{describe(self, 'input')} and {describe(self, 'dataset')} are both given. Give only one of them.")
         if STANDARD_INPUT in self.input:
             if len(self.input) > 1 or self.input_format is None:
-                raise UserError("--input - is standard input. It must be the only input, and it needs --input_format.")
-            if self.input_format in ("parquet", "arrow"):
-                raise UserError(
-                    f"--input_format {self.input_format} is not supported for standard input. Supported: txt, jsonl, csv and tsv."
-                )
+                complaints.append("input - is standard input. It must be the only input, and it needs input_format.")
+            elif self.input_format in ("parquet", "arrow"):
+                complaints.append(f"{describe(self, 'input_format')} is not supported for standard input. Use txt, jsonl, csv or tsv.")
             if rank_and_world_size(self)[1] > 1:
-                raise UserError("--input - is standard input, which only one node can read. Give files, or --world_size 1.")
+                complaints.append("input - is standard input, which only one node can read. Give files, or world_size 1.")
         if self.pair_field == self.text_field:
-            raise UserError(f'--pair_field and --text_field are both "{self.pair_field}". Give two different fields.')
+            complaints.append(f"{describe(self, 'pair_field')} must be another field than {describe(self, 'text_field')}.")
         if self.separator is not None and (not self.separator.strip() or set(self.separator) & set("\r\n")):
-            raise UserError(f'--separator {self.separator!r} must be "blank", "line" or a marker that is alone on its line.')
+            complaints.append(f'separator {self.separator!r} must be "blank", "line" or a marker that is alone on its line.')
+        return complaints
 
-    def _check_tokenizer(self) -> None:
-        training_options = {
-            f"--vocab_size {self.vocab_size}": self.vocab_size != PrepareSettings.vocab_size,
-            "--pieces_within_words": self.pieces_within_words,
-            "--special_tokens": bool(self.special_tokens),
-        }
-        for option, is_given in training_options.items():
-            if self.tokenizer and is_given:
-                raise UserError(
-                    f"{option} applies only to a tokenizer that is trained here, but --tokenizer {self.tokenizer} is given. "
-                    "Remove one of the two."
-                )
-        if self.end_of_text and not self.tokenizer:
-            raise UserError("--end_of_text applies only to a given --tokenizer; a tokenizer that is trained here has its own.")
-
-    def _check_ranges(self) -> None:
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"--held_out {self.held_out} must be at least 0 and below 1.")
-        if self.unit_megabytes is not None and not 0 < self.unit_megabytes < float("inf"):
-            raise UserError(f"--unit_megabytes {self.unit_megabytes} must be above 0.")
-        if self.vocab_size > _MAX_VOCAB_SIZE:
-            raise UserError(f"--vocab_size {self.vocab_size} must be at most {_MAX_VOCAB_SIZE}.")
-        minimums = {"vocab_size": 512, "tokenizer_characters": 1, "shard_tokens": 1, "workers": 0, "max_errors": 0}
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least {minimum}.")
+    def _tokenizer_complaints(self) -> list[str]:
+        if not self.tokenizer:
+            message = "applies only to a given tokenizer; a tokenizer that is trained here has its own"
+            return [f"{describe(self, 'end_of_text')} {message}."] if self.end_of_text else []
+        training = [name for name in _TRAINING_SETTINGS if getattr(self, name) != getattr(PrepareSettings, name)]
+        message = f"applies only to a tokenizer that is trained here, but {describe(self, 'tokenizer')} is given. Remove one of the two."
+        return [f"{describe(self, name)} {message}" for name in training]
 
 
 def rank_and_world_size(settings: PrepareSettings) -> tuple[int, int]:
-    """Return (rank, world size) from the settings, else from srun's environment. Raise UserError if they do not fit."""
+    """Return (rank, world size): the settings, else those that srun sets, else (0, 1)."""
     rank, size = settings.rank, settings.world_size
     if "SLURM_STEP_NUM_TASKS" in os.environ:
         rank = int(os.environ["SLURM_PROCID"]) if rank is None else rank
         size = int(os.environ["SLURM_STEP_NUM_TASKS"]) if size is None else size
-    rank, size = rank or 0, 1 if size is None else size
-    if size < 1:
-        raise UserError(f"--world_size {size} must be at least 1.")
-    if not 0 <= rank < size:
-        raise UserError(f"--rank {rank} must be from 0 to {size - 1}, because --world_size is {size}.")
-    return rank, size
+    return rank or 0, 1 if size is None else size
 
 
 def partial_folder(output: Path) -> Path:
     """Return the folder that holds the unfinished work of an output folder: OUTPUT.partial."""
-    if not output.name:
-        raise UserError(f'--output "{output}" is not a valid folder name. Give the name of a new folder.')
     return output.with_name(f"{output.name}.partial")

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data.preparation.filters
-from data.command_line import UserError, read_settings
-from data.preparation.filters import FilterSettings, check_filters, reason_to_drop
+from data.command_line import read_settings
+from data.preparation.filters import FilterSettings, reason_to_drop
+from data.ranges import range_complaints
 
 PROSE = "The old house stood at the end of the road. Nobody had lived there for years! Would they have come back?"
 
@@ -43,7 +44,6 @@ def test_every_limit_is_tried_at_its_border():
 def test_a_text_at_the_limit_stays_and_one_beyond_goes(setting):
     limit, kept, dropped = BORDERS[setting]
     filters = FilterSettings(**{setting: limit})
-    check_filters(filters)
     assert reason_to_drop(kept, filters) is None
     assert reason_to_drop(dropped, filters) == setting
 
@@ -72,7 +72,7 @@ def test_what_was_published_keeps_prose_and_drops_what_it_is_for():
         max_curly_brackets=0,
         max_lorem_ipsum=0,
     )
-    check_filters(gopher)
+    assert range_complaints(gopher) == [] and gopher.minimums_above_maximums() == []
     article = PROSE + (
         " It was said in the village that a sailor had built it and that he never came to live in it. In winter the river rose to the steps"
         " and on some nights people saw a light behind the shutters. We have asked those who remember; each of them tells another story."
@@ -116,21 +116,20 @@ def test_what_is_not_asked_is_not_measured(monkeypatch):
 @pytest.mark.parametrize(
     "given_limits, message",
     [
-        ({"min_words": -1}, r"--filters\.min_words -1 must be a finite number of at least 0\."),
-        ({"max_mean_word_length": float("inf")}, r"--filters\.max_mean_word_length inf must be a finite number"),
-        ({"max_top_bigram": float("nan")}, r"--filters\.max_top_bigram nan must be from 0 to 1\."),
-        ({"max_bullet_lines": 90.0}, r"--filters\.max_bullet_lines 90\.0 must be from 0 to 1\."),
-        ({"min_words": 9, "max_words": 8}, r"--filters\.min_words 9 is above --filters\.max_words 8: every document would be dropped\."),
+        ({"min_words": -1}, "min_words is -1; it must be at least 0."),
+        ({"max_mean_word_length": float("inf")}, "max_mean_word_length is inf; it must be a finite number."),
+        ({"max_top_bigram": float("nan")}, "max_top_bigram is nan; it must be a finite number."),
+        ({"max_bullet_lines": 90.0}, "max_bullet_lines is 90.0; it must be at least 0 and at most 1."),
     ],
 )
-def test_a_limit_that_cannot_be_meant_is_refused(given_limits, message):
-    with pytest.raises(UserError, match=message):
-        check_filters(FilterSettings(**given_limits))
+def test_limits_out_of_range_are_refused(given_limits, message):
+    assert range_complaints(FilterSettings(**given_limits)) == [message]
 
 
-def test_equal_least_and_most_are_allowed_and_nothing_set_too():
-    check_filters(FilterSettings(min_words=9, max_words=9))
-    check_filters(FilterSettings())
+def test_a_minimum_above_its_maximum_is_found():
+    assert FilterSettings(min_words=9, max_words=8, min_characters=1).minimums_above_maximums() == [("min_words", "max_words")]
+    assert FilterSettings(min_words=9, max_words=9).minimums_above_maximums() == []
+    assert FilterSettings().minimums_above_maximums() == [] == range_complaints(FilterSettings())
 
 
 def test_a_door_takes_limits_by_name():
