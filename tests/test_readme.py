@@ -8,7 +8,7 @@ import pytest
 
 from data.command_line import read_settings
 from data.preparation.settings import PrepareSettings
-from data.show import read_show_settings
+from data.sampling.show_settings import read_show_settings
 from launch.benchmarks import settings as benchmarks
 from launch.checkpoints.settings import ConvertSettings
 from launch.compare import read_compare_settings

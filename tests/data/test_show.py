@@ -170,8 +170,11 @@ def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--rank", "1"], "rank is 1; with world_size 1 it must be at most 0."),
-        (["--step", "0", "--characters", "-1"], "step is 0; it must be at least 1.\ncharacters is -1; it must be at least 0."),
+        (["--rank", "1"], "rank 1 (command line) must be below world_size 1 (default)."),
+        (
+            ["--step", "0", "--characters", "-1"],
+            "step is 0; it must be above 0. Set on the command line.\ncharacters is -1; it must be at least 0. Set on the command line.",
+        ),
         (
             ["--world_size", "3", "--batch.micro_batch_size", "2"],
             "batch.global_batch_size 8 is not a multiple of batch.micro_batch_size 2 x world_size 3 = 6.\nNearest: 6 or 12.",
@@ -209,14 +212,14 @@ def test_a_run_of_an_older_version_is_refused_with_what_it_lacks(run):
     with pytest.raises(UserError) as refused:
         show.main(["--run", str(run)])
     assert str(refused.value) == (
-        f"--run {run} was written by a version whose samples began one token later: what it read is not shown by this one."
+        f"--run {run} was written by a version whose samples began one token later; this version cannot show them."
     )
 
 
 @pytest.mark.parametrize(("about", "kind"), [("[]", "TypeError"), ('{"recipe": {}}', "KeyError"), ("{", "JSONDecodeError")])
 def test_a_damaged_record_of_a_run_is_refused(run, about, kind):
     (run / "run.json").write_text(about)
-    with pytest.raises(UserError, match=rf"run\.json is not as this version writes it \({kind}"):
+    with pytest.raises(UserError, match=rf"run\.json does not have the content that this version writes \({kind}"):
         show.main(["--run", str(run)])
 
 
@@ -231,7 +234,8 @@ def test_changes_that_decide_what_is_read_are_told_first(run, capsys):
     (run / "run.json").write_text(json.dumps(about | {"changes": changes}))
     show.main(["--run", str(run)])
     assert capsys.readouterr().out.splitlines()[0] == (
-        "The run went on with changes: seed: 1 -> 9 (Tuesday); the data: a 12 -> b 34 (Wednesday); steps before that were read otherwise."
+        "The run was resumed with changes: seed: 1 -> 9 (Tuesday); the data: a 12 -> b 34 (Wednesday). "
+        "Earlier steps read other samples than those shown here."
     )
 
 

@@ -275,7 +275,7 @@ def test_a_change_of_what_is_read_is_shown(finished, tmp_path, capsys):
     assert "Resuming with a change: seed: 1 -> 9" in finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), *changed))[0]
     show.main(["--run", str(copy), "--step", "8"])
     first, second = capsys.readouterr().out.splitlines()[:2]
-    assert re.fullmatch(r"The run went on with changes: seed: 1 -> 9 \([-\d]+ [:\d]+\); steps before that were read otherwise\.", first)
+    assert re.fullmatch(r"The run was resumed with changes: seed: 1 -> 9 \([-\d]+ [:\d]+\)\. Earlier steps read other samples .*", first)
     assert second.startswith("step 8, rank 0 of 1: ") and second.endswith("seed 9")
 
 
