@@ -12,8 +12,10 @@ from pathlib import Path
 from data.command_line import UserError, flatten
 from data.sampling.batches import Batch, TrainingBatches, held_out_batches
 from data.sampling.samples import Samples
+from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints import checkpoint, run_record
 from launch.checkpoints.initial import InitialWeights
+from launch.evaluation.tasks.task import TextRequest
 from launch.ranks.collectives import describe_lost_ranks
 from launch.ranks.layout import describe
 from launch.ranks.stopping import StopRequest
@@ -182,11 +184,14 @@ def _text_sampler(settings: RunSettings, data: RunData, engine: Engine) -> Calla
     if request is None:
         return None
 
-    def sample_text(step: int) -> str:
-        new_ids = engine.sample(request.tokens, new_tokens, request.temperature, step, tokenizer.vocab_size, request.source)
-        return tokenizer.decode([*request.shown, *(new_ids[: new_ids.index(end)] if end in new_ids else new_ids)])
+    return functools.partial(_sample_text, engine, tokenizer, request, new_tokens)
 
-    return sample_text
+
+def _sample_text(engine: Engine, tokenizer: Tokenizer, request: TextRequest, new_tokens: int, step: int) -> str:
+    """Generate the text of a request, with `step` as the seed, up to the end of text."""
+    ids = engine.sample(request.tokens, new_tokens, request.temperature, step, tokenizer.vocab_size, request.source)
+    end = tokenizer.end_of_text
+    return tokenizer.decode([*request.shown, *(ids[: ids.index(end)] if end in ids else ids)])
 
 
 def _figures(settings: RunSettings, data: RunData, peak: float, world_size: int) -> Figures:

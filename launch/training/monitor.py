@@ -64,16 +64,15 @@ class Monitor:
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars by tag to TensorBoard and metrics.jsonl."""
+        self._guard(lambda: self._write_scalars(step, scalars))
 
-        def write() -> None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
-                if name in DEEPSPEED_TAGS:
-                    self._board_by_samples.add_scalar(DEEPSPEED_TAGS[name], value, self._plan.position(step))
-            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
-            self._metrics.write(json.dumps({"step": step} | finite) + "\n")
-
-        self._guard(write)
+    def _write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+            if name in DEEPSPEED_TAGS:
+                self._board_by_samples.add_scalar(DEEPSPEED_TAGS[name], value, self._plan.position(step))
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
+        self._metrics.write(json.dumps({"step": step} | finite) + "\n")
 
     def console(self, step: int, loss: float, learning_rate: float, gradient_norm: float, tokens_per_second: float, use: float) -> None:
         """Log the line that appears every log.interval steps. `use` is the share of the peak FLOP/s (MFU), 0 to 1."""
@@ -91,12 +90,7 @@ class Monitor:
     def hyperparameters(self, settings: dict, results: dict[str, float]) -> None:
         """Write settings and results to TensorBoard's HPARAMS page, in this run (SummaryWriter.add_hparams would add another run)."""
         flat = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings.items()}
-
-        def write() -> None:
-            for summary in hparams(flat, results):
-                self._board.file_writer.add_summary(summary)
-
-        self._guard(write)
+        self._guard(lambda: [self._board.file_writer.add_summary(summary) for summary in hparams(flat, results)])
 
     def flush(self) -> None:
         """Write buffered curves to the disk."""

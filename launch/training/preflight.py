@@ -152,18 +152,19 @@ def table(reports: list[dict]) -> str:
         "all-reduce GB/s": lambda report: f"{report['all_reduce_gb_s']:.2f}",
         "next stage GB/s": lambda report: f"{report['next_stage_gb_s']:.2f}",
     }
-
-    def cell(column, report: dict) -> str:
-        try:
-            return column(report)
-        except KeyError:  # the report of this rank ended before this value
-            return ""
-
-    all_columns = ([name, *(cell(column, report) for report in reports)] for name, column in columns.items())
+    all_columns = ([name, *(_cell(column, report) for report in reports)] for name, column in columns.items())
     kept = [column for column in all_columns if any(column[1:])]
     widths = [max(map(len, column)) for column in kept]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in zip(*kept, strict=True)]
     return "\n".join(lines)
+
+
+def _cell(column: Callable[[dict], str], report: dict) -> str:
+    """Return a cell of the table; "" if the report of this rank ended before the value."""
+    try:
+        return column(report)
+    except KeyError:
+        return ""
 
 
 def notes(reports: list[dict]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What every rank does before it trains: find the others, check its machine, compare with the others, and join one process group."""
+"""Preparation of a rank before it trains: find the other ranks, check its machine, compare with them, and join one process group."""
 
 import contextlib
 import dataclasses

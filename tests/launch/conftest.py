@@ -1,4 +1,4 @@
-"""A little prepared text, and the words that make a tiny run of it."""
+"""Fixtures: a small prepared corpus, and the arguments of a tiny run on it."""
 
 import random
 
@@ -23,7 +23,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def tiny(prepared, tmp_path):
-    """Words for launch/pretrain.py: a model of 0.1 M parameters on that text."""
+    """Arguments of launch/pretrain.py for a model of 0.1 M parameters on the prepared corpus."""
     model = {
         "vocab_size": 800,
         "sequence_length": 32,

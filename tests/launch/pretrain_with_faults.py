@@ -1,9 +1,9 @@
-"""launch/pretrain.py with a fault from outside: FAULT="rank:where:number" kills that rank with SIGKILL at that moment.
+"""launch/pretrain.py with a simulated fault: FAULT="rank:where:number" kills that rank with SIGKILL at that moment.
 
-where "step": before optimizer step `number`; "write": at the `number`-th write of checkpoint bytes; "publish": before the
+`where` is "step": before optimizer step `number`; "write": at the `number`-th write of checkpoint bytes; "publish": before the
 `number`-th checkpoint gets its name. FAULT_TERMINATE="rank:number" sends SIGTERM to that rank in step `number`.
-FULL_DISK="rank:number" lets the `number`-th write of checkpoint bytes fail, and none after it. MISREAD="rank" reads one moment a
-little wrong on that rank when a checkpoint is loaded.
+FULL_DISK="rank:number" makes the `number`-th write of checkpoint bytes fail, and none after it. MISREAD="rank" changes one
+moment a little on that rank while a checkpoint is loaded.
 """
 
 import errno
@@ -20,61 +20,61 @@ from launch.ranks.stopping import leave
 from launch.training.engine import Engine
 
 
-def plant(fault: str) -> None:
+def plant_kill(fault: str) -> None:
     rank, where, number = fault.split(":")
     if os.environ["RANK"] != rank:
         return
     owner, name = {"step": (Engine, "train_step"), "write": (checkpoint.HashingFile, "write"), "publish": (checkpoint, "publish")}[where]
-    whole, calls = getattr(owner, name), iter(range(int(number)))
+    original, calls = getattr(owner, name), iter(range(int(number)))
 
     def failing(*arguments, **more):
         if next(calls, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(*arguments, **more)
+        return original(*arguments, **more)
 
     setattr(owner, name, failing)
 
 
 def plant_full_disk(order: str) -> None:
     rank, number = order.split(":")
-    whole, calls = checkpoint.HashingFile.write, itertools.count()
+    original, calls = checkpoint.HashingFile.write, itertools.count()
 
     def failing(self, data):
         if os.environ["RANK"] == rank and next(calls) == int(number):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return whole(self, data)
+        return original(self, data)
 
     checkpoint.HashingFile.write = failing
 
 
 def plant_termination(order: str) -> None:
     rank, number = order.split(":")
-    whole = Engine.train_step
+    original = Engine.train_step
 
     def interrupted(self, micro_batches, learning_rate, step, stop_asked=False):
         if os.environ["RANK"] == rank and step == int(number):
             os.kill(os.getpid(), signal.SIGTERM)
-        return whole(self, micro_batches, learning_rate, step, stop_asked)
+        return original(self, micro_batches, learning_rate, step, stop_asked)
 
     Engine.train_step = interrupted
 
 
 def plant_misreading(rank: str) -> None:
-    whole = SavedState.read
+    original = SavedState.read
 
-    def wrong(self, wanted, kind, into):
-        whole(self, wanted, kind, into)
+    def misread(self, wanted, kind, into):
+        original(self, wanted, kind, into)
         if os.environ["RANK"] == rank and kind == "exp_avg" and wanted.name.endswith("query.weight"):
             into[-1] *= 1.0000002
 
-    SavedState.read = wrong
+    SavedState.read = misread
 
 
 if __name__ == "__main__":
     if "MISREAD" in os.environ:
         plant_misreading(os.environ["MISREAD"])
     if "FAULT" in os.environ:
-        plant(os.environ["FAULT"])
+        plant_kill(os.environ["FAULT"])
     if "FULL_DISK" in os.environ:
         plant_full_disk(os.environ["FULL_DISK"])
     if "FAULT_TERMINATE" in os.environ:

@@ -58,7 +58,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 
 
 class Cluster:
-    """What a person at the login node can do, and what can happen to a node."""
+    """A running SLURM: the commands of a user on the login node, and faults of nodes."""
 
     def __init__(self, folder: Path, num_nodes: int):
         self.folder = folder
@@ -78,7 +78,7 @@ class Cluster:
         for name in names:
             self.start_node(name)
         await_(
-            lambda: len(self.say("sinfo", "-h", "-N", "-p", "main", "-t", "idle", ok=False).splitlines()) == self.num_nodes,
+            lambda: len(self.command("sinfo", "-h", "-N", "-p", "main", "-t", "idle", ok=False).splitlines()) == self.num_nodes,
             30,
             "idle nodes",
             lambda: self.log("slurmctld.log"),
@@ -104,22 +104,22 @@ class Cluster:
     def log(self, name: str) -> str:
         return (self.folder / name).read_text(errors="replace")[-3000:]
 
-    def say(self, *words: str, cwd: Path | None = None, ok: bool = True, **environment: str) -> str:
+    def command(self, *words: str, cwd: Path | None = None, ok: bool = True, **environment: str) -> str:
         done = subprocess.run(words, env=self.environment | environment, cwd=cwd, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 or not ok, f"{words}: {done.stdout}{done.stderr}"
         return (done.stdout + done.stderr).strip()
 
     def submit(self, *words: str, cwd: Path, **environment: str) -> str:
-        """The job's id."""
-        return self.say("sbatch", "--parsable", *words, cwd=cwd, **environment)
+        """Submit a batch job and return its id."""
+        return self.command("sbatch", "--parsable", *words, cwd=cwd, **environment)
 
     def about(self, job: str) -> dict[str, str]:
-        """What SLURM has written down about a job: JobState, Restarts, Reason, ..."""
-        shown = self.say("scontrol", "show", "job", "--oneliner", job)
+        """Return SLURM's record of a job: JobState, Restarts, Reason, ..."""
+        shown = self.command("scontrol", "show", "job", "--oneliner", job)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def await_end(self, job: str, seconds: float = 120) -> str:
-        """The state in which the job is at last: COMPLETED, FAILED, CANCELLED ..."""
+        """Wait until a job has ended and return its state: COMPLETED, FAILED, CANCELLED ..."""
 
         def over() -> bool:
             return self.about(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
@@ -128,7 +128,7 @@ class Cluster:
         return self.about(job)["JobState"]
 
     def processes_of(self, node: str | None = None) -> Iterator[int]:
-        """Processes of jobs (of one node): their environment says so."""
+        """Yield the processes of jobs (of one node), found by their environment."""
         marks = [f"SLURM_CONF={self.folder}/slurm.conf", *([f"SLURMD_NODENAME={node}"] if node else [])]
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -140,7 +140,7 @@ class Cluster:
                     yield int(entry.name)
 
     def ranks_of(self, job: str, node: str | None = None) -> list[int]:
-        """Process ids of a job's ranks in the order of their rank."""
+        """Return the process ids of a job's ranks, in the order of ranks."""
         found = {}
         for process in self.processes_of(node):
             try:
@@ -154,26 +154,26 @@ class Cluster:
         return [found[rank] for rank in sorted(found)]
 
     def kill_node(self, node: str) -> None:
-        """As if its power were cut: slurmd, the keepers of its job steps and everything that they started, at once."""
+        """Kill slurmd, the slurmstepds of the node and everything that they started at once, as a power cut does."""
         of_jobs = list(self.processes_of(node))
-        keepers = {parent for process in of_jobs if (parent := parent_of(process)) and is_keeper(parent)}
+        step_daemons = {parent for process in of_jobs if (parent := parent_of(process)) and is_step_daemon(parent)}
         self.slurmds[node].kill()
         self.slurmds.pop(node).wait()
-        for process in [*keepers, *of_jobs]:
+        for process in [*step_daemons, *of_jobs]:
             kill(process)
 
     def start_node(self, node: str) -> None:
         self.slurmds[node] = self._start("slurmd", "-D", "-N", node)
 
     def stop(self) -> None:
-        for node in self.say("sinfo", "-h", "-N", "-o", "%N", ok=False).split():
+        for node in self.command("sinfo", "-h", "-N", "-o", "%N", ok=False).split():
             if node not in self.slurmds:
                 self.start_node(node)
-        self.say("scancel", "--state=PENDING", "--user=root", ok=False)
-        self.say("scancel", "--user=root", "--signal=KILL", ok=False)
-        self.say("scancel", "--user=root", ok=False)
+        self.command("scancel", "--state=PENDING", "--user=root", ok=False)
+        self.command("scancel", "--user=root", "--signal=KILL", ok=False)
+        self.command("scancel", "--user=root", ok=False)
         for _ in range(20):
-            if not self.say("squeue", "-h", ok=False):
+            if not self.command("squeue", "-h", ok=False):
                 break
             time.sleep(0.5)
         for daemon in [*self.slurmds.values(), *reversed(self.others)]:
@@ -190,7 +190,7 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path, num_nodes: int) -> Iterator[Cluster]:
-    """The cluster, or a skipped test with the reason; where the variable CI is set a reason is a failure."""
+    """Start a cluster. Skips the test with the reason if it cannot start; if the variable CI is set, fails instead."""
     path = f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"
     missing = [name for name in PROGRAMS if not shutil.which(name, path=path)]
     reason = f"SLURM is not installed: {', '.join(missing)} (apt-get install slurm-wlm munge)" if missing else None
@@ -208,7 +208,7 @@ def cluster(folder: Path, num_nodes: int) -> Iterator[Cluster]:
 def await_(true: Callable[[], bool], seconds: float, what: str, explain: Callable[[], str] = str) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"{what}: not there after {seconds} s\n{explain()}"
+        assert time.monotonic() < end, f"{what}: not reached within {seconds} s\n{explain()}"
         time.sleep(0.2)
 
 
@@ -230,8 +230,8 @@ def parent_of(process: int) -> int | None:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
 
 
-def is_keeper(process: int) -> bool:
-    """A slurmstepd: one for each job step on each node, and no child of slurmd."""
+def is_step_daemon(process: int) -> bool:
+    """True for a slurmstepd, of which each job step has one on each node; it is not a child of slurmd."""
     try:
         return Path(f"/proc/{process}/comm").read_text().startswith("slurmstepd")
     except OSError:

@@ -1,4 +1,4 @@
-"""The doors: they run as the README says, agree with one another, and refuse a person's mistake with one sentence and status 2."""
+"""The scripts of launch/: they agree with one another, and refuse a user's mistake with one message and status 2."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its hash."""
+    """Return the hash of every file below a folder, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -51,7 +51,7 @@ def launched(command: list[str], **more) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, prepared):
-    """A finished tiny run of each layout, by name; validated over the whole held-out split at its end."""
+    """A finished tiny run of each layout, by name; its last validation covers the whole held-out split."""
     folders = {}
     for name, (world_size, choice) in LAYOUTS.items():
         folder = tmp_path_factory.mktemp("runs") / name
@@ -70,14 +70,14 @@ def validation_loss(run: Path) -> float:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_evaluation_of_the_checkpoint_gives_the_loss_that_training_saw(layout, runs, prepared):
+def test_evaluation_of_a_checkpoint_gives_the_validation_loss(layout, runs, prepared):
     result = evaluating.evaluate(EvaluateSettings(str(runs[layout])), show_progress=False)
     # Training validates in bf16 where it trains in bf16; the checkpoint holds the float32 master weights.
     assert result.loss == pytest.approx(validation_loss(runs[layout]), abs=0.01 if "bf16" in layout else 1e-5)
     assert result.bits_per_byte == pytest.approx(result.loss * result.tokens / 0.6931471805599453 / result.bytes)
 
 
-def test_a_sliding_window_predicts_every_token_once_with_more_before_it(runs):
+def test_sliding_window_predicts_every_token_once_with_more_context(runs):
     side_by_side = evaluating.evaluate(EvaluateSettings(str(runs["zero2"])), show_progress=False)
     sliding = evaluating.evaluate(EvaluateSettings(str(runs["zero2"]), stride=8), show_progress=False)
     assert sliding.tokens == side_by_side.tokens
@@ -85,21 +85,21 @@ def test_a_sliding_window_predicts_every_token_once_with_more_before_it(runs):
     assert sliding.loss != side_by_side.loss
 
 
-def test_samples_of_one_token_are_trained_on_and_the_model_speaks(tiny, tmp_path):
+def test_samples_of_one_token_can_be_trained_on_and_generated_from(tiny, tmp_path):
     words = [*tiny, "--model.sequence_length", "1", "--train_steps", "2", "--schedule.warmup_steps", "1", "--log.sample_interval", "1"]
     assert "Done: 2 steps." in finish(start_ranks(1, PRETRAIN, *words, OMP_NUM_THREADS="1"))[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_export_is_loaded_by_transformers_and_speaks_as_the_run_does(layout, runs, tmp_path, capsys, prepared):
+def test_export_is_loaded_by_transformers_and_generates_as_the_run(layout, runs, tmp_path, capsys, prepared):
     folder = tmp_path / "exported"
     assert export.main([str(runs[layout]), "--output", str(folder)]) == 0
     assert "no missing or unexpected key" in capsys.readouterr().out
-    spoken = []
+    generated = []
     for model in (runs[layout], checkpoint.published(runs[layout] / "checkpoints")[0], folder):
         assert generate.main([str(model), "--prompt", "abc", "--max_new_tokens", "12", "--temperature", "0"]) == 0
-        spoken.append(capsys.readouterr().out)
-    assert spoken[0] == spoken[1] == spoken[2]
+        generated.append(capsys.readouterr().out)
+    assert generated[0] == generated[1] == generated[2]
     exported = evaluating.evaluate(EvaluateSettings(str(folder), str(prepared)), show_progress=False)
     assert exported.loss == pytest.approx(evaluating.evaluate(EvaluateSettings(str(runs[layout])), False).loss, abs=1e-5)
     before = tree(folder)
@@ -108,19 +108,19 @@ def test_an_export_is_loaded_by_transformers_and_speaks_as_the_run_does(layout, 
     assert tree(folder) == before
 
 
-def test_a_converted_run_is_evaluated_and_exported_and_speaks_as_the_run_does(runs, tmp_path, capsys):
+def test_converted_run_evaluates_exports_and_generates_as_the_run(runs, tmp_path, capsys):
     folder = tmp_path / "whole"
     assert convert.main([str(runs["zero3"]), "--output", str(folder)]) == 0
     assert "2 files -> 1" in capsys.readouterr().out
     losses = [evaluating.evaluate(EvaluateSettings(str(run)), show_progress=False).loss for run in (runs["zero3"], folder)]
     assert losses[0] == losses[1]
     assert export.main([str(folder), "--output", str(tmp_path / "exported")]) == 0
-    spoken = []
+    generated = []
     for run in (runs["zero3"], folder):
         capsys.readouterr()
         assert generate.main([str(run), "--prompt", "abc", "--max_new_tokens", "12", "--temperature", "0"]) == 0
-        spoken.append(capsys.readouterr().out)
-    assert spoken[0] == spoken[1]
+        generated.append(capsys.readouterr().out)
+    assert generated[0] == generated[1]
 
 
 MISTAKES = [
@@ -139,10 +139,10 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "sentence"), MISTAKES)
-def test_a_mistake_is_refused_before_anything_is_made(words, sentence, tiny, tmp_path, monkeypatch):
+def test_mistake_is_refused_before_any_file_is_made(words, sentence, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "x")  # so that what the door sets is taken back
+        monkeypatch.setenv(name, "x")  # so that monkeypatch restores what the script sets
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match=sentence):
         pretrain.main(over(tiny, words))
@@ -158,7 +158,7 @@ def test_a_mistake_is_refused_before_anything_is_made(words, sentence, tiny, tmp
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
     ],
 )
-def test_damaged_data_is_refused_by_name(damage, sentence, tiny, prepared, tmp_path, monkeypatch):
+def test_damaged_data_is_refused_with_the_file_name(damage, sentence, tiny, prepared, tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.chdir(REPOSITORY)
@@ -168,7 +168,7 @@ def test_damaged_data_is_refused_by_name(damage, sentence, tiny, prepared, tmp_p
         pretrain.main(over(tiny, ["--data", str(copy), "--dry_run"]))
 
 
-def test_only_the_first_of_two_ranks_says_what_is_wrong_and_both_leave_with_status_2(tiny):
+def test_only_the_first_rank_reports_a_mistake_and_both_end_with_2(tiny):
     processes = start_ranks(2, PRETRAIN, *tiny, "--batch.global_batch_size", "6")
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
@@ -176,7 +176,7 @@ def test_only_the_first_of_two_ranks_says_what_is_wrong_and_both_leave_with_stat
     assert outputs[1].strip() == ""
 
 
-def test_another_runs_folder_is_refused_and_left_as_it_was(runs, tiny):
+def test_folder_of_another_run_is_refused_and_not_changed(runs, tiny):
     folder = runs["zero1-bf16"]
     before = tree(folder)
     processes = start_ranks(1, PRETRAIN, *tiny, "--output", str(folder))
@@ -186,14 +186,14 @@ def test_another_runs_folder_is_refused_and_left_as_it_was(runs, tiny):
     assert tree(folder) == before
 
 
-def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path):
+def test_dry_run_prints_the_plan_and_makes_no_files(tiny, tmp_path):
     output = finish(start_ranks(1, PRETRAIN, *tiny, "--dry_run"))[0]
     for line in ("parameters", "micro-batch 2 x accumulation 4 x data parallel 1", "12 steps", "model states per rank", "checkpoints/"):
         assert line in output
     assert not (tmp_path / "run").exists()
 
 
-def test_control_c_under_the_deepspeed_launcher_saves_and_the_same_command_goes_on(tiny, tmp_path):
+def test_ctrl_c_under_the_deepspeed_launcher_saves_and_can_resume(tiny, tmp_path):
     command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), str(PRETRAIN), *tiny]
     command += ["--train_steps", "200", "--checkpoint.interval", "0", "--log.validation_interval", "0", "--log.sample_interval", "0"]
     process = launched(command, start_new_session=True)
@@ -201,7 +201,7 @@ def test_control_c_under_the_deepspeed_launcher_saves_and_the_same_command_goes_
     deadline = time.monotonic() + 90
     while (not metrics.is_file() or not metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = process.communicate(timeout=60)[0]
     assert "saved. The same command resumes from it" in output, output
     (saved,) = checkpoint.published(tmp_path / "run" / "checkpoints")
@@ -212,7 +212,7 @@ def test_control_c_under_the_deepspeed_launcher_saves_and_the_same_command_goes_
     assert again.returncode == 0
 
 
-def test_a_signal_gives_status_85(tiny):
+def test_signal_ends_the_run_with_status_85(tiny):
     process = start_ranks(1, PRETRAIN, *tiny, "--train_steps", "400")[0]
     while "step: 4/400" not in (line := process.stdout.readline()):
         assert line, "ended too early"

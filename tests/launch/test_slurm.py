@@ -1,4 +1,4 @@
-"""The batch scripts on a real SLURM: disturbed jobs requeue, go on and end with the numbers of a job that nobody disturbed."""
+"""The batch scripts on a real SLURM: disturbed jobs requeue, resume and end with the numbers of an undisturbed job."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 PRETRAIN = str(SLURM_SCRIPTS / "pretrain.sbatch")
 LAYOUTS = {"zero3": ("n1", "n2"), "pipeline_zero1": ("n3", "n4")}
-"""DeepSpeed's JSON, and the nodes on which its jobs run: beside one another, because a job that is requeued mostly waits."""
+"""DeepSpeed's JSON, and the nodes of its jobs. Both layouts run at the same time, because a requeued job mostly waits."""
 NUM_STEPS = 100
 
 
@@ -30,7 +30,7 @@ def slurm(tmp_path_factory):
 
 
 def recipe(prepared: Path, steps: int = NUM_STEPS) -> list[str]:
-    """The demo recipe, narrowed and shortened."""
+    """Return arguments for the demo recipe with a smaller model and fewer steps."""
     model = {"vocab_size": 800, "sequence_length": 32, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     words = ["--precision", "float32", "--data", str(prepared), "--train_steps", str(steps), "--schedule.warmup_steps", "2"]
     for name, value in model.items():
@@ -40,7 +40,7 @@ def recipe(prepared: Path, steps: int = NUM_STEPS) -> list[str]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Training loss by step; a step that stands there twice would be a fault."""
+    """Return the training loss by step, after checking that no step is there twice."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [entry["step"] for entry in entries if "loss/train" in entry]
     assert steps == sorted(set(steps))
@@ -49,7 +49,7 @@ def losses(run: Path) -> dict[int, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job of the real script, submitted in a folder of its own."""
+    """A job of pretrain.sbatch, submitted in a folder of its own."""
 
     slurm: Cluster
     id: str
@@ -67,9 +67,9 @@ class Job:
         return self.slurm.await_end(self.id)
 
     def await_checkpoint(self) -> None:
-        await_(lambda: bool(checkpoint.published(self.run / "checkpoints")), 60, "the first checkpoint", self.everything_said)
+        await_(lambda: bool(checkpoint.published(self.run / "checkpoints")), 60, "the first checkpoint", self.all_logs)
 
-    def everything_said(self) -> str:
+    def all_logs(self) -> str:
         logs = sorted((self.folder / "logs").rglob("*.log"))
         return job_log(self.about) + "".join(f"\n--- {path.relative_to(self.folder)}\n{path.read_text()}" for path in logs)
 
@@ -85,26 +85,26 @@ def train(slurm: Cluster, folder: Path, layout: str, *words: str, options: tuple
     return Job(slurm, slurm.submit(*options, PRETRAIN, *engine(layout), "--output", "runs/x", *words, cwd=folder, **environment), folder)
 
 
-def beside_one_another(do: Callable[[str], None]) -> None:
-    """The same with each layout."""
+def with_each_layout(do: Callable[[str], None]) -> None:
+    """Call a function with each layout, all at the same time."""
     with ThreadPoolExecutor() as pool:
         list(pool.map(do, LAYOUTS))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm, prepared, tmp_path_factory):
-    """The losses of each layout."""
+    """Losses of an undisturbed job of each layout."""
     folder = tmp_path_factory.mktemp("undisturbed")
     found = {}
 
     def run(layout: str) -> None:
         job = train(slurm, folder / layout, layout, *recipe(prepared))
-        assert job.await_end() == "COMPLETED", job.everything_said()
-        assert job.about["Restarts"] == "0", job.everything_said()
+        assert job.await_end() == "COMPLETED", job.all_logs()
+        assert job.about["Restarts"] == "0", job.all_logs()
         found[layout] = losses(job.run)
         assert sorted(found[layout]) == list(range(1, NUM_STEPS + 1))
 
-    beside_one_another(run)
+    with_each_layout(run)
     return found
 
 
@@ -113,7 +113,7 @@ def signal_to_rank(rank: int, number: signal.Signals) -> Callable[[Job, tuple[st
 
 
 def scancel(*options: str) -> Callable[[Job, tuple[str, str]], None]:
-    return lambda job, nodes: job.slurm.say("scancel", *options, job.id)
+    return lambda job, nodes: job.slurm.command("scancel", *options, job.id)
 
 
 def more_important_job(job: Job, nodes: tuple[str, str]) -> None:
@@ -125,7 +125,7 @@ def more_important_job(job: Job, nodes: tuple[str, str]) -> None:
 def death_of_node(number: int) -> Callable[[Job, tuple[str, str]], None]:
     def disturb(job: Job, nodes: tuple[str, str]) -> None:
         job.slurm.kill_node(nodes[number])
-        await_(lambda: "DOWN" in job.slurm.say("sinfo", "-h", "-n", nodes[number], "-o", "%T").upper(), 90, "the death of a node")
+        await_(lambda: "DOWN" in job.slurm.command("sinfo", "-h", "-n", nodes[number], "-o", "%T").upper(), 90, "the death of a node")
         job.slurm.start_node(nodes[number])
 
     return disturb
@@ -146,80 +146,80 @@ DISTURBANCES = {
 
 
 @pytest.mark.parametrize("disturbance", DISTURBANCES)
-def test_a_disturbed_job_of_each_layout_ends_with_the_losses_of_an_undisturbed_one(disturbance, slurm, undisturbed, prepared, tmp_path):
+def test_disturbed_job_ends_with_the_losses_of_an_undisturbed_one(disturbance, slurm, undisturbed, prepared, tmp_path):
     partition, disturb = DISTURBANCES[disturbance]
 
     def run(layout: str) -> None:
         job = train(slurm, tmp_path / layout, layout, *recipe(prepared), options=(f"--partition={partition}",))
         job.await_checkpoint()
         disturb(job, LAYOUTS[layout])
-        assert job.await_end() == "COMPLETED", job.everything_said()
-        assert job.about["Restarts"] == "1", job.everything_said()
+        assert job.await_end() == "COMPLETED", job.all_logs()
+        assert job.about["Restarts"] == "1", job.all_logs()
         assert losses(job.run) == undisturbed[layout]
-        print(job.everything_said())
+        print(job.all_logs())
 
-    beside_one_another(run)
+    with_each_layout(run)
 
 
-def test_a_cancelled_job_leaves_a_whole_checkpoint_and_stays_cancelled(slurm, prepared, tmp_path):
+def test_cancelled_job_saves_a_checkpoint_and_stays_cancelled(slurm, prepared, tmp_path):
     job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=2000))
     job.await_checkpoint()
-    slurm.say("scancel", job.id)
-    assert job.await_end() == "CANCELLED", job.everything_said()
-    await_(lambda: "cancelled: not requeued" in job.everything_said(), 10, "the last sentence", job.everything_said)
+    slurm.command("scancel", job.id)
+    assert job.await_end() == "CANCELLED", job.all_logs()
+    await_(lambda: "cancelled: not requeued" in job.all_logs(), 10, "the last sentence", job.all_logs)
     newest = checkpoint.published(job.run / "checkpoints")[0]
     assert checkpoint.damage(newest, 0, 1) is None
     assert checkpoint.step_of(newest) == max(losses(job.run))  # of the step at which it was cancelled, not of the interval
     assert (job.about["JobState"], job.about["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_a_job_that_may_not_be_requeued_any_more_saves_and_says_so(slurm, prepared, tmp_path):
+def test_job_that_slurm_refuses_to_requeue_saves_and_reports_it(slurm, prepared, tmp_path):
     """How a person stops a job for good whose checkpoint takes longer than SLURM's KillWait."""
     job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=2000))
     job.await_checkpoint()
-    slurm.say("scontrol", "update", f"jobid={job.id}", "requeue=0")
-    slurm.say("scancel", "--batch", "--signal=USR1", job.id)
-    assert job.await_end() == "FAILED", job.everything_said()
+    slurm.command("scontrol", "update", f"jobid={job.id}", "requeue=0")
+    slurm.command("scancel", "--batch", "--signal=USR1", job.id)
+    assert job.await_end() == "FAILED", job.all_logs()
     assert (job.about["ExitCode"], job.about["Restarts"]) == ("85:0", "0")
     assert "SLURM refuses to requeue the job" in job_log(job.about)
     assert checkpoint.step_of(checkpoint.published(job.run / "checkpoints")[0]) == max(losses(job.run))
 
 
-def test_a_job_whose_ranks_never_get_anywhere_ends_behind_three_starts(slurm, prepared, tmp_path):
+def test_job_without_progress_ends_after_three_starts(slurm, prepared, tmp_path):
     job = train(slurm, tmp_path, "zero3", *recipe(prepared), PYTHONHOME="/nowhere")  # Python itself cannot start
-    assert job.await_end() == "FAILED", job.everything_said()
+    assert job.await_end() == "FAILED", job.all_logs()
     assert (job.about["ExitCode"], job.about["Restarts"]) == ("93:0", "2")
     assert "none of the last three starts saved a checkpoint" in job_log(job.about)
 
 
-def test_a_job_that_is_warned_of_its_time_limit_saves_and_goes_on(slurm, prepared, tmp_path):
+def test_job_near_its_time_limit_saves_and_resumes(slurm, prepared, tmp_path):
     """SLURM counts limits in minutes and warns up to a minute too early: the second start gets more, or it might be warned at once."""
     job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=600), options=("--time=1", "--signal=B:USR1@30"))
-    await_(lambda: job.about["Restarts"] == "1", 100, "the first restart", job.everything_said)
-    slurm.say("scontrol", "update", f"jobid={job.id}", "timelimit=10")
+    await_(lambda: job.about["Restarts"] == "1", 100, "the first restart", job.all_logs)
+    slurm.command("scontrol", "update", f"jobid={job.id}", "timelimit=10")
     assert "SIGUSR1 received" in job_log(job.about)
-    assert job.await_end() == "COMPLETED", job.everything_said()
-    assert job.about["Restarts"] == "1", job.everything_said()
+    assert job.await_end() == "COMPLETED", job.all_logs()
+    assert job.about["Restarts"] == "1", job.all_logs()
     assert sorted(losses(job.run)) == list(range(1, 601))
 
 
-def test_one_task_a_node_may_start_the_ranks_there_and_needs_no_home(slurm, undisturbed, prepared, tmp_path):
+def test_one_task_per_node_starts_the_ranks_and_needs_no_home(slurm, undisturbed, prepared, tmp_path):
     """Two ranks on one node give what two nodes with a rank each gave; four on two are started and stopped as one."""
 
     def on_one_node() -> None:
         words = [*recipe(prepared), "--ranks_per_node", "2"]
         job = train(slurm, tmp_path / "one", "zero3", *words, options=("--nodes=1", "--nodelist=n1"), HOME="/nowhere")
         job.await_checkpoint()
-        slurm.say("scancel", "--batch", "--signal=USR1", job.id)
-        assert job.await_end() == "COMPLETED", job.everything_said()
-        assert job.about["Restarts"] == "1", job.everything_said()
+        slurm.command("scancel", "--batch", "--signal=USR1", job.id)
+        assert job.await_end() == "COMPLETED", job.all_logs()
+        assert job.about["Restarts"] == "1", job.all_logs()
         assert losses(job.run) == undisturbed["zero3"]
         assert sorted(path.name for path in (tmp_path / "one" / "logs").glob("*/start_1/rank_*")) == ["rank_0.log", "rank_1.log"]
 
     def on_two_nodes() -> None:
         words = [*recipe(prepared, steps=20), "--ranks_per_node", "2"]
         job = train(slurm, tmp_path / "two", "pipeline_zero1", *words, HOME="/nowhere")
-        assert job.await_end() == "COMPLETED", job.everything_said()
+        assert job.await_end() == "COMPLETED", job.all_logs()
         assert len(losses(job.run)) == 20
         assert len(list((tmp_path / "two" / "logs").glob("*/start_0/rank_*"))) == 4
 
@@ -229,13 +229,13 @@ def test_one_task_a_node_may_start_the_ranks_there_and_needs_no_home(slurm, undi
     assert not Path("/nowhere").exists()
 
 
-def test_an_array_trains_a_recipe_a_task_and_refuses_an_index_without_one(slurm, prepared, tmp_path):
+def test_array_trains_a_recipe_per_task_and_refuses_others(slurm, prepared, tmp_path):
     for name, seed in {"first": 1, "second": 2}.items():
         (tmp_path / f"{name}.yaml").write_text(f"seed: {seed}\nbatch:\n  global_batch_size: 8\n")
     words = ["--recipes", "first.yaml", "second.yaml", "--output", "runs", *engine("zero3"), *recipe(prepared, steps=10)]
     array = slurm.submit("--array=0-2", "--exclusive", "--time=5", PRETRAIN, *words, cwd=tmp_path)
     jobs = [Job(slurm, f"{array}_{task}", tmp_path) for task in range(3)]
-    assert [job.await_end() for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED"], jobs[0].everything_said()
+    assert [job.await_end() for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED"], jobs[0].all_logs()
     assert jobs[2].about["ExitCode"] == "93:0"
     assert "Array index 2 has no recipe: --recipes has 2, counted from 0." in job_log(jobs[2].about)
     first, second = (losses(tmp_path / "runs" / name) for name in ("first", "second"))
@@ -243,48 +243,48 @@ def test_an_array_trains_a_recipe_a_task_and_refuses_an_index_without_one(slurm,
     assert first[1] != second[1]
 
 
-def test_a_persons_mistake_ends_the_job_with_a_sentence_and_no_requeue(slurm, prepared, tmp_path):
+def test_mistake_ends_the_job_with_a_message_and_no_requeue(slurm, prepared, tmp_path):
     mistakes = {"zero3": (["--train_stepz", "3"], "train_steps"), "pipeline_zero1": (["--tensor_parallel_size", "3"], "3")}
 
     def run(layout: str) -> None:
         words, hint = mistakes[layout]
         job = train(slurm, tmp_path / layout, layout, *recipe(prepared), *words)
-        assert job.await_end() == "FAILED", job.everything_said()
+        assert job.await_end() == "FAILED", job.all_logs()
         assert (job.about["ExitCode"], job.about["Restarts"]) == ("93:0", "0")
         said = job_log(job.about)
         assert hint in said
         assert "Not requeued" in said
 
-    beside_one_another(run)
+    with_each_layout(run)
 
 
-def test_a_job_with_gpus_that_torch_does_not_see_does_not_train_on_the_cpu_instead(slurm, prepared, tmp_path):
+def test_job_whose_gpus_torch_does_not_see_does_not_train(slurm, prepared, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("torch sees a GPU here")
     job = train(slurm, tmp_path, "zero3", *recipe(prepared), options=("--gres=gpu:1",))
-    assert job.await_end() == "FAILED", job.everything_said()
+    assert job.await_end() == "FAILED", job.all_logs()
     assert (job.about["ExitCode"], job.about["Restarts"]) == ("93:0", "0")
-    assert "SLURM gave this task on n1 GPU 0 (CUDA_VISIBLE_DEVICES)" in job.everything_said()
+    assert "SLURM gave this task on n1 GPU 0 (CUDA_VISIBLE_DEVICES)" in job.all_logs()
     assert not job.run.exists()
 
 
-def test_a_chain_prepares_trains_and_evaluates_also_where_training_is_requeued(slurm, tmp_path):
+def test_chain_prepares_trains_and_evaluates_despite_a_requeue(slurm, tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(120):  # enough to learn 800 pieces from
         (tmp_path / "text" / f"{number}.txt").write_text(f"{number} is a number, and {number + 1} is the one behind it.\n" * 40)
     prepare = ["prepare", "--input", "text", "--vocab_size", "800", "--held_out", "0.2", "--output", "prepared"]
     pretrain = ["pretrain", *engine("zero3"), *recipe(Path("prepared")), "--output", "runs/x"]
     chain = [str(SLURM_SCRIPTS / "chain.sh"), "--time=5", "--stage", *prepare, "--stage", "--exclusive", *pretrain]
-    said = slurm.say(*chain, "--stage", "evaluate", "runs/x", cwd=tmp_path)
+    said = slurm.command(*chain, "--stage", "evaluate", "runs/x", cwd=tmp_path)
     jobs = [Job(slurm, line.split()[1].removesuffix(":"), tmp_path) for line in said.splitlines()]
     jobs[1].await_checkpoint()
-    slurm.say("scancel", "--batch", "--signal=USR1", jobs[1].id)
+    slurm.command("scancel", "--batch", "--signal=USR1", jobs[1].id)
     assert [job.await_end() for job in jobs] == ["COMPLETED"] * 3, "".join(job_log(job.about) for job in jobs)
     assert jobs[1].about["Restarts"] == "1"
     assert "bits per byte" in job_log(jobs[2].about)
 
 
-def test_a_corpus_prepared_on_three_nodes_is_that_of_one(slurm, tmp_path):
+def test_corpus_prepared_on_three_nodes_equals_that_of_one(slurm, tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(60):
         (tmp_path / "text" / f"{number}.txt").write_text(" ".join(str(number * word) for word in range(800)))

@@ -1,4 +1,4 @@
-"""What the batch scripts decide, with a SLURM that only answers: srun ends as it is told, scontrol says what it is told."""
+"""Decisions of the batch scripts, with stubs in place of SLURM: srun ends with a given status, scontrol prints given values."""
 
 import os
 import shlex
@@ -12,11 +12,11 @@ from tests.ranks import REPOSITORY, clean_environment
 SCRIPTS = REPOSITORY / "launch" / "slurm"
 SRUN = """#!/bin/bash
 for word in "$@"; do [[ $word != --output=* ]] || start=$(dirname "${word#--output=}"); done
-printf '%s\\n' "$RANK_SAYS" >"$start/rank_0.log"
-printf '%s\\n' "other words" >"$start/rank_1.log"
+printf '%s\\n' "$RANK_LOG" >"$start/rank_0.log"
+printf '%s\\n' "another line" >"$start/rank_1.log"
 printf '%s\\n' "$@" >"$start/words"
 env >"$start/environment"
-printf '%s' "$SRUN_SAYS" >&2
+printf '%s' "$SRUN_STDERR" >&2
 exit "$STATUS"
 """
 SCONTROL = """#!/bin/bash
@@ -32,7 +32,7 @@ SAVED = "step: 8 | checkpoint saved in 0.3 s"
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A folder to submit from, and on PATH the commands that only answer."""
+    """A folder to submit from, with stubs of SLURM's commands in its bin/."""
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -50,10 +50,10 @@ def run(folder: Path, script: str, *words: str, **variables: str) -> subprocess.
 
 
 def run_job(folder: Path, *words: str, restart: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    """One start of a job of two nodes, whose step ends as the variables say."""
+    """Run one start of a job of two nodes whose step ends as the variables say."""
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first,second", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NAME": "pretrain"}
     job |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
-    answers = {"STATUS": "0", "STATE": "RUNNING", "RESTARTS": str(restart), "RANK_SAYS": SAVED, "SRUN_SAYS": ""}
+    answers = {"STATUS": "0", "STATE": "RUNNING", "RESTARTS": str(restart), "RANK_LOG": SAVED, "SRUN_STDERR": ""}
     return run(folder, "pretrain.sbatch", *words, **(job | answers | variables))
 
 
@@ -64,10 +64,10 @@ DECISIONS = [
     ("not to be requeued", {"STATUS": "93"}, 93, False, "Not requeued"),
     ("a failure", {"STATUS": "1"}, 85, True, "status 1. Last lines of their logs"),
     ("killed", {"STATUS": "137"}, 85, True, "Requeued"),
-    ("no such program", {"STATUS": "127", "RANK_SAYS": ""}, 85, True, "Requeued"),
+    ("no such program", {"STATUS": "127", "RANK_LOG": ""}, 85, True, "Requeued"),
     (
         "one rank's mistake, for which the others were ended",
-        {"STATUS": "143", "SRUN_SAYS": "srun: error: n2: tasks 0-3: Exited with exit code 2\nsrun: error: n1: task 4: Terminated\n"},
+        {"STATUS": "143", "SRUN_STDERR": "srun: error: n2: tasks 0-3: Exited with exit code 2\nsrun: error: n1: task 4: Terminated\n"},
         93,
         False,
         "the next start would end with the same mistake",
@@ -82,7 +82,7 @@ DECISIONS = [
 @pytest.mark.parametrize(
     ("variables", "status", "is_requeued", "sentence"), [row[1:] for row in DECISIONS], ids=[row[0] for row in DECISIONS]
 )
-def test_a_start_is_requeued_by_how_it_ended(variables, status, is_requeued, sentence, slurm):
+def test_status_of_a_start_decides_whether_it_is_requeued(variables, status, is_requeued, sentence, slurm):
     done = run_job(slurm, **variables)
     assert done.returncode == status, done
     assert (slurm / "requeued").exists() == is_requeued
@@ -90,7 +90,7 @@ def test_a_start_is_requeued_by_how_it_ended(variables, status, is_requeued, sen
     assert not done.stderr
 
 
-def test_a_job_is_requeued_no_more_often_than_allowed(slurm):
+def test_job_is_requeued_at_most_max_restarts_times(slurm):
     assert run_job(slurm, "--max_restarts", "3", restart=2, STATUS="85").returncode == 85
     (slurm / "requeued").unlink()
     last = run_job(slurm, "--max_restarts", "3", restart=3, STATUS="85")
@@ -99,22 +99,22 @@ def test_a_job_is_requeued_no_more_often_than_allowed(slurm):
     assert not (slurm / "requeued").exists()
 
 
-def test_three_starts_without_a_checkpoint_are_enough(slurm):
-    starts = [run_job(slurm, restart=restart, STATUS="1", RANK_SAYS="Traceback") for restart in range(3)]
+def test_three_starts_without_a_checkpoint_end_the_job(slurm):
+    starts = [run_job(slurm, restart=restart, STATUS="1", RANK_LOG="Traceback") for restart in range(3)]
     assert [start.returncode for start in starts] == [85, 85, 93]
     assert "none of the last three starts saved a checkpoint" in starts[-1].stdout
 
 
-def test_a_checkpoint_allows_three_more_starts(slurm):
+def test_checkpoint_allows_three_more_starts(slurm):
     says = ["Traceback", SAVED, "Traceback", "Traceback", "Traceback"]
-    starts = [run_job(slurm, restart=restart, STATUS="1", RANK_SAYS=words) for restart, words in enumerate(says)]
+    starts = [run_job(slurm, restart=restart, STATUS="1", RANK_LOG=words) for restart, words in enumerate(says)]
     assert [start.returncode for start in starts] == [85, 85, 85, 85, 93]
 
 
-def test_a_failure_shows_what_the_ranks_said_last_and_where_the_rest_is(slurm):
-    done = run_job(slurm, STATUS="1", RANK_SAYS="Traceback\n[rank0]: RuntimeError: no")
+def test_failure_shows_the_last_log_lines_and_the_log_files(slurm):
+    done = run_job(slurm, STATUS="1", RANK_LOG="Traceback\n[rank0]: RuntimeError: no")
     assert "1 RuntimeError: no\n" in done.stdout
-    assert "1 other words\n" in done.stdout
+    assert "1 another line\n" in done.stdout
     assert "logs/pretrain-7/start_0/rank_<rank>.log" in done.stdout
 
 
@@ -127,14 +127,14 @@ def environment_of(folder: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-def test_arguments_reach_the_ranks_as_they_were_given(slurm):
+def test_arguments_reach_the_ranks_unchanged(slurm):
     given = ["--config", "a b.yaml", "--note", "it's $HOME *", "", "--seed=3"]
     assert run_job(slurm, *given).returncode == 0
     words = words_of(slurm)
     assert words[words.index(str(REPOSITORY / "launch" / "pretrain.py")) + 1 :] == given
 
 
-def test_the_environment_of_the_ranks_is_slurms_and_nothing_of_an_outer_launcher_is_left(slurm):
+def test_variables_of_an_outer_launcher_are_removed(slurm):
     left = {"RANK": "3", "WORLD_SIZE": "9", "LOCAL_RANK": "1", "OMPI_COMM_WORLD_RANK": "3", "SLURM_JOB_END_TIME": "1"}
     assert run_job(slurm, **left, SLURM_CPUS_PER_TASK="6").returncode == 0
     environment = environment_of(slurm)
@@ -146,13 +146,13 @@ def test_the_environment_of_the_ranks_is_slurms_and_nothing_of_an_outer_launcher
     assert "--cpus-per-task=6" in words_of(slurm)
 
 
-def test_what_a_person_has_set_is_kept(slurm):
+def test_variables_that_a_user_has_set_are_kept(slurm):
     own = {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "29400", "TORCH_EXTENSIONS_DIR": "/scratch/extensions"}
     assert run_job(slurm, **own).returncode == 0
     assert own.items() <= environment_of(slurm).items()
 
 
-def test_a_task_of_an_array_takes_its_own_recipe_and_names_itself_to_slurm(slurm):
+def test_array_task_takes_its_recipe_and_requeues_itself(slurm):
     for name in ("one.yaml", "two words.yaml"):
         (slurm / name).write_text("")
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "STATUS": "85"}
@@ -182,7 +182,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "variables", "sentence"), MISTAKES, ids=[" ".join(row[0]) for row in MISTAKES])
-def test_a_persons_mistake_is_one_sentence(words, variables, sentence, slurm):
+def test_mistake_gives_one_message(words, variables, sentence, slurm):
     (slurm / "one.yaml").write_text("")
     in_job = run_job(slurm, *words, **variables)
     assert in_job.returncode == 93, in_job
@@ -193,7 +193,7 @@ def test_a_persons_mistake_is_one_sentence(words, variables, sentence, slurm):
         assert (outside.returncode, outside.stderr) == (2, in_job.stderr)
 
 
-def test_outside_of_a_job_it_starts_nothing(slurm):
+def test_batch_script_outside_of_a_job_starts_nothing(slurm):
     done = run(slurm, "pretrain.sbatch")
     assert done.returncode == 2
     assert "This is a batch script" in done.stderr
@@ -207,20 +207,20 @@ def dry_run(folder: Path, *words: str) -> list[str]:
     return shlex.split(next(line for line in done.stdout.splitlines() if line.startswith("srun ")))
 
 
-def test_a_dry_run_needs_no_slurm_and_changes_nothing(slurm):
+def test_dry_run_needs_no_slurm_and_changes_nothing(slurm):
     words = dry_run(slurm, "--deepspeed", "x y.json", "--logs", "elsewhere")
     assert words[-2:] == ["--deepspeed", "x y.json"]
     assert "--kill-on-bad-exit=0" in words
     assert "--output=elsewhere/pretrain-JOB/start_0/rank_%t.log" in words
 
 
-def test_one_task_a_node_starts_the_ranks_of_the_node(slurm):
+def test_ranks_per_node_starts_the_ranks_from_one_task(slurm):
     words = dry_run(slurm, "--ranks_per_node", "8")
     assert words[-6:-2] == ["bash", str(SCRIPTS / "node.sh"), "8", "logs/pretrain-JOB/start_0"]
     assert "--ntasks-per-node=1" in words
 
 
-def test_a_container_sees_the_repository_the_submit_folder_and_the_mounts(slurm):
+def test_container_sees_repository_submit_folder_and_mounts(slurm):
     mounts = f"{REPOSITORY}:{REPOSITORY},{slurm}:{slurm},/data:/data"
     given = ["--container", "image.sqsh", "--mounts", "/data:/data"]
     words = dry_run(slurm, *given)
@@ -234,7 +234,7 @@ def test_a_container_sees_the_repository_the_submit_folder_and_the_mounts(slurm)
 
 
 @pytest.mark.parametrize(("statuses", "status"), [("0 0", 0), ("85 85", 85), ("0 1", 1), ("2 143", 2), ("85 93", 93)])
-def test_a_node_ends_as_its_ranks_do(statuses, status, tmp_path):
+def test_status_of_a_node_follows_its_ranks(statuses, status, tmp_path):
     ends = "import os, sys; print(os.environ['RANK'], os.environ['WORLD_SIZE'])\n"
     ends += "sys.exit(int(sys.argv[1].split()[int(os.environ['LOCAL_RANK'])]))"
     task = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}
@@ -243,7 +243,7 @@ def test_a_node_ends_as_its_ranks_do(statuses, status, tmp_path):
     assert (tmp_path / "rank_3.log").read_text() == "3 6\n"
 
 
-def test_a_chain_is_submitted_stage_behind_stage(slurm):
+def test_chain_is_submitted_with_dependencies(slurm):
     words = [
         "--account",
         "lab",
@@ -280,7 +280,7 @@ def test_a_chain_is_submitted_stage_behind_stage(slurm):
         (["--stage", "--nodes", "8", "pretrain"], 'There is no stage "8"'),
     ],
 )
-def test_a_wrong_chain_is_refused_before_anything_is_submitted(words, sentence, slurm):
+def test_invalid_chain_is_refused_before_anything_is_submitted(words, sentence, slurm):
     sbatch = slurm / "bin" / "sbatch"
     sbatch.write_text("#!/bin/bash\ntouch submitted; echo 1\n")
     sbatch.chmod(0o755)
@@ -291,7 +291,7 @@ def test_a_wrong_chain_is_refused_before_anything_is_submitted(words, sentence, 
     assert not (slurm / "submitted").exists()
 
 
-def test_a_chain_that_slurm_refuses_in_the_middle_is_taken_back(slurm):
+def test_chain_that_slurm_refuses_in_the_middle_is_cancelled(slurm):
     for name, text in {"sbatch": '[[ "$*" != *evaluate* ]] && echo "5;cluster"', "scancel": 'echo "$@" >cancelled'}.items():
         (slurm / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (slurm / "bin" / name).chmod(0o755)
@@ -301,7 +301,7 @@ def test_a_chain_that_slurm_refuses_in_the_middle_is_taken_back(slurm):
     assert (slurm / "cancelled").read_text() == "5\n"
 
 
-def test_workers_of_a_preparation_are_the_cores_of_its_task(tmp_path, slurm):
+def test_preparation_has_a_worker_per_core_of_its_task(tmp_path, slurm):
     words = ["--input", "nowhere.txt", "--output", "prepared"]
     done = run(slurm, "prepare.sbatch", *words, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="3")
     assert "prepare.py --workers 3 --input" in done.stdout
@@ -309,7 +309,7 @@ def test_workers_of_a_preparation_are_the_cores_of_its_task(tmp_path, slurm):
     assert "prepare.py --workers=5 --input" in run(slurm, "prepare.sbatch", "--workers=5", *words, SLURM_JOB_ID="7").stdout
 
 
-def test_a_preparation_on_several_nodes_is_a_task_a_node(slurm):
+def test_preparation_on_several_nodes_has_a_task_per_node(slurm):
     words = ["--dry_run", "--input", "a b", "--output", "prepared"]
     done = run(slurm, "prepare.sbatch", *words, SLURM_JOB_NUM_NODES="3", SLURM_CPUS_PER_TASK="8")
     assert shlex.split(done.stdout)[:7] == ["srun", "--nodes", "3", "--ntasks-per-node", "1", "--cpus-per-task", "8"]
@@ -317,6 +317,6 @@ def test_a_preparation_on_several_nodes_is_a_task_a_node(slurm):
     assert "srun" not in run(slurm, "prepare.sbatch", *words).stdout
 
 
-def test_a_door_that_is_not_there_is_one_sentence(slurm):
+def test_missing_script_gives_one_message(slurm):
     done = run(slurm, "door.sbatch", "launch/nowhere.py", SLURM_JOB_ID="7")
     assert (done.returncode, done.stderr) == (93, f"There is no launch/nowhere.py in {REPOSITORY}.\n")

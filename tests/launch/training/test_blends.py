@@ -1,4 +1,4 @@
-"""Runs on several prepared folders: refused before they start, or followed source by source."""
+"""Runs on several prepared folders: mistakes are refused before the start, and curves follow each source."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def other(prepared, tmp_path_factory):
 
 @pytest.fixture
 def blend(tiny, prepared, other):
-    """Words of a tiny run on both, three samples of one to one of the other."""
+    """Arguments of a tiny run on both folders, with three samples of the first to one of the second."""
     return over(tiny, ["--data", str(prepared), str(other), "--data.weights", "3", "1"])
 
 
@@ -59,7 +59,7 @@ def refusal(words: list[str], monkeypatch) -> str:
 
 
 def plan_of(words: list[str], monkeypatch, capsys) -> dict[str, list[str]]:
-    """The rows of a run's plan by name."""
+    """Return the rows of a run's plan by name."""
     monkeypatch.chdir(REPOSITORY)
     assert pretrain.main([*words, "--dry_run"]) == 0
     rows: dict[str, list[str]] = {}
@@ -69,7 +69,7 @@ def plan_of(words: list[str], monkeypatch, capsys) -> dict[str, list[str]]:
     return rows
 
 
-def test_the_plan_says_how_much_of_each_source_is_read(blend, prepared, other, monkeypatch, capsys):
+def test_plan_shows_the_share_and_epochs_of_each_source(blend, prepared, other, monkeypatch, capsys):
     rows = plan_of(blend, monkeypatch, capsys)
     first, second = rows["data"]
     assert first.startswith(f"{prepared}: ") and "; 75.000% of the blend, " in first
@@ -78,7 +78,7 @@ def test_the_plan_says_how_much_of_each_source_is_read(blend, prepared, other, m
     assert float(epochs) == pytest.approx(12 * 8 / 4 / int(samples.replace(",", "")), abs=0.005)
 
 
-def test_the_plan_says_the_packing_and_its_padding(blend, monkeypatch, capsys):
+def test_plan_shows_the_packing_and_its_padding(blend, monkeypatch, capsys):
     joined, whole = (plan_of([*blend, "--data.packing", packing], monkeypatch, capsys) for packing in ("packed", "best_fit"))
     padding = [float(re.search(r"([\d.]+)% padding", rows["samples"][0])[1]) for rows in (joined, whole)]
     assert padding[0] < padding[1]
@@ -90,7 +90,7 @@ def test_the_plan_says_the_packing_and_its_padding(blend, monkeypatch, capsys):
     ]
 
 
-def test_too_many_epochs_are_refused_before_the_start_with_what_would_fit(blend, monkeypatch, capsys):
+def test_too_many_epochs_are_refused_with_the_most_steps_that_fit(blend, monkeypatch, capsys):
     words = [*blend, "--train_steps", "400", "--data.max_epochs", "2"]
     sentence = refusal(words, monkeypatch)
     found = re.fullmatch(
@@ -103,7 +103,7 @@ def test_too_many_epochs_are_refused_before_the_start_with_what_would_fit(blend,
     assert "numbers would be read for 2." in refusal([*words, "--train_steps", str(steps + 1)], monkeypatch)
 
 
-def test_one_sample_too_many_is_named_as_more_than_the_limit(tiny, monkeypatch, capsys):
+def test_one_sample_too_many_is_shown_as_more_than_the_limit(tiny, monkeypatch, capsys):
     samples = open_data(read_run_settings(tiny)).sampling.samples[0].num_samples
     words = [*tiny, "--batch.global_batch_size", "1", "--batch.micro_batch_size", "1", "--data.max_epochs", "1"]
     plan_of([*words, "--train_steps", str(samples)], monkeypatch, capsys)
@@ -113,7 +113,7 @@ def test_one_sample_too_many_is_named_as_more_than_the_limit(tiny, monkeypatch, 
     )
 
 
-def test_a_limit_that_not_even_a_step_keeps_is_refused(tiny, monkeypatch):
+def test_limit_below_one_step_is_refused(tiny, monkeypatch):
     assert refusal([*tiny, "--data.max_epochs", "1e-6"], monkeypatch).endswith(
         "\nNot even one step fits; raise data.max_epochs or prepare more text."
     )
@@ -133,11 +133,11 @@ def test_a_limit_that_not_even_a_step_keeps_is_refused(tiny, monkeypatch):
         (["--data"], "data.path names no folder"),
     ],
 )
-def test_a_blend_that_cannot_be_is_refused(blend, words, sentence, monkeypatch):
+def test_invalid_blend_is_refused(blend, words, sentence, monkeypatch):
     assert sentence in refusal(over(blend, words), monkeypatch)
 
 
-def test_folders_of_other_tokenizers_are_refused_by_name(blend, prepared, other, tmp_path, monkeypatch):
+def test_folder_with_another_tokenizer_is_refused_by_name(blend, prepared, other, tmp_path, monkeypatch):
     copy = shutil.copytree(other, tmp_path / "copy")
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["tokenizer"]["sha256"] = "0" * 64
@@ -146,7 +146,7 @@ def test_folders_of_other_tokenizers_are_refused_by_name(blend, prepared, other,
     assert sentence.startswith(f"{copy} was tokenized otherwise than {prepared}: 000000000000 (800 ids) is not ")
 
 
-def test_the_fingerprint_is_of_all_sources_in_their_order(tiny, prepared, other):
+def test_fingerprint_depends_on_all_sources_and_their_order(tiny, prepared, other):
     def fingerprint(*folders: Path) -> str:
         return open_data(read_run_settings(over(tiny, ["--data", *map(str, folders)]))).fingerprint
 
@@ -155,7 +155,7 @@ def test_the_fingerprint_is_of_all_sources_in_their_order(tiny, prepared, other)
     assert len({alone, fingerprint(other), fingerprint(prepared, other), fingerprint(other, prepared)}) == 4
 
 
-def test_showing_has_the_names_and_defaults_of_a_recipe():
+def test_show_settings_have_the_names_and_defaults_of_a_recipe():
     recipe = flatten(dataclasses.asdict(RunSettings()))
     for name, default in flatten(dataclasses.asdict(show.ShowSettings())).items():
         if name not in ("run", "step", "rank", "world_size", "characters"):
@@ -163,7 +163,7 @@ def test_showing_has_the_names_and_defaults_of_a_recipe():
 
 
 def entries(folder: Path) -> dict[int, dict]:
-    """What metrics.jsonl has of each step."""
+    """Return the scalars of each step in metrics.jsonl."""
     found: dict[int, dict] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -173,7 +173,7 @@ def entries(folder: Path) -> dict[int, dict]:
 
 @pytest.fixture(scope="module")
 def finished(prepared, other, tmp_path_factory):
-    """A tiny run on both folders, best-fit with a document mask, and what it was started with."""
+    """A tiny finished run on both folders, best-fit with a document mask, and its arguments."""
     folder = tmp_path_factory.mktemp("blended") / "run"
     words = ["--data", str(prepared), str(other), "--data.weights", "3", "1", "--data.packing", "best_fit", "--output", str(folder)]
     words += ["--model.vocab_size", "800", "--model.sequence_length", "32", "--model.hidden_size", "32", "--model.num_layers", "2"]
@@ -184,7 +184,7 @@ def finished(prepared, other, tmp_path_factory):
     return folder, words
 
 
-def test_the_curves_of_a_blend_follow_each_source(finished, prepared, other):
+def test_curves_of_a_blend_follow_each_source(finished, prepared, other):
     folder, words = finished
     seen = entries(folder)
     sampling = open_data(read_run_settings(words)).sampling
@@ -202,7 +202,7 @@ def test_the_curves_of_a_blend_follow_each_source(finished, prepared, other):
     assert "validation loss: " in (folder / "log.txt").read_text() and "| numbers: " in (folder / "log.txt").read_text()
 
 
-def test_evaluation_of_a_blended_run_gives_the_losses_that_training_saw(finished, other, capsys):
+def test_evaluation_of_a_blended_run_gives_its_validation_losses(finished, other, capsys):
     folder, _ = finished
     last = entries(folder)[8]
     sources = evaluating.evaluate_sources(EvaluateSettings(str(folder)), show_progress=False)
@@ -215,8 +215,8 @@ def test_evaluation_of_a_blended_run_gives_the_losses_that_training_saw(finished
     assert [line.split(":")[0] for line in printed[:3]] == ["prepared", "numbers", "loss"]
 
 
-def test_a_folder_that_was_tokenized_with_other_settings_is_not_evaluated_on(finished, tmp_path):
-    """tiktoken's files have the vocabulary alone: how text is cut into words is said beside them."""
+def test_evaluation_refuses_a_folder_tokenized_with_other_settings(finished, tmp_path):
+    """A file of tiktoken has the vocabulary only; tokenizer_config.json next to it has how text is split into words."""
     texts = [" ".join(str(number) for number in range(first, first + 50)) for first in range(0, 1000, 50)]
     (tmp_path / "numbers.txt").write_text("\n---\n".join(texts))
     for name in ("cl100k_base", "o200k_base"):
@@ -228,31 +228,31 @@ def test_a_folder_that_was_tokenized_with_other_settings_is_not_evaluated_on(fin
         )
     copy = shutil.copytree(finished[0], tmp_path / "run")
     (copy / "tokenizer.model").unlink()
-    there, other = tmp_path / "cl100k_base-prepared", tmp_path / "o200k_base-prepared"
-    for path in tokenizer_files(there):
+    same, other = tmp_path / "cl100k_base-prepared", tmp_path / "o200k_base-prepared"
+    for path in tokenizer_files(same):
         shutil.copyfile(path, copy / path.name)
-    assert evaluating.evaluate(EvaluateSettings(str(copy), str(there), "train"), False).tokens > 0
+    assert evaluating.evaluate(EvaluateSettings(str(copy), str(same), "train"), False).tokens > 0
     with pytest.raises(
         UserError, match=r"o200k_base-prepared was tokenized with different settings next to \S+ than .*/run was trained with\."
     ):
         evaluating.evaluate(EvaluateSettings(str(copy), str(other), "train"), False)
 
 
-def test_a_blended_run_that_was_stopped_goes_on_with_the_same_batches(finished, tmp_path):
+def test_stopped_blended_run_resumes_with_the_same_batches(finished, tmp_path):
     folder, words = finished
     copy = shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "step_00000008")
     said = finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), OMP_NUM_THREADS="1"))[0]
     assert "Resuming from step 4 of 8" in said
-    there, here = entries(folder), entries(copy)
+    expected, found = entries(folder), entries(copy)
     for step in range(1, 9):
         for name in ("loss/train", "optimization/gradient_norm", "progress/epochs/prepared", "progress/epochs/numbers"):
-            assert here[step][name] == there[step][name], (step, name)
-    assert here[8]["loss/validation/numbers"] == there[8]["loss/validation/numbers"]
+            assert found[step][name] == expected[step][name], (step, name)
+    assert found[8]["loss/validation/numbers"] == expected[8]["loss/validation/numbers"]
 
 
-def test_validation_samples_are_shared_by_the_sources(finished, tmp_path):
-    """Three of two sources: two of each, so one more than asked for."""
+def test_validation_samples_are_divided_among_the_sources(finished, tmp_path):
+    """Three samples from two sources: two of each, one more than asked for."""
     folder, words = finished
     copy = shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "step_00000008")
@@ -264,10 +264,10 @@ def test_validation_samples_are_shared_by_the_sources(finished, tmp_path):
         counted = sum(int((losses != 0).sum()) for losses in nats)
         expected = sum(float(losses.detach().sum()) for losses in nats) / counted
         assert entries(copy)[8][f"loss/validation/{name}"] == pytest.approx(expected, abs=1e-5)
-        assert abs(expected - entries(folder)[8][f"loss/validation/{name}"]) > 1e-4, "all of the split have another loss"
+        assert abs(expected - entries(folder)[8][f"loss/validation/{name}"]) > 1e-4, "the whole split has another loss"
 
 
-def test_a_change_of_what_is_read_is_shown(finished, tmp_path, capsys):
+def test_show_names_changes_of_what_the_run_reads(finished, tmp_path, capsys):
     folder, words = finished
     copy = shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "step_00000008")
@@ -279,19 +279,19 @@ def test_a_change_of_what_is_read_is_shown(finished, tmp_path, capsys):
     assert second.startswith("step 8, rank 0 of 1: ") and second.endswith("seed 9")
 
 
-def test_a_run_that_goes_on_longer_is_held_to_the_limit_on_repetition(finished, monkeypatch):
+def test_longer_resumed_run_must_respect_max_epochs(finished, monkeypatch):
     _, words = finished
     longer = [*words, "--train_steps", "4000", "--data.max_epochs", "3", "--allow_changes"]
     assert re.match(r"\w+ would be read for [\d.]+ epochs in 4,000 steps; data\.max_epochs is 3\.\n", refusal(longer, monkeypatch))
 
 
-def test_other_weights_or_another_packing_are_another_run(finished, monkeypatch):
+def test_changed_weights_and_packing_are_refused(finished, monkeypatch):
     _, words = finished
     sentence = refusal(over(words, ["--data.weights", "1", "1", "--data.packing", "packed"]), monkeypatch)
     assert "  data.weights: [3.0, 1.0] -> [1.0, 1.0]\n" in sentence and "  data.packing: best_fit -> packed\n" in sentence
 
 
-def test_what_a_rank_of_the_run_read_is_shown(finished, capsys):
+def test_show_prints_what_a_rank_of_the_run_read(finished, capsys):
     folder, words = finished
     show.main(["--run", str(folder), "--step", "6"])
     rows = re.findall(r"^micro-batch (\d), row (\d): (\w+), epoch (\d+), sample (\d+)$", capsys.readouterr().out, re.M)

@@ -1,4 +1,4 @@
-"""Nodes that differ are named before anything starts, and ranks that do not find one another say so soon."""
+"""Preflight: nodes that differ are named before the run starts, and ranks that cannot connect report it soon."""
 
 import copy
 import os
@@ -18,7 +18,7 @@ from tests.ranks import REPOSITORY, clean_environment
 from tests.words import over
 
 PRETRAIN, PREFLIGHT = REPOSITORY / "launch" / "pretrain.py", REPOSITORY / "launch" / "preflight.py"
-ALIKE = {
+REPORT = {
     "host": "a",
     "device": "H100",
     "device_id": "",
@@ -35,8 +35,8 @@ ALIKE = {
 
 
 def reports(tmp_path, **other) -> list[dict]:
-    """Three ranks, the last of which is as said."""
-    ranks = [copy.deepcopy(ALIKE) | {"rank": rank, "host": f"n{rank}", "probe": f"p{rank}"} for rank in range(3)]
+    """Return the reports of three equal ranks, the last one changed by `other`."""
+    ranks = [copy.deepcopy(REPORT) | {"rank": rank, "host": f"n{rank}", "probe": f"p{rank}"} for rank in range(3)]
     ranks[2] |= other
     for rank in range(3):
         (tmp_path / f"p{rank}").touch()
@@ -46,26 +46,26 @@ def reports(tmp_path, **other) -> list[dict]:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"versions": ALIKE["versions"] | {"nccl": "2.26"}}, "nccl is 2.26, on rank 0 2.27"),
+        ({"versions": REPORT["versions"] | {"nccl": "2.26"}}, "nccl is 2.26, on rank 0 2.27"),
         ({"code": {"launch/pretrain.py": "11", "model/layers.py": "23"}}, "the code: model/layers.py"),
         ({"data": "1123456789"}, "the data: prepared is 11234567, on rank 0 01234567"),
         ({"settings": {"data.path": ["prepared"], "seed": 2}}, "the recipe: seed is 2, on rank 0 1"),
         ({"probe": "elsewhere"}, "the output must be on a disk that all nodes share"),
     ],
 )
-def test_a_rank_that_differs_is_named(tmp_path, other, words):
+def test_rank_that_differs_is_named(tmp_path, other, words):
     assert preflight.check_consistent(reports(tmp_path), tmp_path) == ""
     sentence = preflight.check_consistent(reports(tmp_path, **other), tmp_path)
     assert sentence.startswith("Rank 2 on n2 ") and words in sentence and "\n" not in sentence
 
 
-def test_ranks_that_differ_alike_are_named_together(tmp_path):
+def test_ranks_that_differ_in_the_same_way_are_named_together(tmp_path):
     alike = [report | {"data": "1"} if report["rank"] else report for report in reports(tmp_path)]
     sentence = "Ranks 1, 2 on n1, n2 differ from rank 0 on n0: the data: prepared is 1, on rank 0 01234567."
     assert preflight.check_consistent(alike, tmp_path) == sentence
 
 
-def test_what_one_rank_complains_of_names_it_and_what_all_do_is_said_once(tmp_path):
+def test_complaint_of_one_rank_names_it_and_of_all_ranks_names_none(tmp_path):
     one = reports(tmp_path, complaint="There is no data.")
     assert preflight.check_consistent(one, tmp_path) == "Rank 2 on n2: There is no data."
     assert preflight.check_consistent([report | {"complaint": "There is no data."} for report in one], tmp_path) == "There is no data."
@@ -76,7 +76,7 @@ def test_two_ranks_on_one_gpu_are_refused(tmp_path):
     assert "3 ranks on n0 share one GPU (GPU-1)" in preflight.check_consistent(shared, tmp_path)
 
 
-def test_what_may_spoil_a_run_is_noted(tmp_path):
+def test_notes_warn_of_clock_speed_device_and_build(tmp_path):
     assert preflight.notes(reports(tmp_path)) == []
     assert "clock of Rank 2 on n2 is +60.0 s from the median" in preflight.notes(reports(tmp_path, clock=65.0))[0]
     assert (
@@ -87,7 +87,7 @@ def test_what_may_spoil_a_run_is_noted(tmp_path):
     assert "/x/lock exists" in preflight.notes(reports(tmp_path, building=["/x/lock"]))[0]
 
 
-def test_the_table_has_a_line_a_rank_and_leaves_out_what_no_rank_said(tmp_path):
+def test_table_has_a_line_per_rank_and_omits_empty_columns(tmp_path):
     ranks = reports(tmp_path)
     del ranks[1]["all_reduce_gb_s"]
     first, *lines = preflight.table(ranks).splitlines()
@@ -96,7 +96,7 @@ def test_the_table_has_a_line_a_rank_and_leaves_out_what_no_rank_said(tmp_path):
     assert len({len(line) for line in lines}) == 1
 
 
-def test_a_job_that_ends_before_a_checkpoint_is_written_is_refused(tiny):
+def test_job_too_short_for_a_checkpoint_is_refused(tiny):
     environment = clean_environment(SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(time.time())))
     done = subprocess.run([sys.executable, str(PRETRAIN), *tiny], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
@@ -104,7 +104,7 @@ def test_a_job_that_ends_before_a_checkpoint_is_written_is_refused(tiny):
 
 
 def two_nodes(tiny: list[str], script=PRETRAIN, *, seconds: int = 5, each: list[dict] | None = None, **environment: str):
-    """Two ranks that take each other for ranks of other machines; `each` has what differs in their environments."""
+    """Run two ranks that seem to be on different machines; `each` has the differences of their environments."""
     each = each or [{}, {}]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     words = [sys.executable, str(script), *tiny, "--rendezvous_seconds", str(seconds)]
@@ -121,19 +121,19 @@ def two_nodes(tiny: list[str], script=PRETRAIN, *, seconds: int = 5, each: list[
     return [process.returncode for process in started], outputs
 
 
-def test_the_preflight_door_shows_both_nodes_and_leaves_nothing_behind(tiny, tmp_path):
+def test_preflight_script_shows_both_nodes_and_leaves_no_files(tiny, tmp_path):
     statuses, (first, second) = two_nodes([*tiny, "--deepspeed", "ds_configs/pipeline_zero1.json"], PREFLIGHT)
     assert statuses == [0, 0], first + second
     assert "All 2 rank(s) agree." in first
     titles, first_rank, second_rank = first.splitlines()[:3]
     assert titles.endswith("all-reduce GB/s  next stage GB/s")
     assert re.search(r" n0 .* \d+\.\d\d +\d+\.\d\d$", first_rank)
-    assert re.search(r" n1 .* \d+\.\d\d +$", second_rank)  # the last stage has none behind it
+    assert re.search(r" n1 .* \d+\.\d\d +$", second_rank)  # the last stage has no next stage
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nodes_that_see_different_data_do_not_begin(tiny, prepared, tmp_path):
-    """The same path, seen from two folders."""
+def test_nodes_with_different_data_do_not_begin(tiny, prepared, tmp_path):
+    """Two folders have different data at the same relative path."""
     for rank in range(2):
         shutil.copytree(prepared, tmp_path / str(rank) / "prepared")
     shard = tmp_path / "1" / "prepared" / "train" / "00000.bin"
@@ -147,8 +147,8 @@ def test_nodes_that_see_different_data_do_not_begin(tiny, prepared, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_setting_that_one_node_refuses_is_said_there(tiny, tmp_path):
-    """Before the ranks meet: the recipe lies on one of the two."""
+def test_setting_that_one_node_refuses_is_reported_there(tiny, tmp_path):
+    """The recipe exists on one of two nodes, which is found before the ranks connect."""
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     (tmp_path / "0" / "mine.yaml").write_text("seed: 2\n")
@@ -158,7 +158,7 @@ def test_a_setting_that_one_node_refuses_is_said_there(tiny, tmp_path):
     assert second == "--config mine.yaml: No such file or directory.\n"
 
 
-def test_what_a_start_that_died_has_left_in_the_folder_is_no_other_run(tiny, tmp_path):
+def test_files_of_an_aborted_start_do_not_stop_the_next_one(tiny, tmp_path):
     (tmp_path / "run").mkdir()
     for name in (".lock", ".preflight-n1-1-1"):
         (tmp_path / "run" / name).touch()
@@ -167,8 +167,8 @@ def test_what_a_start_that_died_has_left_in_the_folder_is_no_other_run(tiny, tmp
     assert not list((tmp_path / "run").glob(".preflight-*"))
 
 
-def test_a_node_whose_disk_fails_is_no_persons_mistake(tiny, tmp_path):
-    """It ends with 1, so that a batch job is started again."""
+def test_failing_disk_of_a_node_ends_with_status_1(tiny, tmp_path):
+    """Status 1, not 2, so that a batch job is started again."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, pathlib\n"
         "whole = pathlib.Path.read_text\n"
@@ -183,7 +183,7 @@ def test_a_node_whose_disk_fails_is_no_persons_mistake(tiny, tmp_path):
     assert "Rank 1 on n1: OSError: [Errno 116] Stale file handle" in first
 
 
-def test_nodes_that_have_different_code_do_not_begin(tiny, tmp_path):
+def test_nodes_with_different_code_do_not_begin(tiny, tmp_path):
     for folder in ("model", "data", "launch", "ds_configs"):
         shutil.copytree(REPOSITORY / folder, tmp_path / "copy" / folder)
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path / "copy")
@@ -196,8 +196,8 @@ def test_nodes_that_have_different_code_do_not_begin(tiny, tmp_path):
     assert "Rank 1 on n1 differs" in second and not (tmp_path / "run").exists()
 
 
-def test_ranks_that_do_not_find_one_another_say_so_soon(tiny):
-    """Five seconds are given; the rest of the time Python starts."""
+def test_ranks_that_cannot_connect_report_it_soon(tiny):
+    """The ranks get five seconds; the rest of the time is start-up of Python."""
     with socket.socket() as taken, ThreadPoolExecutor() as together:
         taken.bind(("", 0))
         taken.listen()
@@ -205,7 +205,7 @@ def test_ranks_that_do_not_find_one_another_say_so_soon(tiny):
         begun = time.monotonic()
         unresolvable = together.submit(two_nodes, tiny, MASTER_ADDR="no-such-host.invalid")
         in_use = together.submit(two_nodes, tiny, MASTER_PORT=port)
-        elsewhere = together.submit(two_nodes, tiny, MASTER_ADDR="192.0.2.1")  # TEST-NET-1 (RFC 5737): nobody's address
+        elsewhere = together.submit(two_nodes, tiny, MASTER_ADDR="192.0.2.1")  # TEST-NET-1 (RFC 5737): an address of no machine
         other_run = together.submit(two_nodes, tiny, each=[{}, {"words": ["--seed", "2"]}])
 
     statuses, outputs = unresolvable.result()
@@ -228,7 +228,7 @@ def test_ranks_that_do_not_find_one_another_say_so_soon(tiny):
     assert time.monotonic() - begun < 90
 
 
-def test_a_build_that_was_killed_is_named_and_not_waited_for(tiny, tmp_path):
+def test_lock_of_a_killed_build_is_named_and_not_waited_for(tiny, tmp_path):
     lock = tmp_path / "extensions" / "py311_cpu" / "async_io" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()

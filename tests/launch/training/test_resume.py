@@ -1,4 +1,4 @@
-"""Stopped and resumed equals never stopped, bit for bit; and no moment of dying loses a published checkpoint."""
+"""A stopped and resumed run equals one that never stopped, bit for bit; no crash loses a published checkpoint."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from launch.evaluation.settings import EvaluateSettings
 from launch.training.loop import SAVED_AND_UNFINISHED
 from tests.ranks import ForkedRank, finish, start_ranks
 
-DOOR = Path(__file__).parents[1] / "pretrain_with_faults.py"
+SCRIPT = Path(__file__).parents[1] / "pretrain_with_faults.py"
 CURVES = ("loss/train", "optimization/gradient_norm", "optimization/learning_rate", "loss/validation")
 
-SILENT_IN_SEVERAL_TRANSFERS = """
+SILENT_RANK_IN_SEVERAL_TRANSFERS = """
 import os, threading
 from datetime import timedelta
 import torch, torch.distributed as dist
@@ -41,16 +41,16 @@ os._exit(0)
 
 
 def run(world_size: int, words: list[str], **environment: str) -> str:
-    return "\n---\n".join(finish(start_ranks(world_size, DOOR, *words, OMP_NUM_THREADS="1", **environment)))
+    return "\n---\n".join(finish(start_ranks(world_size, SCRIPT, *words, OMP_NUM_THREADS="1", **environment)))
 
 
 def statuses(world_size: int, words: list[str], **environment: str) -> list[int]:
-    """Run and let it die: each rank's status."""
-    return [status for status, _ in endings(start_ranks(world_size, DOOR, *words, OMP_NUM_THREADS="1", **environment))]
+    """Run until every rank has ended and return each rank's status."""
+    return [status for status, _ in endings(start_ranks(world_size, SCRIPT, *words, OMP_NUM_THREADS="1", **environment))]
 
 
 def endings(processes: list[ForkedRank]) -> list[tuple[int, str]]:
-    """Each rank's status and what it said. What a dead rank leaves waiting is ended here, as a launcher would."""
+    """Return each rank's status and output; ranks that still wait for a dead one are killed, as a launcher would."""
     try:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
@@ -62,7 +62,7 @@ def endings(processes: list[ForkedRank]) -> list[tuple[int, str]]:
 
 
 def listens_to(signal_number: int, process: ForkedRank) -> bool:
-    """Whether a process has a handler for a signal. See proc_pid_status(5)."""
+    """True if a process has a handler for a signal, see proc_pid_status(5)."""
     caught = re.search(r"^SigCgt:\t(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.M)
     return bool(caught and int(caught[1], 16) >> (signal_number - 1) & 1)
 
@@ -72,7 +72,7 @@ def curves(folder: Path) -> dict[str, dict[int, float]]:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
         for name in set(CURVES) & set(entry):
-            assert entry["step"] not in found[name], f"{name} of step {entry['step']} stands twice"
+            assert entry["step"] not in found[name], f"{name} of step {entry['step']} is there twice"
             found[name][entry["step"]] = entry[name]
     return found
 
@@ -100,7 +100,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("world_size", "choice"), CASES)
-def test_a_killed_run_goes_on_with_the_numbers_of_one_that_never_stopped(world_size, choice, tiny, tmp_path):
+def test_killed_run_resumes_with_the_numbers_of_a_run_that_never_stopped(world_size, choice, tiny, tmp_path):
     words = [*tiny, *choice]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(world_size, [*words, "--output", str(whole)])
@@ -109,18 +109,18 @@ def test_a_killed_run_goes_on_with_the_numbers_of_one_that_never_stopped(world_s
     assert_same_run(whole, stopped)
 
 
-def test_sigterm_to_one_rank_stops_all_after_the_same_step_saved_and_the_same_command_goes_on(tiny, tmp_path):
+def test_sigterm_to_one_rank_stops_and_saves_all_after_the_same_step(tiny, tmp_path):
     words = [*tiny, "--deepspeed", "ds_configs/zero1.json"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(2, [*words, "--output", str(whole)])
     assert statuses(2, [*words, "--output", str(stopped)], FAULT_TERMINATE="1:6") == [SAVED_AND_UNFINISHED] * 2
-    assert checkpoint.step_of(checkpoint.published(stopped / "checkpoints")[0]) == 8  # asked during step 7, all know in step 8
+    assert checkpoint.step_of(checkpoint.published(stopped / "checkpoints")[0]) == 8  # asked during step 7, all ranks know in step 8
     run(2, [*words, "--output", str(stopped), "--resume"])
     assert_same_run(whole, stopped)
 
 
-def test_a_signal_while_a_run_starts_is_obeyed_after_its_first_step(tiny, tmp_path):
-    ranks = start_ranks(2, DOOR, *tiny, OMP_NUM_THREADS="1")
+def test_signal_during_start_up_stops_the_run_after_its_first_step(tiny, tmp_path):
+    ranks = start_ranks(2, SCRIPT, *tiny, OMP_NUM_THREADS="1")
     while not listens_to(signal.SIGUSR1, ranks[1]):
         time.sleep(0.01)
     ranks[1].send_signal(signal.SIGUSR1)
@@ -128,8 +128,8 @@ def test_a_signal_while_a_run_starts_is_obeyed_after_its_first_step(tiny, tmp_pa
     assert [checkpoint.step_of(folder) for folder in checkpoint.published(tmp_path / "run" / "checkpoints")] == [1]
 
 
-def test_a_second_sigint_leaves_at_once(tiny):
-    (rank,) = start_ranks(1, DOOR, *tiny)
+def test_second_sigint_ends_the_process_at_once(tiny):
+    (rank,) = start_ranks(1, SCRIPT, *tiny)
     for _ in range(2):
         while rank.poll() is None and not listens_to(signal.SIGUSR1, rank):
             time.sleep(0.01)
@@ -139,51 +139,51 @@ def test_a_second_sigint_leaves_at_once(tiny):
     assert endings([rank])[0][0] == -signal.SIGINT
 
 
-def test_a_rank_that_loses_the_others_says_so_and_what_there_is_to_go_on_from(tiny):
-    (status, said), (killed, _) = endings(start_ranks(2, DOOR, *tiny, OMP_NUM_THREADS="1", FAULT="1:step:7"))
+def test_rank_that_loses_the_others_names_the_newest_checkpoint(tiny):
+    (status, output), (killed, _) = endings(start_ranks(2, SCRIPT, *tiny, OMP_NUM_THREADS="1", FAULT="1:step:7"))
     assert (status, killed) == (1, -signal.SIGKILL)
     assert re.search(
-        r"^Rank 0 on .* lost the other ranks in step 8: .*Connection .*\. The newest checkpoint is step_00000004; ", said, re.M
-    ), said
-    assert "Traceback" not in said
+        r"^Rank 0 on .* lost the other ranks in step 8: .*Connection .*\. The newest checkpoint is step_00000004; ", output, re.M
+    ), output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero3", "pipeline_zero1"])
-def test_a_rank_that_falls_silent_is_waited_for_so_long_as_was_said(engine, tiny, tmp_path):
-    """Also where the others wait in a group that DeepSpeed made."""
+def test_silent_rank_ends_the_run_after_communication_timeout(engine, tiny, tmp_path):
+    """The timeout also holds in groups that DeepSpeed makes."""
     words = [*tiny, "--deepspeed", f"ds_configs/{engine}.json", "--train_steps", "100000", "--communication_timeout", "3"]
-    ranks = start_ranks(2, DOOR, *words, OMP_NUM_THREADS="1")
+    ranks = start_ranks(2, SCRIPT, *words, OMP_NUM_THREADS="1")
     while ranks[0].poll() is None and not checkpoint.published(tmp_path / "run" / "checkpoints"):
         time.sleep(0.05)
     ranks[1].send_signal(signal.SIGSTOP)
-    said = ranks[0].communicate(timeout=60)[0]
+    output = ranks[0].communicate(timeout=60)[0]
     ranks[1].kill()
     endings(ranks[1:])
     assert ranks[0].returncode == 1
     assert re.search(
-        r"^Rank 0 on .* in step \d+: no answer for 3 s \(--communication_timeout\)\. The newest checkpoint is step_", said, re.M
-    ), said
+        r"^Rank 0 on .* in step \d+: no answer for 3 s \(--communication_timeout\)\. The newest checkpoint is step_", output, re.M
+    ), output
 
 
-def test_each_of_several_transfers_under_way_together_is_known_for_a_silent_rank():
-    """Gloo ends the others with another text, which does not name it, than the first that ran out of time."""
-    command = [sys.executable, "-c", SILENT_IN_SEVERAL_TRANSFERS]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, env=os.environ | {"RANK": "0"}).stdout.splitlines()
-    assert len(said) == 5
-    assert any(line.startswith("Application timeout caused pair closure") for line in said), said
-    assert all(line.endswith("during start-up: no answer for 0.5 s (--communication_timeout).") for line in said), said
+def test_every_concurrent_transfer_reports_a_silent_rank():
+    """Gloo ends the other transfers with another text than the first that timed out, and that text does not name gloo."""
+    command = [sys.executable, "-c", SILENT_RANK_IN_SEVERAL_TRANSFERS]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, env=os.environ | {"RANK": "0"}).stdout.splitlines()
+    assert len(output) == 5
+    assert any(line.startswith("Application timeout caused pair closure") for line in output), output
+    assert all(line.endswith("during start-up: no answer for 0.5 s (--communication_timeout).") for line in output), output
 
 
-def test_a_run_whose_gradients_are_never_finite_again_ends_with_93(tiny):
+def test_run_whose_gradients_stay_not_finite_ends_with_status_93(tiny):
     words = [*tiny, "--precision", "float32", "--optimizer.learning_rate", "1e30", "--train_steps", "80", "--log.sample_interval", "0"]
-    ((status, said),) = endings(start_ranks(1, DOOR, *words, OMP_NUM_THREADS="1"))
-    assert status == 93, said
-    assert said.splitlines()[-1].startswith("The gradient was not finite in 50 steps in a row")
+    ((status, output),) = endings(start_ranks(1, SCRIPT, *words, OMP_NUM_THREADS="1"))
+    assert status == 93, output
+    assert output.splitlines()[-1].startswith("The gradient was not finite in 50 steps in a row")
 
 
 # A checkpoint of this run is 13 writes on rank 0 and 55 on rank 1.
 @pytest.mark.parametrize(("fault", "last_whole"), [("1:write:80", 4), ("0:write:20", 4), ("0:publish:1", 4)])
-def test_dying_while_the_second_checkpoint_is_written_leaves_the_first(fault, last_whole, tiny, tmp_path):
+def test_crash_during_the_second_checkpoint_keeps_the_first(fault, last_whole, tiny, tmp_path):
     words = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
     root = tmp_path / "run" / "checkpoints"
     assert any(status == -signal.SIGKILL for status in statuses(2, words, FAULT=fault))
@@ -193,7 +193,7 @@ def test_dying_while_the_second_checkpoint_is_written_leaves_the_first(fault, la
     assert checkpoint.step_of(checkpoint.published(root)[0]) == 12
 
 
-def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(tiny, tmp_path):
+def test_full_disk_on_one_rank_costs_one_checkpoint_not_the_run(tiny, tmp_path):
     output = run(2, [*tiny, "--deepspeed", "ds_configs/zero2.json"], FULL_DISK="1:100")
     root = tmp_path / "run" / "checkpoints"
     assert "The checkpoint of step 8 could not be written: OSError: [Errno 28] No space left on device" in output
@@ -201,30 +201,30 @@ def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(tiny, tmp_pa
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000004", "step_00000012"]
 
 
-def test_a_run_goes_on_in_other_layouts_with_its_own_curves_and_says_what_it_converts(tiny, tmp_path):
-    """From ZeRO-3 on two ranks to a pipeline to one rank: losses, norms and validation of a run that stayed where it was."""
+def test_run_resumes_in_other_layouts_with_its_own_curves(tiny, tmp_path):
+    """ZeRO-3 on two ranks, then a pipeline, then one rank: losses, norms and validation of a run in one layout."""
     words = [*tiny, "--precision", "float32", "--model.dropout", "0.1", "--log.validation_samples", "0"]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run(1, [*words, "--deepspeed", "ds_configs/zero1.json", "--output", str(whole)])
     kill_at = {"FAULT": "0:step:5"}
     statuses(2, [*words, "--deepspeed", "ds_configs/zero3.json", "--output", str(moved)], **kill_at)
     statuses(2, [*words, "--deepspeed", "ds_configs/pipeline_zero1.json", "--output", str(moved), "--resume"], **kill_at)
-    said = run(1, [*words, "--deepspeed", "ds_configs/zero2.json", "--output", str(moved), "--resume"])
-    assert "Resuming from step 8 of 12, read in " in said
-    assert "converted from 2 rank(s): 2 pipeline stages under ZeRO-1 in float32 to 1 rank(s) under ZeRO-2 in float32" in said
-    there, here = curves(whole), curves(moved)
+    output = run(1, [*words, "--deepspeed", "ds_configs/zero2.json", "--output", str(moved), "--resume"])
+    assert "Resuming from step 8 of 12, read in " in output
+    assert "converted from 2 rank(s): 2 pipeline stages under ZeRO-1 in float32 to 1 rank(s) under ZeRO-2 in float32" in output
+    expected, found = curves(whole), curves(moved)
     for name in CURVES:
-        assert there[name].keys() == here[name].keys()
-        for step, value in there[name].items():
-            assert here[name][step] == pytest.approx(value, rel=1e-5), (name, step)
+        assert expected[name].keys() == found[name].keys()
+        for step, value in expected[name].items():
+            assert found[name][step] == pytest.approx(value, rel=1e-5), (name, step)
     evaluation = evaluating.evaluate(EvaluateSettings(str(moved)), show_progress=False)
-    assert evaluation.loss == pytest.approx(here["loss/validation"][12], rel=1e-5)
+    assert evaluation.loss == pytest.approx(found["loss/validation"][12], rel=1e-5)
 
 
-def test_a_checkpoint_that_is_read_wrong_is_not_trained_on(tiny):
+def test_checkpoint_that_is_read_wrongly_is_not_trained_on(tiny):
     words = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
     statuses(2, words, FAULT="0:step:5")
-    processes = start_ranks(2, DOOR, *words, OMP_NUM_THREADS="1", MISREAD="1")
+    processes = start_ranks(2, SCRIPT, *words, OMP_NUM_THREADS="1", MISREAD="1")
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert all(process.returncode not in (0, 2, SAVED_AND_UNFINISHED) for process in processes)
     assert all("1.attention.query.weight" in output and "have other checksums than were saved" in output for output in outputs)
