@@ -1,4 +1,4 @@
-"""Samples -> batches: which rows a rank reads at a step, and the fixed order of an evaluation."""
+"""Micro-batches of samples: those that a rank reads at a training step, and the fixed order of an evaluation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -17,16 +17,16 @@ from data.shards import TokenStream
 
 
 class Batch(NamedTuple):
-    """One micro-batch: the fields of Sample, a row a sample, int64; None for what the objective does not have."""
+    """One micro-batch: the fields of Sample with one row a sample, int64. Fields that the objective does not have are None."""
 
     tokens: Tensor
-    """[micro_batch_size, sequence_length], or [micro_batch_size, target_length] where there is a source"""
+    """[micro_batch_size, sequence_length], or [micro_batch_size, target_length] if there is a source"""
     segments: Tensor
-    """As `tokens`."""
+    """Shape of `tokens`."""
     targets: Tensor
-    """As `tokens`."""
+    """Shape of `tokens`."""
     token_types: Tensor | None = None
-    """As `tokens`."""
+    """Shape of `tokens`."""
     source: Tensor | None = None
     """[micro_batch_size, sequence_length]"""
     source_segments: Tensor | None = None
@@ -36,23 +36,23 @@ class Batch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What the network is called with, in its order."""
-        if self.source is not None:
+        """The arguments of the network, in its order."""
+        if self.source is not None and self.source_segments is not None:
             return self.source, self.source_segments, self.tokens, self.segments
         return (self.tokens, self.segments) if self.token_types is None else (self.tokens, self.segments, self.token_types)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Each tensor changed."""
-        return Batch(*(None if field is None else function(field) for field in self))
+        """Return the batch with `function` applied to each tensor."""
+        return Batch._make(None if field is None else function(field) for field in self)
 
 
 def target_tokens(batches: list[Batch]) -> int:
-    """How many targets count."""
+    """Return the number of targets that are predicted."""
     return sum(int((batch.targets != IGNORED).sum()) for batch in batches)
 
 
 def target_classes(batches: list[Batch]) -> int:
-    """How many classes count."""
+    """Return the number of classes that are predicted."""
     return sum(int((batch.classes != IGNORED).sum()) for batch in batches if batch.classes is not None)
 
 
@@ -77,14 +77,14 @@ class TrainingBatches:
         self.rank, self.world = rank, world
 
     def step(self, number: int) -> list[Batch]:
-        """This rank's micro-batches of an optimizer step, counted from 0."""
+        """Return this rank's micro-batches of an optimizer step; steps are counted from 0."""
         return [
             _stack([self.sources[source].sample(sample, epoch) for source, epoch, sample in rows])
             for rows in self.step_samples(number).tolist()
         ]
 
     def step_samples(self, number: int) -> NDArray[np.int64]:
-        """Source, epoch and sample of every row of this rank's micro-batches.  -> [accumulation, micro_batch_size, 3]"""
+        """Return source, epoch and sample of every row of this rank's micro-batches.  -> [accumulation, micro_batch_size, 3]"""
         step = self.plan.positions(number)
         positions = np.arange(step.start, step.stop, dtype=np.int64)
         share = rank_share(positions, self.micro_batch_size, self.rank, self.world)
@@ -92,7 +92,7 @@ class TrainingBatches:
 
 
 def num_evaluation_samples(num_tokens: int, sequence_length: int, stride: int) -> int:
-    """How many samples, `stride` tokens apart, cover a stream of so many tokens."""
+    """Return how many samples, `stride` tokens apart, cover a stream of `num_tokens` tokens."""
     return 1 + max(0, -(-(num_tokens - sequence_length) // stride))
 
 
@@ -107,14 +107,14 @@ def evaluation_batches(
     document_mask: bool = False,
     stride: int | None = None,
 ) -> Iterator[Batch]:
-    """The whole stream in a fixed order, every token a target once, the first behind end_of_text; the last sample is padded.
+    """Yield the whole stream in a fixed order. Every token is a target once, the first one after end_of_text; the last sample is padded.
 
-    Each rank gets the same number of batches, the last ones padding where there is nothing left, because ranks must call the
-    model together. `limit_samples` takes so many samples, evenly spread. Samples begin `stride` tokens apart (default: side by
-    side); where they overlap, the later one reads the tokens again without counting them.
+    Each rank gets the same number of batches, because ranks must call the model together; the last batches may be padding.
+    `limit_samples` takes that many samples, evenly spread. Samples begin `stride` tokens apart (default: sequence_length); where they
+    overlap, the later sample reads the tokens again but does not predict them again.
     """
     if len(stream) == 0:
-        raise UserError("The split to evaluate on has 0 tokens: no document was held out. Prepare with a larger --held_out.")
+        raise UserError("The split to evaluate on has 0 tokens: no document was held out. Prepare the data with a larger --held_out.")
     stride = stride or sequence_length
     packed = PackedSamples(stream, sequence_length, end_of_text, document_mask)
     num_samples = num_evaluation_samples(len(stream), sequence_length, stride)
@@ -122,24 +122,24 @@ def evaluation_batches(
         rows = _rows(lambda number: packed.window(number * stride), numbers)
         for number, row in zip(numbers, rows, strict=True):
             if number > 0:
-                row.targets[: sequence_length - stride] = IGNORED  # the sample before has counted them
+                row.targets[: sequence_length - stride] = IGNORED  # predicted by the sample before
         yield _stack(rows)
 
 
 def held_out_batches(
     samples: Samples, micro_batch_size: int, rank: int = 0, world: int = 1, limit_samples: int | None = None
 ) -> Iterator[Batch]:
-    """Samples of any objective in a fixed order, drawn as in epoch 0.
+    """Yield samples of any objective in a fixed order, drawn as in epoch 0.
 
-    Each rank gets the same number of batches, the last ones padding where there is nothing left, because ranks must call the
-    model together. `limit_samples` takes so many samples, evenly spread.
+    Each rank gets the same number of batches, because ranks must call the model together; the last batches may be padding.
+    `limit_samples` takes that many samples, evenly spread.
     """
     for numbers in _evenly_spread(samples.num_samples, limit_samples, micro_batch_size, rank, world):
         yield _stack(_rows(lambda number: samples.sample(number, 0), numbers))
 
 
 def _evenly_spread(num_samples: int, limit_samples: int | None, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """The samples of each of a rank's micro-batches; -1 for padding.  -> [batches][micro_batch_size]"""
+    """Return the sample numbers of each of a rank's micro-batches; -1 for padding.  -> [batches][micro_batch_size]"""
     taken = min(num_samples, limit_samples or num_samples)
     samples = np.arange(taken, dtype=np.int64) * num_samples // taken
     padding = np.full(-taken % (micro_batch_size * world), -1, dtype=np.int64)
@@ -147,10 +147,10 @@ def _evenly_spread(num_samples: int, limit_samples: int | None, micro_batch_size
 
 
 def _rows(read: Callable[[int], Sample], numbers: list[int]) -> list[Sample]:
-    """Samples, with padding of their shape for -1."""
+    """Return the samples of these numbers, with padding of the same shape for -1."""
     return [padding_like(read(0)) if number < 0 else read(number) for number in numbers]
 
 
 def _stack(samples: list[Sample]) -> Batch:
-    """Samples [sequence_length] as the rows of a micro-batch."""
-    return Batch(*(None if rows[0] is None else torch.from_numpy(np.stack(rows)) for rows in zip(*samples, strict=True)))
+    """Return samples as the rows of a micro-batch.  [sequence_length] each"""
+    return Batch._make(None if rows[0] is None else torch.from_numpy(np.stack(rows)) for rows in zip(*samples, strict=True))

@@ -11,10 +11,10 @@ from data.sampling.samples import IGNORED
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Masking:
-    """Hides a share of the tokens: 80 of 100 become the mask token, 10 any other token, 10 stay, and all are to be told.
+    """Masking of a share of the tokens, all of which are targets: 80 % become the mask token, 10 % a random token, 10 % stay.
 
-    Section 3.1 of the paper. With `word_edges` (Tokenizer.word_edges) all tokens of a word are hidden or none, each drawing for
-    itself what it becomes, as in the whole-word masking of BERT's later checkpoints.
+    Section 3.1 of the paper. With `word_edges` (Tokenizer.word_edges) either all tokens of a word are chosen or none, and each draws
+    its own replacement, as in the whole-word masking of BERT's later checkpoints.
     """
 
     rate: float
@@ -22,7 +22,7 @@ class Masking:
     mask_token: int
     end_of_text: int
     is_text: NDArray[np.bool_]
-    """Which ids are no special tokens.  [vocab]"""
+    """True for each id that is not a special token.  [vocab]"""
     word_edges: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None
 
     @functools.cached_property
@@ -30,25 +30,25 @@ class Masking:
         return np.flatnonzero(self.is_text)
 
     def framed(self, text: NDArray) -> NDArray[np.int64]:
-        """The text behind the class token and before end of text."""
+        """Return the class token, the text and end of text."""
         return np.concatenate([[self.class_token], self.ended(text)])
 
     def ended(self, text: NDArray) -> NDArray[np.int64]:
-        """The text and end of text, which is written once where the text has it."""
+        """Return the text and end of text, which is not added again if the text ends with it."""
         end = [] if len(text) and text[-1] == self.end_of_text else [self.end_of_text]
         return np.concatenate([text, end]).astype(np.int64)
 
     def hide(self, tokens: NDArray[np.int64], generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """What is read in the place of the tokens, and the targets.  [n] -> [n], [n]"""
+        """Return the tokens that the model reads, and the targets.  [n] -> [n], [n]"""
         hidden, targets = tokens.copy(), np.full_like(tokens, IGNORED)
-        places = np.flatnonzero(self.is_text[tokens])
-        if not len(places):
+        candidates = np.flatnonzero(self.is_text[tokens])
+        if not len(candidates):
             return hidden, targets
-        number = max(1, round(self.rate * len(places)))
+        number = max(1, round(self.rate * len(candidates)))
         if self.word_edges:
-            chosen = places[self._of_whole_words(tokens, places, number, generator)]
+            chosen = candidates[self._choose_words(tokens, candidates, number, generator)]
         else:
-            chosen = generator.choice(places, number, replace=False, shuffle=False)
+            chosen = generator.choice(candidates, number, replace=False, shuffle=False)
         targets[chosen] = tokens[chosen]
         draw = generator.random(len(chosen))
         hidden[chosen[draw < 0.8]] = self.mask_token
@@ -56,14 +56,18 @@ class Masking:
         hidden[changed] = self._text_ids[generator.integers(len(self._text_ids), size=len(changed))]
         return hidden, targets
 
-    def _of_whole_words(
-        self, tokens: NDArray[np.int64], places: NDArray[np.int64], number: int, generator: np.random.Generator
+    def _choose_words(
+        self, tokens: NDArray[np.int64], candidates: NDArray[np.int64], number: int, generator: np.random.Generator
     ) -> NDArray[np.int64]:
-        """Words in random order, passing over what would exceed the number; one of the shortest where each does.  -> numbers of places"""
+        """Return the indices in `candidates` of random words that together have at most `number` tokens.  -> [chosen]
+
+        If every word has more tokens than that, one of the shortest is chosen.
+        """
+        assert self.word_edges is not None
         begins, ends = self.word_edges
-        before = tokens[places - 1]  # the class token is before the first
-        firsts = np.flatnonzero(begins[tokens[places]] | ends[before] | ~self.is_text[before])
-        lengths = np.diff(firsts, append=len(places))
+        before = tokens[candidates - 1]  # the class token is before the first
+        firsts = np.flatnonzero(begins[tokens[candidates]] | ends[before] | ~self.is_text[before])
+        lengths = np.diff(firsts, append=len(candidates))
         sizes, order = lengths.tolist(), generator.permutation(len(firsts)).tolist()
         is_chosen = np.zeros(len(firsts), bool)
         for word in order:

@@ -1,4 +1,4 @@
-"""Documents -> samples: joined and cut anywhere, or packed without cuts."""
+"""Samples of causal text: documents joined and cut anywhere, or packed without cuts."""
 
 import functools
 import itertools
@@ -16,13 +16,14 @@ from data.shards import TokenStream
 
 
 class CausalSamples(Samples):
-    """What both ways of packing share: `content` tokens of documents a sample at most, and the room that marks may need beside it.
+    """The part that both ways of packing share. A sample has at most `content` tokens of documents; the rest is room for special tokens.
 
-    The samples of two sources are told out of order by other draws if they have other numbers as `source`.
+    `seed` and `source` decide which pieces fill-in-the-middle transforms, and how.
     """
 
-    _looked_at = 512
-    """Samples, evenly spread, whose numbers of pieces say what all have: few, for each is a read at another place of the index."""
+    _num_probed = 512
+    """Number of samples, evenly spread, whose pieces are counted to estimate the pieces of all. Each is a read at another place of the
+    index, so the number is small."""
 
     def __init__(
         self,
@@ -42,27 +43,28 @@ class CausalSamples(Samples):
         self.document_mask = document_mask
         self.seed, self.source = seed, source
         self._fill = fill
-        self._spare = fill.spare(sequence_length, type(self)(stream, sequence_length, end_of_text)._pieces_of_some()) if fill else 0
+        self._spare = fill.spare(sequence_length, type(self)(stream, sequence_length, end_of_text)._probe_pieces()) if fill else 0
         self.content = sequence_length - MARKS * self._spare
         self.num_samples = self._count_samples()
 
     @functools.cached_property
     def filled_share(self) -> float:
         """Expected share of the pieces that are transformed; below the rate if samples lack room for the special tokens."""
-        return self._fill.filled_share(self._spare, self._pieces_of_some()) if self._fill else 0.0
+        return self._fill.filled_share(self._spare, self._probe_pieces()) if self._fill else 0.0
 
     def _count_samples(self) -> int:
+        """Return the number of samples in an epoch."""
         raise NotImplementedError
 
     def num_pieces(self, number: int) -> int:
-        """How many documents(number) has, without looking which."""
+        """Return the number of pieces in a sample, without reading which documents they are."""
         raise NotImplementedError
 
     def sample(self, number: int, epoch: int) -> Sample:
-        """Its pieces one behind the other, padded; the fill-in-the-middle differs from epoch to epoch.
+        """Return the pieces of a sample one after the other, padded. Fill-in-the-middle differs from epoch to epoch.
 
-        What stands before a document is end_of_text, and so it is before a piece told out of order; before another piece it is
-        the token that precedes it in its document.
+        The input before the first target of a document, or of a transformed piece, is end_of_text; before any other piece it is the
+        token that precedes the piece in its document.
         """
         pieces = self.documents(number)
         read = [self._read(piece) for piece in pieces]
@@ -70,11 +72,11 @@ class CausalSamples(Samples):
         if self._fill:
             generator = sample_generator(self.seed, epoch, number, self.source)
             chosen = np.flatnonzero(generator.random(len(pieces)) < self._fill.rate)
-            if len(chosen) > self._spare:  # not the first of them: best-fit packing puts the longest there
+            if len(chosen) > self._spare:  # a random choice: best-fit packing puts the longest pieces first
                 chosen = generator.permutation(chosen)[: self._spare]
-            for place in chosen:
-                texts[place] = self._fill.transform(texts[place], self.end_of_text, generator)
-                befores[place] = self.end_of_text
+            for index in chosen:
+                texts[index] = self._fill.transform(texts[index], self.end_of_text, generator)
+                befores[index] = self.end_of_text
         tokens, segments, targets, *_ = empty_sample(self.sequence_length)
         end = 0
         for document, (before, text) in enumerate(zip(befores, texts, strict=True), start=1):
@@ -85,35 +87,35 @@ class CausalSamples(Samples):
             targets[start:end] = text
         return Sample(tokens, segments, targets)
 
-    def _pieces_of_some(self) -> NDArray[np.int64]:
-        """How many each of the samples looked at has.  -> [samples]"""
-        looked_at = min(self.num_samples, self._looked_at)
-        return np.array([self.num_pieces(place * self.num_samples // looked_at) for place in range(looked_at)], np.int64)
+    def _probe_pieces(self) -> NDArray[np.int64]:
+        """Return the number of pieces in each of some samples, evenly spread.  -> [samples]"""
+        probed = min(self.num_samples, self._num_probed)
+        return np.array([self.num_pieces(index * self.num_samples // probed) for index in range(probed)], np.int64)
 
     def _read(self, piece: Piece) -> NDArray[np.int64]:
-        """The token before the piece, and its own.  -> [1 + count]"""
+        """Return the token before the piece and the tokens of the piece.  -> [1 + num_tokens]"""
         start = self.stream.document_start(piece.document) + piece.first
         if piece.first:
-            return self.stream.read(start - 1, piece.count + 1).astype(np.int64)
-        return np.concatenate([[self.end_of_text], self.stream.read(start, piece.count)])
+            return self.stream.read(start - 1, piece.num_tokens + 1).astype(np.int64)
+        return np.concatenate([[self.end_of_text], self.stream.read(start, piece.num_tokens)])
 
 
 class PackedSamples(CausalSamples):
     """Documents joined to one row and cut every `content` tokens: sample i has the tokens i*content to (i+1)*content as targets.
 
-    Every token is a target once an epoch, the first one too: end_of_text stands before it. Only the last sample is padded.
-    With `document_mask` each document is a segment that begins with end_of_text as its input, so that nothing of another
-    document is seen from it.
+    Every token is a target once an epoch. The first one is predicted from end_of_text. Only the last sample is padded.
+    With `document_mask` each document is a segment whose first input is end_of_text, so that it sees nothing of another document.
     """
 
     def _count_samples(self) -> int:
         return -(-len(self.stream) // self.content)
 
     def sample(self, number: int, epoch: int) -> Sample:
+        """Return a sample; without fill-in-the-middle it is the same in every epoch."""
         return super().sample(number, epoch) if self._fill else self.window(number * self.content)
 
     def window(self, start: int) -> Sample:
-        """The sample whose targets are the tokens from a place of the stream on."""
+        """Return the sample whose targets are the sequence_length tokens that begin at index `start` of the stream."""
         tokens, segments, targets, *_ = empty_sample(self.sequence_length)
         count = min(self.sequence_length, len(self.stream) - start)
         if start:
@@ -131,6 +133,7 @@ class PackedSamples(CausalSamples):
         return Sample(tokens, segments, targets)
 
     def documents(self, number: int) -> list[Piece]:
+        """Return the pieces of documents that a sample holds, in order."""
         start = number * self.content
         edges = self._edges(number)
         documents = [self.stream.document_at(start + edge) for edge in edges[:-1]]
@@ -141,31 +144,34 @@ class PackedSamples(CausalSamples):
         ]
 
     def num_pieces(self, number: int) -> int:
+        """Return the number of pieces in a sample, without reading which documents they are."""
         return len(self._edges(number)) - 1
 
     def _edges(self, number: int) -> list[int]:
-        """Where the pieces of a sample begin, and where the last one ends."""
+        """Return the positions in a sample where its pieces begin, and where the last one ends."""
         start = number * self.content
         count = min(self.content, len(self.stream) - start)
         return np.union1d([0, count], self.stream.document_starts(start, count)).tolist()
 
 
 class BestFitSamples(CausalSamples):
-    """Documents packed without cuts: one that fits into a sample is never divided, a longer one gives full samples and a last piece.
+    """Documents packed without cuts: one that fits into a sample is never divided; a longer one gives full samples and a last piece.
 
     Best-fit-decreasing, each shard on its own (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830).
     The rest of a sample is padding. Every token is a target once an epoch.
     """
 
-    _looked_at = 4096  # Read in memory, and more than 512 because a few samples may hold most of the short documents.
+    _num_probed = 4096  # in memory, and more than 512 because a few samples may hold most of the short documents
 
     def _count_samples(self) -> int:
         return self._packing.num_samples
 
     def documents(self, number: int) -> list[Piece]:
+        """Return the pieces of documents that a sample holds, in order."""
         return self._packing.documents(number)
 
     def num_pieces(self, number: int) -> int:
+        """Return the number of pieces in a sample, without reading which documents they are."""
         return self._packing.num_pieces(number)
 
     @functools.cached_property

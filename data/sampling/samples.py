@@ -1,4 +1,4 @@
-"""A sample, the samples of a source, and padding."""
+"""One sample, the interface of all samples of a source, and padding."""
 
 from typing import NamedTuple
 
@@ -9,57 +9,57 @@ from data.command_line import UserError
 from data.shards import TokenStream
 
 IGNORED = -100
-"""The target of a position that is none. It is model/loss.py's number, written again because data does not import model."""
+"""Target of a position that is not predicted. Equals IGNORED of model/loss.py, which data must not import."""
 
 
 class Sample(NamedTuple):
-    """One row of a batch, int64; None for what the objective does not have."""
+    """One row of a batch, int64. Fields that the objective does not have are None."""
 
     tokens: NDArray[np.int64]
-    """What the network reads, a decoder behind an encoder included.  [sequence_length], or [target_length] where there is a source"""
+    """Ids that the network (in an encoder-decoder, its decoder) reads.  [sequence_length], or [target_length] if there is a source"""
     segments: NDArray[np.int64]
-    """The number of the document inside the sample, from 1, negative in the prefix of a prefix-LM; 0 for padding; all 1 where documents
-    are not told apart.  As `tokens`."""
+    """Number of the document inside the sample, from 1; negative in the prefix of a prefix-LM; 0 for padding; 1 everywhere if documents
+    see one another.  Shape of `tokens`."""
     targets: NDArray[np.int64]
-    """What is to be said at each place, or IGNORED.  As `tokens`."""
+    """Id to predict at each position, or IGNORED.  Shape of `tokens`."""
     token_types: NDArray[np.int64] | None = None
-    """Of an encoder: 0 for the first text of a sample, 1 for the second.  As `tokens`."""
+    """Encoders only: 0 for the first text of a sample, 1 for the second.  Shape of `tokens`."""
     source: NDArray[np.int64] | None = None
-    """What the encoder of an encoder-decoder reads.  [sequence_length]"""
+    """Ids that the encoder of an encoder-decoder reads.  [sequence_length]"""
     source_segments: NDArray[np.int64] | None = None
-    """The source that belongs to a target has its number.  [sequence_length]"""
+    """Segments of `source`; a source has the number of its target.  [sequence_length]"""
     classes: NDArray[np.int64] | None = None
-    """Of the whole sample, or IGNORED.  A scalar."""
+    """Class of the whole sample, or IGNORED.  A scalar."""
 
 
 class Piece(NamedTuple):
-    """A part of a document, whose tokens are targets of a sample."""
+    """The part of a document whose tokens are in one sample."""
 
     document: int
-    """Its number in the stream, from 0."""
+    """Index of the document in the stream, from 0."""
     first: int
-    """The place inside the document of the piece's first token."""
-    count: int
-    """Tokens."""
+    """Index of the piece's first token in the document."""
+    num_tokens: int
+    """Number of tokens."""
 
 
 class Samples:
-    """What training reads of a source, by number: which samples there are is fixed, what each draws at random differs by epoch."""
+    """All samples of a source, by index. The documents of a sample are the same in every epoch; what it draws at random differs."""
 
     stream: TokenStream
     num_samples: int
-    """Samples of an epoch."""
+    """Number of samples in an epoch."""
     sequence_length: int
     target_length: int | None = None
-    """Tokens of the decoder of an encoder-decoder, whose encoder reads sequence_length; None elsewhere."""
+    """Tokens that the decoder of an encoder-decoder reads (its encoder reads sequence_length); None for other architectures."""
     start_token: int | None = None
-    """What that decoder reads before its first target."""
+    """Id that the decoder of an encoder-decoder reads before its first target; None for other architectures."""
     num_cut: int = 0
-    """Documents whose ends are never read, because they are too long."""
+    """Number of documents that are too long for a sample, so that their ends are never read."""
 
     @property
     def padding_share(self) -> float:
-        """The part of all positions that holds no token of a document: padding, and the room for marks."""
+        """Share of all positions that hold no token of a document: padding and the room for special tokens."""
         return 1 - len(self.stream) / (self.num_samples * (self.sequence_length + (self.target_length or 0)))
 
     @property
@@ -68,15 +68,16 @@ class Samples:
         return 0.0
 
     def documents(self, number: int) -> list[Piece]:
-        """What a sample holds in every epoch, in order."""
+        """Return the pieces of documents that a sample holds in every epoch, in order."""
         raise NotImplementedError
 
     def sample(self, number: int, epoch: int) -> Sample:
+        """Return sample `number`, counted from 0, as it is in an epoch."""
         raise NotImplementedError
 
 
 def empty_sample(sequence_length: int) -> Sample:
-    """Padding alone: 0, 0 and IGNORED."""
+    """Return a sample of padding alone: tokens 0, segments 0, targets IGNORED."""
     zeros = np.zeros((2, sequence_length), np.int64)
     return Sample(zeros[0], zeros[1], np.full(sequence_length, IGNORED, np.int64))
 
@@ -89,7 +90,7 @@ def encoder_sample(
     token_types: NDArray[np.int64] | None = None,
     classes: np.int64 | None = None,
 ) -> Sample:
-    """Padded.  [n] each, n up to sequence_length"""
+    """Return the sample of an encoder, padded to sequence_length.  [n] each, n at most sequence_length"""
     sample, count = empty_sample(sequence_length), len(tokens)
     sample.tokens[:count], sample.segments[:count], sample.targets[:count] = tokens, segments, targets
     types = None if token_types is None else np.pad(token_types, (0, sequence_length - count))
@@ -105,7 +106,10 @@ def encoder_decoder_sample(
     targets: NDArray[np.int64],
     segments: NDArray[np.int64],
 ) -> Sample:
-    """Padded; the decoder reads the start token and then its targets, segment by segment.  [n], [n], [m], [m]"""
+    """Return the sample of an encoder-decoder, padded.  [n], [n], [m], [m]
+
+    In each segment the decoder reads the start token and then its own targets, one position later.
+    """
     sample, count = empty_sample(target_length), len(targets)
     sample.tokens[1:count] = targets[:-1]
     sample.tokens[:count][np.diff(segments, prepend=0) != 0] = start_token
@@ -116,8 +120,8 @@ def encoder_decoder_sample(
 
 
 def padding_like(sample: Sample) -> Sample:
-    """A sample of the same shapes in which nothing counts."""
-    empty = Sample(*(None if field is None else np.zeros_like(field) for field in sample))
+    """Return a sample of the same shapes in which nothing is predicted."""
+    empty = Sample._make(None if field is None else np.zeros_like(field) for field in sample)
     classes = None if sample.classes is None else np.full_like(sample.classes, IGNORED)
     return empty._replace(targets=np.full_like(sample.targets, IGNORED), classes=classes)
 

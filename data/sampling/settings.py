@@ -1,7 +1,9 @@
 """The settings that decide which samples a run reads."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 ObjectiveName = Literal["causal", "prefix", "masked", "span_corruption", "pairs", "classification"]
 Architecture = Literal["decoder", "encoder", "encoder_decoder"]
@@ -9,39 +11,41 @@ Architecture = Literal["decoder", "encoder", "encoder_decoder"]
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
+    """The prepared folders that a run reads, and how their documents become samples."""
+
     path: tuple[str, ...] = ("prepared",)
-    """Folder that data/prepare.py wrote, or several to blend."""
+    """Folder that data/prepare.py wrote, or several folders to blend."""
     weights: tuple[float, ...] = ()
-    """Share of each folder in the samples, in any unit (default: what each holds)."""
+    """Share of each folder in the samples, in any unit (default: proportional to the number of samples of each folder)."""
     packing: Literal["packed", "best_fit"] = "packed"
-    """How documents fill samples: joined and cut where a sample is full, or, for a little padding, none cut that fits into one.
-    Without model.document_mask those of a sample see one another either way."""
-    fim_rate: float = 0.0
-    """Share of the pieces of documents whose middle is moved to their end, to be filled in (Bavarian et al. 2022, arXiv 2207.14255).
-    A document is one piece if it lies in one sample, and several if samples divide it."""
+    """How documents fill samples. packed: joined, and cut where a sample is full; best_fit: a document that fits into one sample is
+    not cut, which costs a little padding. Without model.document_mask the documents of a sample see one another either way."""
+    fim_rate: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Fill-in-the-middle: share of the pieces of documents whose middle is moved to their end (Bavarian et al. 2022, arXiv 2207.14255).
+    A document is one piece if it lies in one sample, and several pieces if samples divide it."""
     fim_tokens: tuple[str, ...] = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
-    """Special tokens of the tokenizer before prefix, suffix and middle of such a document."""
+    """Fill-in-the-middle: special tokens before the prefix, the suffix and the middle of a piece."""
     objective: ObjectiveName | None = None
-    """What a sample asks for (default: causal for a decoder, masked for an encoder, span_corruption for an encoder_decoder). causal: the
-    next token; prefix: the same behind a prefix whose tokens see one another; masked: tokens that were hidden; span_corruption: spans
-    that were cut out; pairs: the second text of each document, given the first; classification: its label (--pair_field of
-    data/prepare.py)."""
-    mask_rate: float = 0.15
+    """Training objective (default: causal for a decoder, masked for an encoder, span_corruption for an encoder_decoder). causal: predict
+    the next token; prefix: the same after a prefix whose tokens see one another; masked: predict hidden tokens; span_corruption: write
+    the spans that were cut out; pairs: write the second text of each document, given the first; classification: predict the label of
+    each document (--pair_field of data/prepare.py)."""
+    mask_rate: Annotated[float, Gt(0), Lt(1)] = 0.15
     """Share of the tokens that masked hides (ModernBERT: 0.3) or span_corruption cuts out, above 0 and below 1."""
     whole_words: bool = False
-    """masked hides all tokens of a word or none."""
+    """masked: hide either all tokens of a word or none."""
     next_sentence: bool = False
-    """Beside masked: whether the second part of a sample follows the first, or is from another document, is its class (1: another)."""
-    span_length: float = 3.0
-    """Tokens of a span that span_corruption cuts out, on average; at least 1."""
+    """masked: also predict whether the second part of a sample follows the first (class 0) or comes from another document (class 1)."""
+    span_length: Annotated[float, Ge(1)] = 3.0
+    """span_corruption: mean length of a span in tokens, at least 1."""
     target_length: int | None = None
-    """Tokens of the second texts in a sample of pairs (default: model.sequence_length, which is that of the first texts)."""
+    """pairs: tokens of the second texts in a sample (default: model.sequence_length, which is the length of the first texts)."""
     labels: tuple[str, ...] = ()
-    """Labels of classification, as they stand in the data; a label's place, from 0, is its class."""
+    """classification: the labels, spelled as in the data. The index of a label, from 0, is its class."""
     start_token: str | None = None
-    """Special token that a decoder reads before the first target of span_corruption and pairs (default: the one that ends a text).
+    """span_corruption and pairs: special token that the decoder reads before the first target (default: the end-of-text token).
     Weights of published T5 and Marian models need <pad>."""
     class_token: str = "[CLS]"
-    """Special token before each text that an encoder reads."""
+    """masked and classification: special token before each text."""
     mask_token: str = "[MASK]"
-    """Special token in the place of a hidden one."""
+    """masked: special token that replaces a hidden token."""

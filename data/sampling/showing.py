@@ -38,7 +38,7 @@ def show(settings: ShowSettings) -> Iterator[str]:
     for number, (samples, micro_batch) in enumerate(micro_batches):
         for row, (source, epoch, sample) in enumerate(samples):
             yield f"micro-batch {number}, row {row}: {sampling.names[source]}, epoch {epoch}, sample {sample}"
-            fields = Sample(*(None if field is None else field[row].numpy() for field in micro_batch))
+            fields = Sample._make(None if field is None else field[row].numpy() for field in micro_batch)
             yield from _describe_sample(sampling, source, sample, fields, settings.characters)
 
 
@@ -60,8 +60,8 @@ def _describe_piece(sampling: Sampling, source: int, piece: Piece) -> str:
     """Return the place that a document came from, and which of its tokens the sample has."""
     folder, stream = list(sampling.folders.values())[source], sampling.samples[source].stream
     length = stream.document_start(piece.document + 1) - stream.document_start(piece.document)
-    last = piece.first + piece.count - 1
-    tokens = f"all {length} tokens" if piece.count == length else f"tokens {piece.first} to {last} of {length}"
+    last = piece.first + piece.num_tokens - 1
+    tokens = f"all {length} tokens" if piece.num_tokens == length else f"tokens {piece.first} to {last} of {length}"
     return f"  {folder.place_of('train', piece.document)}: {tokens}"
 
 

@@ -1,4 +1,4 @@
-"""What a run reads: prepared folders cut into samples, and the blend that says which of them comes when."""
+"""The sources of a run: prepared folders cut into samples, and the blend that orders them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Sampling:
     """The samples of a run's sources, in the order of data.path."""
 
     folders: dict[str, PreparedData]
-    """By name."""
+    """The prepared folders by name."""
     samples: list[Samples]
     blend: Blend
     tokenizer: Tokenizer
@@ -28,53 +28,54 @@ class Sampling:
 
     @property
     def names(self) -> list[str]:
+        """Names of the sources."""
         return list(self.folders)
 
     @property
     def end_of_text(self) -> int:
-        """The id that ends each document, in all folders."""
+        """The id that ends each document in all folders."""
         return next(iter(self.folders.values())).end_of_text
 
     @property
     def target_length(self) -> int | None:
-        """Tokens that the decoder of an encoder-decoder reads of a sample; None elsewhere."""
+        """Tokens of a sample that the decoder of an encoder-decoder reads; None for other architectures."""
         return self.samples[0].target_length
 
     @property
     def start_token(self) -> int | None:
-        """The id that the decoder of an encoder-decoder reads first; None elsewhere."""
+        """The id that the decoder of an encoder-decoder reads first; None for other architectures."""
         return self.samples[0].start_token
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Of the text that the blend reads, in UTF-8; None where the objective does not ask for every token behind those before it."""
+        """Mean UTF-8 bytes of a token in the text that the blend reads; None if the objective does not predict every token."""
         if not self.objective.predicts_every_token:
             return None
         streams = [folder.splits["train"] for folder in self.folders.values()]
         return sum(float(share) * stream.num_bytes / len(stream) for share, stream in zip(self.blend.shares, streams, strict=True))
 
     def epochs(self, positions: int) -> dict[str, float]:
-        """How often the first so many samples of the run read each source, by its name."""
+        """Return how often the first `positions` samples of the run read each source, by the source's name."""
         return dict(zip(self.names, self.blend.epochs(positions).tolist(), strict=True))
 
 
 def open_folders(paths: Sequence[str]) -> dict[str, PreparedData]:
-    """The prepared folders by name. Raises UserError where one is missing or damaged, or has another tokenizer than the first."""
+    """Return the prepared folders by name. Raises UserError if one is missing or damaged, or has another tokenizer than the first."""
     if not paths:
-        raise UserError("data.path names no folder; give at least one.")
+        raise UserError("data.path names no folder; give at least one folder.")
     folders = dict(zip(names_of(paths), map(PreparedData, paths), strict=True))
     first, *others = folders.values()
     for other in others:
         if difference := _difference(other, first):
             raise UserError(
-                f"{other.folder} was tokenized otherwise than {first.folder}: {difference}. All folders of data.path need one "
+                f"{other.folder} and {first.folder} have different tokenizers: {difference}. All folders of data.path need the same "
                 f"tokenizer: prepare again with --tokenizer {first.tokenizer_path}."
             )
     return folders
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-    """The last parts of each path, as many as tell all apart. Raises UserError where a folder is named twice."""
+    """Return the last parts of each path, as few as make all names different. Raises UserError if a folder is named twice."""
     resolved = [Path(path).resolve() for path in paths]
     twice = next((path for number, path in enumerate(resolved) if path in resolved[:number]), None)
     if twice:
@@ -132,13 +133,13 @@ def _open_objective(folders: dict[str, PreparedData], settings: SamplingSettings
 
 
 def _difference(prepared: PreparedData, first: PreparedData) -> str:
-    """How the tokenizer of a folder is not that of the first; empty where it is the same."""
-    there, here = first.manifest["tokenizer"], prepared.manifest["tokenizer"]
-    if here["sha256"] != there["sha256"]:
-        return f"{here['sha256'][:12]} ({prepared.vocab_size:,} ids) is not {there['sha256'][:12]} ({first.vocab_size:,} ids)"
-    settings, others = here.get("settings") or {}, there.get("settings") or {}
+    """Return how the tokenizer of a folder differs from that of the first folder; empty if they are equal."""
+    own, other = prepared.manifest["tokenizer"], first.manifest["tokenizer"]
+    if own["sha256"] != other["sha256"]:
+        return f"{own['sha256'][:12]} ({prepared.vocab_size:,} ids) is not {other['sha256'][:12]} ({first.vocab_size:,} ids)"
+    settings, others = own.get("settings") or {}, other.get("settings") or {}
     if differing := [name for name in sorted(settings | others) if settings.get(name) != others.get(name)]:
-        return f"the same file with other settings beside it ({', '.join(differing)})"
+        return f"the files are equal, but the settings next to them differ ({', '.join(differing)})"
     if prepared.end_of_text != first.end_of_text:
-        return f"token {prepared.end_of_text} ends its documents, not {first.end_of_text}"
+        return f"documents end with token {prepared.end_of_text}, not {first.end_of_text}"
     return ""

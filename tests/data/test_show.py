@@ -127,7 +127,7 @@ def test_fill_in_the_middle_is_visible(folders, capsys):
     show.main([folders[1], *WORDS, *words])
     lines = capsys.readouterr().out.splitlines()
     documents = [(place, text) for place, text in itertools.pairwise(lines) if text.startswith("    ")]
-    transformed = [text for place, text in documents if place.endswith(", filled in the middle")]
+    transformed = [text for place, text in documents if place.endswith(", transformed by fill-in-the-middle")]
     assert transformed
     for text in transformed:
         assert all(text.count(mark) == 1 for mark in MARKS)
@@ -162,9 +162,9 @@ def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
     words += ["--model.document_mask", "--batch.global_batch_size", "8", "--batch.micro_batch_size", "2", "--seed", "9"]
     show.main([*folders, *words, "--step", "3", "--rank", "1", "--world_size", "2"])
     assert capsys.readouterr().out == of_run
-    assert of_run.startswith("step 3, rank 1 of 2: samples of 32 tokens, best_fit, documents apart by mask, seed 9\n")
+    assert of_run.startswith("step 3, rank 1 of 2: samples of 32 tokens, best_fit, documents separated by mask, seed 9\n")
     show.main(["--run", str(run), "--step", "3", "--seed", "1", "--world_size", "4", "--rank", "1"])
-    assert capsys.readouterr().out.startswith("step 3, rank 1 of 4: samples of 32 tokens, best_fit, documents apart by mask, seed 1\n")
+    assert capsys.readouterr().out.startswith("step 3, rank 1 of 4: samples of 32 tokens, best_fit, documents separated by mask, seed 1\n")
 
 
 @pytest.mark.parametrize(
@@ -188,10 +188,10 @@ def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
         ),
         (
             ["--data.fim_rate", "1", "--data.fim_tokens", "a"],
-            "data.fim_tokens has 1 tokens; it must be three: before prefix, suffix and middle.",
+            "data.fim_tokens has 1 tokens; it must have three: before prefix, suffix and middle.",
         ),
         (["--run", "nowhere"], "--run nowhere: nowhere/run.json cannot be read: No such file or directory."),
-        (["--data.path"], "data.path names no folder; give at least one."),
+        (["--data.path"], "data.path names no folder; give at least one folder."),
     ],
 )
 def test_a_mistake_is_one_sentence(folders, words, sentence):
@@ -243,8 +243,8 @@ def test_changes_that_decide_what_is_read_are_told_first(run, capsys):
     ("change", "difference"),
     [
         ({"sha256": "0" * 64, "vocab_size": 2000}, r"000000000000 \(2,000 ids\) is not [0-9a-f]{12} \(380 ids\)\."),
-        ({"settings": {"pat_str": "x"}}, r"the same file with other settings beside it \(pat_str\)\."),
-        ({"end_of_text": 7}, r"token 7 ends its documents, not \d+\."),
+        ({"settings": {"pat_str": "x"}}, r"the files are equal, but the settings next to them differ \(pat_str\)\."),
+        ({"end_of_text": 7}, r"documents end with token 7, not \d+\."),
     ],
 )
 def test_folders_with_other_tokenizers_are_refused_by_name(folders, tmp_path, change, difference):
@@ -252,7 +252,7 @@ def test_folders_with_other_tokenizers_are_refused_by_name(folders, tmp_path, ch
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
     manifest["tokenizer"] |= change
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=rf"other was tokenized otherwise than .*verse-prepared: {difference}"):
+    with pytest.raises(UserError, match=rf"other and .*verse-prepared have different tokenizers: {difference}"):
         open_folders([folders[0], str(tmp_path / "other")])
 
 
@@ -316,11 +316,11 @@ def test_every_objective_shows_what_is_read_and_what_is_asked_for(labelled, caps
     assert len(rows_of(lines)) == 8
     names = [line.split(":")[0].strip() for line in lines if line.startswith("    ")]
     assert {
-        "prefix": {"prefix", "asked for"},
-        "masked": {"read", "asked for"},
-        "next_sentence": {"read", "asked for", "class"},
-        "span_corruption": {"source", "read", "asked for"},
-        "pairs": {"source", "read", "asked for"},
+        "prefix": {"prefix", "predicted"},
+        "masked": {"read", "predicted"},
+        "next_sentence": {"read", "predicted", "class"},
+        "span_corruption": {"source", "read", "predicted"},
+        "pairs": {"source", "read", "predicted"},
         "classification": {"read", "class"},
     }[objective] <= set(names)
     text = "\n".join(lines)

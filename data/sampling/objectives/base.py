@@ -40,11 +40,11 @@ class ShownPart(NamedTuple):
 
 
 class Objective:
-    """What a model learns from the samples of a run: which samples there are, what is read in them and what is predicted.
+    """A training objective: which samples there are, which tokens a model reads in them and which it predicts.
 
-    A further objective is a file in this folder with a subclass, a line in table.py, and its name in data/sampling/settings.py.
-    The constructor looks up the special tokens that the objective needs, and raises UserError if the tokenizer has none of that name.
-    `open_objective` of table.py checks the settings first.
+    To add an objective, write a file in this folder with a subclass, add the class to the table in table.py, and add its name to
+    data/sampling/settings.py. `open_objective` of table.py checks the settings before it constructs the class. The constructor looks
+    up the special tokens that the objective needs; it raises UserError if the tokenizer lacks one.
     """
 
     name: ClassVar[ObjectiveName]
@@ -54,7 +54,7 @@ class Objective:
     own_settings: ClassVar[tuple[str, ...]] = ()
     """Names of SamplingSettings that this objective reads and some others do not. The others refuse any value but the default."""
     predicts_every_token: ClassVar[bool] = False
-    """True if every token of the text is predicted once, from the tokens before it: then bits per byte are defined, and a text can be
+    """True if every token of the text is predicted once, from the tokens before it, so that bits per byte are defined and a text can be
     read in windows."""
 
     def __init__(self, settings: SamplingSettings, model: ModelShape, tokenizer: Tokenizer, end_of_text: int) -> None:
@@ -74,7 +74,7 @@ class Objective:
         return self.samples(folder, split, seed=0, source=0)
 
     def describe(self, samples: Sequence[Samples], shares: Sequence[float]) -> str:
-        """Return the sentence of the plan that says how the documents of all sources become samples.
+        """Return a line for the plan of a run: how the documents of all sources become samples.
 
         `shares` holds each source's share of all samples.
         """
@@ -87,7 +87,7 @@ class Objective:
         return self.name
 
     def shown_parts(self, sample: Sample, pieces: Sequence[Piece]) -> Iterator[ShownPart]:
-        """Yield the parts of a sample in the order to print: its pieces of documents, and then what is read and predicted per segment."""
+        """Yield the parts of a sample in the order to print: its pieces of documents, then the tokens of each segment."""
         for piece in pieces:
             yield ShownPart(piece, "", [])
         for number in range(1, int(np.abs(sample.segments).max()) + 1):
@@ -96,7 +96,7 @@ class Objective:
                 texts.append(("source", sample.source[sample.source_segments == number]))
             is_target = (np.abs(sample.segments) == number) & (sample.targets != IGNORED)
             texts += [("prefix", sample.tokens[sample.segments == -number]), ("read", sample.tokens[sample.segments == number])]
-            texts.append(("asked for", sample.targets[is_target]))
+            texts.append(("predicted", sample.targets[is_target]))
             yield ShownPart(None, "", [(name, tokens) for name, tokens in texts if len(tokens)])
 
     def _summary(self, samples: Sequence[Samples]) -> str:
@@ -106,12 +106,14 @@ class Objective:
     @property
     def _visibility(self) -> str:
         """Whether the documents of a sample see one another."""
-        return "apart by mask" if self.model.document_mask else "seeing one another"
+        return "separated by mask" if self.model.document_mask else "seeing one another"
 
     @property
     def _packing(self) -> str:
         """How documents fill samples."""
-        return {"packed": "documents joined and cut", "best_fit": "documents packed by best fit, none cut that fits"}[self.settings.packing]
+        return {"packed": "documents joined and cut", "best_fit": "documents packed by best fit, not cut if they fit"}[
+            self.settings.packing
+        ]
 
     def _pairs_of(self, folder: PreparedData, split: str) -> TokenStream:
         """Return a split of a folder that holds pairs of texts. Raises UserError if it holds single texts."""

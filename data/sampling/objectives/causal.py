@@ -13,7 +13,7 @@ from data.tokenization.tokenizer import Tokenizer
 
 
 class Causal(Objective):
-    """Predict the next token at every position of joined or packed documents."""
+    """The objective that predicts the next token at every position of joined or packed documents."""
 
     name = "causal"
     architecture = "decoder"
@@ -25,6 +25,7 @@ class Causal(Objective):
         self.fill = _fill_in_the_middle(settings, tokenizer, end_of_text)
 
     def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> CausalSamples:
+        """Return the training samples of a split, with fill-in-the-middle."""
         stream, model = folder.splits[split], self.model
         kind = causal_samples(self.settings.packing)
         return kind(stream, model.sequence_length, self.end_of_text, model.document_mask, self.fill, seed, source)
@@ -34,24 +35,26 @@ class Causal(Objective):
         return PackedSamples(folder.splits[split], self.model.sequence_length, self.end_of_text, self.model.document_mask)
 
     def describe(self, samples: Sequence[Samples], shares: Sequence[float]) -> str:
+        """Return a line for the plan of a run, with the share of the pieces that fill-in-the-middle transforms."""
         text = super().describe(samples, shares)
         if self.fill is None:
             return text
         filled = sum(share * one.filled_share for share, one in zip(shares, samples, strict=True))
-        return f"{text} and marks; {filled:.1%} of the pieces filled in the middle"
+        return f"{text} and special tokens; {filled:.1%} of the pieces transformed by fill-in-the-middle"
 
     @property
     def brief(self) -> str:
+        """Packing and visibility of documents, for data/show.py."""
         return f"{self.settings.packing}, documents {self._visibility}"
 
     def shown_parts(self, sample: Sample, pieces: Sequence[Piece]) -> Iterator[ShownPart]:
         """Yield each piece of a document with its tokens, in the order in which the model reads them."""
-        place = 0
+        start = 0
         for piece in pieces:
-            is_filled = self.fill is not None and int(sample.targets[place]) == self.fill.prefix
-            end = place + piece.count + (MARKS if is_filled else 0)
-            yield ShownPart(piece, ", filled in the middle" if is_filled else "", [("", sample.targets[place:end])])
-            place = end
+            is_filled = self.fill is not None and int(sample.targets[start]) == self.fill.prefix
+            end = start + piece.num_tokens + (MARKS if is_filled else 0)
+            yield ShownPart(piece, ", transformed by fill-in-the-middle" if is_filled else "", [("", sample.targets[start:end])])
+            start = end
 
     def _summary(self, samples: Sequence[Samples]) -> str:
         return f"{self._packing}, {self._visibility}"
@@ -61,7 +64,7 @@ def _fill_in_the_middle(settings: SamplingSettings, tokenizer: Tokenizer, end_of
     if settings.fim_rate == 0:
         return None
     if len(settings.fim_tokens) != 3:
-        raise UserError(f"data.fim_tokens has {len(settings.fim_tokens)} tokens; it must be three: before prefix, suffix and middle.")
+        raise UserError(f"data.fim_tokens has {len(settings.fim_tokens)} tokens; it must have three: before prefix, suffix and middle.")
     fill = FillInTheMiddle(settings.fim_rate, *(tokenizer.special_token_id(token) for token in settings.fim_tokens))
     if len({fill.prefix, fill.suffix, fill.middle, end_of_text}) != 4:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Classification: the label of a text is predicted."""
+"""Classification: predicting the label of a text."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,13 @@ from data.shards import PreparedData, TokenStream
 from data.tokenization.tokenizer import Tokenizer
 
 _SHOWN_LABELS = 10
-"""Of the labels of the first _LOOKED_AT documents, to someone who named none."""
-_LOOKED_AT = 1000
+"""Number of labels to show in the error message if data.labels is missing."""
+_PROBED_DOCUMENTS = 1000
+"""Number of documents whose labels are read for that message."""
 
 
 class Classification(Objective):
-    """Predict the label of each document, which is the second text of a pair."""
+    """The objective that predicts the label of each document, which is the second text of a pair."""
 
     name = "classification"
     architecture = "encoder"
@@ -28,7 +29,15 @@ class Classification(Objective):
         super().__init__(settings, model, tokenizer, end_of_text)
         self._class_token = tokenizer.special_token_id(settings.class_token)
 
+    @classmethod
+    def complaints(cls, settings: SamplingSettings, model: ModelShape) -> list[str]:
+        """Return a sentence if a label is given twice."""
+        if len(set(settings.labels)) == len(settings.labels):
+            return []
+        return [f"data.labels names a label twice: {' '.join(settings.labels)}."]
+
     def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> Samples:
+        """Return the training samples of a split."""
         stream, model = self._pairs_of(folder, split), self.model
         classes = self._classes(folder, split)
         return ClassificationSamples(stream, model.sequence_length, classes, self._class_token, self.end_of_text, model.token_types > 0)
@@ -37,34 +46,37 @@ class Classification(Objective):
         return f"a text and one of {len(self.settings.labels)} labels"
 
     def _classes(self, folder: PreparedData, split: str) -> np.ndarray:
-        """The class of each document.  -> [documents]"""
+        """Return the class of each document.  -> [documents]"""
         labels, stream = self.settings.labels, folder.splits[split]
         if not labels:
-            found = sorted({self._label(stream, document) for document in range(min(stream.num_documents, _LOOKED_AT))})
+            found = sorted({self._label(stream, document) for document in range(min(stream.num_documents, _PROBED_DOCUMENTS))})
             raise UserError(
                 f"data.objective classification needs data.labels, each label once; the first documents of {folder.folder} have: "
                 f"{', '.join(found[:_SHOWN_LABELS])}{', ...' if len(found) > _SHOWN_LABELS else ''}."
             )
-        spelt = [tuple(self.tokenizer.encode(label)) for label in labels]
-        if alike := [label for number, label in enumerate(labels) if spelt.count(spelt[number]) > 1]:
-            raise UserError(f"data.labels {', '.join(alike)} are the same tokens to {self.tokenizer.path}, and cannot be told apart.")
-        classes = classes_of(stream, spelt)
+        label_ids = [tuple(self.tokenizer.encode(label)) for label in labels]
+        if alike := [label for number, label in enumerate(labels) if label_ids.count(label_ids[number]) > 1]:
+            raise UserError(
+                f"data.labels {', '.join(alike)} have the same tokens in {self.tokenizer.path}, so they cannot be distinguished."
+            )
+        classes = classes_of(stream, label_ids)
         unknown = np.flatnonzero(classes < 0)
         if len(unknown):
             first = int(unknown[0])
             raise UserError(
-                f'{folder.folder}, {folder.place_of(split, first)}: the label "{self._label(stream, first)}" is none of data.labels '
-                f"({', '.join(labels)}); {len(unknown):,} documents have such a label."
+                f'{folder.folder}, {folder.place_of(split, first)}: the label "{self._label(stream, first)}" is not in data.labels '
+                f"({', '.join(labels)}); {len(unknown):,} documents have unknown labels."
             )
         return classes
 
     def _label(self, stream: TokenStream, document: int) -> str:
+        """Return the text of a document's label."""
         starts, lengths = stream.sequences(np.array([document]))
         return self.tokenizer.decode(stream.read(int(starts[0, 1]), int(lengths[0, 1]) - 1).tolist())
 
 
 class ClassificationSamples(Samples):
-    """`[CLS] text [SEP]` of one document a sample, cut where it is too long, and the class that its label is."""
+    """Samples of one document each, `[CLS] text [SEP]`, cut if it is too long, with the class of its label."""
 
     def __init__(
         self,
@@ -85,12 +97,15 @@ class ClassificationSamples(Samples):
 
     @property
     def padding_share(self) -> float:
+        """Share of all positions that hold no token of a document."""
         return 1 - self._taken / (self.num_samples * self.sequence_length)
 
     def documents(self, number: int) -> list[Piece]:
+        """Return the pieces of documents that a sample holds, in order."""
         return [Piece(number, 0, len(self._text(number)))]
 
     def sample(self, number: int, epoch: int) -> Sample:
+        """Return sample `number`, counted from 0, as it is in an epoch."""
         tokens = np.concatenate([[self._class_token], self._text(number)]).astype(np.int64)
         tokens[-1] = self._end_of_text
         token_types = np.zeros_like(tokens) if self._token_types else None
@@ -98,18 +113,19 @@ class ClassificationSamples(Samples):
         return encoder_sample(self.sequence_length, tokens, np.ones_like(tokens), targets, token_types, self._classes[number])
 
     def _text(self, number: int) -> NDArray:
+        """Return the first text of a document, cut to the length of a sample."""
         starts, lengths = self.stream.sequences(np.array([number]))
         return self.stream.read(int(starts[0, 0]), min(int(lengths[0, 0]), self.sequence_length - 1))
 
 
 def classes_of(stream: TokenStream, labels: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    """Which of the labels each document's second sequence is, without its end; -1 for none of them.  -> [documents]"""
+    """Return the index of the label that each document's second sequence equals, without its end; -1 for none.  -> [documents]"""
     lengths = stream.sequence_lengths[:, 1]
     classes = np.full(len(lengths), -1, np.int64)
     for number, label in enumerate(labels):
         candidates = np.flatnonzero(lengths == len(label) + 1)
-        for place, token in enumerate(label):
+        for position, token in enumerate(label):
             starts = stream.sequences(candidates)[0][:, 1]
-            candidates = candidates[stream.gather(starts + place) == token]
+            candidates = candidates[stream.gather(starts + position) == token]
         classes[candidates] = number
     return classes

@@ -12,15 +12,15 @@ from data.sampling.samples import Piece, Sample, Samples, encoder_sample, requir
 from data.shards import TokenStream
 
 _SUMMED_AT_ONCE = 64
-"""Documents between two stored sums: finding a piece reads the lengths of this many."""
+"""Number of documents between two stored sums; finding a piece reads the lengths of this many documents."""
 
 
 class NextSentenceSamples(Samples):
-    """`[CLS] A [SEP] B [SEP]` with tokens hidden: a piece of a document, cut in two at a random place; half of the second parts are
-    from another document of the source, and which half is the class: 0 where B follows, 1 where it is another's.
+    """Samples `[CLS] A [SEP] B [SEP]` with hidden tokens. A and B are a piece of a document, cut at a random position.
 
-    Token types are 0 up to the first SEP, then 1. What another document takes the place of is not read in that epoch. The other's
-    part is as long as what it replaces, or all that there is. A piece of one token has nothing that follows.
+    In half of the samples B is replaced by text of another document of the source. The class is 0 if B follows A, and 1 if it is from
+    another document. Token types are 0 up to the first SEP, then 1. The replaced text is not read in that epoch. The replacement is as
+    long as the text that it replaces, or shorter if its document is. A piece of one token always gets a B from another document.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int, masking: Masking, seed: int = 0, source: int = 0) -> None:
@@ -36,12 +36,14 @@ class NextSentenceSamples(Samples):
             )
 
     def documents(self, number: int) -> list[Piece]:
+        """Return the pieces of documents that a sample holds, in order."""
         return [self._pieces.piece(number)]
 
     def sample(self, number: int, epoch: int) -> Sample:
+        """Return sample `number`, counted from 0, as it is in an epoch."""
         generator = sample_generator(self._seed, epoch, number, self._source)
         piece = self._pieces.piece(number)
-        text = self.stream.read(self.stream.document_start(piece.document) + piece.first, piece.count)
+        text = self.stream.read(self.stream.document_start(piece.document) + piece.first, piece.num_tokens)
         cut = int(generator.integers(1, max(2, len(text))))
         second = text[cut:]
         is_another = generator.random() < 0.5 or not len(second)
@@ -53,8 +55,9 @@ class NextSentenceSamples(Samples):
         return encoder_sample(self.sequence_length, tokens, np.ones_like(tokens), targets, token_types, np.int64(is_another))
 
     def _from_another(self, document: int, most: int, generator: np.random.Generator) -> NDArray:
+        """Return at most `most` consecutive tokens of a random other document."""
         length = 0
-        while length < 1:  # a document may be without text
+        while length < 1:  # a document may have no text
             other = int(generator.integers(self.stream.num_documents - 1))
             other += other >= document
             start = self.stream.document_start(other)
@@ -64,7 +67,7 @@ class NextSentenceSamples(Samples):
 
 
 class DocumentPieces:
-    """Every document cut into pieces of `content` tokens and a last one of the rest, its end left out: pieces by number.
+    """All documents without their ends, cut into pieces of `content` tokens and a shorter last piece; pieces are found by number.
 
     Memory: 8 bytes for every _SUMMED_AT_ONCE documents.
     """
@@ -76,18 +79,19 @@ class DocumentPieces:
         self._before = np.cumsum(sums) - sums
         self.num_pieces = int(counts.sum())
         self.num_documents = int((counts > 0).sum())
-        """Those with text."""
+        """Number of documents that have text."""
 
     def piece(self, number: int) -> Piece:
-        some = int(np.searchsorted(self._before, number, side="right")) - 1
-        first = some * _SUMMED_AT_ONCE
+        """Return a piece by its number."""
+        block = int(np.searchsorted(self._before, number, side="right")) - 1
+        first = block * _SUMMED_AT_ONCE
         ends = np.cumsum(self._counts(first, first + _SUMMED_AT_ONCE))
-        number -= int(self._before[some])
+        number -= int(self._before[block])
         document = int(np.searchsorted(ends, number, side="right"))
-        place = (number - (int(ends[document - 1]) if document else 0)) * self._content
+        start = (number - (int(ends[document - 1]) if document else 0)) * self._content
         length = int(self._stream.document_lengths(first + document, first + document + 1)[0]) - 1
-        return Piece(first + document, place, min(self._content, length - place))
+        return Piece(first + document, start, min(self._content, length - start))
 
     def _counts(self, first: int, last: int) -> NDArray[np.int64]:
-        """Pieces of documents.  -> [documents]"""
+        """Return the number of pieces of each document.  -> [documents]"""
         return -(-np.maximum(self._stream.document_lengths(first, last) - 1, 0) // self._content)

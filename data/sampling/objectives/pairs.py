@@ -1,4 +1,4 @@
-"""Sequence to sequence: the first text of each document is read, the second is written; several pairs share a sample."""
+"""Sequence to sequence: writing the second text of each document, given the first; several pairs share a sample."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from data.tokenization.tokenizer import Tokenizer
 
 
 class Pairs(Objective):
-    """Write the second text of each document, given the first."""
+    """The objective that writes the second text of each document, given the first."""
 
     name = "pairs"
     architecture = "encoder_decoder"
@@ -27,27 +27,27 @@ class Pairs(Objective):
 
     @classmethod
     def complaints(cls, settings: SamplingSettings, model: ModelShape) -> list[str]:
+        """Return one sentence for each setting that contradicts another one or the model."""
         target, source = settings.target_length, model.sequence_length
         if target is None or target <= source:
             return []
-        return [
-            f"data.target_length is {target}; it must be at most model.sequence_length {source}, the longest target that the network knows."
-        ]
+        return [f"data.target_length is {target}; it must be at most model.sequence_length {source}, the longest target of the model."]
 
     def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> Samples:
+        """Return the training samples of a split."""
         stream, length, target = self._pairs_of(folder, split), self.model.sequence_length, self.settings.target_length
         return PairSamples(stream, length, length if target is None else target, self.end_of_text, self._start_token, seed, source)
 
     def _summary(self, samples: Sequence[Samples]) -> str:
         pairs = sum(one.stream.num_documents for one in samples)
-        return f"{pairs / sum(one.num_samples for one in samples):.1f} pairs packed into one on average, apart by mask"
+        return f"{pairs / sum(one.num_samples for one in samples):.1f} pairs in a sample on average, separated by mask"
 
 
 class PairSamples(Samples):
-    """Pairs, one behind the other, as long as both their sides fit; each is a segment of its own.
+    """Pairs of texts, as many in a sample as both sides have room for; each pair is a segment.
 
-    Which pairs share a sample is drawn once, from all of the source: neighbours in a corpus resemble one another. Each text ends
-    with end_of_text; one that is too long for a sample is cut and ends so too. The decoder begins each with `start_token`.
+    The pairs that share a sample are drawn once from the whole source, because neighbours in a corpus are similar. Each text ends with
+    end_of_text; a text that is too long for a sample is cut and gets that end too. The decoder reads `start_token` first in each pair.
     Memory: 4 bytes a pair and 8 a sample.
     """
 
@@ -81,14 +81,17 @@ class PairSamples(Samples):
 
     @property
     def padding_share(self) -> float:
+        """Share of all positions that hold no token of a document."""
         return 1 - self._num_taken / (self.num_samples * int(self._most.sum()))
 
     def documents(self, number: int) -> list[Piece]:
+        """Return the pieces of documents that a sample holds, in order."""
         documents = self._documents(number)
         lengths = np.minimum(self.stream.sequences(documents)[1], self._most).sum(axis=1)
         return [Piece(document, 0, length) for document, length in zip(documents.tolist(), lengths.tolist(), strict=True)]
 
     def sample(self, number: int, epoch: int) -> Sample:
+        """Return sample `number`, counted from 0, as it is in an epoch."""
         starts, lengths = self.stream.sequences(self._documents(number))
         taken = np.minimum(lengths, self._most)
         source, targets = (self._joined(starts[:, side], taken[:, side]) for side in (0, 1))
@@ -107,7 +110,7 @@ class PairSamples(Samples):
         return self._order[self._firsts[number] : self._firsts[number + 1]].astype(np.int64)
 
     def _joined(self, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """So many tokens from each start on, the last of them end of text.  [pairs], [pairs] -> [tokens]"""
+        """Return `counts` tokens from each start, the last of them replaced by end of text.  [pairs], [pairs] -> [tokens]"""
         ends = np.cumsum(counts)
         tokens = self.stream.gather(np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts))
         tokens[ends - 1] = self._end_of_text
@@ -115,7 +118,7 @@ class PairSamples(Samples):
 
 
 def _pack(lengths: NDArray[np.int32], most: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The first pair of each sample, each taking as many in a row as fit, and the number of all.  [pairs, 2], [2] -> [samples + 1]"""
+    """Return the first pair of each sample, if each takes as many as fit, and the number of pairs.  [pairs, 2], [2] -> [samples + 1]"""
     after = np.minimum(*(_first_beyond(lengths[:, side], most[side]) for side in (0, 1))).data
     firsts = [0]
     while firsts[-1] < len(after):
@@ -124,6 +127,6 @@ def _pack(lengths: NDArray[np.int32], most: NDArray[np.int32]) -> NDArray[np.int
 
 
 def _first_beyond(lengths: NDArray[np.int32], most: np.int32) -> NDArray[np.int64]:
-    """Of each text, the first that no longer fits into a sample that begins with it.  [pairs] -> [pairs]"""
+    """Return, for each text, the first text that does not fit into a sample that begins with it.  [pairs] -> [pairs]"""
     ends = np.cumsum(lengths, dtype=np.int64)
     return np.searchsorted(ends, ends - lengths + most, side="right")

@@ -1,4 +1,4 @@
-"""Span corruption: spans of a text are cut out, and an encoder-decoder says what they were (Raffel et al. 2019, arXiv 1910.10683)."""
+"""Span corruption: writing the spans that were cut out of a text (T5; Raffel et al. 2019, arXiv 1910.10683)."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from data.tokenization.tokenizer import Tokenizer
 
 
 class SpanCorruption(Objective):
-    """Write the spans that were cut out of a text, given the rest of it."""
+    """The objective that writes the spans that were cut out of a text, given the rest of it."""
 
     name = "span_corruption"
     architecture = "encoder_decoder"
@@ -29,11 +29,13 @@ class SpanCorruption(Objective):
 
     @classmethod
     def complaints(cls, settings: SamplingSettings, model: ModelShape) -> list[str]:
+        """Return one sentence for each setting that contradicts another one or the model."""
         if not model.document_mask:
             return []
-        return ["model.document_mask is on; a sample of data.objective span_corruption is one text, whatever it holds."]
+        return ["model.document_mask is on; a sample of data.objective span_corruption is one text of joined documents. Set it false."]
 
     def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> Samples:
+        """Return the training samples of a split."""
         settings = self.settings
         return SpanCorruptionSamples(
             folder.splits[split],
@@ -53,19 +55,19 @@ class SpanCorruption(Objective):
 
 
 def num_noise(num_tokens: int, rate: float, span_length: float) -> tuple[int, int]:
-    """Tokens that are cut out of so many, and in how many spans; something of a text is always kept, and kept first."""
+    """Return how many of `num_tokens` tokens are cut out, and in how many spans. Some token is always kept, the first one too."""
     noise = min(max(round(num_tokens * rate), 1), num_tokens - 1)
     return noise, min(max(round(noise / span_length), 1), noise, num_tokens - noise)
 
 
 def lengths_of(num_tokens: int, rate: float, span_length: float) -> tuple[int, int]:
-    """Tokens of the source and of the target that so many become: a sentinel a span in both, and both end with end of text."""
+    """Return the lengths of source and target of `num_tokens` tokens: both have a sentinel a span and end with end of text."""
     noise, spans = num_noise(num_tokens, rate, span_length)
     return num_tokens - noise + spans + 1, noise + spans + 1
 
 
 def text_length(source_length: int, rate: float, span_length: float) -> int:
-    """The most tokens whose source is no longer; where it is more than a few, exactly so long. Raises UserError where there are none."""
+    """Return the largest number of tokens whose source has at most `source_length` tokens. Raises UserError if even one is too many."""
     if lengths_of(1, rate, span_length)[0] > source_length:
         raise UserError(
             f"model.sequence_length is {source_length}; data.objective span_corruption needs room for a token and its end: at least 2."
@@ -73,7 +75,7 @@ def text_length(source_length: int, rate: float, span_length: float) -> int:
     fits, too_many = 1, 2
     while lengths_of(too_many, rate, span_length)[0] <= source_length:
         fits, too_many = too_many, 2 * too_many
-    while too_many - fits > 1:  # a source grows with its text
+    while too_many - fits > 1:  # bisection: a source grows with its text
         middle = (fits + too_many) // 2
         fits, too_many = (middle, too_many) if lengths_of(middle, rate, span_length)[0] <= source_length else (fits, middle)
     return fits
@@ -82,11 +84,14 @@ def text_length(source_length: int, rate: float, span_length: float) -> int:
 class SpanCorruptionSamples(Samples):
     """Documents joined and cut into texts of one length, whose source fills a sample: section 3.1.4 of the paper, figure 2.
 
-    The source is the text with a sentinel in the place of each span, the target each sentinel and its span; both end with
-    end_of_text, and the decoder begins with `start_token`. Lengths of spans and of what is kept between them are random, but not their
-    numbers and sums, so that all sources and all targets are equally long, but where a text ends with a document, whose end
-    of text is written once. A text that is a single token is kept.
+    The source is the text with a sentinel in place of each span. The target is each sentinel followed by its span. Both end with
+    end_of_text, and the decoder reads `start_token` first. The lengths of the spans and of the text between them are random, but their
+    numbers and sums are not, so that all sources and all targets are equally long. The exception is a text that ends with a document:
+    its end of text is written once. A text of a single token is kept.
     """
+
+    target_length: int
+    start_token: int
 
     def __init__(
         self,
@@ -110,9 +115,11 @@ class SpanCorruptionSamples(Samples):
         self.num_samples = self._windows.num_samples
 
     def documents(self, number: int) -> list[Piece]:
+        """Return the pieces of documents that a sample holds, in order."""
         return self._windows.documents(number)
 
     def sample(self, number: int, epoch: int) -> Sample:
+        """Return sample `number`, counted from 0, as it is in an epoch."""
         start = number * self._content
         text = self.stream.read(start, min(self._content, len(self.stream) - start)).astype(np.int64)
         if len(text) > 1 and text[-1] == self._end_of_text:
@@ -131,7 +138,7 @@ class SpanCorruptionSamples(Samples):
 
 
 def _partition(num_tokens: int, num_parts: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Lengths of parts, none empty, each way to cut as likely.  -> [num_parts]"""
+    """Return random lengths of non-empty parts; every division is equally likely.  -> [num_parts]"""
     if not num_parts:
         return np.zeros(0, np.int64)
     cuts = np.sort(generator.choice(num_tokens - 1, num_parts - 1, replace=False, shuffle=False)) + 1
@@ -139,15 +146,15 @@ def _partition(num_tokens: int, num_parts: int, generator: np.random.Generator) 
 
 
 def _sentinels(settings: SamplingSettings, sequence_length: int, tokenizer: Tokenizer) -> list[int]:
-    """The ids of as many as a sample has spans, as T5 names them."""
+    """Return the ids of as many sentinels as a sample has spans, by T5's names."""
     needed = num_noise(text_length(sequence_length, settings.mask_rate, settings.span_length), settings.mask_rate, settings.span_length)[1]
     known = tokenizer.sentinels
-    there = [known[name] for number in range(needed) if (name := f"<extra_id_{number}>") in known]
-    if len(there) < needed:
+    ids = [known[name] for number in range(needed) if (name := f"<extra_id_{number}>") in known]
+    if len(ids) < needed:
         last = needed - 1
         raise UserError(
             f"data.objective span_corruption needs {needed} sentinels for model.sequence_length {sequence_length}, <extra_id_0> to "
-            f"<extra_id_{last}>; {tokenizer.path} has {len(there)} of them. Prepare with T5's tokenizer, which has 100, or have one learnt "
+            f"<extra_id_{last}>; {tokenizer.path} has {len(ids)} of them. Prepare with T5's tokenizer, which has 100, or learn one "
             f"with --special_tokens '<extra_id_'{{0..{last}}}'>'; or set a larger data.span_length."
         )
-    return there
+    return ids

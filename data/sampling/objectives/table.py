@@ -3,6 +3,7 @@
 import dataclasses
 
 from data.command_line import UserError
+from data.ranges import range_complaints
 from data.sampling.objectives.base import ModelShape, Objective
 from data.sampling.objectives.causal import Causal
 from data.sampling.objectives.classification import Classification
@@ -30,7 +31,8 @@ def open_objective(settings: SamplingSettings, model: ModelShape, tokenizer: Tok
     Raises UserError with every setting that fits neither it, the model nor another setting.
     """
     objective = OBJECTIVES[settings.objective or default_objective(model.architecture).name]
-    complaints = [*_misplaced(objective, settings, model.architecture), *_out_of_range(settings), *objective.complaints(settings, model)]
+    complaints = [*_misplaced(objective, settings, model.architecture), *range_complaints(settings, "data.")]
+    complaints += objective.complaints(settings, model)
     if complaints:
         raise UserError("\n".join(complaints))
     return objective(settings, model, tokenizer, end_of_text)
@@ -49,15 +51,4 @@ def _misplaced(objective: type[Objective], settings: SamplingSettings, architect
             complaints.append(
                 f"data.{field.name} is {shown}; it is for data.objective {' or '.join(readers)}, and this is {objective.name}."
             )
-    return complaints
-
-
-def _out_of_range(settings: SamplingSettings) -> list[str]:
-    complaints = []
-    if not 0 < settings.mask_rate < 1:
-        complaints.append(f"data.mask_rate is {settings.mask_rate:g}; it must be above 0 and below 1.")
-    if not settings.span_length >= 1:
-        complaints.append(f"data.span_length is {settings.span_length:g}; it must be at least 1.")
-    if len(set(settings.labels)) < len(settings.labels):
-        complaints.append(f"data.labels names a label twice: {' '.join(settings.labels)}.")
     return complaints

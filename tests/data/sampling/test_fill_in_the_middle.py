@@ -151,7 +151,7 @@ def test_the_rate_is_the_share_of_pieces_whatever_their_lengths(stream, kind, na
 def test_where_room_lacks_long_and_short_pieces_are_told_out_of_order_equally_often(stream, counted):
     samples = BestFitSamples(stream(counted(12, 8, 6, 4, 3, 2, 1)), 48, END, document_mask=True, fill=fill())
     pieces = samples.documents(0)
-    assert samples.num_samples == 1 and [piece.count for piece in pieces] == [12, 8, 6, 4, 3, 2, 1]
+    assert samples.num_samples == 1 and [piece.num_tokens for piece in pieces] == [12, 8, 6, 4, 3, 2, 1]
     times = np.zeros(len(pieces))
     for epoch in range(800):
         _, segments, targets = samples.sample(0, epoch)[:3]
@@ -234,5 +234,5 @@ def test_what_cannot_be_is_refused():
     for rate in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match=f"rate of fill-in-the-middle is {rate}; it must be at least 0 and at most 1"):
             fill(rate)
-    with pytest.raises(UserError, match=r"sequence_length 11 is too short for fill-in-the-middle.*Least: 12"):
+    with pytest.raises(UserError, match=r"sequence_length 11 is too short for fill-in-the-middle.*Use 12 or more"):
         fill(0.1).spare(11, np.array([1]))

@@ -264,7 +264,7 @@ def test_source_and_target_of_span_corruption_together_are_the_text(ended, shard
         }
         assert all(spans.values()), "no span is empty"
         joined = [token for one in source[:-1].tolist() for token in spans.get(one, [one])]
-        is_ended = len(joined) < sum(piece.count for piece in samples.documents(number))  # a document's end is the sample's
+        is_ended = len(joined) < sum(piece.num_tokens for piece in samples.documents(number))  # a document's end is the sample's
         read += joined + [END] * is_ended
         if number < samples.num_samples - 1 and span_length > 1 and rate < 0.9 and not is_ended:
             assert (sample.source_segments == 1).all() and (sample.segments == 1).all(), "no padding but in the last"
@@ -308,7 +308,7 @@ def test_each_pair_comes_once_an_epoch_its_sides_under_one_number(pairs, lengths
         for segment, document in enumerate(documents, start=1):
             source, target = sample.source[sample.source_segments == segment], sample.targets[sample.segments == segment]
             first, second = sides[document]
-            assert samples.documents(number)[segment - 1].count == len(source) + len(target)
+            assert samples.documents(number)[segment - 1].num_tokens == len(source) + len(target)
             assert source.tolist() == [document] * min(first, sequence_length - 1) + [END]
             assert target.tolist() == [document] * min(second, target_length - 1) + [END]
             assert sample.tokens[sample.segments == segment].tolist() == [START, *target[:-1].tolist()]
@@ -557,7 +557,7 @@ def test_labels_that_are_the_same_tokens_are_refused(tmp_path):
             workers=1,
         )
     )
-    with pytest.raises(UserError, match=r"data.labels bad, worse are the same tokens to .*, and cannot be told apart"):
+    with pytest.raises(UserError, match=r"data.labels bad, worse have the same tokens in .*, so they cannot be distinguished"):
         opened(str(tmp_path / "prepared"), "encoder", objective="classification", labels=("bad", "good", "worse"))
 
 
@@ -579,7 +579,7 @@ WRONG = {
     "data.target_length is 9; it is for data.objective pairs": {"target_length": 9, "architecture": "encoder_decoder"},
     "data.labels is a b; it is for data.objective classification": {"labels": ("a", "b")},
     "data.packing is best_fit; it is for": {"objective": "span_corruption", "packing": "best_fit", "architecture": "encoder_decoder"},
-    "data.mask_rate is 1; it must be above 0 and below 1": {"mask_rate": 1.0, "architecture": "encoder"},
+    "data.mask_rate is 1.0; it must be above 0 and below 1": {"mask_rate": 1.0, "architecture": "encoder"},
     "data.span_length is 0.5; it must be at least 1": {"span_length": 0.5, "architecture": "encoder_decoder"},
     "Set data.packing best_fit, or model.document_mask false": {"architecture": "encoder", "document_mask": True},
     "model.token_types is 0; data.next_sentence needs 2": {"architecture": "encoder", "next_sentence": True},
@@ -602,7 +602,7 @@ WRONG = {
         "sequence_length": 24,
         "folder": "labels",
     },
-    "must be two tokens, neither of them the one that ends": {"architecture": "encoder", "class_token": "[MASK]"},
+    "must be two different tokens, neither of them the one that ends": {"architecture": "encoder", "class_token": "[MASK]"},
     r"needs 5 sentinels for model.sequence_length 96, <extra_id_0> to <extra_id_4>; .* has 4 of them": {
         "architecture": "encoder_decoder",
         "sequence_length": 96,
@@ -619,7 +619,7 @@ def test_what_does_not_fit_is_refused_with_its_sentence(prepared, sentence):
 
 
 def test_an_unknown_label_is_refused_with_its_place_and_missing_labels_with_what_there_are(prepared):
-    with pytest.raises(UserError, match=r'labels.tsv, byte \d+: the label "blue" is none of data.labels \(red, green\); \d+ documents'):
+    with pytest.raises(UserError, match=r'labels.tsv, byte \d+: the label "blue" is not in data.labels \(red, green\); \d+ documents'):
         opened(prepared["labels"], "encoder", objective="classification", labels=("red", "green"))
     with pytest.raises(UserError, match=r"needs data.labels, each label once; the first documents of .* have: blue, red"):
         opened(prepared["labels"], "encoder", objective="classification")

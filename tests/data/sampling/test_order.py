@@ -220,15 +220,15 @@ def test_a_billion_samples_take_no_more_time_and_memory_than_a_few():
     ("sizes", "weights", "sentence"),
     [
         ([5, 5], (1,), "data.weights has 1 weights for 2 sources; give one for each folder of data.path."),
-        ([5], (0,), "data.weights has 0; a weight is a finite number above 0 (leave out a folder that shall not be read)."),
-        ([5, 5], (1, -2), "data.weights has -2; a weight is a finite number above 0 (leave out a folder that shall not be read)."),
-        ([5, 5], (1, math.nan), "data.weights has nan; a weight is a finite number above 0 (leave out a folder that shall not be read)."),
-        ([5, 5], (math.inf, 1), "data.weights has inf; a weight is a finite number above 0 (leave out a folder that shall not be read)."),
-        ([5, 5], (2, 1e-20), "data.weights has 1e-20; beside the others the least that is told apart from 0 is 1.2e-13."),
+        ([5], (0,), "data.weights has 0; a weight is a finite number above 0 (remove a folder that should not be read)."),
+        ([5, 5], (1, -2), "data.weights has -2; a weight is a finite number above 0 (remove a folder that should not be read)."),
+        ([5, 5], (1, math.nan), "data.weights has nan; a weight is a finite number above 0 (remove a folder that should not be read)."),
+        ([5, 5], (math.inf, 1), "data.weights has inf; a weight is a finite number above 0 (remove a folder that should not be read)."),
+        ([5, 5], (2, 1e-20), "data.weights has 1e-20; with these other weights the smallest one that is not rounded to 0 is 1.2e-13."),
         (
             [10**17, 5],
             None,
-            "Source 2 of data.path holds 5.0e-17 of all samples; the least share that is told apart from 0 is 6e-14. "
+            "Source 2 of data.path holds 5.0e-17 of all samples; the smallest share that is not rounded to 0 is 6e-14. "
             "Give data.weights, or prepare the folders as one.",
         ),
     ],

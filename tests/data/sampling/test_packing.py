@@ -87,7 +87,7 @@ def test_every_token_is_a_target_once_an_epoch_behind_what_precedes_it(stream, c
         kept = targets != IGNORED
         pieces = samples.documents(number)
         assert samples.num_pieces(number) == len(pieces)
-        told = [documents[piece.document][piece.first : piece.first + piece.count] for piece in pieces]
+        told = [documents[piece.document][piece.first : piece.first + piece.num_tokens] for piece in pieces]
         assert targets[kept].tolist() == [token for piece in told for token in piece], "documents() says what sample() has"
         assert all(told) and len({piece.document for piece in pieces}) == len(pieces)
         assert (segments[~kept] == 0).all() and not kept[kept.sum() :].any(), "padding is at the end"

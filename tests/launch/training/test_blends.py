@@ -125,7 +125,10 @@ def test_limit_below_one_step_is_refused(tiny, monkeypatch):
     [
         (["--data.weights", "1", "2", "3"], "data.weights has 3 weights for 2 sources"),
         (["--data.weights", "1", "0"], "data.weights has 0; a weight is a finite number above 0"),
-        (["--data.weights", "1", "1e-17"], "data.weights has 1e-17; beside the others the least that is told apart from 0 is 6e-14"),
+        (
+            ["--data.weights", "1", "1e-17"],
+            "data.weights has 1e-17; with these other weights the smallest one that is not rounded to 0 is 6e-14",
+        ),
         (["--data.weights", "one", "two"], "data.weights is"),
         (["--data.fim_rate", "0.5"], 'has no special token "<|fim_prefix|>"'),
         (["--data.fim_rate", "-0.5", "--data.fim_tokens", *["<|endoftext|>"] * 3], "it must be at least 0 and at most 1"),
@@ -143,7 +146,7 @@ def test_folder_with_another_tokenizer_is_refused_by_name(blend, prepared, other
     manifest["tokenizer"]["sha256"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(manifest))
     sentence = refusal(over(blend, ["--data", str(prepared), str(copy)]), monkeypatch)
-    assert sentence.startswith(f"{copy} was tokenized otherwise than {prepared}: 000000000000 (800 ids) is not ")
+    assert sentence.startswith(f"{copy} and {prepared} have different tokenizers: 000000000000 (800 ids) is not ")
 
 
 def test_fingerprint_depends_on_all_sources_and_their_order(tiny, prepared, other):

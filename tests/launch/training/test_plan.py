@@ -139,9 +139,9 @@ def test_plan_shows_packing_with_a_warning_and_a_note():
             if row.startswith(("sam", "note", "warn"))
         ]
 
-    best_fit = "samples: 1 of 128 tokens: documents packed by best fit, none cut that fits, "
+    best_fit = "samples: 1 of 128 tokens: documents packed by best fit, not cut if they fit, "
     warning = "warning: the 100 tokens of prepared do not fill one sample of 128 tokens; the rest of it is padding"
-    assert shown(True, packing="best_fit") == [best_fit + "apart by mask, 21.88% padding", warning]
+    assert shown(True, packing="best_fit") == [best_fit + "separated by mask, 21.88% padding", warning]
     assert shown(False, packing="best_fit") == [
         best_fit + "seeing one another, 21.88% padding",
         warning,
@@ -161,7 +161,7 @@ PAIR = {"architecture": "encoder_decoder", "num_decoder_layers": 3}
             {"objective": "prefix"},
             {},
             "2 blocks",
-            "128 tokens: documents joined and cut, seeing one another, each behind a prefix that is given, 0.00% padding",
+            "128 tokens: documents joined and cut, seeing one another, each after a given prefix, 0.00% padding",
         ),
         (
             ENCODER | {"num_classes": 0},
@@ -175,7 +175,7 @@ PAIR = {"architecture": "encoder_decoder", "num_decoder_layers": 3}
             {"objective": "masked", "next_sentence": True},
             {"padding_share": 0.015},
             "encoder of 2 blocks",
-            "128 tokens: two pieces of documents, half of them from another one, 0.15 of the tokens masked, 1.50% padding",
+            "128 tokens: two pieces of documents, half of the second ones from another document, 0.15 of the tokens masked, 1.50% padding",
         ),
         (
             ENCODER | {"token_head": False},
@@ -196,7 +196,7 @@ PAIR = {"architecture": "encoder_decoder", "num_decoder_layers": 3}
             {"objective": "pairs", "target_length": 64},
             {"target_length": 64},
             "encoder of 2 blocks, decoder of 3",
-            "128 source and 64 target tokens: 7.5 pairs packed into one on average, apart by mask, 0.00% padding",
+            "128 source and 64 target tokens: 7.5 pairs in a sample on average, separated by mask, 0.00% padding",
         ),
     ],
     ids=lambda value: value.get("objective", "") if isinstance(value, dict) else "",
@@ -228,9 +228,9 @@ def test_work_of_an_encoder_decoder_counts_source_and_target():
 
 def test_plan_shows_the_share_of_fill_in_the_middle():
     settings = dataclasses.replace(SETTINGS, data=DataSettings(fim_rate=0.5))
-    row = "samples: 3,200 of 128 tokens: documents joined and cut, seeing one another, 12.00% padding and marks; "
+    row = "samples: 3,200 of 128 tokens: documents joined and cut, seeing one another, 12.00% padding and special tokens; "
     data = data_of(settings, padding_share=0.12, filled_share=0.421, prepared=TRAIN)
-    assert row + "42.1% of the pieces filled in the middle" in rows(settings, data)
+    assert row + "42.1% of the pieces transformed by fill-in-the-middle" in rows(settings, data)
 
 
 def test_plan_of_a_constant_rate_shows_no_end_rate():
