@@ -221,7 +221,8 @@ class _Formatter(jsonargparse.DefaultHelpFormatter):
 def _default_as_sentence(option: _Option) -> list[str]:
     if option.default is dataclasses.MISSING:
         return ["Required."]
-    return [] if option.default in (None, (), "") else [f"Default: {_as_text(option.default)}."]
+    is_stated = option.default in (None, (), "") or "(default: " in option.help
+    return [] if is_stated else [f"Default: {_as_text(option.default)}."]
 
 
 def _aliases_as_sentence(name: str, aliases: dict[str, str]) -> list[str]:

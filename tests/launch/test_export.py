@@ -173,7 +173,7 @@ def test_damaged_checkpoint_is_named_on_standard_error(run, capsys):
 
 
 def test_shard_size_zero_is_refused(run):
-    with pytest.raises(UserError, match="--max_shard_gib is 0; it must be above 0"):
+    with pytest.raises(UserError, match="max_shard_gib is 0; it must be above 0"):
         exported(run(10), "--max_shard_gib", "0")
 
 
