@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 
 from data.command_line import run_script
-from launch.ranks.stopping import StopRequest, leave
+from launch.ranks.stopping import StopRequest, exit_now
 from launch.training.recipe import read_run_settings
 
 
@@ -25,4 +25,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, leave)
+    run_script(main, exit_now)

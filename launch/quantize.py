@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from data.command_line import read_settings, run_script
 from launch.compressing.settings import QuantizeSettings
-from launch.ranks.stopping import leave
+from launch.ranks.stopping import exit_now
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,4 +21,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, leave)
+    run_script(main, exit_now)

@@ -171,7 +171,7 @@ def _ours_under_deepspeed(
 ) -> Callable[[], object]:
     """Our engine, as launch/pretrain.py runs it."""
     process = processes.find_process()
-    processes.share_the_cores(process)
+    processes.share_cores(process)
     processes.keep_freed_memory()
     initialize_communication(process, connect(process, 30, sys.argv), 600)
     path = str(REPOSITORY / "ds_configs" / f"{json_name}.json")

@@ -54,7 +54,7 @@ class HashingFile:
         return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
 
 
-def name_of(step: int) -> str:
+def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
@@ -63,7 +63,7 @@ def begin(root: Path, step: int, run_id: str) -> Path:
 
     Raises OSError where the disk has less room than 1.2 times the newest checkpoint.
     """
-    folder = root / f"{name_of(step)}.tmp-{run_id}"
+    folder = root / f"{folder_name(step)}.tmp-{run_id}"
     discard(folder)
     folder.mkdir(parents=True)
     needed = 1.2 * max((_size(path) for path in published(root)[:1]), default=0)
@@ -95,7 +95,7 @@ def publish(folder: Path, step: int, about: dict) -> Path:
         files[name] = _entry_of(folder / name)
     manifest = about | {"step": step, "files": files}
     write_file(folder / MANIFEST, _text(manifest | {"sha256": _seal(manifest)}))
-    final = folder.parent / name_of(step)
+    final = folder.parent / folder_name(step)
     old = final.with_name(final.name + ".old")
     if final.exists():  # the step was saved before; what is there is replaced only by a whole one
         discard(old)
@@ -143,7 +143,7 @@ def refuse_earlier_format(folder: Path, manifest: dict) -> None:
         )
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, in a sentence; None where every file is whole. Files are shared out over `parts` readers."""
     try:
         manifest = read_manifest(folder)
@@ -168,7 +168,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def newest_good(
+def newest_undamaged(
     root: Path,
     verify: Callable[[Path], str | None],
     say: Callable[[str], None],
@@ -187,7 +187,7 @@ def newest_good(
             return folder
         say(f"Damaged checkpoint: {complaint} Trying the one before.")
         if may_rename and folder.exists():
-            corrupt = folder.with_name(f"{name_of(step_of(folder))}.corrupt")
+            corrupt = folder.with_name(f"{folder_name(step_of(folder))}.corrupt")
             discard(corrupt)
             try:
                 os.rename(folder, corrupt)

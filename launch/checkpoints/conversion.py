@@ -15,7 +15,7 @@ import tqdm
 from data.command_line import UserError
 from data.files import nearest_existing, publish_folder, write_file
 from launch.checkpoints import checkpoint, state
-from launch.checkpoints.run_record import tokenizer_files, tokenizer_in
+from launch.checkpoints.run_record import find_tokenizer, tokenizer_files
 from launch.ranks.layout import Layout
 from launch.ranks.processes import peak_memory_bytes
 
@@ -102,7 +102,7 @@ def _source(folder: Path, output: Path, log: Callable[[str], object]) -> Path:
     run = folder.parent.parent if is_checkpoint else folder
     if not is_checkpoint and not (run / "checkpoints").is_dir():
         raise UserError(f"{folder} contains no checkpoint. Give a run folder or a checkpoint in one.")
-    if not (run / "run.json").is_file() or not tokenizer_in(run):
+    if not (run / "run.json").is_file() or not find_tokenizer(run):
         raise UserError(f"{run} lacks run.json or the tokenizer, which training needs to resume from {folder}.")
     if run in output.parents:
         raise UserError(f"--output {output} is inside {run}, which must not change. Give a folder outside it.")
@@ -119,7 +119,7 @@ def _source(folder: Path, output: Path, log: Callable[[str], object]) -> Path:
         if message := complaint(folder):
             raise UserError(message)
         return folder
-    newest = checkpoint.newest_good(run / "checkpoints", complaint, log, may_rename=False)
+    newest = checkpoint.newest_undamaged(run / "checkpoints", complaint, log, may_rename=False)
     if newest is None:
         raise UserError(f"{folder} is a run that has not written a checkpoint yet.")
     return newest
@@ -135,12 +135,12 @@ def _refuse_contents(folder: Path, manifest: dict, output: Path) -> None:
 
 
 def _damage(folder: Path, manifest: dict, log: Callable[[str], object]) -> str | None:
-    """Return what is wrong with a checkpoint, as checkpoint.damage does, with several files read at a time."""
+    """Return what is wrong with a checkpoint, as checkpoint.find_damage does, with several files read at a time."""
     sizes = [manifest["files"][name]["bytes"] for name in sorted(manifest["files"])]
     parts = max(1, min(len(sizes), 16 * _READERS))
     with _Progress("Verified", sum(sizes), log) as progress, ThreadPoolExecutor(_READERS) as readers:
         complaints = []
-        for part, found in enumerate(readers.map(lambda part: checkpoint.damage(folder, part, parts), range(parts))):
+        for part, found in enumerate(readers.map(lambda part: checkpoint.find_damage(folder, part, parts), range(parts))):
             complaints.append(found)
             progress.add(sum(sizes[part::parts]))
     return next((found for found in complaints if found), None)
@@ -248,7 +248,7 @@ class _Progress:
 
 def _about(source: Path, manifest: dict) -> dict:
     """Return the new manifest's entries: those of the source, the new layout, and where the values come from."""
-    layout = Layout(world_size=1).recorded(zero_stage=0, precision=manifest["layout"]["precision"])
+    layout = Layout(world_size=1).record(zero_stage=0, precision=manifest["layout"]["precision"])
     origin = {"checkpoint": str(source), "layout": manifest["layout"], "files": len(manifest["files"])}
     return manifest | {"layout": layout, "converted_from": origin}
 

@@ -12,7 +12,7 @@ from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.objectives.table import OBJECTIVES, default_objective
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.opening import OpenedModel
-from launch.checkpoints.run_record import json_in, paths_of, versions
+from launch.checkpoints.run_record import data_paths, read_json, versions
 from model import huggingface
 from model.config import ModelConfig, count_parameters
 
@@ -73,14 +73,14 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
     mean = f", mean of the newest {average} checkpoints" if average > 1 else ""
     yield "step", f"{opened.step:,}{mean}"
     manifest = checkpoint.read_manifest(opened.folder)
-    record = json_in(opened.folder.parent.parent / "run.json")
+    record = read_json(opened.folder.parent.parent / "run.json")
     if opened.recipe:
         numbers = flatten(opened.recipe)
         plan = BatchPlan(BatchSettings(numbers["batch.global_batch_size"]), numbers["model.sequence_length"])
         yield "tokens", f"{plan.tokens_before(opened.step):,}"
         yield (
             "data",
-            ", ".join(Path(path).name for path in paths_of(opened.recipe)) + f", fingerprint {manifest['data']['fingerprint'][:12]}",
+            ", ".join(Path(path).name for path in data_paths(opened.recipe)) + f", fingerprint {manifest['data']['fingerprint'][:12]}",
         )
         objective = numbers.get("data.objective") or default_objective(opened.config.architecture).name
         rate = f", {numbers['data.mask_rate']:g} of the tokens" if "mask_rate" in OBJECTIVES[objective].own_settings else ""

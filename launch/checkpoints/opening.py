@@ -13,7 +13,7 @@ from data.command_line import UserError
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints import checkpoint
-from launch.checkpoints.run_record import tokenizer_in
+from launch.checkpoints.run_record import find_tokenizer
 from launch.checkpoints.state import SavedState
 from model import huggingface
 from model.compression.activations import round_activations
@@ -63,14 +63,14 @@ class OpenedModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedModel(OpenedModel):
+class LoadedModel(OpenedModel):
     """A model read from disk, and what is known about it."""
 
     model: Transformer
     """In float32 on the CPU, and in its eval mode; of a quantized folder with what the codes stand for, rounding what it says."""
 
 
-class Averaged(Mapping[str, Tensor]):
+class AveragedState(Mapping[str, Tensor]):
     """Parameter name -> float32 tensor, the mean over checkpoints, whatever layouts wrote them; each is read when it is asked for."""
 
     def __init__(self, folders: Sequence[Path]):
@@ -112,9 +112,9 @@ def open_model(path: str, average: int = 1) -> OpenedModel:
             config, weights = huggingface.load(folder)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return _checked(OpenedModel(config, weights, folder, tokenizer_in(folder), None, {}))
+        return _checked(OpenedModel(config, weights, folder, find_tokenizer(folder), None, {}))
     if is_checkpoint:
-        if complaint := checkpoint.damage(folder):
+        if complaint := checkpoint.find_damage(folder):
             raise UserError(complaint)
         folders = [folder]
     else:
@@ -122,22 +122,22 @@ def open_model(path: str, average: int = 1) -> OpenedModel:
     manifest = checkpoint.read_manifest(folders[0])
     for one in folders:
         checkpoint.refuse_earlier_format(one, checkpoint.read_manifest(one))
-    tokenizer = tokenizer_in(folders[0].parent.parent)
+    tokenizer = find_tokenizer(folders[0].parent.parent)
     config, recipe = ModelConfig(**manifest["model"]), manifest.get("recipe", {})
-    return _checked(OpenedModel(config, Averaged(folders), folders[0], tokenizer, manifest["step"], recipe))
+    return _checked(OpenedModel(config, AveragedState(folders), folders[0], tokenizer, manifest["step"], recipe))
 
 
-def load_model(path: str, average: int = 1) -> TrainedModel:
+def load_model(path: str, average: int = 1) -> LoadedModel:
     """Read the weights too, of what open_model finds."""
-    return loaded(open_model(path, average))
+    return load_weights(open_model(path, average))
 
 
-def loaded(opened: OpenedModel) -> TrainedModel:
+def load_weights(opened: OpenedModel) -> LoadedModel:
     """Read the weights too."""
     model = Transformer.holding(opened.config, opened.state)
     round_activations(model, opened.schemes, opened.kv_cache)
     known = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
-    return TrainedModel(**known, model=model)
+    return LoadedModel(**known, model=model)
 
 
 def weights_bytes(opened: OpenedModel) -> int:
@@ -171,12 +171,12 @@ def _newest_in_run(folder: Path, average: int) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give a run folder, a checkpoint in one, or an exported Hugging Face folder.")
     say = functools.partial(print, file=sys.stderr)  # a door's own answer is what stands on standard output
-    newest = checkpoint.newest_good(root, checkpoint.damage, say, may_rename=False)
+    newest = checkpoint.newest_undamaged(root, checkpoint.find_damage, say, may_rename=False)
     if newest is None:
         raise UserError(f"{folder} holds no checkpoint and no config.json; it is neither a run folder nor an exported model.")
     found = [newest]
     for older in checkpoint.published(root):
-        if len(found) < average and checkpoint.step_of(older) < checkpoint.step_of(newest) and checkpoint.damage(older) is None:
+        if len(found) < average and checkpoint.step_of(older) < checkpoint.step_of(newest) and checkpoint.find_damage(older) is None:
             found.append(older)
     if len(found) < average:
         raise UserError(f"--average {average}: {root} holds {len(found)} whole checkpoints; a run keeps as many as checkpoint.keep says.")

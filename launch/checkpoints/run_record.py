@@ -11,12 +11,12 @@ from launch import REPOSITORY
 TOKENIZER_CONFIGURATION = "tokenizer_config.json"
 
 
-def json_in(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """What a file holds; nothing where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def paths_of(recipe: dict) -> list[str]:
+def data_paths(recipe: dict) -> list[str]:
     """The folders of data in a recipe that was written down; versions before blends wrote one, as text."""
     path = recipe["data"]["path"]
     return [path] if isinstance(path, str) else path
@@ -28,7 +28,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
-def tokenizer_in(folder: Path) -> Path | None:
+def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer in a folder."""
     return next((path for path in tokenizer_files(folder) if path.name != TOKENIZER_CONFIGURATION), None)
 

@@ -13,7 +13,7 @@ from data.command_line import UserError
 from data.sampling.batches import Batch
 from data.sampling.sources import open_folders
 from launch.checkpoints.opening import OpenedModel
-from launch.checkpoints.run_record import paths_of
+from launch.checkpoints.run_record import data_paths
 from launch.evaluation.evaluation_sets import mismatched_tokens
 from launch.evaluation.tasks.table import task_of
 from launch.evaluation.tasks.task import Task
@@ -70,7 +70,7 @@ def paths_for(opened: OpenedModel, data: str | None, name: str) -> list[str]:
         return [data]
     if not opened.recipe:
         raise UserError(f"{name} does not say which data it was trained on: give --data, or --calibration_samples 0 and --test_samples 0.")
-    return paths_of(opened.recipe)
+    return data_paths(opened.recipe)
 
 
 def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_samples: int, length: int | None) -> Text:

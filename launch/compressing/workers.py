@@ -45,9 +45,9 @@ def find_workers(arguments: Sequence[str], rendezvous_seconds: float = 60) -> Wo
     Raises RankError and RanksMissing as launch.ranks.rendezvous.connect does.
     """
     process = processes.find_process()
-    processes.share_the_cores(process)
+    processes.share_cores(process)
     if (name := processes.device_name()) == "cuda":
-        device = torch.device("cuda", processes.device_number(process))
+        device = torch.device("cuda", processes.device_index(process))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

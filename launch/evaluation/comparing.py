@@ -12,8 +12,8 @@ from tqdm import tqdm
 from data.command_line import UserError
 from data.sampling.sources import open_folders
 from data.shards import PreparedData
-from launch.checkpoints.opening import OpenedModel, TrainedModel, loaded, open_model, weights_bytes
-from launch.checkpoints.run_record import paths_of
+from launch.checkpoints.opening import LoadedModel, OpenedModel, load_weights, open_model, weights_bytes
+from launch.checkpoints.run_record import data_paths
 from launch.evaluation import pictures
 from launch.evaluation.evaluation_sets import EvaluationSet, mismatched_tokens
 from launch.evaluation.quality import Comparison, Quality, compared
@@ -68,16 +68,16 @@ def compare(settings: CompareSettings, show_progress: bool = True) -> list[Model
     recipes = [one.recipe for one in opened.values() if one.recipe]
     if not settings.data and not recipes:
         raise UserError("None of the models records which data it was trained on. Give --data.")
-    folders = open_folders([settings.data] if settings.data else paths_of(recipes[0]))
+    folders = open_folders([settings.data] if settings.data else data_paths(recipes[0]))
     _refuse_incomparable(settings, opened, folders)
-    first = loaded(opened[settings.models[0]])
+    first = load_weights(opened[settings.models[0]])
     task = task_of(first)
     sampling = task.sampling_settings(first, settings.models[0])
     config = dataclasses.replace(first.config, document_mask=all(one.config.document_mask for one in opened.values()))
     length = settings.sequence_length or _smallest_context(opened)
     rows = []
     for name in settings.models:
-        other = first if name == settings.models[0] else loaded(opened[name])
+        other = first if name == settings.models[0] else load_weights(opened[name])
         # The batches of a set can be read once, so each model gets sets of its own.
         sets = task.evaluation_sets(config, folders, sampling, settings.split, settings.micro_batch_size, length)
         rows.append(_row(name, first, other, sets, task.predicts_every_token, settings.micro_batch_size, show_progress))
@@ -104,8 +104,8 @@ def _open(name: str, before: Sequence[OpenedModel]) -> OpenedModel:
 
 def _row(
     name: str,
-    first: TrainedModel,
-    other: TrainedModel,
+    first: LoadedModel,
+    other: LoadedModel,
     sets: Mapping[str, EvaluationSet],
     is_whole_text: bool,
     micro_batch_size: int,

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from data.command_line import UserError
 from data.sampling.sources import open_folders
 from data.shards import PreparedData
-from launch.checkpoints.opening import TrainedModel, load_model
-from launch.checkpoints.run_record import paths_of
+from launch.checkpoints.opening import LoadedModel, load_model
+from launch.checkpoints.run_record import data_paths
 from launch.evaluation.evaluation_sets import mismatched_tokens
 from launch.evaluation.score import Score
 from launch.evaluation.settings import EvaluateSettings
@@ -131,7 +131,7 @@ def print_evaluation(settings: EvaluateSettings) -> int:
 
 
 def _refuse_unsuitable(
-    settings: EvaluateSettings, trained: TrainedModel, prepared: PreparedData, length: int, stride: int, task: Task
+    settings: EvaluateSettings, trained: LoadedModel, prepared: PreparedData, length: int, stride: int, task: Task
 ) -> None:
     """Raise UserError if the model cannot be evaluated on this folder with these settings."""
     context = trained.config.sequence_length
@@ -152,4 +152,4 @@ def _paths(settings: EvaluateSettings, recipe: dict) -> list[str]:
         return [settings.data]
     if not recipe:
         raise UserError(f"{settings.model} does not record which data it was trained on. Give --data.")
-    return paths_of(recipe)
+    return data_paths(recipe)

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.command_line import UserError
 from data.tokenization.tokenizer import Tokenizer
-from launch.checkpoints.opening import OpenedModel, TrainedModel
-from launch.checkpoints.run_record import json_in
+from launch.checkpoints.opening import LoadedModel, OpenedModel
+from launch.checkpoints.run_record import read_json
 from model.generation import beam_search, fill_mask, generate
 
 _SORTED_BATCHES = 100  # number of batches whose texts are in memory, sorted by length, at a time
@@ -32,8 +32,8 @@ def names_of(opened: OpenedModel) -> Names:
     """Return the names from the files of a Hugging Face folder, or from the recipe of the run."""
     given: dict
     if opened.step is None:
-        labels = json_in(opened.folder / "config.json").get("id2label", {})
-        special = json_in(opened.folder / "tokenizer_config.json")
+        labels = read_json(opened.folder / "config.json").get("id2label", {})
+        special = read_json(opened.folder / "tokenizer_config.json")
         given = {
             "class_token": _token_text(special.get("cls_token")),
             "mask_token": _token_text(special.get("mask_token")),
@@ -52,7 +52,7 @@ def _token_text(token: str | dict | None) -> str | None:
 class Predictor:
     """Base class of predictors: it encodes texts to ids, and a subclass turns a batch of ids into one line of text each."""
 
-    def __init__(self, trained: TrainedModel, tokenizer: Tokenizer, device: str):
+    def __init__(self, trained: LoadedModel, tokenizer: Tokenizer, device: str):
         self.model, self.config, self.tokenizer, self.device = trained.model.to(device), trained.config, tokenizer, device
         self.num_cut = 0
         """Number of texts that were longer than the model's context and were cut at their end."""
@@ -105,7 +105,7 @@ class Predictor:
 class Continuation(Predictor):
     """Continuations of a prompt by a decoder."""
 
-    def __init__(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, sampling: dict):
+    def __init__(self, trained: LoadedModel, tokenizer: Tokenizer, device: str, sampling: dict):
         """`sampling` holds options of model.generation.generate."""
         super().__init__(trained, tokenizer, device)
         self.sampling = sampling
@@ -143,7 +143,7 @@ class Continuation(Predictor):
 class TargetText(Predictor):
     """Targets that an encoder-decoder writes for sources. The sentinels of T5's spans are read and written by their names."""
 
-    def __init__(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, search: dict, sampling: dict | None = None):
+    def __init__(self, trained: LoadedModel, tokenizer: Tokenizer, device: str, search: dict, sampling: dict | None = None):
         """`search` holds options of beam_search; `sampling` holds options of generate, which is used instead if they are given."""
         super().__init__(trained, tokenizer, device)
         self.search, self.sampling = search, sampling
@@ -178,7 +178,7 @@ class TargetText(Predictor):
 class EncoderPredictor(Predictor):
     """Base class for encoders, which read the class token, a text, and end of text, all with token type 0."""
 
-    def __init__(self, trained: TrainedModel, tokenizer: Tokenizer, device: str):
+    def __init__(self, trained: LoadedModel, tokenizer: Tokenizer, device: str):
         super().__init__(trained, tokenizer, device)
         self.names = names_of(trained)
         self.class_token = tokenizer.special_token_id(self.names.class_token)
@@ -196,7 +196,7 @@ class EncoderPredictor(Predictor):
 class FilledMasks(EncoderPredictor):
     """Texts whose masks an encoder fills with the most likely tokens."""
 
-    def __init__(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, top_k: int):
+    def __init__(self, trained: LoadedModel, tokenizer: Tokenizer, device: str, top_k: int):
         """`top_k` is the number of tokens that describe() shows for each mask."""
         super().__init__(trained, tokenizer, device)
         self.mask, self.top_k = tokenizer.special_token_id(self.names.mask_token), top_k

@@ -42,7 +42,7 @@ class Layout:
         return self.world_size // self.model_parallel_size
 
     @property
-    def num_copies(self) -> int:
+    def num_replicas(self) -> int:
         """Ranks that compute the same tokens, or other layers of them: stages times tensor parallelism."""
         return self.pipeline_stages * self.tensor_parallel_size
 
@@ -55,26 +55,26 @@ class Layout:
         """Whose micro-batches a rank works on."""
         return rank // self._group % self.data_parallel_size
 
-    def sequence_place(self, rank: int) -> int:
+    def sequence_rank(self, rank: int) -> int:
         """Which part of the sequences a rank has."""
         return rank // self.tensor_parallel_size % self.sequence_parallel_size
 
-    def tensor_place(self, rank: int) -> int:
+    def tensor_rank(self, rank: int) -> int:
         """Which part of the matrices a rank has."""
         return rank % self.tensor_parallel_size
 
     def sequence_groups(self) -> list[list[int]]:
         """The ranks that share sequences."""
         stride = self.tensor_parallel_size
-        first = [rank for rank in range(self.world_size) if self.sequence_place(rank) == 0]
+        first = [rank for rank in range(self.world_size) if self.sequence_rank(rank) == 0]
         return [[rank + stride * place for place in range(self.sequence_parallel_size)] for rank in first]
 
     @property
     def _group(self) -> int:
         return self.tensor_parallel_size * self.sequence_parallel_size
 
-    def recorded(self, zero_stage: int, precision: str) -> dict:
-        """What a checkpoint's manifest says of how it was trained; `describe` reads it."""
+    def record(self, zero_stage: int, precision: str) -> dict:
+        """What a checkpoint's manifest says of how it was trained; `describe_layout` reads it."""
         return dataclasses.asdict(self) | {"zero_stage": zero_stage, "precision": precision}
 
     def bubble(self, num_micro_batches: int) -> float:
@@ -92,18 +92,18 @@ class Layout:
         return " x ".join([f"{self.world_size} rank(s)", *parts]).replace(" x ", ": ", 1)
 
 
-def describe(recorded: dict) -> str:
+def describe_layout(recorded: dict) -> str:
     """A checkpoint's layout, as its manifest has it, for a person."""
     ranks = Layout(**{field.name: recorded[field.name] for field in dataclasses.fields(Layout)})
     return f"{ranks} under ZeRO-{recorded['zero_stage']} in {recorded['precision']}"
 
 
-def fewest_micro_batches(stages: int) -> int:
+def min_micro_batches(stages: int) -> int:
     """From where on the bubble of a pipeline is small, under a fifth of a step: four a stage (Huang et al. 2018, arXiv 1811.06965)."""
     return 4 * stages if stages > 1 else 1
 
 
-def micro_batch_size(share: int, stages: int) -> int:
+def largest_micro_batch_size(share: int, stages: int) -> int:
     """The largest size that cuts a rank's `share` of sequences into enough micro-batches for the stages (without them: the share)."""
-    wanted = min(share, fewest_micro_batches(stages))
+    wanted = min(share, min_micro_batches(stages))
     return next(size for size in range(share // wanted, 0, -1) if share % size == 0)

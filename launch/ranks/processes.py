@@ -131,7 +131,7 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0] if first else "")
 
 
-def share_the_cores(process: Process) -> None:
+def share_cores(process: Process) -> None:
     """Give each local rank its part of the cores, where a person's OMP_NUM_THREADS does not say otherwise.
 
     Left alone, every rank starts a thread a core: two ranks on two cores ran ten times slower. torchrun sets 1 by itself.
@@ -175,7 +175,7 @@ def device_name() -> str:
     return os.environ.setdefault("DS_ACCELERATOR", "cuda" if seen else "cpu")
 
 
-def device_number(process: Process) -> int:
+def device_index(process: Process) -> int:
     """The number of this rank's GPU among those that it sees. DeepSpeed, which goes by LOCAL_RANK, is told the same.
 
     Raises RankError where there are fewer GPUs than ranks.

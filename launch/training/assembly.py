@@ -17,7 +17,7 @@ from launch.checkpoints import checkpoint, run_record
 from launch.checkpoints.initial import InitialWeights
 from launch.evaluation.tasks.task import TextRequest
 from launch.ranks.collectives import describe_lost_ranks
-from launch.ranks.layout import describe
+from launch.ranks.layout import describe_layout
 from launch.ranks.stopping import StopRequest
 from launch.training import run_folder
 from launch.training.data import RunData
@@ -82,7 +82,7 @@ def assemble(ready: Ready, stop: StopRequest) -> Run:
     batches = TrainingBatches(data.sampling.samples, data.sampling.blend, settings.batch_plan, data_rank, layout.data_parallel_size)
     engine = engine_for(layout)(settings, ready.merged_json, process, layout)
     _record_teacher(ready, engine)
-    current_layout = layout.recorded(ready.merged_json["zero_optimization"]["stage"], settings.precision)
+    current_layout = layout.record(ready.merged_json["zero_optimization"]["stage"], settings.precision)
     first_step, how_loaded = _load_weights(ready, engine, current_layout)
     peak, peak_source = peak_flops(settings, engine.device.type) if process.is_first else (1.0, "")
     monitor = None
@@ -135,9 +135,9 @@ def _load_weights(ready: Ready, engine: Engine, current_layout: dict) -> tuple[i
 def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], current_layout: dict) -> tuple[int, str]:
     """Load the newest checkpoint that is not damaged. Returns its step, and the time and layouts as text."""
     process = ready.process
-    folder = checkpoint.newest_good(
+    folder = checkpoint.newest_undamaged(
         Path(ready.settings.output) / "checkpoints",
-        verify=lambda folder: engine.ranks.first_error_of_any_rank(checkpoint.damage(folder, process.rank, process.world_size)),
+        verify=lambda folder: engine.ranks.first_error_of_any_rank(checkpoint.find_damage(folder, process.rank, process.world_size)),
         say=lambda line: print(line, flush=True) if process.is_first else None,
         may_rename=process.is_first,
         candidates=candidates,
@@ -148,7 +148,9 @@ def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], curre
     manifest = checkpoint.read_manifest(folder)
     saved_layout = manifest.get("converted_from", manifest)["layout"]
     how = f"read in {time.perf_counter() - begun:.1f} s"
-    how += "" if saved_layout == current_layout else f", converted from {describe(saved_layout)} to {describe(current_layout)}"
+    how += (
+        "" if saved_layout == current_layout else f", converted from {describe_layout(saved_layout)} to {describe_layout(current_layout)}"
+    )
     return checkpoint.step_of(folder), how
 
 

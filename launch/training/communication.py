@@ -12,7 +12,7 @@ from deepspeed.runtime import compiler
 from torch.distributed import distributed_c10d
 
 from launch.ranks.collectives import join_process_group
-from launch.ranks.processes import Process, device_name, device_number
+from launch.ranks.processes import Process, device_index, device_name
 
 
 def initialize_communication(process: Process, store: dist.Store, timeout_seconds: float) -> None:
@@ -30,7 +30,7 @@ def initialize_communication(process: Process, store: dist.Store, timeout_second
     # Every ZeRO optimizer imports DeepSpeed's Muon, which no run uses. Its decorator would import torch's compiler: one second per start.
     compiler.compile = lambda: compiler.dummy_decorator
     if device_name() == "cuda":
-        torch.cuda.set_device(device_number(process))
+        torch.cuda.set_device(device_index(process))
     timeout = timedelta(seconds=timeout_seconds)
     # DeepSpeed creates its groups of ranks without a timeout and has no option for one; torch's default is 10 or 30 minutes.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout

@@ -26,7 +26,7 @@ from launch.evaluation.score import Score
 from launch.evaluation.tasks.table import task_named
 from launch.ranks.collectives import CollectedError, Ranks
 from launch.ranks.layout import Layout
-from launch.ranks.processes import Process, device_name, device_number
+from launch.ranks.processes import Process, device_index, device_name
 from launch.training import parallel
 from launch.training.deepspeed_state import OptimizerState
 from launch.training.optimizers import optimizer_for
@@ -68,7 +68,7 @@ class Engine:
         self.config = settings.model
         self.process = process
         self.layout = layout
-        self.device = torch.device(device_name(), device_number(process)) if device_name() == "cuda" else torch.device("cpu")
+        self.device = torch.device(device_name(), device_index(process)) if device_name() == "cuda" else torch.device("cpu")
         self.ranks = Ranks(process, self.device)
         self.zero_stage = merged_json["zero_optimization"].get("stage", 0)
         self._seed = settings.seed
@@ -132,7 +132,7 @@ class Engine:
         micro_batches = [self._part_of(batch) for batch in micro_batches]
         counts = self.ranks.sum([target_tokens(micro_batches), target_classes(micro_batches)])
         parts = len(micro_batches) * self.layout.zero_size
-        divisors = [torch.tensor(max(1, count / self.layout.num_copies) / parts, device=self.device) for count in counts]
+        divisors = [torch.tensor(max(1, count / self.layout.num_replicas) / parts, device=self.device) for count in counts]
         watch = Stopwatch(self.device)
         loss, gradient_norm, skipped = self._step_on(micro_batches, divisors, watch)
         loss_sum, stops = self.ranks.sum([loss, float(stop_asked)])
@@ -185,12 +185,12 @@ class Engine:
     def validate(self, batches: Iterable[Batch]) -> Score:
         """Of all data ranks' batches together; each gives equally many."""
         self._deepspeed.eval()
-        return self._over_ranks(self.task.measure(self._model, map(self._part_of, batches), self.device), self.layout.num_copies)
+        return self._over_ranks(self.task.measure(self._model, map(self._part_of, batches), self.device), self.layout.num_replicas)
 
-    def _over_ranks(self, mine: Score, num_copies: int) -> Score:
+    def _over_ranks(self, mine: Score, num_replicas: int) -> Score:
         """From each rank's share, which so many ranks have alike."""
         summed = self.ranks.sum(list(dataclasses.astuple(mine)))
-        token_loss, tokens, class_loss, classes, right = (total / num_copies for total in summed)
+        token_loss, tokens, class_loss, classes, right = (total / num_replicas for total in summed)
         return Score(token_loss, round(tokens), class_loss, round(classes), round(right))
 
     def sample(
@@ -228,7 +228,7 @@ class Engine:
         A failure on any rank leaves what was there before, and the run can go on.
         """
         collected = CollectedError()
-        folder = root / f"{checkpoint.name_of(step)}.tmp-{about['run_id']}"
+        folder = root / f"{checkpoint.folder_name(step)}.tmp-{about['run_id']}"
         if self.process.is_first:
             collected.run(lambda: checkpoint.begin(root, step, about["run_id"]))
         if error := self.ranks.first_error_of_any_rank(collected.message):
@@ -290,21 +290,21 @@ class Engine:
 
     def _region_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], state.Region] | None:
         """The whole shape of a parameter, and the part of it that this rank has, not counting what ZeRO cuts; None: not the model's."""
-        return parallel.region_of(parameter, self.layout.tensor_place(self.process.rank))
+        return parallel.region_of(parameter, self.layout.tensor_rank(self.process.rank))
 
     def _is_replica(self, shard_slice: state.ShardSlice, parameter: nn.Parameter) -> bool:
         """Whether a checkpoint has these numbers from another rank."""
         rank, layout = self.process.rank, self.layout
         on_all_tensor_places = shard_slice.region == state.whole_region(shard_slice.shape)
         in_all_of_zero = self.zero_stage == 0 and rank // layout.tensor_parallel_size % layout.zero_size > 0
-        return in_all_of_zero or (on_all_tensor_places and layout.tensor_place(rank) > 0)
+        return in_all_of_zero or (on_all_tensor_places and layout.tensor_rank(rank) > 0)
 
     def _part_of(self, batch: Batch) -> Batch:
         """The tokens and targets that this rank has of each sequence; segments stay whole, for attention sees them all."""
         if self.layout.sequence_parallel_size == 1:
             return batch
         size = batch.tokens.shape[1] // self.layout.sequence_parallel_size
-        start = self.layout.sequence_place(self.process.rank) * size
+        start = self.layout.sequence_rank(self.process.rank) * size
         return batch.map(lambda tensor: tensor[:, start : start + size])._replace(segments=batch.segments)
 
     def memory_bytes(self) -> int:
@@ -325,7 +325,7 @@ class Engine:
             seen = self._micro_batches_seen.get(layer, 0)
             self._micro_batches_seen[layer] = seen + 1
             micro_batch = seen * self.layout.data_parallel_size + self.layout.data_rank(self.process.rank)
-            torch.manual_seed(_stream(self._seed, self.step_in_hand, micro_batch, layer, self.layout.sequence_place(self.process.rank)))
+            torch.manual_seed(_stream(self._seed, self.step_in_hand, micro_batch, layer, self.layout.sequence_rank(self.process.rank)))
 
     def _plain_step(self) -> tuple[float, bool]:
         """ZeRO-0 knows no gradient norm and would apply a NaN: measure it, and take the step without the update where it is one."""

@@ -104,7 +104,8 @@ def train(run: Run) -> int:
         if report.stop_asked and not last:
             if monitor:
                 monitor.log(
-                    f"Stopped by {run.stop.asked or 'a signal to another rank'} after step {done}; " + _how_to_resume(saved_step, done)
+                    f"Stopped by {run.stop.signal_name or 'a signal to another rank'} after step {done}; "
+                    + _how_to_resume(saved_step, done)
                 )
             return SAVED_AND_UNFINISHED if saved_step == done else 1
     return 0 if saved_step == steps else 1
@@ -121,7 +122,7 @@ def _train_step(run: Run, step: int) -> StepReport:
     rate = _learning_rate(run, step)
     micro_batches = run.micro_batches(step)
     data_seconds = time.perf_counter() - start
-    report = run.engine.train_step(micro_batches, rate, step, stop_asked=run.stop.asked is not None)
+    report = run.engine.train_step(micro_batches, rate, step, stop_asked=run.stop.signal_name is not None)
     seconds = time.perf_counter() - start
     if run.monitor:
         _report_step(run, run.monitor, step + 1, rate, report, seconds, data_seconds)

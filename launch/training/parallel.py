@@ -51,7 +51,7 @@ def spread_sequences(model: nn.Module, sequence_length: int, layout: Layout, ran
     DeepSpeed is not told. To its optimizers a part of a sequence is a sample: told, 0.19.8 scales the gradients of ZeRO-3 by 1/size
     or not, by the path that a bucket takes, and ZeRO-1 in bf16 crashes.
     """
-    size, place = layout.sequence_parallel_size, layout.sequence_place(rank)
+    size, place = layout.sequence_parallel_size, layout.sequence_rank(rank)
     made = [(members, dist.new_group(members)) for members in layout.sequence_groups()]  # every rank makes every group
     group = next(group for members, group in made if rank in members)
     for module in model.modules():

@@ -117,7 +117,7 @@ class PipelinedEngine(Engine):
         _, outputs = self._evaluate([batch] * (self._at_once or 1), keep_outputs=True)
         row, rank = torch.zeros(self.config.vocab_size, device=self.device), self.process.rank
         part, place = divmod(length - 1, batch.tokens.shape[1])
-        is_speaker = (self.layout.data_rank(rank), self.layout.sequence_place(rank), self.layout.tensor_place(rank)) == (0, part, 0)
+        is_speaker = (self.layout.data_rank(rank), self.layout.sequence_rank(rank), self.layout.tensor_rank(rank)) == (0, part, 0)
         if outputs is not None and is_speaker:
             row.copy_(outputs[0][0, place])
         self.ranks.sum_in_place([row])

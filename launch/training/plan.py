@@ -3,7 +3,7 @@
 import torch
 
 from launch.checkpoints.initial import InitialWeights
-from launch.ranks.layout import Layout, fewest_micro_batches, micro_batch_size
+from launch.ranks.layout import Layout, largest_micro_batch_size, min_micro_batches
 from launch.training.data import RunData
 from launch.training.estimates import flops_per_counted_token, model_state_bytes, parameters_per_rank
 from launch.training.optimizers import optimizer_for
@@ -198,14 +198,14 @@ def _pipeline_rows(settings: RunSettings, merged_json: dict, layout: Layout) -> 
     if section["schedule"] == "dualpipev":
         bubble += "; DualPipeV, which fills the pipeline from both ends, has a smaller one"
     rows = [("pipeline", f"{stages} stages by {section['partition']}, {section['schedule']}, {micro_batches} micro-batches; {bubble}")]
-    if micro_batches < fewest_micro_batches(stages):
+    if micro_batches < min_micro_batches(stages):
         share = settings.batch.global_batch_size // layout.data_parallel_size
-        size = micro_batch_size(share, stages)
+        size = largest_micro_batch_size(share, stages)
         better = share // size
         advice = (
             f"batch.micro_batch_size {size} gives {better}: bubble {layout.bubble(better):.1%}"
             if better > micro_batches
-            else f"a batch.global_batch_size of {fewest_micro_batches(stages) * layout.data_parallel_size} or more would give enough"
+            else f"a batch.global_batch_size of {min_micro_batches(stages) * layout.data_parallel_size} or more would give enough"
         )
         rows.append(("warning", f"{micro_batches} micro-batches are too few for {stages} stages; {advice}"))
     return rows

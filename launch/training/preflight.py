@@ -22,7 +22,7 @@ from launch import REPOSITORY
 from launch.checkpoints.run_record import versions
 from launch.ranks.collectives import gather_on_rank0
 from launch.ranks.layout import Layout
-from launch.ranks.processes import Process, device_number
+from launch.ranks.processes import Process, device_index
 from launch.training.data import RunData
 from launch.training.optimizers import optimizer_for
 from launch.training.run_folder import PROBE_PREFIX
@@ -60,7 +60,7 @@ def probe(settings: RunSettings, merged_json: dict, layout: Layout, process: Pro
             )
     return {
         "device": _device(device),
-        "device_id": str(torch.cuda.get_device_properties(device_number(process)).uuid) if device == "cuda" else "",
+        "device_id": str(torch.cuda.get_device_properties(device_index(process)).uuid) if device == "cuda" else "",
         "versions": versions() | {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if device == "cuda" else "none"},
         "code": _code(),
         "settings": json.loads(json.dumps(chosen)),
@@ -109,7 +109,7 @@ def measure(process: Process, layout: Layout, device: str) -> dict:
 
     The all-reduce speed is the bus bandwidth of NVIDIA's nccl-tests: 2 (n - 1) / n times the bytes a second.
     """
-    target = torch.device(device, device_number(process)) if device == "cuda" else torch.device("cpu")
+    target = torch.device(device, device_index(process)) if device == "cuda" else torch.device("cpu")
     tensor = torch.ones(_PROBE_BYTES // 4, device=target)
     n = layout.world_size
     measured = {"all_reduce_gb_s": 2 * (n - 1) / n * _PROBE_BYTES / _seconds(lambda: dist.all_reduce(tensor), target) / 1e9}

@@ -19,7 +19,7 @@ from data.command_line import UserError, flatten
 from data.files import lock_file, nearest_existing, write_file
 from launch import REPOSITORY
 from launch.checkpoints import checkpoint
-from launch.checkpoints.run_record import TOKENIZER_CONFIGURATION, paths_of, tokenizer_files, versions
+from launch.checkpoints.run_record import TOKENIZER_CONFIGURATION, data_paths, tokenizer_files, versions
 from launch.training.initial_model import NOT_IN_THE_WEIGHTS
 from launch.training.settings import RunSettings
 from model.config import ModelConfig
@@ -210,7 +210,7 @@ def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json:
         if name.startswith(_MATHEMATICAL_KEYS) and saved.get(name, False) != current.get(name, False)
     ]
     if before["data_fingerprint"] != fingerprint:
-        saved_paths, paths = ", ".join(paths_of(before["recipe"])), ", ".join(settings.data.path)
+        saved_paths, paths = ", ".join(data_paths(before["recipe"])), ", ".join(settings.data.path)
         changed.append(f"the data: {saved_paths} {before['data_fingerprint'][:12]} -> {paths} {fingerprint[:12]}")
     return changed
 

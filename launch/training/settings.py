@@ -13,7 +13,7 @@ from data.command_line import UserError, add_origins, describe
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.settings import SamplingSettings
 from launch import REPOSITORY
-from launch.ranks.layout import Layout, micro_batch_size
+from launch.ranks.layout import Layout, largest_micro_batch_size
 from launch.training.initial_model import differences_from_init
 from model.config import ModelConfig
 
@@ -302,6 +302,6 @@ def share_the_batch(settings: RunSettings, layout: Layout) -> RunSettings:
         share = settings.batch.accumulation_steps(layout.data_parallel_size)
     except UserError as error:
         raise UserError(add_origins(str(error), settings)) from error
-    size = settings.batch.micro_batch_size or micro_batch_size(share, layout.pipeline_stages)
+    size = settings.batch.micro_batch_size or largest_micro_batch_size(share, layout.pipeline_stages)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
     return dataclasses.replace(settings, batch=batch, pipeline_stages=layout.pipeline_stages)

@@ -66,7 +66,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     UserError if the settings of this rank are wrong, and on every rank if one of them cannot take part or differs from rank 0.
     """
     process = processes.find_process()
-    processes.share_the_cores(process)
+    processes.share_cores(process)
     device = processes.device_name()
     if device == "cpu":
         processes.keep_freed_memory()
@@ -196,7 +196,7 @@ def _check_all_ranks(
     report: dict = {"rank": process.rank, "host": processes.host_name()}
     try:
         if device == "cuda":
-            processes.device_number(process)
+            processes.device_index(process)
         data = open_data(settings)
         start = run_folder.inspect(settings, data.fingerprint, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)

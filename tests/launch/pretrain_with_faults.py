@@ -16,7 +16,7 @@ from data.command_line import run_script
 from launch import pretrain
 from launch.checkpoints import checkpoint
 from launch.checkpoints.state import SavedState
-from launch.ranks.stopping import leave
+from launch.ranks.stopping import exit_now
 from launch.training.engine import Engine
 
 
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     if "FAULT_TERMINATE" in os.environ:
         plant_termination(os.environ["FAULT_TERMINATE"])
     sys.argv[0] = pretrain.__file__
-    run_script(pretrain.main, leave)
+    run_script(pretrain.main, exit_now)

@@ -205,7 +205,7 @@ def test_ctrl_c_under_the_deepspeed_launcher_saves_and_can_resume(tiny, tmp_path
     output = process.communicate(timeout=60)[0]
     assert "saved. The same command resumes from it" in output, output
     (saved,) = checkpoint.published(tmp_path / "run" / "checkpoints")
-    assert checkpoint.damage(saved) is None
+    assert checkpoint.find_damage(saved) is None
     again = launched(command)
     output = again.communicate(timeout=180)[0]
     assert f"Resuming from step {checkpoint.step_of(saved)} of 200" in output, output

@@ -161,12 +161,12 @@ def test_average_of_checkpoints_is_exported(run):
     with pytest.raises(UserError, match=r"--average 4: .* holds 3 whole checkpoints"):
         open_model(str(folder), average=4)
     with pytest.raises(UserError, match="--average 2 needs a run folder"):
-        open_model(str(folder / "checkpoints" / checkpoint.name_of(3)), average=2)
+        open_model(str(folder / "checkpoints" / checkpoint.folder_name(3)), average=2)
 
 
 def test_damaged_checkpoint_is_named_on_standard_error(run, capsys):
     folder = run(5, 10)
-    next((folder / "checkpoints" / checkpoint.name_of(10)).glob("*.safetensors")).write_bytes(b"")
+    next((folder / "checkpoints" / checkpoint.folder_name(10)).glob("*.safetensors")).write_bytes(b"")
     assert open_model(str(folder)).step == 5
     said = capsys.readouterr()
     assert said.out == "" and "Damaged checkpoint: " in said.err

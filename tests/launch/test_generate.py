@@ -64,7 +64,7 @@ def door(tokenizer, tmp_path, monkeypatch, capsys):
 
     def call(kind: str, network: torch.nn.Module, *words: str, data: dict | None = None) -> str:
         config = ModelConfig(**SMALL, **KINDS[kind])
-        found = opening.TrainedModel(config, {}, tmp_path / "step", tokenizer.path, 1, {"data": data or {}}, network)
+        found = opening.LoadedModel(config, {}, tmp_path / "step", tokenizer.path, 1, {"data": data or {}}, network)
         monkeypatch.setattr(generating, "load_model", lambda path, average=1: found)
         assert generate.main(["runs/x", *words]) == 0
         return capsys.readouterr().out
@@ -133,7 +133,7 @@ def test_classifier_prints_labels_or_class_indices(door, monkeypatch):
 def test_names_are_read_from_a_hugging_face_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"id2label": {"10": "c", "0": "a", "2": "b"}}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "<mask>", "cls_token": {"content": "<s>", "lstrip": False}}))
-    found = opening.TrainedModel(ModelConfig(), {}, tmp_path, None, None, {}, torch.nn.Module())
+    found = opening.LoadedModel(ModelConfig(), {}, tmp_path, None, None, {}, torch.nn.Module())
     assert names_of(found) == Names("<s>", "<mask>", labels=("a", "b", "c"))
 
 

@@ -168,7 +168,7 @@ def test_cancelled_job_saves_a_checkpoint_and_stays_cancelled(slurm, prepared, t
     assert job.await_end() == "CANCELLED", job.all_logs()
     await_(lambda: "cancelled: not requeued" in job.all_logs(), 10, "the last sentence", job.all_logs)
     newest = checkpoint.published(job.run / "checkpoints")[0]
-    assert checkpoint.damage(newest, 0, 1) is None
+    assert checkpoint.find_damage(newest, 0, 1) is None
     assert checkpoint.step_of(newest) == max(losses(job.run))  # of the step at which it was cancelled, not of the interval
     assert (job.about["JobState"], job.about["Restarts"]) == ("CANCELLED", "0")
 

@@ -6,7 +6,7 @@ from data.sampling.objectives import causal as objectives
 from data.sampling.settings import SamplingSettings
 from data.shards import PreparedData
 from data.tokenization.tokenizer import Tokenizer
-from launch.checkpoints.opening import TrainedModel
+from launch.checkpoints.opening import LoadedModel
 from launch.evaluation.evaluation_sets import EvaluationSet, window_sets
 from launch.evaluation.predictions import Continuation
 from launch.evaluation.settings import GenerateSettings
@@ -21,7 +21,7 @@ class Decoding(Task):
     options = ("max_new_tokens", *SAMPLING_OPTIONS)
     needs_prompt = False
 
-    def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Continuation:
+    def predictor(self, trained: LoadedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Continuation:
         """Return the predictor that continues a prompt."""
         return Continuation(trained, tokenizer, device, sampling_of(settings))
 

@@ -6,7 +6,7 @@ from data.command_line import UserError
 from data.sampling.objectives import classification as objectives
 from data.sampling.settings import SamplingSettings
 from data.tokenization.tokenizer import Tokenizer
-from launch.checkpoints.opening import OpenedModel, TrainedModel
+from launch.checkpoints.opening import LoadedModel, OpenedModel
 from launch.evaluation.predictions import Classes
 from launch.evaluation.settings import GenerateSettings
 from launch.evaluation.tasks.task import FILE_OPTIONS, Task
@@ -34,6 +34,6 @@ class Classification(Task):
             )
         return sampling
 
-    def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Classes:
+    def predictor(self, trained: LoadedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Classes:
         """Return the predictor of classes."""
         return Classes(trained, tokenizer, device)

@@ -8,7 +8,7 @@ from data.sampling.objectives import masked as objectives
 from data.sampling.samples import IGNORED
 from data.sampling.settings import SamplingSettings
 from data.tokenization.tokenizer import Tokenizer
-from launch.checkpoints.opening import OpenedModel, TrainedModel
+from launch.checkpoints.opening import LoadedModel, OpenedModel
 from launch.evaluation.predictions import FilledMasks
 from launch.evaluation.settings import GenerateSettings
 from launch.evaluation.tasks.task import FILE_OPTIONS, Task
@@ -29,7 +29,7 @@ class Masked(Task):
         """Return data.next_sentence, which is on if the model has two classes."""
         return {"next_sentence": opened.config.num_classes == 2}
 
-    def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> FilledMasks:
+    def predictor(self, trained: LoadedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> FilledMasks:
         """Return the predictor that fills masks."""
         return FilledMasks(trained, tokenizer, device, 5 if settings.top_k is None else settings.top_k)
 

@@ -12,7 +12,7 @@ from data.sampling.objectives.base import Objective
 from data.sampling.settings import Architecture, ObjectiveName, SamplingSettings
 from data.shards import PreparedData
 from data.tokenization.tokenizer import Tokenizer
-from launch.checkpoints.opening import OpenedModel, TrainedModel
+from launch.checkpoints.opening import LoadedModel, OpenedModel
 from launch.evaluation.evaluation_sets import EvaluationSet, sample_sets
 from launch.evaluation.predictions import Predictor
 from launch.evaluation.score import Score, bits_per_byte, perplexity, score_of, sums_of
@@ -185,7 +185,7 @@ class Task:
         """Return an error message for each supported setting of launch/generate.py that has an invalid value or does not fit another."""
         return []
 
-    def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Predictor:
+    def predictor(self, trained: LoadedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Predictor:
         """Return the predictor of launch/generate.py."""
         raise NotImplementedError
 

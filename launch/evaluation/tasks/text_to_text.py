@@ -3,7 +3,7 @@
 from data.command_line import UserError
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.tokenizer import Tokenizer
-from launch.checkpoints.opening import OpenedModel, TrainedModel
+from launch.checkpoints.opening import LoadedModel, OpenedModel
 from launch.evaluation.predictions import TargetText
 from launch.evaluation.settings import GenerateSettings
 from launch.evaluation.tasks.causal import sampling_of
@@ -43,7 +43,7 @@ class TextToText(Task):
             )
         return complaints
 
-    def predictor(self, trained: TrainedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> TargetText:
+    def predictor(self, trained: LoadedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> TargetText:
         """Return the predictor of targets; it samples if an option of sampling is given, else it searches."""
         search = settings.given("max_new_tokens", "beam_size", "length_penalty")
         return TargetText(trained, tokenizer, device, search, sampling_of(settings) if settings.given(*SAMPLING_OPTIONS) else None)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data.command_line import UserError
 from data.files import write_file
 from launch.checkpoints import checkpoint
-from launch.checkpoints.checkpoint import HashingFile, damage, newest_good, published, retain
+from launch.checkpoints.checkpoint import HashingFile, find_damage, newest_undamaged, published, retain
 
 ABOUT = {"model": {"hidden_size": 8}, "layout": {"world_size": 2}, "rates": (0.1, 1e-8)}
 
@@ -53,7 +53,7 @@ def read(folder: Path) -> dict[int, dict[str, bytes]]:
 
 
 def good(root: Path) -> Path | None:
-    return newest_good(root, damage, lambda line: None, may_rename=False)
+    return newest_undamaged(root, find_damage, lambda line: None, may_rename=False)
 
 
 def names(root: Path) -> set[str]:
@@ -91,14 +91,14 @@ def test_files_that_the_engine_wrote_by_itself_are_in_the_manifest_too(tmp_path)
     (folder / "offloaded" / "rank0").mkdir(parents=True)
     (folder / "offloaded" / "rank0" / "moments.swp").write_bytes(b"12345678")
     whole = checkpoint.publish(folder, 1, ABOUT | {"layout": {"world_size": 0}})
-    assert damage(whole) is None
+    assert find_damage(whole) is None
     (whole / "offloaded" / "rank0" / "moments.swp").write_bytes(b"12345679")
-    assert "moments.swp is damaged" in damage(whole)
+    assert "moments.swp is damaged" in find_damage(whole)
 
 
 def test_every_flipped_bit_and_every_truncation_of_every_file_is_found(tmp_path):
     folder = save(tmp_path, 5, num_ranks=1)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
         damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0", whole + b"\n"]
@@ -106,9 +106,9 @@ def test_every_flipped_bit_and_every_truncation_of_every_file_is_found(tmp_path)
             damaged.append(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
         for data in damaged:
             path.write_bytes(data)
-            assert damage(folder), f"{path.name}: {data!r}"
+            assert find_damage(folder), f"{path.name}: {data!r}"
         path.write_bytes(whole)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 def test_every_missing_added_exchanged_or_unreadable_file_is_found_and_named(tmp_path):
@@ -116,24 +116,24 @@ def test_every_missing_added_exchanged_or_unreadable_file_is_found_and_named(tmp
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
         path.unlink()
-        assert path.name in damage(folder), "missing"
+        assert path.name in find_damage(folder), "missing"
         path.mkdir()
-        assert path.name in damage(folder), "a folder in its place"
+        assert path.name in find_damage(folder), "a folder in its place"
         path.rmdir()
         path.symlink_to(path)
-        assert path.name in damage(folder), "a link to itself"
+        assert path.name in find_damage(folder), "a link to itself"
         path.unlink()
         path.write_bytes((earlier / path.name).read_bytes())
-        assert damage(folder), "that of another step"
+        assert find_damage(folder), "that of another step"
         path.write_bytes(whole)
     for name in ("rank_2.pt", "model_0.pt.tmp", "manifest.json.tmp", "deeper/more.pt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
-        assert damage(folder) == f"{folder / name} does not belong to the checkpoint."
+        assert find_damage(folder) == f"{folder / name} does not belong to the checkpoint."
         (folder / name).unlink()
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     shutil.move(earlier, tmp_path / "step_00000009")
-    assert damage(tmp_path / "step_00000009") == f"{tmp_path / 'step_00000009'} holds the checkpoint of step 4."
+    assert find_damage(tmp_path / "step_00000009") == f"{tmp_path / 'step_00000009'} holds the checkpoint of step 4."
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,8}\.pt", fullmatch=True), st.binary(max_size=200), max_size=5), st.integers(1, 7))
@@ -147,11 +147,11 @@ def test_readers_that_share_the_files_find_what_one_reader_finds(tmp_path_factor
         entries[name] = file.finish()
     checkpoint.write_part(folder, 0, entries)
     folder = checkpoint.publish(folder, 1, ABOUT | {"layout": {"world_size": 1}})
-    assert [damage(folder, part, parts) for part in range(parts)] == [None] * parts
+    assert [find_damage(folder, part, parts) for part in range(parts)] == [None] * parts
     for name in files:
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1] + b"?!")
-        assert sum(damage(folder, part, parts) is not None for part in range(parts)) == 1
+        assert sum(find_damage(folder, part, parts) is not None for part in range(parts)) == 1
         (folder / name).write_bytes(whole)
 
 
@@ -161,13 +161,13 @@ def test_a_damaged_newest_is_named_and_set_aside_and_the_older_one_is_taken(tmp_
     (tmp_path / "step_00000003" / "rank_1.pt").write_bytes(b"zero")
     (tmp_path / "step_00000002" / "manifest.json").write_text('{"step": 2, "mod')
     said: list[str] = []
-    assert newest_good(tmp_path, damage, said.append) == tmp_path / "step_00000001"
+    assert newest_undamaged(tmp_path, find_damage, said.append) == tmp_path / "step_00000001"
     assert "rank_1.pt has 4 bytes; 27 were written." in said[0]
     assert "step_00000002 has no readable manifest.json" in said[1]
     assert names(tmp_path) == {"step_00000001", "step_00000002.corrupt", "step_00000003.corrupt", "latest"}
     save(tmp_path, 3)  # the run comes there again, and again the disk fails
     (tmp_path / "step_00000003" / "rank_1.pt").unlink()
-    assert newest_good(tmp_path, damage, said.append) == tmp_path / "step_00000001"
+    assert newest_undamaged(tmp_path, find_damage, said.append) == tmp_path / "step_00000001"
     assert "step_00000003.corrupt" in names(tmp_path) and "step_00000003" not in names(tmp_path)
 
 
@@ -184,7 +184,7 @@ def test_where_none_is_whole_nothing_starts(tmp_path):
         (save(tmp_path, step) / "rank_0.pt").unlink()
     for _ in range(2):  # the second time only *.corrupt are left
         with pytest.raises(UserError, match=r"holds no whole checkpoint, .* will not start again from step 0 by itself"):
-            newest_good(tmp_path, damage, lambda line: None)
+            newest_undamaged(tmp_path, find_damage, lambda line: None)
 
 
 def test_the_newest_are_kept_and_what_was_interrupted_goes(tmp_path):
@@ -199,7 +199,7 @@ def test_the_newest_are_kept_and_what_was_interrupted_goes(tmp_path):
     assert names(tmp_path) == stays
     retain(tmp_path, 2)
     assert names(tmp_path) == stays
-    assert damage(tmp_path / "step_00000005") is None and damage(tmp_path / "step_00000006") is None
+    assert find_damage(tmp_path / "step_00000005") is None and find_damage(tmp_path / "step_00000006") is None
 
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path):
@@ -257,7 +257,7 @@ FAILURES = [Stopped(), OSError(28, "No space left on device")]
 
 def assert_none_is_partial(root: Path) -> None:
     for folder in published(root):
-        assert damage(folder) is None
+        assert find_damage(folder) is None
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=["power cut", "full disk"])
@@ -306,7 +306,7 @@ def test_a_small_file_is_replaced_whole_or_stays(tmp_path):
 
 def test_a_checkpoint_under_any_name_is_read(tmp_path):
     folder = save(tmp_path, 2).rename(tmp_path / "best")
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     assert json.loads((folder / "manifest.json").read_text())["step"] == 2
 
 

@@ -24,7 +24,7 @@ from launch.checkpoints.conversion import convert
 from launch.checkpoints.settings import ConvertSettings
 from launch.checkpoints.state import SavedState, ShardSlice, whole_region
 from launch.convert import main
-from launch.ranks.layout import describe
+from launch.ranks.layout import describe_layout
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 
 SCRIPT = REPOSITORY / "launch" / "convert.py"
@@ -166,7 +166,7 @@ def test_conversion_keeps_every_bit_and_does_not_change_the_source(cut, tmp_path
     before = files_of(run)
     folder = converted(run, tmp_path / "whole")
     assert folder == tmp_path / "whole" / "checkpoints" / "step_00000007"
-    assert checkpoint.damage(folder) is None
+    assert checkpoint.find_damage(folder) is None
     assert_same_state(folder, run / "checkpoints" / "step_00000007")
     for name, kinds in random_values(SHAPES).items():
         for kind in KINDS:
@@ -198,7 +198,7 @@ def test_the_new_manifest_differs_only_in_layout_files_and_origin(run, tmp_path)
     origin = {"checkpoint": str(run / "checkpoints" / "step_00000007"), "layout": old["layout"], "files": 4}
     assert new == old | {"layout": new["layout"], "files": new["files"], "converted_from": origin}
     assert list(new["files"]) == ["state_00000.safetensors"]
-    assert describe(new["layout"]) == "1 rank(s) under ZeRO-0 in bf16"
+    assert describe_layout(new["layout"]) == "1 rank(s) under ZeRO-0 in bf16"
     for name in ("run.json", "tokenizer.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (run / name).read_bytes()
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"run.json", "tokenizer.json", "checkpoints"}
@@ -234,7 +234,7 @@ def test_the_newest_undamaged_or_the_given_checkpoint_is_converted(run, tmp_path
 
 def test_an_empty_output_folder_is_accepted(run, tmp_path):
     (tmp_path / "whole").mkdir()
-    assert checkpoint.damage(converted(run, tmp_path / "whole")) is None
+    assert checkpoint.find_damage(converted(run, tmp_path / "whole")) is None
 
 
 def replace_run_by_an_export(disk: Path) -> None:
@@ -275,7 +275,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str, dict, str]] = {
 @pytest.mark.parametrize(("change", "output", "more", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_invalid_arguments_are_refused_before_any_file_is_read(change, output, more, message, run, tmp_path, monkeypatch):
     change(tmp_path)
-    monkeypatch.setattr(checkpoint, "damage", lambda *_: pytest.fail("files were read"))
+    monkeypatch.setattr(checkpoint, "find_damage", lambda *_: pytest.fail("files were read"))
     assert re.search(message, refusal(run, tmp_path / output, **more))
 
 
@@ -292,7 +292,7 @@ def test_a_mount_point_is_refused_as_output(run, tmp_path, monkeypatch):
 
 
 def test_too_little_disk_space_is_refused_before_any_file_is_read(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "damage", lambda *_: pytest.fail("files were read"))
+    monkeypatch.setattr(checkpoint, "find_damage", lambda *_: pytest.fail("files were read"))
     usage = shutil.disk_usage(tmp_path)._replace(free=20_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert refusal(run, tmp_path / "deep" / "whole").endswith("has 0.00 GiB free; --output deep/whole needs 0.00 GiB.")

@@ -15,7 +15,7 @@ import torch
 from data.command_line import UserError
 from launch import export, prune, quantize
 from launch.checkpoints import checkpoint, state
-from launch.checkpoints.opening import loaded, open_model
+from launch.checkpoints.opening import load_weights, open_model
 from launch.compressing import layer_store, result
 from launch.compressing.layer_store import Parts
 from launch.compressing.samples import calibration_text
@@ -117,7 +117,7 @@ def test_keys_and_values_become_bytes_by_the_largest_of_the_calibration_text(qua
             with seen.watching(step):
                 passed = step(passed)
     assert torch.allclose(torch.tensor(opened.kv_cache.scales), seen.sizes / 127.5)
-    assert not torch.equal(loaded(opened).model(*batch.inputs), network(*batch.inputs))
+    assert not torch.equal(load_weights(opened).model(*batch.inputs), network(*batch.inputs))
     with pytest.raises(UserError, match=r"is quantized \(int4, a scale each 32; keys and values int8\): GGUF cannot store"):
         export.main([str(folder), "--format", "gguf", "--output", str(folder.parent / "out.gguf")])
 

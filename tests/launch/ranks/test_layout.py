@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.command_line import UserError
-from launch.ranks.layout import Layout, fewest_micro_batches, micro_batch_size
+from launch.ranks.layout import Layout, largest_micro_batch_size, min_micro_batches
 
 LAYOUTS = [
     Layout(stages * tensor * sequence * data, stages, tensor, sequence)
@@ -27,7 +27,7 @@ def stage(layout: Layout, rank: int) -> int:
 def test_every_place_of_the_grid_is_one_ranks():
     for layout in LAYOUTS:
         places = [
-            (stage(layout, rank), layout.data_rank(rank), layout.sequence_place(rank), layout.tensor_place(rank))
+            (stage(layout, rank), layout.data_rank(rank), layout.sequence_rank(rank), layout.tensor_rank(rank))
             for rank in range(layout.world_size)
         ]
         sizes = layout.pipeline_stages, layout.data_parallel_size, layout.sequence_parallel_size, layout.tensor_parallel_size
@@ -39,10 +39,10 @@ def test_a_rank_is_the_number_of_its_place(sizes):
     stages, data, sequence, tensor = sizes
     layout = Layout(stages * data * sequence * tensor, stages, tensor, sequence)
     assert (layout.data_parallel_size, layout.zero_size) == (data, data * sequence)
-    assert (layout.num_copies, layout.model_parallel_size) == (stages * tensor, stages * tensor * sequence)
+    assert (layout.num_replicas, layout.model_parallel_size) == (stages * tensor, stages * tensor * sequence)
     for rank in range(layout.world_size):
-        place = (stage(layout, rank) * data + layout.data_rank(rank)) * sequence + layout.sequence_place(rank)
-        assert rank == place * tensor + layout.tensor_place(rank)
+        place = (stage(layout, rank) * data + layout.data_rank(rank)) * sequence + layout.sequence_rank(rank)
+        assert rank == place * tensor + layout.tensor_rank(rank)
 
 
 def test_the_grid_is_the_one_of_deepspeeds_pipeline():
@@ -52,8 +52,8 @@ def test_the_grid_is_the_one_of_deepspeeds_pipeline():
         for rank in range(layout.world_size):
             coordinates = topology.get_coord(rank)
             assert coordinates.pipe == stage(layout, rank), layout
-            assert coordinates.data == layout.data_rank(rank) * layout.sequence_parallel_size + layout.sequence_place(rank), layout
-            assert coordinates.model == layout.tensor_place(rank), layout
+            assert coordinates.data == layout.data_rank(rank) * layout.sequence_parallel_size + layout.sequence_rank(rank), layout
+            assert coordinates.model == layout.tensor_rank(rank), layout
 
 
 def test_the_ranks_that_share_a_sequence_differ_in_its_parts_alone():
@@ -61,8 +61,8 @@ def test_the_ranks_that_share_a_sequence_differ_in_its_parts_alone():
         groups = layout.sequence_groups()
         assert sorted(itertools.chain(*groups)) == list(range(layout.world_size)), layout
         for group in groups:
-            assert [layout.sequence_place(rank) for rank in group] == list(range(layout.sequence_parallel_size)), layout
-            assert len({(stage(layout, rank), layout.data_rank(rank), layout.tensor_place(rank)) for rank in group}) == 1, layout
+            assert [layout.sequence_rank(rank) for rank in group] == list(range(layout.sequence_parallel_size)), layout
+            assert len({(stage(layout, rank), layout.data_rank(rank), layout.tensor_rank(rank)) for rank in group}) == 1, layout
 
 
 @pytest.mark.parametrize(
@@ -117,16 +117,16 @@ def test_the_bubble_is_the_share_of_idle_slots_in_deepspeeds_schedule(stages, nu
 
 @pytest.mark.parametrize("stages", range(2, 65))
 def test_with_enough_micro_batches_the_bubble_is_below_a_fifth(stages):
-    assert Layout(stages, stages).bubble(fewest_micro_batches(stages)) < 1 / 5
+    assert Layout(stages, stages).bubble(min_micro_batches(stages)) < 1 / 5
 
 
 @given(st.integers(1, 3000), st.integers(1, 20))
 def test_a_micro_batch_is_the_largest_that_gives_the_stages_enough(share, stages):
     enough = min(share, 4 * stages) if stages > 1 else 1
     sizes = [size for size in range(1, share + 1) if share % size == 0 and share // size >= enough]
-    assert micro_batch_size(share, stages) == max(sizes)
+    assert largest_micro_batch_size(share, stages) == max(sizes)
 
 
 def test_without_a_pipeline_a_micro_batch_is_the_whole_share():
-    assert [micro_batch_size(share, 1) for share in (1, 7, 96)] == [1, 7, 96]
-    assert [micro_batch_size(share, 2) for share in (1, 7, 8, 16, 96)] == [1, 1, 1, 2, 12]
+    assert [largest_micro_batch_size(share, 1) for share in (1, 7, 96)] == [1, 7, 96]
+    assert [largest_micro_batch_size(share, 2) for share in (1, 7, 8, 16, 96)] == [1, 1, 1, 2, 12]

@@ -123,12 +123,12 @@ def with_gpus(monkeypatch, number: int) -> None:
 
 def test_fewer_gpus_than_ranks_are_refused_and_a_gpu_that_srun_bound_is_taken(monkeypatch):
     with_gpus(monkeypatch, 4)
-    assert processes.device_number(Process(5, 8, 1, 4)) == 1
+    assert processes.device_index(Process(5, 8, 1, 4)) == 1
     with_gpus(monkeypatch, 1)
     with pytest.raises(RankError, match=r"Rank 5 on .* and 1 GPU\(s\) are seen there: fewer devices than ranks"):
-        processes.device_number(Process(5, 8, 1, 4))
+        processes.device_index(Process(5, 8, 1, 4))
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    assert processes.device_number(Process(5, 8, 1, 4)) == 0 and os.environ["LOCAL_RANK"] == "0"
+    assert processes.device_index(Process(5, 8, 1, 4)) == 0 and os.environ["LOCAL_RANK"] == "0"
 
 
 def test_a_job_with_gpus_that_torch_does_not_see_does_not_go_on_on_the_cpu(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoints.checkpoint import name_of as folder_of
-from launch.checkpoints.opening import Averaged, open_model
+from launch.checkpoints.opening import AveragedState, open_model
 from model import huggingface
 from model.transformer import Transformer
 from tests.launch.training.layout_cases import (
@@ -207,7 +207,7 @@ def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: 
 def test_a_layout_gives_the_numbers_of_plain_pytorch(name, first_half, saved):
     history, weights = plain(TRAINED[name][1])
     assert_equal(first_half.answer(name), history[:STEPS], 1e-5, 1e-5)
-    ours = Averaged([saved / name / folder_of(STEPS)])
+    ours = AveragedState([saved / name / folder_of(STEPS)])
     assert ours.keys() == weights.keys()
     for parameter, tensor in weights.items():  # in 20 steps AdamW can enlarge a rounding error to a fraction of its rate
         assert float((ours[parameter] - tensor).abs().max()) < 1e-5, parameter
@@ -314,7 +314,7 @@ def test_training_after_compression_matches_plain_pytorch_and_keeps_zeros(name, 
     answer, case = first_half.answer(name), compressed_case(name, saved)
     history, weights = plain(case)
     assert_equal(answer, history[:STEPS], *((1e-3, 1e-2) if "bf16" in name else (1e-5, 1e-5)))
-    ours, pruned = Averaged([saved / name / folder_of(STEPS)]), open_model(str(saved / "pruned")).state
+    ours, pruned = AveragedState([saved / name / folder_of(STEPS)]), open_model(str(saved / "pruned")).state
     for parameter in weights:
         zero = pruned[parameter] == 0
         assert (ours[parameter][zero] == 0).all() and zero.any() == is_of_a_linear(parameter)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoints.checkpoint import name_of as folder_of
-from launch.checkpoints.opening import Averaged
+from launch.checkpoints.opening import AveragedState
 from tests.launch.training.layout_cases import case_of
 from tests.launch.training.layouts_on_ranks import STEPS, train_plain
 from tests.ranks import answers_of_ranks
@@ -46,5 +46,5 @@ def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(tmp_path):
         for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], history[each["first"] : each["first"] + STEPS], strict=True):
             assert loss == pytest.approx(plain_loss, abs=1e-5)
             assert norm == pytest.approx(plain_norm, rel=1e-5)
-    ours = Averaged([tmp_path / "saved" / "nvme" / folder_of(STEPS)])
+    ours = AveragedState([tmp_path / "saved" / "nvme" / folder_of(STEPS)])
     assert all(float((ours[name] - tensor).abs().max()) < 1e-5 for name, tensor in weights.items())

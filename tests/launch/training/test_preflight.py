@@ -218,7 +218,7 @@ def test_ranks_that_cannot_connect_report_it_soon(tiny):
 
     statuses, outputs = elsewhere.result()
     assert statuses == [2, 1]
-    assert "MASTER_ADDR leads to 192.0.2.1, which is no address of n0" in outputs[0]
+    assert "MASTER_ADDR leads to 192.0.2.1, which is not an address of n0" in outputs[0]
     assert "n1 cannot reach rank 0 at 192.0.2.1:" in outputs[1]
 
     statuses, outputs = other_run.result()

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.checkpoints import checkpoint
-from launch.checkpoints.opening import Averaged
+from launch.checkpoints.opening import AveragedState
 from launch.evaluation import evaluating
 from launch.evaluation.settings import EvaluateSettings
 from launch.training.loop import SAVED_AND_UNFINISHED
@@ -86,7 +86,7 @@ def board_curve(folder: Path) -> list[tuple[int, float]]:
 def assert_same_run(one: Path, other: Path) -> None:
     assert curves(one) == curves(other)
     assert board_curve(one) == board_curve(other)
-    ours, theirs = (Averaged(checkpoint.published(folder / "checkpoints")[:1]) for folder in (one, other))
+    ours, theirs = (AveragedState(checkpoint.published(folder / "checkpoints")[:1]) for folder in (one, other))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
@@ -188,7 +188,7 @@ def test_crash_during_the_second_checkpoint_keeps_the_first(fault, last_whole, t
     root = tmp_path / "run" / "checkpoints"
     assert any(status == -signal.SIGKILL for status in statuses(2, words, FAULT=fault))
     assert [checkpoint.step_of(folder) for folder in checkpoint.published(root)] == [last_whole]
-    assert checkpoint.damage(checkpoint.published(root)[0]) is None
+    assert checkpoint.find_damage(checkpoint.published(root)[0]) is None
     run(2, [*words, "--resume"])
     assert checkpoint.step_of(checkpoint.published(root)[0]) == 12
 

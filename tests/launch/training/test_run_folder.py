@@ -10,7 +10,7 @@ import pytest
 
 from data.command_line import UserError
 from launch.checkpoints import checkpoint, run_record
-from launch.ranks.layout import describe
+from launch.ranks.layout import describe_layout
 from launch.training import run_folder
 from launch.training.settings import DataSettings, LogSettings, OptimizerSettings, RunSettings
 from model.config import ModelConfig
@@ -230,9 +230,9 @@ def test_another_precision_needs_allow_changes(saved):
 
 
 def test_layout_description_names_ranks_stage_and_precision():
-    assert describe(LAYOUT) == "2 rank(s) under ZeRO-1 in bf16"
+    assert describe_layout(LAYOUT) == "2 rank(s) under ZeRO-1 in bf16"
     many = LAYOUT | {"world_size": 8, "pipeline_stages": 2, "tensor_parallel_size": 2}
-    assert describe(many) == "8 rank(s): 2 pipeline stages x tensor parallel 2 x data parallel 2 under ZeRO-1 in bf16"
+    assert describe_layout(many) == "8 rank(s): 2 pipeline stages x tensor parallel 2 x data parallel 2 under ZeRO-1 in bf16"
 
 
 def test_checkpoint_of_an_earlier_format_is_refused_by_name(run):
@@ -270,7 +270,7 @@ def test_tokenizer_in_the_run_folder_is_that_of_the_data(run):
     run.tokenizer.with_name("tokenizer_config.json").write_text("{}")
     run.record()
     assert [path.name for path in run_record.tokenizer_files(run.output)] == ["cl100k_base.tiktoken", "tokenizer_config.json"]
-    assert run_record.tokenizer_in(run.output) == run.output / "cl100k_base.tiktoken"
+    assert run_record.find_tokenizer(run.output) == run.output / "cl100k_base.tiktoken"
 
 
 @pytest.mark.parametrize(
