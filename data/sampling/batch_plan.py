@@ -1,6 +1,6 @@
 """Batch plan: which samples each optimizer step reads. Pure arithmetic on integers, without files, ranks or torch.
 
-It stands in data/ and not in launch/training because data/show.py, which may not import launch, asks it too.
+It is in data/ and not in launch/training because data/show.py, which may not import launch, needs it too.
 """
 
 import dataclasses

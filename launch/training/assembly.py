@@ -36,7 +36,7 @@ NOT_TO_BE_REQUEUED = 93
 
 
 def pretrain(settings: RunSettings, arguments: Sequence[str], stop: StopRequest) -> int:
-    """Prepare this rank, print the plan and train. Returns the exit status; raises UserError for a person's mistake.
+    """Prepare this rank, print the plan and train. Returns the exit status; raises UserError for a user's mistake.
 
     `arguments` is the command line, by which ranks recognise the other ranks of their run.
     """

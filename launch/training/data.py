@@ -48,11 +48,12 @@ def open_data(settings: RunSettings) -> RunData:
             f"Nearest: {first.vocab_size}, or {-(-first.vocab_size // 128) * 128} for round matrices."
         )
     model = settings.model
-    of_model = {"architecture": model.architecture, "token_types": model.token_types}
-    sampling = open_sampling(folders, settings.data, model.sequence_length, model.document_mask, settings.seed, **of_model)
+    sampling = open_sampling(
+        folders, settings.data, model.sequence_length, model.document_mask, settings.seed, model.architecture, model.token_types
+    )
     if complaints := TASKS[sampling.objective.name].model_complaints(model, settings.data):
         raise UserError("\n".join(complaints))
-    held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, **of_model)
+    held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, model.architecture, model.token_types)
     _refuse_too_many_epochs(settings, sampling)
     fingerprints = [folder.fingerprint for folder in folders.values()]
     fingerprint = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()

@@ -43,10 +43,13 @@ def parameters_per_rank(model: ModelConfig, layout: Layout, schedule: str = "1f1
 
 def _outside_of_blocks(model: ModelConfig) -> int:
     """Return the number of parameters of this model without its blocks."""
-    stacks = {"num_layers": model.num_layers} | ({"num_decoder_layers": model.num_decoder_layers} if model.num_decoder_layers else {})
-    smallest = dataclasses.replace(model, **dict.fromkeys(stacks, 1))
-    least = count_parameters(smallest)
-    return least - sum(count_parameters(dataclasses.replace(smallest, **{stack: 2})) - least for stack in stacks)
+    has_decoder = bool(model.num_decoder_layers)
+    smallest = dataclasses.replace(model, num_layers=1, num_decoder_layers=1 if has_decoder else model.num_decoder_layers)
+    total = count_parameters(smallest)
+    blocks = count_parameters(dataclasses.replace(smallest, num_layers=2)) - total
+    if has_decoder:
+        blocks += count_parameters(dataclasses.replace(smallest, num_decoder_layers=2)) - total
+    return total - blocks
 
 
 def flops_per_counted_token(model: ModelConfig, target_length: int | None) -> float:

@@ -90,7 +90,7 @@ class Monitor:
     def hyperparameters(self, settings: dict, results: dict[str, float]) -> None:
         """Write settings and results to TensorBoard's HPARAMS page, in this run (SummaryWriter.add_hparams would add another run)."""
         flat = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings.items()}
-        self._guard(lambda: [self._board.file_writer.add_summary(summary) for summary in hparams(flat, results)])
+        self._guard(lambda: [self._board._get_file_writer().add_summary(summary) for summary in hparams(flat, results)])
 
     def flush(self) -> None:
         """Write buffered curves to the disk."""

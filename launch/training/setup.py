@@ -189,7 +189,7 @@ def _check_all_ranks(
 ) -> tuple[RunData, run_folder.Start, InitialWeights | None, Teacher | None, list[dict]]:
     """Open what this rank starts with, and gather the reports of all ranks on rank 0.
 
-    Raises UserError on every rank if a person's mistake keeps one of them from taking part or makes it differ from rank 0, and
+    Raises UserError on every rank if a user's mistake keeps one of them from taking part or makes it differ from rank 0, and
     RanksMissing if another failure does: the next start may succeed.
     """
     probe_file = preflight.probe_file(settings.output, process)
@@ -211,12 +211,12 @@ def _check_all_ranks(
         reports = gather_on_rank0(store, process, "machines", report, LONGEST_CHECK_SECONDS)
         complaint = preflight.check_consistent(reports, probe_file.parent) if process.is_first else ""
         complaint = broadcast_from_rank0(store, process, "complaint", complaint, LONGEST_CHECK_SECONDS)
-        is_mistake = all(report.get("is_mistake", True) for report in reports)
-        is_mistake = broadcast_from_rank0(store, process, "is mistake", "yes" if is_mistake else "", LONGEST_CHECK_SECONDS)
+        mistake = "yes" if all(report.get("is_mistake", True) for report in reports) else ""
+        mistake = broadcast_from_rank0(store, process, "is mistake", mistake, LONGEST_CHECK_SECONDS)
     finally:
         with contextlib.suppress(OSError):  # a disk that cannot be written
             probe_file.unlink(missing_ok=True)
-    if complaint and not is_mistake:  # a failure of a disk, a machine or our code: the next start may succeed
+    if complaint and not mistake:  # a failure of a disk, a machine or our code: the next start may succeed
         raise RanksMissing(complaint)
     if complaint:
         if process.is_first and all("data" in report for report in reports):

@@ -55,11 +55,11 @@ def runs(tmp_path_factory, prepared):
     folders = {}
     for name, (world_size, choice) in LAYOUTS.items():
         folder = tmp_path_factory.mktemp("runs") / name
-        words = ["--data", str(prepared), "--output", str(folder), "--model.vocab_size", "800", "--model.sequence_length", "32"]
-        words += ["--model.hidden_size", "32", "--model.num_layers", "2", "--model.num_attention_heads", "2", "--train_steps", "6"]
-        words += ["--schedule.warmup_steps", "1", "--batch.global_batch_size", "8", "--batch.micro_batch_size", "2"]
-        words += ["--log.validation_samples", "0", "--log.sample_interval", "3", *choice]
-        finish(start_ranks(world_size, PRETRAIN, *words, OMP_NUM_THREADS="1"))
+        arguments = ["--data", str(prepared), "--output", str(folder), "--model.vocab_size", "800", "--model.sequence_length", "32"]
+        arguments += ["--model.hidden_size", "32", "--model.num_layers", "2", "--model.num_attention_heads", "2", "--train_steps", "6"]
+        arguments += ["--schedule.warmup_steps", "1", "--batch.global_batch_size", "8", "--batch.micro_batch_size", "2"]
+        arguments += ["--log.validation_samples", "0", "--log.sample_interval", "3", *choice]
+        finish(start_ranks(world_size, PRETRAIN, *arguments, OMP_NUM_THREADS="1"))
         folders[name] = folder
     return folders
 
@@ -86,8 +86,8 @@ def test_sliding_window_predicts_every_token_once_with_more_context(runs):
 
 
 def test_samples_of_one_token_can_be_trained_on_and_generated_from(tiny, tmp_path):
-    words = [*tiny, "--model.sequence_length", "1", "--train_steps", "2", "--schedule.warmup_steps", "1", "--log.sample_interval", "1"]
-    assert "Done: 2 steps." in finish(start_ranks(1, PRETRAIN, *words, OMP_NUM_THREADS="1"))[0]
+    arguments = [*tiny, "--model.sequence_length", "1", "--train_steps", "2", "--schedule.warmup_steps", "1", "--log.sample_interval", "1"]
+    assert "Done: 2 steps." in finish(start_ranks(1, PRETRAIN, *arguments, OMP_NUM_THREADS="1"))[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -138,19 +138,19 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "sentence"), MISTAKES)
-def test_mistake_is_refused_before_any_file_is_made(words, sentence, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistake_is_refused_before_any_file_is_made(arguments, message, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "x")  # so that monkeypatch restores what the script sets
         monkeypatch.delenv(name)
-    with pytest.raises(UserError, match=sentence):
-        pretrain.main(over(tiny, words))
+    with pytest.raises(UserError, match=message):
+        pretrain.main(over(tiny, arguments))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("damage", "sentence"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "train" / "00000.bin").write_bytes((folder / "train" / "00000.bin").read_bytes()[:-2]), "bytes long"),
         (lambda folder: (folder / "train" / "00000.idx").write_bytes(b"nonsense" * 9), "no Megatron index"),
@@ -158,13 +158,13 @@ def test_mistake_is_refused_before_any_file_is_made(words, sentence, tiny, tmp_p
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
     ],
 )
-def test_damaged_data_is_refused_with_the_file_name(damage, sentence, tiny, prepared, tmp_path, monkeypatch):
+def test_damaged_data_is_refused_with_the_file_name(damage, message, tiny, prepared, tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.chdir(REPOSITORY)
     copy = shutil.copytree(prepared, tmp_path / "copy")
     damage(copy)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         pretrain.main(over(tiny, ["--data", str(copy), "--dry_run"]))
 
 

@@ -32,11 +32,11 @@ def slurm(tmp_path_factory):
 def recipe(prepared: Path, steps: int = NUM_STEPS) -> list[str]:
     """Return arguments for the demo recipe with a smaller model and fewer steps."""
     model = {"vocab_size": 800, "sequence_length": 32, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    words = ["--precision", "float32", "--data", str(prepared), "--train_steps", str(steps), "--schedule.warmup_steps", "2"]
+    arguments = ["--precision", "float32", "--data", str(prepared), "--train_steps", str(steps), "--schedule.warmup_steps", "2"]
     for name, value in model.items():
-        words += [f"--model.{name}", str(value)]
-    words += ["--log.validation_interval", "0", "--log.validation_samples", "4", "--log.sample_interval", "0"]
-    return [*words, "--checkpoint.interval", "10"]
+        arguments += [f"--model.{name}", str(value)]
+    arguments += ["--log.validation_interval", "0", "--log.validation_samples", "4", "--log.sample_interval", "0"]
+    return [*arguments, "--checkpoint.interval", "10"]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -78,11 +78,13 @@ def engine(layout: str) -> list[str]:
     return ["--deepspeed", str(REPOSITORY / "ds_configs" / f"{layout}.json")]
 
 
-def train(slurm: Cluster, folder: Path, layout: str, *words: str, options: tuple[str, ...] = (), **environment: str) -> Job:
+def train(slurm: Cluster, folder: Path, layout: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> Job:
     """Submit a job that trains on the two nodes of a layout."""
     options = (f"--nodelist={','.join(LAYOUTS[layout])}", "--exclusive", "--time=5", *options)
     folder.mkdir(exist_ok=True)
-    return Job(slurm, slurm.submit(*options, PRETRAIN, *engine(layout), "--output", "runs/x", *words, cwd=folder, **environment), folder)
+    return Job(
+        slurm, slurm.submit(*options, PRETRAIN, *engine(layout), "--output", "runs/x", *arguments, cwd=folder, **environment), folder
+    )
 
 
 def with_each_layout(do: Callable[[str], None]) -> None:
@@ -166,7 +168,7 @@ def test_cancelled_job_saves_a_checkpoint_and_stays_cancelled(slurm, prepared, t
     job.await_checkpoint()
     slurm.command("scancel", job.id)
     assert job.await_end() == "CANCELLED", job.all_logs()
-    await_(lambda: "cancelled: not requeued" in job.all_logs(), 10, "the last sentence", job.all_logs)
+    await_(lambda: "cancelled: not requeued" in job.all_logs(), 10, "the last message", job.all_logs)
     newest = checkpoint.published(job.run / "checkpoints")[0]
     assert checkpoint.find_damage(newest, 0, 1) is None
     assert checkpoint.step_of(newest) == max(losses(job.run))  # of the step at which it was cancelled, not of the interval
@@ -174,7 +176,7 @@ def test_cancelled_job_saves_a_checkpoint_and_stays_cancelled(slurm, prepared, t
 
 
 def test_job_that_slurm_refuses_to_requeue_saves_and_reports_it(slurm, prepared, tmp_path):
-    """How a person stops a job for good whose checkpoint takes longer than SLURM's KillWait."""
+    """A user stops a job for good in this way if its checkpoint takes longer than SLURM's KillWait."""
     job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=2000))
     job.await_checkpoint()
     slurm.command("scontrol", "update", f"jobid={job.id}", "requeue=0")
@@ -193,7 +195,7 @@ def test_job_without_progress_ends_after_three_starts(slurm, prepared, tmp_path)
 
 
 def test_job_near_its_time_limit_saves_and_resumes(slurm, prepared, tmp_path):
-    """SLURM counts limits in minutes and warns up to a minute too early: the second start gets more, or it might be warned at once."""
+    """SLURM counts limits in minutes and warns up to a minute early, so the second start gets a longer limit."""
     job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=600), options=("--time=1", "--signal=B:USR1@30"))
     await_(lambda: job.about["Restarts"] == "1", 100, "the first restart", job.all_logs)
     slurm.command("scontrol", "update", f"jobid={job.id}", "timelimit=10")
@@ -204,11 +206,11 @@ def test_job_near_its_time_limit_saves_and_resumes(slurm, prepared, tmp_path):
 
 
 def test_one_task_per_node_starts_the_ranks_and_needs_no_home(slurm, undisturbed, prepared, tmp_path):
-    """Two ranks on one node give what two nodes with a rank each gave; four on two are started and stopped as one."""
+    """Two ranks on one node give the losses of two nodes with a rank each; four ranks on two nodes stop together."""
 
     def on_one_node() -> None:
-        words = [*recipe(prepared), "--ranks_per_node", "2"]
-        job = train(slurm, tmp_path / "one", "zero3", *words, options=("--nodes=1", "--nodelist=n1"), HOME="/nowhere")
+        arguments = [*recipe(prepared), "--ranks_per_node", "2"]
+        job = train(slurm, tmp_path / "one", "zero3", *arguments, options=("--nodes=1", "--nodelist=n1"), HOME="/nowhere")
         job.await_checkpoint()
         slurm.command("scancel", "--batch", "--signal=USR1", job.id)
         assert job.await_end() == "COMPLETED", job.all_logs()
@@ -217,8 +219,8 @@ def test_one_task_per_node_starts_the_ranks_and_needs_no_home(slurm, undisturbed
         assert sorted(path.name for path in (tmp_path / "one" / "logs").glob("*/start_1/rank_*")) == ["rank_0.log", "rank_1.log"]
 
     def on_two_nodes() -> None:
-        words = [*recipe(prepared, steps=20), "--ranks_per_node", "2"]
-        job = train(slurm, tmp_path / "two", "pipeline_zero1", *words, HOME="/nowhere")
+        arguments = [*recipe(prepared, steps=20), "--ranks_per_node", "2"]
+        job = train(slurm, tmp_path / "two", "pipeline_zero1", *arguments, HOME="/nowhere")
         assert job.await_end() == "COMPLETED", job.all_logs()
         assert len(losses(job.run)) == 20
         assert len(list((tmp_path / "two" / "logs").glob("*/start_0/rank_*"))) == 4
@@ -232,8 +234,8 @@ def test_one_task_per_node_starts_the_ranks_and_needs_no_home(slurm, undisturbed
 def test_array_trains_a_recipe_per_task_and_refuses_others(slurm, prepared, tmp_path):
     for name, seed in {"first": 1, "second": 2}.items():
         (tmp_path / f"{name}.yaml").write_text(f"seed: {seed}\nbatch:\n  global_batch_size: 8\n")
-    words = ["--recipes", "first.yaml", "second.yaml", "--output", "runs", *engine("zero3"), *recipe(prepared, steps=10)]
-    array = slurm.submit("--array=0-2", "--exclusive", "--time=5", PRETRAIN, *words, cwd=tmp_path)
+    arguments = ["--recipes", "first.yaml", "second.yaml", "--output", "runs", *engine("zero3"), *recipe(prepared, steps=10)]
+    array = slurm.submit("--array=0-2", "--exclusive", "--time=5", PRETRAIN, *arguments, cwd=tmp_path)
     jobs = [Job(slurm, f"{array}_{task}", tmp_path) for task in range(3)]
     assert [job.await_end() for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED"], jobs[0].all_logs()
     assert jobs[2].about["ExitCode"] == "93:0"
@@ -247,13 +249,13 @@ def test_mistake_ends_the_job_with_a_message_and_no_requeue(slurm, prepared, tmp
     mistakes = {"zero3": (["--train_stepz", "3"], "train_steps"), "pipeline_zero1": (["--tensor_parallel_size", "3"], "3")}
 
     def run(layout: str) -> None:
-        words, hint = mistakes[layout]
-        job = train(slurm, tmp_path / layout, layout, *recipe(prepared), *words)
+        arguments, hint = mistakes[layout]
+        job = train(slurm, tmp_path / layout, layout, *recipe(prepared), *arguments)
         assert job.await_end() == "FAILED", job.all_logs()
         assert (job.about["ExitCode"], job.about["Restarts"]) == ("93:0", "0")
-        said = job_log(job.about)
-        assert hint in said
-        assert "Not requeued" in said
+        output = job_log(job.about)
+        assert hint in output
+        assert "Not requeued" in output
 
     with_each_layout(run)
 
@@ -271,12 +273,12 @@ def test_job_whose_gpus_torch_does_not_see_does_not_train(slurm, prepared, tmp_p
 def test_chain_prepares_trains_and_evaluates_despite_a_requeue(slurm, tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(120):  # enough to learn 800 pieces from
-        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} is a number, and {number + 1} is the one behind it.\n" * 40)
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} is a number, and {number + 1} is the next one.\n" * 40)
     prepare = ["prepare", "--input", "text", "--vocab_size", "800", "--held_out", "0.2", "--output", "prepared"]
     pretrain = ["pretrain", *engine("zero3"), *recipe(Path("prepared")), "--output", "runs/x"]
     chain = [str(SLURM_SCRIPTS / "chain.sh"), "--time=5", "--stage", *prepare, "--stage", "--exclusive", *pretrain]
-    said = slurm.command(*chain, "--stage", "evaluate", "runs/x", cwd=tmp_path)
-    jobs = [Job(slurm, line.split()[1].removesuffix(":"), tmp_path) for line in said.splitlines()]
+    output = slurm.command(*chain, "--stage", "evaluate", "runs/x", cwd=tmp_path)
+    jobs = [Job(slurm, line.split()[1].removesuffix(":"), tmp_path) for line in output.splitlines()]
     jobs[1].await_checkpoint()
     slurm.command("scancel", "--batch", "--signal=USR1", jobs[1].id)
     assert [job.await_end() for job in jobs] == ["COMPLETED"] * 3, "".join(job_log(job.about) for job in jobs)
@@ -288,9 +290,9 @@ def test_corpus_prepared_on_three_nodes_equals_that_of_one(slurm, tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(60):
         (tmp_path / "text" / f"{number}.txt").write_text(" ".join(str(number * word) for word in range(800)))
-    words = [str(SLURM_SCRIPTS / "prepare.sbatch"), "--input", "text", "--vocab_size", "600", "--unit_megabytes", "0.02", "--output"]
+    arguments = [str(SLURM_SCRIPTS / "prepare.sbatch"), "--input", "text", "--vocab_size", "600", "--unit_megabytes", "0.02", "--output"]
     for nodes in ("1", "3"):
-        job = slurm.submit("--nodes", nodes, *words, nodes, cwd=tmp_path)
+        job = slurm.submit("--nodes", nodes, *arguments, nodes, cwd=tmp_path)
         assert slurm.await_end(job) == "COMPLETED", job_log(slurm.about(job))
     assert "finishes last writes the shards" in job_log(slurm.about(job))
     folders = (tmp_path / "1", tmp_path / "3")

@@ -14,7 +14,7 @@ SRUN = """#!/bin/bash
 for word in "$@"; do [[ $word != --output=* ]] || start=$(dirname "${word#--output=}"); done
 printf '%s\\n' "$RANK_LOG" >"$start/rank_0.log"
 printf '%s\\n' "another line" >"$start/rank_1.log"
-printf '%s\\n' "$@" >"$start/words"
+printf '%s\\n' "$@" >"$start/arguments"
 env >"$start/environment"
 printf '%s' "$SRUN_STDERR" >&2
 exit "$STATUS"
@@ -41,26 +41,26 @@ def slurm(tmp_path):
     return tmp_path
 
 
-def run(folder: Path, script: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
+def run(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in clean_environment().items() if not name.startswith(("SLURM", "TORCH", "TRITON"))}
     environment["PATH"] = f"{folder}/bin:{environment['PATH']}"
     return subprocess.run(
-        ["bash", str(SCRIPTS / script), *words], cwd=folder, env=environment | variables, capture_output=True, text=True, timeout=60
+        ["bash", str(SCRIPTS / script), *arguments], cwd=folder, env=environment | variables, capture_output=True, text=True, timeout=60
     )
 
 
-def run_job(folder: Path, *words: str, restart: int = 0, **variables: str) -> subprocess.CompletedProcess:
+def run_job(folder: Path, *arguments: str, restart: int = 0, **variables: str) -> subprocess.CompletedProcess:
     """Run one start of a job of two nodes whose step ends as the variables say."""
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first,second", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NAME": "pretrain"}
     job |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
     answers = {"STATUS": "0", "STATE": "RUNNING", "RESTARTS": str(restart), "RANK_LOG": SAVED, "SRUN_STDERR": ""}
-    return run(folder, "pretrain.sbatch", *words, **(job | answers | variables))
+    return run(folder, "pretrain.sbatch", *arguments, **(job | answers | variables))
 
 
 DECISIONS = [
     ("done", {"STATUS": "0"}, 0, False, "Done."),
     ("saved and unfinished", {"STATUS": "85"}, 85, True, "Requeued: restart 1"),
-    ("a person's mistake", {"STATUS": "2"}, 93, False, "Not requeued: the next start would end with the same mistake."),
+    ("a user's mistake", {"STATUS": "2"}, 93, False, "Not requeued: the next start would end with the same mistake."),
     ("not to be requeued", {"STATUS": "93"}, 93, False, "Not requeued"),
     ("a failure", {"STATUS": "1"}, 85, True, "status 1. Last lines of their logs"),
     ("killed", {"STATUS": "137"}, 85, True, "Requeued"),
@@ -80,13 +80,13 @@ DECISIONS = [
 
 
 @pytest.mark.parametrize(
-    ("variables", "status", "is_requeued", "sentence"), [row[1:] for row in DECISIONS], ids=[row[0] for row in DECISIONS]
+    ("variables", "status", "is_requeued", "message"), [row[1:] for row in DECISIONS], ids=[row[0] for row in DECISIONS]
 )
-def test_status_of_a_start_decides_whether_it_is_requeued(variables, status, is_requeued, sentence, slurm):
+def test_status_of_a_start_decides_whether_it_is_requeued(variables, status, is_requeued, message, slurm):
     done = run_job(slurm, **variables)
     assert done.returncode == status, done
     assert (slurm / "requeued").exists() == is_requeued
-    assert sentence in done.stdout
+    assert message in done.stdout
     assert not done.stderr
 
 
@@ -107,7 +107,7 @@ def test_three_starts_without_a_checkpoint_end_the_job(slurm):
 
 def test_checkpoint_allows_three_more_starts(slurm):
     says = ["Traceback", SAVED, "Traceback", "Traceback", "Traceback"]
-    starts = [run_job(slurm, restart=restart, STATUS="1", RANK_LOG=words) for restart, words in enumerate(says)]
+    starts = [run_job(slurm, restart=restart, STATUS="1", RANK_LOG=arguments) for restart, arguments in enumerate(says)]
     assert [start.returncode for start in starts] == [85, 85, 85, 85, 93]
 
 
@@ -118,8 +118,8 @@ def test_failure_shows_the_last_log_lines_and_the_log_files(slurm):
     assert "logs/pretrain-7/start_0/rank_<rank>.log" in done.stdout
 
 
-def words_of(folder: Path, start: str = "logs/pretrain-7/start_0") -> list[str]:
-    return (folder / start / "words").read_text().splitlines()
+def srun_arguments(folder: Path, start: str = "logs/pretrain-7/start_0") -> list[str]:
+    return (folder / start / "arguments").read_text().splitlines()
 
 
 def environment_of(folder: Path) -> dict[str, str]:
@@ -130,8 +130,8 @@ def environment_of(folder: Path) -> dict[str, str]:
 def test_arguments_reach_the_ranks_unchanged(slurm):
     given = ["--config", "a b.yaml", "--note", "it's $HOME *", "", "--seed=3"]
     assert run_job(slurm, *given).returncode == 0
-    words = words_of(slurm)
-    assert words[words.index(str(REPOSITORY / "launch" / "pretrain.py")) + 1 :] == given
+    arguments = srun_arguments(slurm)
+    assert arguments[arguments.index(str(REPOSITORY / "launch" / "pretrain.py")) + 1 :] == given
 
 
 def test_variables_of_an_outer_launcher_are_removed(slurm):
@@ -143,7 +143,7 @@ def test_variables_of_an_outer_launcher_are_removed(slurm):
     assert environment["MASTER_PORT"] == "20007"
     assert int(environment["SLURM_JOB_END_TIME"]) > 1_800_000_000
     assert not environment["TORCH_EXTENSIONS_DIR"].startswith(os.path.expanduser("~"))
-    assert "--cpus-per-task=6" in words_of(slurm)
+    assert "--cpus-per-task=6" in srun_arguments(slurm)
 
 
 def test_variables_that_a_user_has_set_are_kept(slurm):
@@ -158,9 +158,9 @@ def test_array_task_takes_its_recipe_and_requeues_itself(slurm):
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "STATUS": "85"}
     done = run_job(slurm, "--output", "runs", "--recipes", "one.yaml", "two words.yaml", "--seed", "2", **array)
     assert done.returncode == 85
-    words = words_of(slurm, "logs/pretrain-7_1/start_0")
-    assert words[-6:] == ["--seed", "2", "--config", "two words.yaml", "--output", "runs/two words"]
-    assert (slurm / "requeued").read_text() == "7_1\n"  # "7" would be every task
+    arguments = srun_arguments(slurm, "logs/pretrain-7_1/start_0")
+    assert arguments[-6:] == ["--seed", "2", "--config", "two words.yaml", "--output", "runs/two words"]
+    assert (slurm / "requeued").read_text() == "7_1\n"  # "7" would requeue every task
 
 
 MISTAKES = [
@@ -181,15 +181,15 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "variables", "sentence"), MISTAKES, ids=[" ".join(row[0]) for row in MISTAKES])
-def test_mistake_gives_one_message(words, variables, sentence, slurm):
+@pytest.mark.parametrize(("arguments", "variables", "message"), MISTAKES, ids=[" ".join(row[0]) for row in MISTAKES])
+def test_mistake_gives_one_message(arguments, variables, message, slurm):
     (slurm / "one.yaml").write_text("")
-    in_job = run_job(slurm, *words, **variables)
+    in_job = run_job(slurm, *arguments, **variables)
     assert in_job.returncode == 93, in_job
-    assert sentence in in_job.stderr.splitlines()[-1]
-    if "cannot be created" not in sentence:
+    assert message in in_job.stderr.splitlines()[-1]
+    if "cannot be created" not in message:
         assert len(in_job.stderr.splitlines()) == 1
-        outside = run(slurm, "pretrain.sbatch", *words, **variables)
+        outside = run(slurm, "pretrain.sbatch", *arguments, **variables)
         assert (outside.returncode, outside.stderr) == (2, in_job.stderr)
 
 
@@ -199,38 +199,38 @@ def test_batch_script_outside_of_a_job_starts_nothing(slurm):
     assert "This is a batch script" in done.stderr
 
 
-def dry_run(folder: Path, *words: str) -> list[str]:
-    """The words of the srun line."""
-    done = run(folder, "pretrain.sbatch", "--dry_run", *words)
+def dry_run(folder: Path, *arguments: str) -> list[str]:
+    """The arguments of the srun line."""
+    done = run(folder, "pretrain.sbatch", "--dry_run", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(path.name for path in folder.iterdir()) == ["bin"]
     return shlex.split(next(line for line in done.stdout.splitlines() if line.startswith("srun ")))
 
 
 def test_dry_run_needs_no_slurm_and_changes_nothing(slurm):
-    words = dry_run(slurm, "--deepspeed", "x y.json", "--logs", "elsewhere")
-    assert words[-2:] == ["--deepspeed", "x y.json"]
-    assert "--kill-on-bad-exit=0" in words
-    assert "--output=elsewhere/pretrain-JOB/start_0/rank_%t.log" in words
+    arguments = dry_run(slurm, "--deepspeed", "x y.json", "--logs", "elsewhere")
+    assert arguments[-2:] == ["--deepspeed", "x y.json"]
+    assert "--kill-on-bad-exit=0" in arguments
+    assert "--output=elsewhere/pretrain-JOB/start_0/rank_%t.log" in arguments
 
 
 def test_ranks_per_node_starts_the_ranks_from_one_task(slurm):
-    words = dry_run(slurm, "--ranks_per_node", "8")
-    assert words[-6:-2] == ["bash", str(SCRIPTS / "node.sh"), "8", "logs/pretrain-JOB/start_0"]
-    assert "--ntasks-per-node=1" in words
+    arguments = dry_run(slurm, "--ranks_per_node", "8")
+    assert arguments[-6:-2] == ["bash", str(SCRIPTS / "node.sh"), "8", "logs/pretrain-JOB/start_0"]
+    assert "--ntasks-per-node=1" in arguments
 
 
 def test_container_sees_repository_submit_folder_and_mounts(slurm):
     mounts = f"{REPOSITORY}:{REPOSITORY},{slurm}:{slurm},/data:/data"
     given = ["--container", "image.sqsh", "--mounts", "/data:/data"]
-    words = dry_run(slurm, *given)
-    assert {"--container-image=image.sqsh", f"--container-mounts={mounts}", "--no-container-mount-home"} < set(words)
-    assert words[-2:] == ["python", str(REPOSITORY / "launch" / "pretrain.py")]
-    words = dry_run(slurm, *given, "--container_runtime", "apptainer", "--ranks_per_node", "2")
-    at = words.index("apptainer")
-    assert words[at : at + 2] == ["apptainer", "exec"]
-    assert words[words.index("--bind") + 1] == mounts
-    assert words.index("image.sqsh") < words.index("bash") < words.index("python")
+    arguments = dry_run(slurm, *given)
+    assert {"--container-image=image.sqsh", f"--container-mounts={mounts}", "--no-container-mount-home"} < set(arguments)
+    assert arguments[-2:] == ["python", str(REPOSITORY / "launch" / "pretrain.py")]
+    arguments = dry_run(slurm, *given, "--container_runtime", "apptainer", "--ranks_per_node", "2")
+    at = arguments.index("apptainer")
+    assert arguments[at : at + 2] == ["apptainer", "exec"]
+    assert arguments[arguments.index("--bind") + 1] == mounts
+    assert arguments.index("image.sqsh") < arguments.index("bash") < arguments.index("python")
 
 
 @pytest.mark.parametrize(("statuses", "status"), [("0 0", 0), ("85 85", 85), ("0 1", 1), ("2 143", 2), ("85 93", 93)])
@@ -244,7 +244,7 @@ def test_status_of_a_node_follows_its_ranks(statuses, status, tmp_path):
 
 
 def test_chain_is_submitted_with_dependencies(slurm):
-    words = [
+    arguments = [
         "--account",
         "lab",
         "--stage",
@@ -258,8 +258,8 @@ def test_chain_is_submitted_with_dependencies(slurm):
         "--seed",
         "2",
     ]
-    words += ["--stage", "evaluate", "runs/x", "--stride", "8"]
-    done = run(slurm, "chain.sh", "--dry_run", *words)
+    arguments += ["--stage", "evaluate", "runs/x", "--stride", "8"]
+    done = run(slurm, "chain.sh", "--dry_run", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     prepare, pretrain, evaluate = [shlex.split(line) for line in done.stdout.splitlines()]
     start = ["sbatch", "--parsable"]
@@ -271,7 +271,7 @@ def test_chain_is_submitted_with_dependencies(slurm):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "message"),
     [
         ([], "No --stage is given"),
         (["--stage"], "A --stage has no name"),
@@ -280,13 +280,13 @@ def test_chain_is_submitted_with_dependencies(slurm):
         (["--stage", "--nodes", "8", "pretrain"], 'There is no stage "8"'),
     ],
 )
-def test_invalid_chain_is_refused_before_anything_is_submitted(words, sentence, slurm):
+def test_invalid_chain_is_refused_before_anything_is_submitted(arguments, message, slurm):
     sbatch = slurm / "bin" / "sbatch"
     sbatch.write_text("#!/bin/bash\ntouch submitted; echo 1\n")
     sbatch.chmod(0o755)
-    done = run(slurm, "chain.sh", *words)
+    done = run(slurm, "chain.sh", *arguments)
     assert done.returncode == 2
-    assert sentence in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (slurm / "submitted").exists()
 
@@ -302,19 +302,19 @@ def test_chain_that_slurm_refuses_in_the_middle_is_cancelled(slurm):
 
 
 def test_preparation_has_a_worker_per_core_of_its_task(tmp_path, slurm):
-    words = ["--input", "nowhere.txt", "--output", "prepared"]
-    done = run(slurm, "prepare.sbatch", *words, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="3")
+    arguments = ["--input", "nowhere.txt", "--output", "prepared"]
+    done = run(slurm, "prepare.sbatch", *arguments, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="3")
     assert "prepare.py --workers 3 --input" in done.stdout
     assert done.returncode == 93  # no such input
-    assert "prepare.py --workers=5 --input" in run(slurm, "prepare.sbatch", "--workers=5", *words, SLURM_JOB_ID="7").stdout
+    assert "prepare.py --workers=5 --input" in run(slurm, "prepare.sbatch", "--workers=5", *arguments, SLURM_JOB_ID="7").stdout
 
 
 def test_preparation_on_several_nodes_has_a_task_per_node(slurm):
-    words = ["--dry_run", "--input", "a b", "--output", "prepared"]
-    done = run(slurm, "prepare.sbatch", *words, SLURM_JOB_NUM_NODES="3", SLURM_CPUS_PER_TASK="8")
+    arguments = ["--dry_run", "--input", "a b", "--output", "prepared"]
+    done = run(slurm, "prepare.sbatch", *arguments, SLURM_JOB_NUM_NODES="3", SLURM_CPUS_PER_TASK="8")
     assert shlex.split(done.stdout)[:7] == ["srun", "--nodes", "3", "--ntasks-per-node", "1", "--cpus-per-task", "8"]
     assert shlex.split(done.stdout)[-6:] == ["--workers", "8", "--input", "a b", "--output", "prepared"]
-    assert "srun" not in run(slurm, "prepare.sbatch", *words).stdout
+    assert "srun" not in run(slurm, "prepare.sbatch", *arguments).stdout
 
 
 def test_missing_script_gives_one_message(slurm):

@@ -51,17 +51,17 @@ def blend(tiny, prepared, other):
     return over(tiny, ["--data", str(prepared), str(other), "--data.weights", "3", "1"])
 
 
-def refusal(words: list[str], monkeypatch) -> str:
+def refusal(arguments: list[str], monkeypatch) -> str:
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(UserError) as refused:
-        pretrain.main([*words, "--dry_run"])
+        pretrain.main([*arguments, "--dry_run"])
     return str(refused.value)
 
 
-def plan_of(words: list[str], monkeypatch, capsys) -> dict[str, list[str]]:
+def plan_of(arguments: list[str], monkeypatch, capsys) -> dict[str, list[str]]:
     """Return the rows of a run's plan by name."""
     monkeypatch.chdir(REPOSITORY)
-    assert pretrain.main([*words, "--dry_run"]) == 0
+    assert pretrain.main([*arguments, "--dry_run"]) == 0
     rows: dict[str, list[str]] = {}
     for line in capsys.readouterr().out.splitlines():
         name, _, text = line.strip().partition(": ")
@@ -91,24 +91,24 @@ def test_plan_shows_the_packing_and_its_padding(blend, monkeypatch, capsys):
 
 
 def test_too_many_epochs_are_refused_with_the_most_steps_that_fit(blend, monkeypatch, capsys):
-    words = [*blend, "--train_steps", "400", "--data.max_epochs", "2"]
-    sentence = refusal(words, monkeypatch)
+    arguments = [*blend, "--train_steps", "400", "--data.max_epochs", "2"]
+    message = refusal(arguments, monkeypatch)
     found = re.fullmatch(
         r"numbers would be read for ([\d.]+) epochs in 400 steps; data\.max_epochs is 2\.\nNearest: train_steps (\d+)\.",
-        sentence,
+        message,
     )
     assert found and float(found[1]) > 2
     steps = int(found[2])
-    plan_of([*words, "--train_steps", str(steps)], monkeypatch, capsys)
-    assert "numbers would be read for 2." in refusal([*words, "--train_steps", str(steps + 1)], monkeypatch)
+    plan_of([*arguments, "--train_steps", str(steps)], monkeypatch, capsys)
+    assert "numbers would be read for 2." in refusal([*arguments, "--train_steps", str(steps + 1)], monkeypatch)
 
 
 def test_one_sample_too_many_is_shown_as_more_than_the_limit(tiny, monkeypatch, capsys):
     samples = open_data(read_run_settings(tiny)).sampling.samples[0].num_samples
-    words = [*tiny, "--batch.global_batch_size", "1", "--batch.micro_batch_size", "1", "--data.max_epochs", "1"]
-    plan_of([*words, "--train_steps", str(samples)], monkeypatch, capsys)
-    sentence = refusal([*words, "--train_steps", str(samples + 1)], monkeypatch)
-    assert sentence == (
+    arguments = [*tiny, "--batch.global_batch_size", "1", "--batch.micro_batch_size", "1", "--data.max_epochs", "1"]
+    plan_of([*arguments, "--train_steps", str(samples)], monkeypatch, capsys)
+    message = refusal([*arguments, "--train_steps", str(samples + 1)], monkeypatch)
+    assert message == (
         f"prepared would be read for 1.01 epochs in {samples + 1:,} steps; data.max_epochs is 1.\nNearest: train_steps {samples:,}."
     )
 
@@ -121,7 +121,7 @@ def test_limit_below_one_step_is_refused(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "message"),
     [
         (["--data.weights", "1", "2", "3"], "data.weights has 3 weights for 2 sources"),
         (["--data.weights", "1", "0"], "data.weights has 0; a weight is a finite number above 0"),
@@ -136,8 +136,8 @@ def test_limit_below_one_step_is_refused(tiny, monkeypatch):
         (["--data"], "data.path names no folder"),
     ],
 )
-def test_invalid_blend_is_refused(blend, words, sentence, monkeypatch):
-    assert sentence in refusal(over(blend, words), monkeypatch)
+def test_invalid_blend_is_refused(blend, arguments, message, monkeypatch):
+    assert message in refusal(over(blend, arguments), monkeypatch)
 
 
 def test_folder_with_another_tokenizer_is_refused_by_name(blend, prepared, other, tmp_path, monkeypatch):
@@ -145,8 +145,8 @@ def test_folder_with_another_tokenizer_is_refused_by_name(blend, prepared, other
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["tokenizer"]["sha256"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    sentence = refusal(over(blend, ["--data", str(prepared), str(copy)]), monkeypatch)
-    assert sentence.startswith(f"{copy} and {prepared} have different tokenizers: 000000000000 (800 ids) is not ")
+    message = refusal(over(blend, ["--data", str(prepared), str(copy)]), monkeypatch)
+    assert message.startswith(f"{copy} and {prepared} have different tokenizers: 000000000000 (800 ids) is not ")
 
 
 def test_fingerprint_depends_on_all_sources_and_their_order(tiny, prepared, other):
@@ -178,19 +178,19 @@ def entries(folder: Path) -> dict[int, dict]:
 def finished(prepared, other, tmp_path_factory):
     """A tiny finished run on both folders, best-fit with a document mask, and its arguments."""
     folder = tmp_path_factory.mktemp("blended") / "run"
-    words = ["--data", str(prepared), str(other), "--data.weights", "3", "1", "--data.packing", "best_fit", "--output", str(folder)]
-    words += ["--model.vocab_size", "800", "--model.sequence_length", "32", "--model.hidden_size", "32", "--model.num_layers", "2"]
-    words += ["--model.num_attention_heads", "2", "--model.document_mask", "--batch.global_batch_size", "8", "--log.interval", "1"]
-    words += ["--batch.micro_batch_size", "2", "--train_steps", "8", "--schedule.warmup_steps", "2", "--log.validation_samples", "0"]
-    words += ["--log.validation_interval", "4", "--checkpoint.interval", "4", "--precision", "float32"]
-    finish(start_ranks(1, PRETRAIN, *words, OMP_NUM_THREADS="1"))
-    return folder, words
+    arguments = ["--data", str(prepared), str(other), "--data.weights", "3", "1", "--data.packing", "best_fit", "--output", str(folder)]
+    arguments += ["--model.vocab_size", "800", "--model.sequence_length", "32", "--model.hidden_size", "32", "--model.num_layers", "2"]
+    arguments += ["--model.num_attention_heads", "2", "--model.document_mask", "--batch.global_batch_size", "8", "--log.interval", "1"]
+    arguments += ["--batch.micro_batch_size", "2", "--train_steps", "8", "--schedule.warmup_steps", "2", "--log.validation_samples", "0"]
+    arguments += ["--log.validation_interval", "4", "--checkpoint.interval", "4", "--precision", "float32"]
+    finish(start_ranks(1, PRETRAIN, *arguments, OMP_NUM_THREADS="1"))
+    return folder, arguments
 
 
 def test_curves_of_a_blend_follow_each_source(finished, prepared, other):
-    folder, words = finished
+    folder, arguments = finished
     seen = entries(folder)
-    sampling = open_data(read_run_settings(words)).sampling
+    sampling = open_data(read_run_settings(arguments)).sampling
     for step in range(1, 9):
         for name, epochs in sampling.epochs(8 * step).items():
             assert seen[step][f"progress/epochs/{name}"] == pytest.approx(epochs)
@@ -219,7 +219,7 @@ def test_evaluation_of_a_blended_run_gives_its_validation_losses(finished, other
 
 
 def test_evaluation_refuses_a_folder_tokenized_with_other_settings(finished, tmp_path):
-    """A file of tiktoken has the vocabulary only; tokenizer_config.json next to it has how text is split into words."""
+    """A file of tiktoken has the vocabulary only; tokenizer_config.json next to it has how text is split into arguments."""
     texts = [" ".join(str(number) for number in range(first, first + 50)) for first in range(0, 1000, 50)]
     (tmp_path / "numbers.txt").write_text("\n---\n".join(texts))
     for name in ("cl100k_base", "o200k_base"):
@@ -242,11 +242,11 @@ def test_evaluation_refuses_a_folder_tokenized_with_other_settings(finished, tmp
 
 
 def test_stopped_blended_run_resumes_with_the_same_batches(finished, tmp_path):
-    folder, words = finished
+    folder, arguments = finished
     copy = shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "step_00000008")
-    said = finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), OMP_NUM_THREADS="1"))[0]
-    assert "Resuming from step 4 of 8" in said
+    output = finish(start_ranks(1, PRETRAIN, *arguments, "--output", str(copy), OMP_NUM_THREADS="1"))[0]
+    assert "Resuming from step 4 of 8" in output
     expected, found = entries(folder), entries(copy)
     for step in range(1, 9):
         for name in ("loss/train", "optimization/gradient_norm", "progress/epochs/prepared", "progress/epochs/numbers"):
@@ -256,11 +256,11 @@ def test_stopped_blended_run_resumes_with_the_same_batches(finished, tmp_path):
 
 def test_validation_samples_are_divided_among_the_sources(finished, tmp_path):
     """Three samples from two sources: two of each, one more than asked for."""
-    folder, words = finished
+    folder, arguments = finished
     copy = shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "step_00000008")
-    finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), "--log.validation_samples", "3", OMP_NUM_THREADS="1"))
-    trained, data = load_model(str(copy)), open_data(read_run_settings(words))
+    finish(start_ranks(1, PRETRAIN, *arguments, "--output", str(copy), "--log.validation_samples", "3", OMP_NUM_THREADS="1"))
+    trained, data = load_model(str(copy)), open_data(read_run_settings(arguments))
     for name, samples in data.held_out.items():
         batches = evaluation_batches(samples.stream, 32, 2, data.sampling.end_of_text, limit_samples=2, document_mask=True)
         nats = [token_losses(trained.model(batch.tokens, batch.segments), batch.targets) for batch in batches]
@@ -271,11 +271,11 @@ def test_validation_samples_are_divided_among_the_sources(finished, tmp_path):
 
 
 def test_show_names_changes_of_what_the_run_reads(finished, tmp_path, capsys):
-    folder, words = finished
+    folder, arguments = finished
     copy = shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "step_00000008")
     changed = ["--seed", "9", "--optimizer.learning_rate", "0.001", "--allow_changes"]
-    assert "Resuming with a change: seed: 1 -> 9" in finish(start_ranks(1, PRETRAIN, *words, "--output", str(copy), *changed))[0]
+    assert "Resuming with a change: seed: 1 -> 9" in finish(start_ranks(1, PRETRAIN, *arguments, "--output", str(copy), *changed))[0]
     show.main(["--run", str(copy), "--step", "8"])
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert re.fullmatch(r"The run was resumed with changes: seed: 1 -> 9 \([-\d]+ [:\d]+\)\. Earlier steps read other samples .*", first)
@@ -283,22 +283,22 @@ def test_show_names_changes_of_what_the_run_reads(finished, tmp_path, capsys):
 
 
 def test_longer_resumed_run_must_respect_max_epochs(finished, monkeypatch):
-    _, words = finished
-    longer = [*words, "--train_steps", "4000", "--data.max_epochs", "3", "--allow_changes"]
+    _, arguments = finished
+    longer = [*arguments, "--train_steps", "4000", "--data.max_epochs", "3", "--allow_changes"]
     assert re.match(r"\w+ would be read for [\d.]+ epochs in 4,000 steps; data\.max_epochs is 3\.\n", refusal(longer, monkeypatch))
 
 
 def test_changed_weights_and_packing_are_refused(finished, monkeypatch):
-    _, words = finished
-    sentence = refusal(over(words, ["--data.weights", "1", "1", "--data.packing", "packed"]), monkeypatch)
-    assert "  data.weights: [3.0, 1.0] -> [1.0, 1.0]\n" in sentence and "  data.packing: best_fit -> packed\n" in sentence
+    _, arguments = finished
+    message = refusal(over(arguments, ["--data.weights", "1", "1", "--data.packing", "packed"]), monkeypatch)
+    assert "  data.weights: [3.0, 1.0] -> [1.0, 1.0]\n" in message and "  data.packing: best_fit -> packed\n" in message
 
 
 def test_show_prints_what_a_rank_of_the_run_read(finished, capsys):
-    folder, words = finished
+    folder, arguments = finished
     show.main(["--run", str(folder), "--step", "6"])
     rows = re.findall(r"^micro-batch (\d), row (\d): (\w+), epoch (\d+), sample (\d+)$", capsys.readouterr().out, re.M)
-    sampling = open_data(read_run_settings(words)).sampling
+    sampling = open_data(read_run_settings(arguments)).sampling
     drawn = zip(*(column.tolist() for column in sampling.blend.draw(np.arange(40, 48))), strict=True)
     assert [(sampling.names.index(name), int(epoch), int(sample)) for _, _, name, epoch, sample in rows] == list(drawn)
     assert [(number, row) for number, row, *_ in rows] == [(str(n), str(row)) for n in range(4) for row in range(2)]

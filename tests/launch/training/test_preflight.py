@@ -55,14 +55,14 @@ def reports(tmp_path, **other) -> list[dict]:
 )
 def test_rank_that_differs_is_named(tmp_path, other, words):
     assert preflight.check_consistent(reports(tmp_path), tmp_path) == ""
-    sentence = preflight.check_consistent(reports(tmp_path, **other), tmp_path)
-    assert sentence.startswith("Rank 2 on n2 ") and words in sentence and "\n" not in sentence
+    message = preflight.check_consistent(reports(tmp_path, **other), tmp_path)
+    assert message.startswith("Rank 2 on n2 ") and words in message and "\n" not in message
 
 
 def test_ranks_that_differ_in_the_same_way_are_named_together(tmp_path):
     alike = [report | {"data": "1"} if report["rank"] else report for report in reports(tmp_path)]
-    sentence = "Ranks 1, 2 on n1, n2 differ from rank 0 on n0: the data: prepared is 1, on rank 0 01234567."
-    assert preflight.check_consistent(alike, tmp_path) == sentence
+    message = "Ranks 1, 2 on n1, n2 differ from rank 0 on n0: the data: prepared is 1, on rank 0 01234567."
+    assert preflight.check_consistent(alike, tmp_path) == message
 
 
 def test_complaint_of_one_rank_names_it_and_of_all_ranks_names_none(tmp_path):
@@ -80,7 +80,7 @@ def test_notes_warn_of_clock_speed_device_and_build(tmp_path):
     assert preflight.notes(reports(tmp_path)) == []
     assert "clock of Rank 2 on n2 is +60.0 s from the median" in preflight.notes(reports(tmp_path, clock=65.0))[0]
     assert (
-        "Rank 2 on n2 writes to the output folder at 0.10 GB/s, the median is 1.00"
+        "Rank 2 on n2 writes to the output folder at 0.10 GB/s; the median is 1.00."
         in preflight.notes(reports(tmp_path, written_gb_s=0.1))[0]
     )
     assert "Rank 2 on n2 has A100, rank 0 has H100" in preflight.notes(reports(tmp_path, device="A100"))[0]

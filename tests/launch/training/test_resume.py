@@ -40,13 +40,13 @@ os._exit(0)
 """
 
 
-def run(world_size: int, words: list[str], **environment: str) -> str:
-    return "\n---\n".join(finish(start_ranks(world_size, SCRIPT, *words, OMP_NUM_THREADS="1", **environment)))
+def run(world_size: int, arguments: list[str], **environment: str) -> str:
+    return "\n---\n".join(finish(start_ranks(world_size, SCRIPT, *arguments, OMP_NUM_THREADS="1", **environment)))
 
 
-def statuses(world_size: int, words: list[str], **environment: str) -> list[int]:
+def statuses(world_size: int, arguments: list[str], **environment: str) -> list[int]:
     """Run until every rank has ended and return each rank's status."""
-    return [status for status, _ in endings(start_ranks(world_size, SCRIPT, *words, OMP_NUM_THREADS="1", **environment))]
+    return [status for status, _ in endings(start_ranks(world_size, SCRIPT, *arguments, OMP_NUM_THREADS="1", **environment))]
 
 
 def endings(processes: list[ForkedRank]) -> list[tuple[int, str]]:
@@ -101,21 +101,21 @@ CASES = [
 
 @pytest.mark.parametrize(("world_size", "choice"), CASES)
 def test_killed_run_resumes_with_the_numbers_of_a_run_that_never_stopped(world_size, choice, tiny, tmp_path):
-    words = [*tiny, *choice]
+    arguments = [*tiny, *choice]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(world_size, [*words, "--output", str(whole)])
-    assert any(status == -signal.SIGKILL for status in statuses(world_size, [*words, "--output", str(stopped)], FAULT="0:step:7"))
-    assert "Resuming from step 4 of 12" in run(world_size, [*words, "--output", str(stopped)])
+    run(world_size, [*arguments, "--output", str(whole)])
+    assert any(status == -signal.SIGKILL for status in statuses(world_size, [*arguments, "--output", str(stopped)], FAULT="0:step:7"))
+    assert "Resuming from step 4 of 12" in run(world_size, [*arguments, "--output", str(stopped)])
     assert_same_run(whole, stopped)
 
 
 def test_sigterm_to_one_rank_stops_and_saves_all_after_the_same_step(tiny, tmp_path):
-    words = [*tiny, "--deepspeed", "ds_configs/zero1.json"]
+    arguments = [*tiny, "--deepspeed", "ds_configs/zero1.json"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(2, [*words, "--output", str(whole)])
-    assert statuses(2, [*words, "--output", str(stopped)], FAULT_TERMINATE="1:6") == [SAVED_AND_UNFINISHED] * 2
+    run(2, [*arguments, "--output", str(whole)])
+    assert statuses(2, [*arguments, "--output", str(stopped)], FAULT_TERMINATE="1:6") == [SAVED_AND_UNFINISHED] * 2
     assert checkpoint.step_of(checkpoint.published(stopped / "checkpoints")[0]) == 8  # asked during step 7, all ranks know in step 8
-    run(2, [*words, "--output", str(stopped), "--resume"])
+    run(2, [*arguments, "--output", str(stopped), "--resume"])
     assert_same_run(whole, stopped)
 
 
@@ -151,8 +151,8 @@ def test_rank_that_loses_the_others_names_the_newest_checkpoint(tiny):
 @pytest.mark.parametrize("engine", ["zero1", "zero3", "pipeline_zero1"])
 def test_silent_rank_ends_the_run_after_communication_timeout(engine, tiny, tmp_path):
     """The timeout also holds in groups that DeepSpeed makes."""
-    words = [*tiny, "--deepspeed", f"ds_configs/{engine}.json", "--train_steps", "100000", "--communication_timeout", "3"]
-    ranks = start_ranks(2, SCRIPT, *words, OMP_NUM_THREADS="1")
+    arguments = [*tiny, "--deepspeed", f"ds_configs/{engine}.json", "--train_steps", "100000", "--communication_timeout", "3"]
+    ranks = start_ranks(2, SCRIPT, *arguments, OMP_NUM_THREADS="1")
     while ranks[0].poll() is None and not checkpoint.published(tmp_path / "run" / "checkpoints"):
         time.sleep(0.05)
     ranks[1].send_signal(signal.SIGSTOP)
@@ -175,8 +175,8 @@ def test_every_concurrent_transfer_reports_a_silent_rank():
 
 
 def test_run_whose_gradients_stay_not_finite_ends_with_status_93(tiny):
-    words = [*tiny, "--precision", "float32", "--optimizer.learning_rate", "1e30", "--train_steps", "80", "--log.sample_interval", "0"]
-    ((status, output),) = endings(start_ranks(1, SCRIPT, *words, OMP_NUM_THREADS="1"))
+    arguments = [*tiny, "--precision", "float32", "--optimizer.learning_rate", "1e30", "--train_steps", "80", "--log.sample_interval", "0"]
+    ((status, output),) = endings(start_ranks(1, SCRIPT, *arguments, OMP_NUM_THREADS="1"))
     assert status == 93, output
     assert output.splitlines()[-1].startswith("The gradient was not finite in 50 steps in a row")
 
@@ -184,12 +184,12 @@ def test_run_whose_gradients_stay_not_finite_ends_with_status_93(tiny):
 # A checkpoint of this run is 13 writes on rank 0 and 55 on rank 1.
 @pytest.mark.parametrize(("fault", "last_whole"), [("1:write:80", 4), ("0:write:20", 4), ("0:publish:1", 4)])
 def test_crash_during_the_second_checkpoint_keeps_the_first(fault, last_whole, tiny, tmp_path):
-    words = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
+    arguments = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
     root = tmp_path / "run" / "checkpoints"
-    assert any(status == -signal.SIGKILL for status in statuses(2, words, FAULT=fault))
+    assert any(status == -signal.SIGKILL for status in statuses(2, arguments, FAULT=fault))
     assert [checkpoint.step_of(folder) for folder in checkpoint.published(root)] == [last_whole]
     assert checkpoint.find_damage(checkpoint.published(root)[0]) is None
-    run(2, [*words, "--resume"])
+    run(2, [*arguments, "--resume"])
     assert checkpoint.step_of(checkpoint.published(root)[0]) == 12
 
 
@@ -203,13 +203,13 @@ def test_full_disk_on_one_rank_costs_one_checkpoint_not_the_run(tiny, tmp_path):
 
 def test_run_resumes_in_other_layouts_with_its_own_curves(tiny, tmp_path):
     """ZeRO-3 on two ranks, then a pipeline, then one rank: losses, norms and validation of a run in one layout."""
-    words = [*tiny, "--precision", "float32", "--model.dropout", "0.1", "--log.validation_samples", "0"]
+    arguments = [*tiny, "--precision", "float32", "--model.dropout", "0.1", "--log.validation_samples", "0"]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    run(1, [*words, "--deepspeed", "ds_configs/zero1.json", "--output", str(whole)])
+    run(1, [*arguments, "--deepspeed", "ds_configs/zero1.json", "--output", str(whole)])
     kill_at = {"FAULT": "0:step:5"}
-    statuses(2, [*words, "--deepspeed", "ds_configs/zero3.json", "--output", str(moved)], **kill_at)
-    statuses(2, [*words, "--deepspeed", "ds_configs/pipeline_zero1.json", "--output", str(moved), "--resume"], **kill_at)
-    output = run(1, [*words, "--deepspeed", "ds_configs/zero2.json", "--output", str(moved), "--resume"])
+    statuses(2, [*arguments, "--deepspeed", "ds_configs/zero3.json", "--output", str(moved)], **kill_at)
+    statuses(2, [*arguments, "--deepspeed", "ds_configs/pipeline_zero1.json", "--output", str(moved), "--resume"], **kill_at)
+    output = run(1, [*arguments, "--deepspeed", "ds_configs/zero2.json", "--output", str(moved), "--resume"])
     assert "Resuming from step 8 of 12, read in " in output
     assert "converted from 2 rank(s): 2 pipeline stages under ZeRO-1 in float32 to 1 rank(s) under ZeRO-2 in float32" in output
     expected, found = curves(whole), curves(moved)
@@ -222,9 +222,9 @@ def test_run_resumes_in_other_layouts_with_its_own_curves(tiny, tmp_path):
 
 
 def test_checkpoint_that_is_read_wrongly_is_not_trained_on(tiny):
-    words = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
-    statuses(2, words, FAULT="0:step:5")
-    processes = start_ranks(2, SCRIPT, *words, OMP_NUM_THREADS="1", MISREAD="1")
+    arguments = [*tiny, "--deepspeed", "ds_configs/zero2.json"]
+    statuses(2, arguments, FAULT="0:step:5")
+    processes = start_ranks(2, SCRIPT, *arguments, OMP_NUM_THREADS="1", MISREAD="1")
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert all(process.returncode not in (0, 2, SAVED_AND_UNFINISHED) for process in processes)
     assert all("1.attention.query.weight" in output and "have other checksums than were saved" in output for output in outputs)

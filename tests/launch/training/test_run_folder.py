@@ -131,8 +131,8 @@ def test_folder_with_other_files_is_refused(run):
 @pytest.mark.parametrize("below", ["", "/deeper/still"])
 def test_output_path_through_a_file_is_refused(run, below):
     run.output.write_text("a file")
-    sentence = f"output RUN{below}: RUN is a file; it must be a folder, or not exist yet."
-    assert run.refusal(output=f"{run.output}{below}") == sentence
+    message = f"output RUN{below}: RUN is a file; it must be a folder, or not exist yet."
+    assert run.refusal(output=f"{run.output}{below}") == message
 
 
 @pytest.mark.parametrize("text", ["", '{"run_id": ', "[]", "null", "{}", '{"run_id": "x", "recipe": {}, "starts": []}', "\ud800"])
@@ -181,13 +181,13 @@ def test_settings_without_effect_on_results_may_change(saved):
 
 
 def test_changed_data_is_refused(saved):
-    sentence = saved.refusal(fingerprint="e" * 64, data=DataSettings(("new",)))
-    assert f"  the data: old {'f' * 12} -> new {'e' * 12}\n" in sentence
+    message = saved.refusal(fingerprint="e" * 64, data=DataSettings(("new",)))
+    assert f"  the data: old {'f' * 12} -> new {'e' * 12}\n" in message
 
 
 def test_changed_data_of_a_blend_is_refused_with_its_folders(saved):
-    sentence = saved.refusal(fingerprint="e" * 64, data=DataSettings(("old", "new")))
-    assert f"  the data: old {'f' * 12} -> old, new {'e' * 12}\n" in sentence
+    message = saved.refusal(fingerprint="e" * 64, data=DataSettings(("old", "new")))
+    assert f"  the data: old {'f' * 12} -> old, new {'e' * 12}\n" in message
 
 
 def test_run_of_a_version_before_packing_is_refused_with_its_differences(saved):
@@ -207,11 +207,11 @@ def test_run_of_a_version_before_packing_is_refused_with_its_differences(saved):
 
 
 def test_another_model_is_refused_even_with_allow_changes(saved):
-    sentence = saved.refusal(model=ModelConfig(hidden_size=128), allow_changes=True)
-    assert sentence.startswith(
+    message = saved.refusal(model=ModelConfig(hidden_size=128), allow_changes=True)
+    assert message.startswith(
         "RUN/checkpoints/step_00000010 is a checkpoint of another model:\n  hidden_size: 64 in the checkpoint, 128 in this command\n"
     )
-    assert "  intermediate_size: 256 in the checkpoint, 512 in this command" in sentence
+    assert "  intermediate_size: 256 in the checkpoint, 512 in this command" in message
 
 
 @pytest.mark.parametrize(
@@ -224,8 +224,8 @@ def test_another_layout_or_zero_stage_resumes_without_a_message(saved, sizes):
 
 
 def test_another_precision_needs_allow_changes(saved):
-    sentence = saved.refusal(precision="float32")
-    assert sentence.startswith("RUN has another run:\n  precision: bf16 -> float32\n")
+    message = saved.refusal(precision="float32")
+    assert message.startswith("RUN has another run:\n  precision: bf16 -> float32\n")
     assert saved.start(precision="float32", allow_changes=True).notes == ("Resuming with a change: precision: bf16 -> float32",)
 
 
@@ -289,8 +289,8 @@ def test_tokenizer_in_the_run_folder_is_that_of_the_data(run):
     ],
 )
 def test_engine_choices_that_change_results_need_allow_changes(saved, change, words):
-    sentence = saved.refusal(merged=MERGED | change, deepspeed="other.json")
-    assert sentence.splitlines()[1:-1] == [f"  other.json: {words}"]
+    message = saved.refusal(merged=MERGED | change, deepspeed="other.json")
+    assert message.splitlines()[1:-1] == [f"  other.json: {words}"]
     assert saved.start(merged=MERGED | change, deepspeed="other.json", allow_changes=True).resumes
 
 
