@@ -29,30 +29,22 @@ _NUMBERS = {
     "precision": "precision",
     "seed": "seed",
 }
-_TASKS = {
-    "gpt2": "text-generation",
-    "llama": "text-generation",
-    "qwen3": "text-generation",
-    "bert": "fill-mask",
-    "marian": "translation",
-    "t5": "text2text-generation",
-}
 
 
-def model_card(opened: OpenedModel, name: str, average: int, dtype: torch.dtype, difference: float) -> str:
-    """Markdown with the head that Hugging Face's hub reads. What is not known, as of a model without its run, is left out.
+def model_card(opened: OpenedModel, name: str, average: int, dtype: torch.dtype, difference: float, pipeline_tag: str) -> str:
+    """Return Markdown with the header that Hugging Face's hub reads. Facts that are not known are left out, such as a missing run's.
 
-    `difference` is the largest between a logit of transformers and one of ours, in float32.
+    `difference` is the largest difference between a logit of transformers and ours, in float32. `pipeline_tag` is the hub's name for what
+    the model is used for.
     """
-    kind = huggingface.architecture(opened.config)
-    task = "text-classification" if not opened.config.token_head else _TASKS[kind]
     loader, rows = huggingface.auto_class(opened.config), [*_shape(opened.config), *_training(opened, average)]
     rows.append(
         ("weights", f"{str(dtype).removeprefix('torch.')}; read by transformers, logits differ from ours by at most {difference:.1e}")
     )
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- megabatch\n---\n\n# {name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {pipeline_tag}\ntags:\n- megabatch\n---\n\n"
+        f"# {name}\n\n| | |\n|---|---|\n{table}\n\n"
         f"```python\nfrom transformers import AutoTokenizer, {loader}\n\n"
         f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), {loader}.from_pretrained("{name}")\n```\n'
     )

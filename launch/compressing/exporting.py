@@ -17,6 +17,7 @@ from launch.checkpoints.opening import OpenedModel, open_model
 from launch.compressing import llama_engine
 from launch.compressing.settings import ExportSettings
 from launch.evaluation.predictions import names_of
+from launch.evaluation.tasks.table import task_of
 from model import huggingface
 from model.compression import gguf_file
 
@@ -46,12 +47,13 @@ def _write_huggingface(settings: ExportSettings, opened: OpenedModel, tokenizer:
     names = names_of(opened)
     dtype = _DTYPES[settings.precision]
     tokens = huggingface.SpecialTokens(tokenizer.end_of_text, padding(tokenizer)[1], names.labels, opened.start_token(tokenizer))
+    tag = task_of(opened).pipeline_tag(huggingface.architecture(opened.config))
     with new_folder(output) as folder:
         huggingface.export(opened.config, opened.state, folder, tokens, dtype, int(settings.max_shard_gib * 2**30))
         special = opened.config.architecture, names.class_token, names.mask_token
         write_tokenizer(tokenizer.path, folder, opened.config.sequence_length, None, *special)
         difference = huggingface.verify(folder, opened.config, opened.state)
-        card = model_card(opened, output.name, settings.average, dtype, difference)
+        card = model_card(opened, output.name, settings.average, dtype, difference, tag)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return f"{output}: transformers loads it with no missing or unexpected key; largest difference of logits {difference:.1e}."
 

@@ -25,6 +25,10 @@ class Decoding(Task):
         """Return the predictor that continues a prompt."""
         return Continuation(trained, tokenizer, device, sampling_of(settings))
 
+    def pipeline_tag(self, architecture: str) -> str:
+        """Return "text-generation"."""
+        return "text-generation"
+
     def text_request(self, prompt: list[int], end_of_text: int, start_token: int | None, config: ModelConfig) -> TextRequest:
         """Return the prompt, which the model continues; if it is empty, the end of the text before."""
         tokens = prompt or [end_of_text]

@@ -37,3 +37,7 @@ class Classification(Task):
     def predictor(self, trained: LoadedModel, tokenizer: Tokenizer, device: str, settings: GenerateSettings) -> Classes:
         """Return the predictor of classes."""
         return Classes(trained, tokenizer, device)
+
+    def pipeline_tag(self, architecture: str) -> str:
+        """Return "text-classification"."""
+        return "text-classification"

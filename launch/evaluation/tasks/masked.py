@@ -33,6 +33,10 @@ class Masked(Task):
         """Return the predictor that fills masks."""
         return FilledMasks(trained, tokenizer, device, 5 if settings.top_k is None else settings.top_k)
 
+    def pipeline_tag(self, architecture: str) -> str:
+        """Return "fill-mask"."""
+        return "fill-mask"
+
     def original_tokens(self, batch: Batch) -> Tensor:
         """Return the tokens with the targets where they were hidden.  -> [batch, seq]"""
         return torch.where(batch.targets != IGNORED, batch.targets, batch.tokens)

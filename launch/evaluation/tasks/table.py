@@ -1,6 +1,7 @@
 """The table of tasks, and the choice of a model's task."""
 
 from data.command_line import UserError
+from data.sampling.objectives.table import default_objective
 from data.sampling.settings import Architecture, ObjectiveName
 from launch.checkpoints.opening import OpenedModel
 from launch.evaluation.tasks.causal import Causal
@@ -12,12 +13,12 @@ from launch.evaluation.tasks.span_corruption import SpanCorruption
 from launch.evaluation.tasks.task import Task
 
 TASKS: dict[ObjectiveName, Task] = {task.name: task for task in (Causal(), Prefix(), Masked(), Classification(), SpanCorruption(), Pairs())}
-"""All tasks by name. The first task of an architecture is its default."""
+"""All tasks by name. task_of takes the first that fits a model."""
 
 
 def task_named(objective: ObjectiveName | None, architecture: Architecture) -> Task:
     """Return the task of a run: data.objective, or the default for the model's architecture."""
-    return TASKS[objective] if objective else next(task for task in TASKS.values() if task.architecture == architecture)
+    return TASKS[objective or default_objective(architecture).name]
 
 
 def task_of(opened: OpenedModel, objective: ObjectiveName | None = None) -> Task:

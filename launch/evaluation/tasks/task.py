@@ -193,6 +193,10 @@ class Task:
         """Return what a model in training writes after a prompt, or None if it writes no text. `start_token` is the decoder's first id."""
         return None
 
+    def pipeline_tag(self, architecture: str) -> str:
+        """Return the name that Hugging Face's hub has for what the model is used for; `architecture` is the exported model's."""
+        raise NotImplementedError
+
     # ----- comparison of texts -----
 
     run_tokens = 32

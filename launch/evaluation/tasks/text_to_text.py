@@ -48,6 +48,10 @@ class TextToText(Task):
         search = settings.given("max_new_tokens", "beam_size", "length_penalty")
         return TargetText(trained, tokenizer, device, search, sampling_of(settings) if settings.given(*SAMPLING_OPTIONS) else None)
 
+    def pipeline_tag(self, architecture: str) -> str:
+        """Return "translation" for Marian's architecture, else "text2text-generation"."""
+        return "translation" if architecture == "marian" else "text2text-generation"
+
     def text_request(self, prompt: list[int], end_of_text: int, start_token: int | None, config: ModelConfig) -> TextRequest:
         """Return the prompt as a source, for which the model writes the target."""
         assert start_token is not None
