@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 else:
     DerivedInt = int | None
 
+Part = Literal["encoder", "decoder"]
+"""A stack of blocks. The blocks of a decoder are causal; an encoder-decoder has both parts."""
+
 _DERIVED: Any = None  # the default of such a field, in a type that mypy accepts
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.layers import KeyValueCache
+from model.cache import KeyValueCache
 from model.transformer import Transformer
 
 Network = Callable[..., Tensor]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers import Block, Passed
-from model.transformer import Layer, filled, layers, outputs_of
+from model.layers import Stream
+from model.transformer import Block, Layer, layers, load_into_meta, select_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Step:
     blocks_before: int
     """Blocks of the list that come before it."""
 
-    def __call__(self, passed: Passed) -> Passed:
+    def __call__(self, passed: Stream) -> Stream:
         with torch.no_grad():
             return self.module(passed) if self.layer.forward is None else self.layer.forward(self.module, passed)
 
@@ -57,7 +57,7 @@ def walk(
 def outputs(
     config: ModelConfig,
     state: Mapping[str, Tensor],
-    samples: Sequence[Passed],
+    samples: Sequence[Stream],
     device: torch.device | str = "cpu",
     stored_as: torch.dtype = torch.float32,
     prepare: Callable[[Step], object] = lambda step: None,
@@ -79,11 +79,11 @@ def outputs(
     for sample in passed:
         for step in behind:
             sample = step(sample)
-        yield outputs_of(config, sample)
+        yield select_outputs(config, sample)
 
 
 def _built(name: str, layer: Layer, state: Mapping[str, Tensor], device: torch.device | str, stored_as: torch.dtype, blocks: int) -> Step:
     with torch.device("meta"):
         module = layer.module(*layer.arguments)
     weights = {own: state[f"{name}.{own}"].to(device, stored_as).float() for own, _ in module.named_parameters()}
-    return Step(name, layer, filled(module, weights, device).requires_grad_(False), blocks)
+    return Step(name, layer, load_into_meta(module, weights, device).requires_grad_(False), blocks)
