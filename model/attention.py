@@ -63,9 +63,7 @@ class Attention(AttentionWeights):
         self.mask_rule = MaskRule.of(config, part)
         self.positions = attention_positions(config, part)
 
-    def forward(
-        self, hidden: Tensor, segments: Tensor, cache: KeyValueCache | None = None, relative_table: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, segments: Tensor, cache: KeyValueCache | None = None, relative_table: Tensor | None = None) -> Tensor:
         query, (key, value) = self.queries(hidden), self.keys_and_values(hidden)
         return self.output(self.mix(query, key, value, segments, cache, relative_table).flatten(2))
 

@@ -204,7 +204,8 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     if config.rope_scaling == "linear":
         frequencies = frequencies / factor
     elif config.rope_scaling == "yarn":
-        assert (original := config.rope_original_length) is not None
+        original = config.rope_original_length
+        assert original is not None
         pair_with = lambda turns: size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))  # noqa: E731
         first, last = max(math.floor(pair_with(32)), 0), min(math.ceil(pair_with(1)), size - 1)
         scaled = ((_integers(size // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)

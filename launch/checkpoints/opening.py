@@ -134,7 +134,7 @@ def load_model(path: str, average: int = 1) -> LoadedModel:
 
 def load_weights(opened: OpenedModel) -> LoadedModel:
     """Read the weights too."""
-    model = Transformer.holding(opened.config, opened.state)
+    model = Transformer.from_state(opened.config, opened.state)
     round_activations(model, opened.schemes, opened.kv_cache)
     known = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
     return LoadedModel(**known, model=model)

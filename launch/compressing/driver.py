@@ -19,8 +19,8 @@ from model.compression.grids import Quantized
 from model.compression.statistics import Gatherer, Group, InputStatistics, groups_of, output_error
 from model.compression.sweep import Changed
 from model.config import ModelConfig
-from model.layers import Block, Head, Passed
-from model.transformer import as_head
+from model.layers import Head, Stream
+from model.transformer import Block, as_head
 from model.walk import Step, walk
 
 
@@ -40,7 +40,7 @@ def compress(
     config: ModelConfig,
     state: Mapping[str, Tensor],
     treatment: Treatment,
-    samples: Sequence[Passed],
+    samples: Sequence[Stream],
     parts: Parts,
     workers: Workers,
     stored_as: torch.dtype,
@@ -101,7 +101,7 @@ def _layers_in(parts: Parts, workers: Workers) -> int:
 
 
 def gathered(
-    config: ModelConfig, state: Mapping[str, Tensor], samples: Sequence[Passed], workers: Workers
+    config: ModelConfig, state: Mapping[str, Tensor], samples: Sequence[Stream], workers: Workers
 ) -> Iterator[tuple[Step, dict[Group, InputStatistics]]]:
     """Each block of the network as it is, with the statistics of all ranks' samples."""
     passed = list(samples)
@@ -130,13 +130,13 @@ class _Continued(Mapping[str, Tensor]):
         return len(self._state)
 
 
-def _gather(step: Step, samples: Sequence[Passed], workers: Workers) -> dict[Group, InputStatistics]:
+def _gather(step: Step, samples: Sequence[Stream], workers: Workers) -> dict[Group, InputStatistics]:
     """Of all ranks' samples, on every rank."""
     assert isinstance(step.module, Block)
     with Gatherer(step.module) as gatherer:
         for sample in samples:
-            gatherer.counted = sample[1] != 0
-            gatherer.counted_in_source = sample[3] != 0 if len(sample) > 3 else None
+            gatherer.counted = sample.segments != 0
+            gatherer.counted_in_source = None if sample.source_segments is None else sample.source_segments != 0
             step(sample)
     statistics = {}
     for group, sums in gatherer.sums():

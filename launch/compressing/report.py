@@ -15,8 +15,8 @@ from launch.evaluation.quality import Estimate, Quality
 from launch.evaluation.tables import size_text, table
 from model.compression.grids import Byte
 from model.config import ModelConfig
-from model.layers import Block, Classifier, Head, HeadBias, LayerNorm, RMSNorm, TokenTransform
-from model.transformer import Transformer
+from model.layers import Classifier, Head, HeadBias, LayerNorm, RMSNorm, TokenTransform
+from model.transformer import Block, Transformer
 
 Artefact = Literal[
     "zeros",

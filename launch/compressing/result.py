@@ -194,7 +194,7 @@ def _speeds(job: Job, result: Result, after: Side) -> tuple[report.Speed, ...]:
     new_tokens = min(_SPEED_TOKENS, result.config.sequence_length // 2)
     speeds = []
     for config, state in ((job.opened.config, job.opened.state), (result.config, after.state)):  # one in memory at a time
-        network = Transformer.holding(config, state, dtype=torch.bfloat16).requires_grad_(False)
+        network = Transformer.from_state(config, state, dtype=torch.bfloat16).requires_grad_(False)
         speeds.append(statistics.median(tokens_per_second(network, new_tokens) for _ in range(_SPEED_ROUNDS)))
     return (report.Speed(f"our generation, bf16, {torch.get_num_threads()} threads", *speeds),)
 

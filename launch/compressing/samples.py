@@ -14,7 +14,7 @@ from data.sampling.batches import Batch
 from data.sampling.sources import open_folders
 from launch.checkpoints.opening import OpenedModel
 from launch.checkpoints.run_record import data_paths
-from launch.evaluation.evaluation_sets import mismatched_tokens
+from launch.evaluation.evaluation_sets import first_inputs, mismatched_tokens
 from launch.evaluation.tasks.table import task_of
 from launch.evaluation.tasks.task import Task
 
@@ -98,7 +98,7 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
         task=task,
         batches=batches,
         num_samples=sum(one.num_samples for one in sets.values()),
-        tokens=sum(int((batch.inputs[1] != 0).sum()) for batch in batches),
+        tokens=sum(int((stream.segments != 0).sum()) for stream in first_inputs(batches, torch.device("cpu"))),
         fingerprint=hashed.hexdigest(),
         bytes_per_token=sum(stream.num_bytes for stream in streams) / sum(map(len, streams)) if task.predicts_every_token else None,
     )
@@ -119,7 +119,7 @@ def _runs(text: Text) -> NDArray[np.uint64]:
     """A hash of every run of neighbouring tokens in every sample, with what was masked in its place."""
     hashes = []
     for batch in text.batches:
-        tokens, segments = text.task.original_tokens(batch), batch.inputs[1]
+        tokens, segments = text.task.original_tokens(batch), Stream.from_tensors(batch.inputs).segments
         length = min(text.task.run_tokens, tokens.shape[1])
         for row, of_text in zip(tokens.numpy().astype(np.uint64), segments.numpy() != 0, strict=True):
             row = row[of_text]

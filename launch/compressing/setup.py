@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from data.command_line import UserError, flatten, nearest
 from data.files import nearest_existing
@@ -26,6 +25,7 @@ from launch.evaluation.evaluation_sets import first_inputs
 from model import huggingface
 from model.compression.statistics import Matrix, matrices
 from model.config import SIZES, ModelConfig, count_parameters, named_size
+from model.layers import Stream
 
 Settings = TypeVar("Settings", bound=CompressionSettings)
 
@@ -71,7 +71,7 @@ class Job(Generic[Settings]):
         return DTYPES[self.settings.precision]
 
     @property
-    def samples(self) -> list[tuple[Tensor, ...]]:
+    def samples(self) -> list[Stream]:
         """This rank's share of the calibration text, as the first layer takes it."""
         batches = self.workers.share(self.calibration.batches) if self.calibration else []
         return first_inputs(batches, self.workers.device)

@@ -57,7 +57,7 @@ def perplexity_of(side: Side, batches: Sequence[Batch], device: torch.device) ->
 
 def _rounds(batches: Sequence[Batch], hidden_size: int, device: torch.device) -> Iterator[Sequence[Batch]]:
     if batches:
-        size = 4 * hidden_size * max(sum(tensor.numel() for tensor in batch.inputs[::2]) for batch in batches)
+        size = 4 * hidden_size * max(batch.tokens.numel() + (0 if batch.source is None else batch.source.numel()) for batch in batches)
         count = max(1, _HIDDEN_BYTES[device.type] // size)
         yield from (batches[start : start + count] for start in range(0, len(batches), count))
 

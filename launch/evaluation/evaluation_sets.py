@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from data.command_line import UserError
 from data.sampling.batches import Batch, evaluation_batches, held_out_batches, num_evaluation_samples
@@ -15,6 +14,7 @@ from data.tokenization.comparison import tokens_differ
 from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.opening import OpenedModel
 from model.config import ModelConfig
+from model.layers import Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,6 @@ def mismatched_tokens(opened: OpenedModel, prepared: PreparedData, name: str) ->
     return complaints
 
 
-def first_inputs(batches: Sequence[Batch], device: torch.device) -> list[tuple[Tensor, ...]]:
+def first_inputs(batches: Sequence[Batch], device: torch.device) -> list[Stream]:
     """Return what the first layer reads of each batch, on the device."""
-    return [batch.map(lambda tensor: tensor.to(device)).inputs for batch in batches]
+    return [Stream.from_tensors(batch.map(lambda tensor: tensor.to(device)).inputs) for batch in batches]

@@ -34,12 +34,12 @@ from launch.training.optimizers.base import is_matrix
 from launch.training.settings import RunSettings
 from launch.training.stopwatch import Stopwatch
 from launch.training.teacher import Teacher, fingerprint
+from model.cache import KeyValueCache
 from model.compression.fake_quantization import fake_quantize
 from model.compression.grids import Grid
 from model.generation import generate
-from model.layers import Block, KeyValueCache
 from model.loss import Teaching
-from model.transformer import Transformer, parameter_shapes
+from model.transformer import Block, Transformer, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from launch.checkpoints.state import Region, whole_region
 from launch.ranks.layout import Layout
 from launch.training.deepspeed_config import PARTITION
-from model.layers import Attention, Positions
+from model.attention import Attention
+from model.positions import AbsolutePositions
 
 
 def split_matrices(model: nn.Module, size: int, group: dist.ProcessGroup) -> None:
@@ -55,8 +56,8 @@ def spread_sequences(model: nn.Module, sequence_length: int, layout: Layout, ran
     made = [(members, dist.new_group(members)) for members in layout.sequence_groups()]  # every rank makes every group
     group = next(group for members, group in made if rank in members)
     for module in model.modules():
-        if isinstance(module, Positions):
-            module.first_place = sequence_length // size * place
+        if isinstance(module, AbsolutePositions):
+            module.first_position = sequence_length // size * place
         if isinstance(module, Attention):
             module.mix = _mix_over_ranks(module.mix, size, group)
 
@@ -64,8 +65,8 @@ def spread_sequences(model: nn.Module, sequence_length: int, layout: Layout, ran
 def _mix_over_ranks(mix, size: int, group: dist.ProcessGroup):
     exchange = DistributedAttention(mix, group, scatter_idx=2, gather_idx=1)
 
-    def mixed(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache=None, table=None) -> Tensor:
-        assert table is None, "a row of relative positions' table is a head's, and each rank has other heads"
+    def mixed(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache=None, relative_table=None) -> Tensor:
+        assert relative_table is None, "a row of relative positions' table is a head's, and each rank has other heads"
         if cache is not None:  # generation: every rank has the whole text
             return mix(query, key, value, segments, cache)
         if key.shape[2] < size:  # each rank needs a key

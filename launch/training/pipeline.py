@@ -18,9 +18,10 @@ from launch.ranks.layout import Layout
 from launch.training import parallel
 from launch.training.engine import Engine, labels_of
 from launch.training.stopwatch import Stopwatch
-from model.layers import KeyValueCache, Passed
+from model.cache import KeyValueCache
+from model.layers import Stream
 from model.loss import IGNORED
-from model.transformer import layers, outputs_of
+from model.transformer import layers, select_outputs
 
 _STAND_IN = "stand_in_"
 PART_OF = {
@@ -61,11 +62,12 @@ class PipelinedEngine(Engine):
             parallel.split_matrices(module, self.layout.tensor_parallel_size, module.mpu().get_slice_parallel_group())
         return module
 
-    def _loss_of(self, outputs: Passed, labels: tuple[Tensor, ...]) -> Tensor:
+    def _loss_of(self, tensors: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
         """What the last stage makes of a micro-batch: in training its loss, else sums_of it.  -> scalar or [3]"""
+        outputs = select_outputs(self.config, Stream.from_tensors(tensors))
         if torch.is_grad_enabled():
-            return self._training_loss(outputs_of(self.config, outputs), labels)
-        return self.task.sums_of(outputs_of(self.config, outputs), *labels[::2])
+            return self._training_loss(outputs, labels)
+        return self.task.sums_of(outputs, *labels[::2])
 
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         engine, self._shaped_like = self._deepspeed, micro_batches[0]
@@ -88,7 +90,7 @@ class PipelinedEngine(Engine):
                 mine += self.task.score_of(torch.stack(losses).sum(dim=0), some)
         return self._over_ranks(mine, self.layout.tensor_parallel_size)
 
-    def _evaluate(self, batches: list[Batch], keep_outputs: bool = False) -> tuple[list[Tensor], Passed | None]:
+    def _evaluate(self, batches: list[Batch], keep_outputs: bool = False) -> tuple[list[Tensor], tuple[Tensor, ...] | None]:
         """The sums of each of the batches and the outputs of the last one, on the last stage; elsewhere nothing."""
         self._deepspeed.total_loss = None  # of training: a scalar, to which DeepSpeed would add
         evaluated = self._deepspeed.eval_batch(
@@ -119,7 +121,7 @@ class PipelinedEngine(Engine):
         part, place = divmod(length - 1, batch.tokens.shape[1])
         is_speaker = (self.layout.data_rank(rank), self.layout.sequence_rank(rank), self.layout.tensor_rank(rank)) == (0, part, 0)
         if outputs is not None and is_speaker:
-            row.copy_(outputs[0][0, place])
+            row.copy_(Stream.from_tensors(outputs).hidden[0, place])
         self.ranks.sum_in_place([row])
         return row[None, None]
 
@@ -143,18 +145,20 @@ class PipelinedEngine(Engine):
 class _Mended:
     """What DeepSpeed's modules need for stages of any cut, and between any two layers."""
 
-    def forward(self, inputs: Passed) -> Passed:
-        """Between two stages all floating tensors of a tuple are one, with a list of their places and shapes behind it.
+    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The layers of this stage. The pipeline's border: DeepSpeed passes plain tuples of tensors, the layers a Stream.
+
+        Between two stages all floating tensors of a tuple are one, with a list of their places and shapes behind it.
 
         Of several DeepSpeed 0.19.8 runs a backward pass each, wants a gradient of each (no layer behind the last cross-attention
         uses the source's encoding), and receives them into buffers of any type that are large enough.
         """
         if self._local_start > 0:  # type: ignore[has-type]
-            inputs = self._unpacked(inputs)
-        outputs = super().forward(inputs)  # type: ignore[misc]
+            tensors = self._unpacked(tensors)
+        outputs = super().forward(Stream.from_tensors(tensors)).tensors()  # type: ignore[misc]
         return outputs if self._local_stop == self._num_layers else self._packed(outputs)  # type: ignore[attr-defined]
 
-    def _packed(self, passed: Passed) -> Passed:
+    def _packed(self, passed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """(Floating tensors as one [numbers], their places and shapes [tensors, 4], the others); with a single one what came."""
         places = [place for place, tensor in enumerate(passed) if tensor.is_floating_point()]
         if len(places) == 1:
@@ -165,7 +169,7 @@ class _Mended:
         flat = torch.cat([passed[place].flatten() for place in places])
         return flat, self._sent[self._local_stop], *(tensor for tensor in passed if not tensor.is_floating_point())
 
-    def _unpacked(self, passed: Passed) -> Passed:
+    def _unpacked(self, passed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if passed[0].dim() > 1:
             return passed
         flat, table, *whole = passed

@@ -28,8 +28,7 @@ from launch.training.data import RunData, open_data, prepare_embedded_corpus, wa
 from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.settings import RunSettings, share_the_batch
 from launch.training.teacher import Teacher
-from model.layers import Block
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 
 LONGEST_CHECK_SECONDS = 600
 """Longest time that a rank may take to prepare the embedded corpus, or to read and hash its data."""

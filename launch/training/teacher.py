@@ -37,7 +37,7 @@ class Teacher:
 
     def network(self, device: torch.device, dtype: torch.dtype) -> Transformer:
         """With its weights, read one after the other; it learns nothing."""
-        return Transformer.holding(self.config, self.opened.state, device, dtype).requires_grad_(False)
+        return Transformer.from_state(self.config, self.opened.state, device, dtype).requires_grad_(False)
 
     @property
     def tokenizer(self) -> Path | None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from model.cache import KeyValueCache
 from model.compression.grids import Byte, codes_of, fake_quantized_rows
 from model.compression.packed import CacheScheme, Scheme
-from model.layers import Block, KeyValueCache
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 from model.walk import Step
 
 
@@ -32,7 +32,7 @@ def _round(module: nn.Module, name: str, block: int | None, schemes: Mapping[str
         if scheme is not None and scheme.activations != "none":
             linear.register_forward_pre_hook(_inputs_as(scheme.activations))
     if kv_cache is not None and block is not None:
-        module.attention.remember = _remembering(module.attention.layer_number, kv_cache.kind, kv_cache.scales[block])
+        module.attention.append_to_cache = _remembering(module.attention.layer_number, kv_cache.kind, kv_cache.scales[block])
 
 
 def _inputs_as(kind: Byte) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
@@ -41,9 +41,9 @@ def _inputs_as(kind: Byte) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]
 
 
 def _remembering(layer_number: int, kind: Byte, scales: tuple[float, float]) -> Callable[..., tuple[Tensor, ...]]:
-    """Attention.remember, with a cache that keeps codes: what it gives back queries look at, the newest tokens' too."""
+    """Attention.append_to_cache, with a cache that keeps codes: what it gives back queries look at, the newest tokens' too."""
 
-    def remember(key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, ...]:
+    def append_to_cache(key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, ...]:
         # Tensors: by a number a GPU might multiply the inverse, and find another code.
         steps = [torch.tensor(scale, device=key.device) for scale in scales]
         codes = codes_of(key, kind, steps[0]), codes_of(value, kind, steps[1])
@@ -51,4 +51,4 @@ def _remembering(layer_number: int, kind: Byte, scales: tuple[float, float]) -> 
             codes = cache.append(layer_number, *codes)
         return tuple(some.to(key.dtype) * step for some, step in zip(codes, steps, strict=True))
 
-    return remember
+    return append_to_cache

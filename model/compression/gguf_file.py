@@ -22,6 +22,7 @@ from model import huggingface
 from model.config import ModelConfig
 from model.huggingface import Counterpart
 from model.huggingface.verification import refuse_incomplete, without_bars
+from model.layers import Stream
 from model.transformer import parameter_shapes
 from model.walk import outputs
 
@@ -180,7 +181,7 @@ def verify(path: Path, config: ModelConfig, tolerance: float = 1e-4) -> float:
 
 def logits(config: ModelConfig, state: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     """Of a decoder, with one layer of it in memory at a time.  [batch, seq] -> [batch, seq, vocab]"""
-    [said] = outputs(dataclasses.replace(config, document_mask=False), state, [(tokens, torch.ones_like(tokens))])
+    [said] = outputs(dataclasses.replace(config, document_mask=False), state, [Stream(tokens, torch.ones_like(tokens))])
     assert isinstance(said, Tensor)
     return said
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from model.compression.statistics import groups_of
 from model.config import ModelConfig
-from model.layers import Passed
-from model.transformer import outputs_of
+from model.layers import Stream
+from model.transformer import select_outputs
 from model.walk import Step, walk
 
 Change = Callable[[int, str, Tensor], Tensor]
@@ -22,7 +22,7 @@ _CHUNK_ENTRIES = 1 << 20
 def divergences(
     config: ModelConfig,
     state: Mapping[str, Tensor],
-    samples: Sequence[Passed],
+    samples: Sequence[Stream],
     changes: Sequence[Change],
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, int]:
@@ -33,7 +33,7 @@ def divergences(
     and keeps the samples' hidden states once for each variant.
     """
     plain = list(samples)
-    variants: dict[tuple[int, int], list[Passed]] = {}
+    variants: dict[tuple[int, int], list[Stream]] = {}
     behind: list[Step] = []
     for step in walk(config, state, device):
         if step.blocks_before == config.total_blocks:
@@ -61,12 +61,12 @@ def divergences(
     return sums, count
 
 
-def _logits(config: ModelConfig, behind: Sequence[Step], passed: Passed) -> Tensor:
+def _logits(config: ModelConfig, behind: Sequence[Step], passed: Stream) -> Tensor:
     """Of tokens that are no padding, or, where none are predicted, of classes.  -> [tokens, vocab] or [batch, classes]"""
-    counted = passed[1] != 0
+    counted = passed.segments != 0
     for step in behind:
         passed = step(passed)
-    said = outputs_of(config, passed)
+    said = select_outputs(config, passed)
     if isinstance(said, tuple):
         said = said[0] if config.token_head else said[1]
     return said[counted] if said.ndim == 3 else said

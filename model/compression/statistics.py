@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from model.attention import AttentionWeights
+from model.cache import KeyValueCache
 from model.config import ModelConfig
-from model.layers import Attention, Block, KeyValueCache, Passed
-from model.transformer import first_uses
+from model.layers import Stream
+from model.transformer import Block, first_uses
 from model.walk import Step
 
 _ROWS = 512  # of a second moment that are added at a time
@@ -70,7 +72,7 @@ def groups_of(block: Block) -> list[Group]:
     return groups
 
 
-def _of_attention(name: str, attention: Attention, norm: str | None) -> list[Group]:
+def _of_attention(name: str, attention: AttentionWeights, norm: str | None) -> list[Group]:
     own_heads = attention.query.weight.shape[0] == attention.value.weight.shape[0]  # else several heads read one value
     output = Group((f"{name}.output",), f"{name}.value" if own_heads else None)
     if name == "cross_attention":
@@ -153,8 +155,8 @@ def counting(layer: nn.Module) -> Iterator[list[Tensor]]:
     """While a sample passes through a layer, the list's one entry says which of its tokens count: padding does not.  [batch, seq]"""
     counted: list[Tensor] = []
 
-    def begin(module: nn.Module, inputs: tuple[Passed]) -> None:
-        counted[:] = [inputs[0][1] != 0]
+    def begin(module: nn.Module, inputs: tuple[Stream]) -> None:
+        counted[:] = [inputs[0].segments != 0]
 
     hook = layer.register_forward_pre_hook(begin)
     try:
@@ -182,20 +184,20 @@ class LargestKept:
             yield
             return
         attention, sizes = step.module.attention, self.sizes[step.block]
-        remember = attention.remember
+        append_to_cache = attention.append_to_cache
         with counting(step.module) as counted:
 
             def see(key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
                 if counted[0].any():
                     seen = [x.transpose(1, 2)[counted[0]].abs().max() for x in (key, value)]
                     torch.maximum(sizes, torch.stack(seen), out=sizes)
-                return remember(key, value, cache)
+                return append_to_cache(key, value, cache)
 
-            attention.remember = see
+            attention.append_to_cache = see
             try:
                 yield
             finally:
-                del attention.remember
+                del attention.append_to_cache
 
 
 @dataclasses.dataclass(frozen=True)

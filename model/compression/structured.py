@@ -18,8 +18,8 @@ from model.compression.statistics import InputStatistics, counting
 from model.compression.sweep import Changed
 from model.config import ModelConfig, count_parameters
 from model.huggingface import architecture
-from model.layers import Block, LayerNorm, Passed, RMSNorm
-from model.transformer import Layer, first_uses, outputs_of
+from model.layers import LayerNorm, RMSNorm, Stream
+from model.transformer import Block, Layer, first_uses, select_outputs
 from model.walk import Step, walk
 
 # What each axis of a weight counts; a bias has its weight's first. Layers with a weight of their own stand under their class.
@@ -42,7 +42,7 @@ _AXES: dict[str, tuple[str | None, ...]] = {
     "key_norm": (None,),
     "TokenEmbedding": (None, "hidden"),
     "TokenTypes": (None, "hidden"),
-    "Positions": (None, "hidden"),
+    "LearnedPositions": (None, "hidden"),
     "Head": (None, "hidden"),
     "RelativePositions": (None, None),
     "HeadBias": (None,),
@@ -176,7 +176,7 @@ class Channels:
         return (squares[kept].mean() / squares.mean()).sqrt().item() if squares.any() else 1.0
 
 
-def influences(config: ModelConfig, state: Mapping[str, Tensor], samples: Sequence[Passed], device: torch.device | str = "cpu") -> Tensor:
+def influences(config: ModelConfig, state: Mapping[str, Tensor], samples: Sequence[Stream], device: torch.device | str = "cpu") -> Tensor:
     """Each block's influence, 1 - cos(hidden before it, hidden behind it), summed over tokens.  -> [blocks]
 
     Men et al. 2024, "ShortGPT", arXiv 2403.03853, equation 1. A sample is the tuple that the list's first layer takes.
@@ -197,7 +197,7 @@ def influences(config: ModelConfig, state: Mapping[str, Tensor], samples: Sequen
 def losses_without_each_block(
     config: ModelConfig,
     state: Mapping[str, Tensor],
-    samples: Sequence[Passed],
+    samples: Sequence[Stream],
     loss: Callable[[Tensor | tuple[Tensor, Tensor], int], Tensor],
     device: torch.device | str = "cpu",
 ) -> Tensor:
@@ -206,7 +206,7 @@ def losses_without_each_block(
     `loss` takes the network's outputs and the sample's number. One walk: behind each block one more variant is under way, so it
     costs some blocks^2 / 2 blocks' forward passes, and keeps the samples' hidden states once for each block.
     """
-    variants: list[list[Passed]] = [list(samples)]
+    variants: list[list[Stream]] = [list(samples)]
     behind: list[Step] = []
     for step in walk(config, state, device):
         if step.blocks_before == config.total_blocks:
@@ -222,7 +222,7 @@ def losses_without_each_block(
         for number, passed in enumerate(variant):
             for step in behind:
                 passed = step(passed)
-            sums[place] += loss(outputs_of(config, passed), number).double()
+            sums[place] += loss(select_outputs(config, passed), number).double()
     return sums
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from model.compression import packed
 from model.config import ModelConfig
-from model.layers import Block, Head, TokenEmbedding
-from model.transformer import first_uses
+from model.layers import Head, TokenEmbedding
+from model.transformer import Block, first_uses
 
 
 @dataclasses.dataclass(frozen=True)

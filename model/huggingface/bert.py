@@ -14,7 +14,9 @@ from model.huggingface.architecture import (
     ours_of,
     whole_heads,
 )
-from model.layers import Block, Classifier, EmbeddingNorm, HeadBias, Positions, TokenTransform, TokenTypes
+from model.layers import Classifier, EmbeddingNorm, HeadBias, TokenTransform, TokenTypes
+from model.positions import LearnedPositions
+from model.transformer import Block
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 _DROPOUTS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -135,7 +137,7 @@ class Bert(Architecture):
         biases = {"bias": config.biases, "zeros": config.hidden_size}
         if kind is TokenTypes:
             yield Counterpart(_TOKEN_TYPES, (f"{ours}.weight",))
-        elif kind is Positions:
+        elif kind is LearnedPositions:
             yield Counterpart("bert.embeddings.position_embeddings.weight", (f"{ours}.weight",))
         elif kind is EmbeddingNorm:
             yield from linear("bert.embeddings.LayerNorm", f"{ours}.norm", **biases)

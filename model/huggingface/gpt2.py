@@ -14,7 +14,9 @@ from model.huggingface.architecture import (
     ours_of,
     whole_heads,
 )
-from model.layers import Block, FinalNorm, Positions
+from model.layers import FinalNorm
+from model.positions import LearnedPositions
+from model.transformer import Block
 
 _ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 _DROPOUTS = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)
@@ -68,7 +70,7 @@ class GPT2(Architecture):
         )
 
     def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
-        if kind is Positions:
+        if kind is LearnedPositions:
             yield Counterpart("transformer.wpe.weight", (f"{ours}.weight",))
         elif kind is Block:
             yield from _block(config, ours, f"transformer.h.{block}")

@@ -6,7 +6,8 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.huggingface.architecture import Architecture, Counterpart, SpecialTokens, linear
-from model.layers import Block, FinalNorm
+from model.layers import FinalNorm
+from model.transformer import Block
 
 _LINEAR = {
     "self_attn.q_proj": "attention.query",

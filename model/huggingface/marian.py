@@ -15,7 +15,7 @@ from model.huggingface.architecture import (
     side_of,
     whole_heads,
 )
-from model.layers import Block
+from model.transformer import Block
 
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 _PARTS = {

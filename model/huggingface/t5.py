@@ -8,7 +8,9 @@ from typing import Any
 
 from model.config import RELATIVE_BUCKETS, RELATIVE_DISTANCE, ModelConfig, is_gated
 from model.huggingface.architecture import Architecture, Counterpart, SpecialTokens, one_of, ours_of, side_of
-from model.layers import Block, FinalNorm, RelativePositions
+from model.layers import FinalNorm
+from model.positions import RelativePositions
+from model.transformer import Block
 
 _ACTIVATIONS = {"relu": "relu", "geglu": "gated-gelu", "swiglu": "gated-silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 _LINEAR = {"q": "query", "k": "key", "v": "value", "o": "output"}

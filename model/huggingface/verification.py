@@ -18,6 +18,7 @@ from model.compression.grids import Quantized
 from model.compression.packed import CacheScheme, Scheme
 from model.config import ModelConfig
 from model.huggingface.choice import auto_class
+from model.layers import Stream
 from model.loss import IGNORED, token_losses
 from model.walk import Step, outputs
 
@@ -145,7 +146,7 @@ def _random_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
 
 
 def _ours(config: ModelConfig, state: Mapping[str, Tensor], prepare: Callable[[Step], object], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    [said] = outputs(dataclasses.replace(config, document_mask=False), state, [inputs], prepare=prepare)
+    [said] = outputs(dataclasses.replace(config, document_mask=False), state, [Stream.from_tensors(inputs)], prepare=prepare)
     if not isinstance(said, tuple):
         return [said]
     return list(said) if config.token_head else [said[1]]

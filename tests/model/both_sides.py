@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.layers import Stream
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu_tanh", "biases": True}
 BERT = {
@@ -40,6 +41,11 @@ def random_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
         return (tokens, segments, types) if config.token_types else (tokens, segments)
     target = torch.randint(config.vocab_size, (3, config.sequence_length - 6), generator=generator)
     return tokens, segments, target, torch.ones_like(target)
+
+
+def samples_of(inputs: tuple[Tensor, ...]) -> list[Stream]:
+    """Each row of a network's inputs as the input of its first layer."""
+    return [Stream.from_tensors([tensor[row : row + 1] for tensor in inputs]) for row in range(len(inputs[0]))]
 
 
 def our_logits(outputs: Tensor | tuple[Tensor, Tensor], config: ModelConfig) -> list[Tensor]:

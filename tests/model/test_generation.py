@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.cache import KeyValueCache
 from model.generation import beam_search, fill_mask, generate, sample
-from model.layers import KeyValueCache
 
 
 class Counting:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.files import new_folder
+from model.cache import KeyValueCache
 from model.config import SIZES, ModelConfig, named_size
 from model.generation import generate
 from model.huggingface import SpecialTokens, architecture, auto_class, decoder_start, export, from_huggingface, load, to_huggingface, verify
-from model.layers import KeyValueCache
 from model.transformer import Transformer
 from tests.model.both_sides import BERT, GPT2, MARIAN, T5, our_logits, random_inputs, their_logits, without_padding
 from tests.ranks import REPOSITORY

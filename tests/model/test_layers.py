@@ -7,20 +7,11 @@ import torch
 import torch.nn.functional as F
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from model.layers import (
-    Attention,
-    Block,
-    FeedForward,
-    KeyValueCache,
-    LayerNorm,
-    Positions,
-    RMSNorm,
-    alibi_slopes,
-    distances,
-    relative_buckets,
-    rotate,
-)
-from model.transformer import Transformer, layers
+from model.attention import Attention
+from model.cache import KeyValueCache
+from model.layers import FeedForward, LayerNorm, RMSNorm, Stream
+from model.positions import SinusoidalPositions, alibi_slopes, distances, relative_buckets, rotate
+from model.transformer import Block, Transformer, layers
 
 KINDS_OF_POSITIONS = ("learned", "sinusoidal", "rotary", "alibi")
 BERT = {
@@ -93,7 +84,7 @@ def test_rotary_positions_are_relative():
 def test_sinusoidal_positions_are_the_formula(tiny):
     config = tiny(positions="sinusoidal", hidden_size=6, num_attention_heads=1)
     embedding = torch.zeros(1, 5, 6)
-    added, _ = Positions(config, seed=0).eval()((embedding, torch.ones(1, 5, dtype=torch.long)))
+    added = SinusoidalPositions(config, seed=0).eval()(Stream(embedding, torch.ones(1, 5, dtype=torch.long))).hidden
     for place in range(5):
         for pair in range(3):
             angle = place / 10000 ** (2 * pair / 6)
@@ -163,7 +154,7 @@ def test_a_block_normalises_before_or_behind(tiny, randomise, norm_position):
     else:
         middle = block.attention_norm(x + block.attention(x, segments))
         by_hand = block.feed_forward_norm(middle + block.feed_forward(middle))
-    torch.testing.assert_close(block((x, segments))[0], by_hand)
+    torch.testing.assert_close(block(Stream(x, segments)).hidden, by_hand)
 
 
 @pytest.mark.parametrize("positions", KINDS_OF_POSITIONS)

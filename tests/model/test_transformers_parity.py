@@ -169,5 +169,5 @@ def test_the_rotary_angles_of_a_long_context_are_those_of_transformers():
     ours = Transformer(
         ModelConfig(vocab_size=8, sequence_length=8192, hidden_size=32, num_layers=1, num_attention_heads=4, head_size=128)
     ).blocks()[0]
-    torch.testing.assert_close(ours.attention.cos, cos[0, :, :64], rtol=0, atol=0)
-    torch.testing.assert_close(ours.attention.sin, sin[0, :, :64], rtol=0, atol=0)
+    torch.testing.assert_close(ours.attention.positions.cos, cos[0, :, :64], rtol=0, atol=0)
+    torch.testing.assert_close(ours.attention.positions.sin, sin[0, :, :64], rtol=0, atol=0)

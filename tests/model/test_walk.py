@@ -6,9 +6,10 @@ import weakref
 import pytest
 import torch
 
-from model.layers import Block
+from model.layers import Stream
+from model.transformer import Block
 from model.walk import outputs, walk
-from tests.model.both_sides import BERT, GPT2, MARIAN, T5, random_inputs
+from tests.model.both_sides import BERT, GPT2, MARIAN, T5, random_inputs, samples_of
 
 FAMILIES = {"llama": {}, "gpt2": GPT2, "bert": BERT | {"num_classes": 3}, "marian": MARIAN, "t5": T5}
 
@@ -17,10 +18,10 @@ FAMILIES = {"llama": {}, "gpt2": GPT2, "bert": BERT | {"num_classes": 3}, "maria
 def test_layer_by_layer_a_network_says_what_it_says_as_a_whole(tiny, network, options):
     config = tiny(**options)
     whole, inputs = network(config), random_inputs(config)
-    samples = [tuple(tensor[row : row + 1] for tensor in inputs) for row in range(3)]
+    samples = samples_of(inputs)
     with torch.no_grad():
         for said, sample in zip(outputs(config, dict(whole.named_parameters()), samples), samples, strict=True):
-            wanted = whole(*sample)
+            wanted = whole(*sample.tensors())
             for one, other in zip(*((each if isinstance(each, tuple) else (each,)) for each in (said, wanted)), strict=True):
                 assert torch.equal(one, other)
 
@@ -29,7 +30,7 @@ def test_weights_are_rounded_as_a_file_keeps_them_and_dropout_is_off(tiny, netwo
     config = tiny(dropout=0.5)
     whole = network(config)
     inputs = random_inputs(config)
-    (said,) = outputs(config, dict(whole.named_parameters()), [inputs], stored_as=torch.bfloat16)
+    (said,) = outputs(config, dict(whole.named_parameters()), [Stream.from_tensors(inputs)], stored_as=torch.bfloat16)
     with torch.no_grad():
         assert not torch.equal(said, whole(*inputs))
         for parameter in whole.parameters():

@@ -15,7 +15,7 @@ from model.compression.sweep import Changed
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.launch.compressing.conftest import SMALL
-from tests.model.both_sides import MARIAN, random_inputs
+from tests.model.both_sides import MARIAN, random_inputs, samples_of
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def walked(tmp_path):
         network, said = Transformer(config), []
         state = {name: parameter.detach() for name, parameter in network.named_parameters()}
         inputs = random_inputs(config)
-        samples = [tuple(tensor[row : row + 1] for tensor in inputs) for row in range(3)]
+        samples = samples_of(inputs)
         parts = Parts(tmp_path / "out", {})
         parts.open()
         compress(config, reading(state), treatment, samples, parts, find_workers([]), stored_as, said.append)

@@ -14,8 +14,7 @@ from launch.compressing.report import Artefact, Basis, BlockReport, Calibration,
 from launch.evaluation.quality import compared
 from model.compression.statistics import groups_of
 from model.config import ModelConfig, count_parameters
-from model.layers import Block
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 from tests.model.both_sides import BERT, MARIAN
 
 LINEAR = "1.attention.query"

@@ -11,7 +11,8 @@ from model.compression.fake_quantization import fake_quantize
 from model.compression.grids import Grid, fake_quantized_rows
 from model.compression.quantization import rtn
 from model.config import ModelConfig
-from model.layers import Block, Linear
+from model.layers import Linear, Stream
+from model.transformer import Block
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,11 @@ def test_rounding_the_trained_weights_gives_the_network_that_was_trained(block, 
     fake_quantize(trained, grid)
     for linear in linears(written):
         linear.weight.data = rtn(linear.weight.float(), grid, dtype).weight.to(dtype)
-    passed = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype), torch.ones(2, 5, dtype=torch.long)
+    hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stream = Stream(hidden, torch.ones(2, 5, dtype=torch.long))
     with torch.no_grad():
-        assert torch.equal(trained(passed)[0], written(passed)[0])
-        assert not torch.equal(trained(passed)[0], copy.deepcopy(block).to(dtype)(passed)[0])
+        assert torch.equal(trained(stream).hidden, written(stream).hidden)
+        assert not torch.equal(trained(stream).hidden, copy.deepcopy(block).to(dtype)(stream).hidden)
 
 
 @pytest.mark.parametrize("activations", ["none", "int8"])
@@ -48,7 +50,7 @@ def test_gradients_pass_the_rounding_unchanged(block, activations):
     slopes = []
     for network in (ours, plain):
         x = hidden.clone().requires_grad_()
-        (network((x, torch.ones(2, 5, dtype=torch.long)))[0] ** 2).sum().backward()
+        (network(Stream(x, torch.ones(2, 5, dtype=torch.long))).hidden ** 2).sum().backward()
         slopes.append([x.grad, *(parameter.grad for parameter in network.parameters())])
     for one, other in zip(*slopes, strict=True):
         torch.testing.assert_close(one, other)

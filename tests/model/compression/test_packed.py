@@ -6,15 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.cache import KeyValueCache
 from model.compression.activations import round_activations
 from model.compression.grids import Grid, Quantized, round_to
 from model.compression.packed import CacheScheme, Scheme, layout, packed, understood, unpacked
 from model.compression.statistics import LargestKept
 from model.config import ModelConfig
 from model.huggingface import export, load, perplexity_by_transformers, quantization_config, verify
-from model.layers import Block, KeyValueCache, Linear, rotate
+from model.layers import Linear, Stream
 from model.loss import IGNORED, token_losses
-from model.transformer import Transformer
+from model.positions import rotate
+from model.transformer import Block, Transformer
 from model.walk import walk
 from tests.model.both_sides import BERT, GPT2, MARIAN, T5
 
@@ -228,7 +230,7 @@ def test_keys_and_values_are_kept_as_transformers_keeps_them(randomise, tmp_path
     one_by_one, segments = KeyValueCache(), torch.ones_like(tokens)
     with torch.no_grad():
         each = [model(token, segments[:, :1], cache=one_by_one) for token in tokens.split(1, dim=1)]
-    kept = [tensor for pair in one_by_one._pairs.values() for tensor in pair]
+    kept = [tensor for pair in one_by_one.pairs.values() for tensor in pair]
     assert len(kept) == 4 and {tensor.dtype for tensor in kept} == {torch.int8 if kind == "int8" else torch.float8_e4m3fn}
     differences = (torch.cat(each, dim=1) - model(tokens, segments)).abs()
     assert differences.median() < 1e-5 and differences.mean() < 1e-3  # the last bit may decide between two codes
@@ -245,17 +247,17 @@ def test_a_scale_of_keys_that_is_none_is_named(llama, tmp_path, scale):
 
 def test_the_largest_key_and_value_that_pass_are_seen_behind_their_rotation(llama):
     tokens = torch.randint(llama.config.vocab_size, (3, 24))
-    seen, passed = LargestKept(2, torch.device("cpu")), (tokens, torch.ones_like(tokens))
-    passed[1][:, -1] = 0  # padding is not seen
+    seen, stream = LargestKept(2, torch.device("cpu")), Stream(tokens, torch.ones_like(tokens))
+    stream.segments[:, -1] = 0  # padding is not seen
     for step in walk(llama.config, llama.state_dict()):
         if step.block is not None:
             attention = step.module.attention
-            key, value = (x.transpose(1, 2) for x in attention.keys_and_values(step.module.attention_norm(passed[0])))
-            largest = [x[:, :, :-1].abs().max() for x in (rotate(key, attention.cos[:24], attention.sin[:24]), value)]
+            key, value = (x.transpose(1, 2) for x in attention.keys_and_values(step.module.attention_norm(stream.hidden)))
+            largest = [x[:, :, :-1].abs().max() for x in (rotate(key, attention.positions.cos[:24], attention.positions.sin[:24]), value)]
         with seen.watching(step):
-            passed = step(passed)
+            stream = step(stream)
         if step.block is not None:
-            assert torch.allclose(seen.sizes[step.block], torch.stack(largest)) and "remember" not in vars(attention)
+            assert torch.allclose(seen.sizes[step.block], torch.stack(largest)) and "append_to_cache" not in vars(attention)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.compression.sensitivity import divergences
-from tests.model.both_sides import BERT, MARIAN, random_inputs
+from tests.model.both_sides import BERT, MARIAN, random_inputs, samples_of
 
 FAMILIES = {
     "decoder": {},
@@ -22,7 +22,7 @@ def test_one_walk_says_what_a_network_for_each_block_says(tiny, network, options
     config = tiny(**options)
     whole, inputs = network(config), random_inputs(config)
     changes = [lambda block, linear, weight, size=size: weight * size if linear.endswith("value") else weight for size in (0.5, 1.0)]
-    samples = [tuple(tensor[row : row + 1] for tensor in inputs) for row in range(3)]
+    samples = samples_of(inputs)
     sums, count = divergences(config, dict(whole.named_parameters()), samples, changes)
     only_classes = bool(config.num_classes) and not config.token_head
     counted = torch.ones(3, dtype=torch.bool) if only_classes else inputs[3 if config.architecture == "encoder_decoder" else 1] != 0

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from model.compression.statistics import Gatherer, groups_of, matrices, output_error
-from model.layers import Block
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 from model.walk import walk
-from tests.model.both_sides import BERT, GPT2, MARIAN, T5, random_inputs
+from tests.model.both_sides import BERT, GPT2, MARIAN, T5, random_inputs, samples_of
 
 FAMILIES = {"llama": {"num_key_value_heads": 2}, "gpt2": GPT2, "bert": BERT, "marian": MARIAN, "t5": T5}
 
@@ -23,16 +22,16 @@ def test_sums_over_samples_are_those_of_all_inputs_at_once_without_padding(tiny,
         module.register_forward_pre_hook(lambda module, given, name=str(matrix): seen.setdefault(name, []).append(given[0]))
     with torch.no_grad():
         whole(*inputs)
-    passed = [tuple(tensor[row : row + 1] for tensor in inputs) for row in range(3)]
+    passed = samples_of(inputs)
     for step in walk(config, dict(whole.named_parameters())):
         if step.block is not None:
             with Gatherer(step.module) as gatherer:
                 for sample in passed:
-                    gatherer.counted = sample[1] != 0
-                    gatherer.counted_in_source = sample[3] != 0 if len(sample) > 3 else None
+                    gatherer.counted = sample.segments != 0
+                    gatherer.counted_in_source = None if sample.source_segments is None else sample.source_segments != 0
                     step(sample)
-            segments = torch.cat([sample[1] for sample in passed])
-            source = torch.cat([sample[3] for sample in passed]) if len(passed[0]) > 3 else segments
+            segments = torch.cat([sample.segments for sample in passed])
+            source = segments if passed[0].source_segments is None else torch.cat([sample.source_segments for sample in passed])
             for group, sums in gatherer.sums():
                 for linear in group.linears:
                     (x,) = seen[f"{step.block}.{linear}"]

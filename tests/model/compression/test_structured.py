@@ -17,9 +17,10 @@ from model.compression.structured import (
 )
 from model.config import count_parameters
 from model.huggingface import export, verify
-from model.transformer import Transformer, outputs_of
+from model.layers import Stream
+from model.transformer import Transformer, select_outputs
 from model.walk import walk
-from tests.model.both_sides import BERT, GPT2, MARIAN, T5, our_logits, random_inputs, without_padding
+from tests.model.both_sides import BERT, GPT2, MARIAN, T5, our_logits, random_inputs, samples_of, without_padding
 
 SIZES = {"intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_size": 8}
 MODELS = {
@@ -139,7 +140,7 @@ def test_channels_of_zeros_go_and_no_logit_changes(tiny, network, name):
             state[name] = tensor.index_fill(0, torch.tensor(gone), 0.0)
     first = next(iter(walk(config, state))).name
     state[f"{first}.weight"] = state[f"{first}.weight"].index_fill(1, torch.tensor(gone), 0.0)
-    found = channels(config, state, [random_inputs(config)])
+    found = channels(config, state, [Stream.from_tensors(random_inputs(config))])
     assert sorted(set(range(32)) - set(found.kept(24).tolist())) == sorted(gone)
     smaller = dataclasses.replace(config, hidden_size=24)
     cut = narrower(config, state, smaller, found)
@@ -152,13 +153,13 @@ def test_every_axis_of_the_hidden_width_is_cut(tiny, network, name):
     config = tiny(**(SIZES | MODELS[name]))
     state = network(config).state_dict()
     smaller = dataclasses.replace(config, hidden_size=24)
-    cut = narrower(config, state, smaller, channels(config, state, [random_inputs(config)]))
+    cut = narrower(config, state, smaller, channels(config, state, [Stream.from_tensors(random_inputs(config))]))
     assert all(one.isfinite().all() for one in logits(smaller, cut))
 
 
 def test_what_is_smaller_in_everything_loads_in_transformers(llama, tmp_path):
     config, state = llama
-    samples = [random_inputs(config)]
+    samples = [Stream.from_tensors(random_inputs(config))]
     smaller = sizes_for(config, parameters=0.3, num_key_value_heads=1, hidden_size=24, num_layers=2)
     shallow = dataclasses.replace(config, num_layers=2)
     state = shallower(config, state, shallow, influences(config, state, samples))
@@ -170,11 +171,11 @@ def test_what_is_smaller_in_everything_loads_in_transformers(llama, tmp_path):
 def test_sums_are_those_of_all_samples_together_and_padding_does_not_count(tiny, network):
     config = tiny(**(SIZES | MODELS["bert"]))
     state, (tokens, segments, types) = network(config).state_dict(), random_inputs(config)
-    samples = [(tokens[row : row + 1], segments[row : row + 1], types[row : row + 1]) for row in range(3)]
-    whole = channels(config, state, [(tokens, segments, types)])
+    samples = samples_of((tokens, segments, types))
+    whole = channels(config, state, [Stream(tokens, segments, types)])
     for name, sums in channels(config, state, samples).sums.items():
         torch.testing.assert_close(sums, whole.sums[name], rtol=1e-5, atol=1e-4)  # a sample's own sum is float32
-    other = (tokens.where(segments != 0, 7), segments, types)
+    other = Stream(tokens.where(segments != 0, 7), segments, types)
     torch.testing.assert_close(influences(config, state, samples), influences(config, state, [other]))
 
 
@@ -184,7 +185,7 @@ def test_a_block_that_adds_nothing_has_no_influence_and_goes_without_a_trace(lla
     for linear in ("attention.output", "feed_forward.down"):
         state[f"{silent}.{linear}.weight"] = torch.zeros_like(state[f"{silent}.{linear}.weight"])
     smaller = dataclasses.replace(config, num_layers=3)
-    found = influences(config, state, [random_inputs(config)])
+    found = influences(config, state, [Stream.from_tensors(random_inputs(config))])
     assert found.argmin() == 1 and abs(found[1]) < 1e-4
     cut = shallower(config, state, smaller, found)
     assert_says_the_same(logits(smaller, cut), logits(config, state))
@@ -192,12 +193,13 @@ def test_a_block_that_adds_nothing_has_no_influence_and_goes_without_a_trace(lla
 
 def test_influence_is_one_minus_the_cosine_of_what_goes_in_and_comes_out(llama):
     config, state = llama
-    passed, wanted = random_inputs(config), []
+    sample, wanted = Stream.from_tensors(random_inputs(config)), []
+    stream = sample
     for step in walk(config, state):
-        before, passed = passed[0], step(passed)
+        before, stream = stream.hidden, step(stream)
         if step.block is not None:
-            wanted.append((1 - (before * passed[0]).sum(-1) / before.norm(dim=-1) / passed[0].norm(dim=-1)).sum())
-    torch.testing.assert_close(influences(config, state, [random_inputs(config)]).float(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
+            wanted.append((1 - (before * stream.hidden).sum(-1) / before.norm(dim=-1) / stream.hidden.norm(dim=-1)).sum())
+    torch.testing.assert_close(influences(config, state, [sample]).float(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "marian"])
@@ -206,13 +208,13 @@ def test_losses_without_blocks_are_those_of_the_networks_without_them(tiny, netw
     state, inputs = network(config).state_dict(), random_inputs(config)
     target = inputs[2] if config.architecture == "encoder_decoder" else inputs[0]
     loss = lambda logits, number: F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")  # noqa: E731
-    found = losses_without_each_block(config, state, [inputs], loss)
+    found = losses_without_each_block(config, state, [Stream.from_tensors(inputs)], loss)
     assert len(found) == 1 + config.total_blocks
     for left_out in range(-1, config.total_blocks):
-        passed = inputs
+        passed = Stream.from_tensors(inputs)
         for step in walk(config, state):
             passed = passed if step.block == left_out and left_out >= 0 else step(passed)
-        assert math.isclose(found[1 + left_out], loss(outputs_of(config, passed), 0), rel_tol=1e-5)
+        assert math.isclose(found[1 + left_out], loss(select_outputs(config, passed), 0), rel_tol=1e-5)
 
 
 def test_of_an_encoder_decoder_each_stack_loses_its_own_blocks(tiny, network):
