@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data.command_line import UserError
@@ -17,6 +18,7 @@ from launch.checkpoints.run_record import data_paths
 from launch.evaluation.evaluation_sets import first_inputs, mismatched_tokens
 from launch.evaluation.tasks.table import task_of
 from launch.evaluation.tasks.task import Task
+from model.layers import Stream
 
 LONGEST = 2048
 """Tokens of a sample where no length is given, at most."""
