@@ -1,8 +1,13 @@
-"""What a network is, in numbers: its configuration, the sizes people call by name, its parameter and FLOP counts."""
+"""The configuration of a network, the named sizes, and its parameter and FLOP counts."""
 
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING, Any, Literal
+import functools
+import operator
+import typing
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 if TYPE_CHECKING:
 
@@ -18,92 +23,91 @@ else:
 Part = Literal["encoder", "decoder"]
 """A stack of blocks. The blocks of a decoder are causal; an encoder-decoder has both parts."""
 
-_DERIVED: Any = None  # the default of such a field, in a type that mypy accepts
+_DERIVED: Any = None  # the default of a DerivedInt, in a type that mypy accepts
+_BOUNDS = {Gt: (operator.gt, "above"), Ge: (operator.ge, "at least"), Lt: (operator.lt, "below")}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a network. Every combination is one list of layers (see transformer.py)."""
+    """Shape of a network. Every combination of values is one list of layers (see transformer.py)."""
 
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
-    """What sees what: each token its past (GPT, Llama), all of its document (BERT), or, in two parts, a source and the past of its
-    target (the original Transformer, T5)."""
-    vocab_size: int = 4096
-    """Rows of the embedding: the largest token id + 1, or more."""
-    sequence_length: int = 256
-    """Longest context, tokens; of an encoder-decoder the longest source, and the longest target."""
-    hidden_size: int = 256
+    """Which tokens attend to which. decoder: each token to earlier ones (GPT, Llama). encoder: each token to its whole document
+    (BERT). encoder_decoder: an encoder for a source and a decoder for its target (the original Transformer, T5)."""
+    vocab_size: Annotated[int, Ge(1)] = 4096
+    """Rows of the embedding: at least the largest token id + 1."""
+    sequence_length: Annotated[int, Ge(1)] = 256
+    """Longest context in tokens. An encoder-decoder has it for its source and again for its target."""
+    hidden_size: Annotated[int, Ge(1)] = 256
     """Width of the residual stream."""
-    num_layers: int = 4
-    """Blocks (attention and feed-forward); of an encoder-decoder those of its encoder."""
-    num_decoder_layers: int | None = None
-    """Blocks of an encoder-decoder's decoder (default: num_layers)."""
-    num_attention_heads: int = 4
-    """Query heads."""
-    num_key_value_heads: DerivedInt = _DERIVED
-    """Key/value heads, a divisor of num_attention_heads (default: as many; arXiv 2305.13245)."""
-    head_size: DerivedInt = _DERIVED
+    num_layers: Annotated[int, Ge(1)] = 4
+    """Number of blocks (attention and feed-forward); in an encoder-decoder, of its encoder."""
+    num_decoder_layers: Annotated[int | None, Ge(1)] = None
+    """Number of blocks of an encoder-decoder's decoder (default: num_layers)."""
+    num_attention_heads: Annotated[int, Ge(1)] = 4
+    """Number of query heads."""
+    num_key_value_heads: Annotated[DerivedInt, Ge(1)] = _DERIVED
+    """Number of key/value heads, a divisor of num_attention_heads (default: num_attention_heads; arXiv 2305.13245)."""
+    head_size: Annotated[DerivedInt, Ge(1)] = _DERIVED
     """Width of a head (default: hidden_size / num_attention_heads)."""
-    intermediate_size: DerivedInt = _DERIVED
+    intermediate_size: Annotated[DerivedInt, Ge(1)] = _DERIVED
     """Width inside the feed-forward (default: 4 x hidden_size)."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467)."""
     norm_position: Literal["pre", "post"] = "pre"
-    """Normalise what enters attention and feed-forward (pre), or the sum behind them (post)."""
-    norm_epsilon: float = 1e-5
-    """Added to the variance inside every norm."""
+    """pre: normalise the input of attention and feed-forward. post: normalise the sum after them."""
+    norm_epsilon: Annotated[float, Gt(0)] = 1e-5
+    """Number added to the variance inside every norm."""
     positions: Literal["learned", "sinusoidal", "rotary", "alibi", "relative"] = "rotary"
-    """A learned table, the fixed waves of arXiv 1706.03762 section 3.5, rotation of queries and keys (arXiv 2104.09864), a slope a
-    head over the distance (ALiBi, arXiv 2108.12409), or a learned number a head and bucket of distances (T5, arXiv 1910.10683)."""
-    rope_theta: float = 10000.0
+    """learned: a vector for each position. sinusoidal: fixed sines and cosines (arXiv 1706.03762, section 3.5). rotary: rotation of
+    queries and keys (arXiv 2104.09864). alibi: a penalty on distance (arXiv 2108.12409). relative: a learned number for each head and
+    bucket of distances (T5, arXiv 1910.10683)."""
+    rope_theta: Annotated[float, Gt(0)] = 10000.0
     """Base of the rotary wavelengths."""
     rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """How rotary wavelengths are stretched for a longer context: all alike (arXiv 2306.15595), by a larger base (NTK-aware), the long
-    ones alone (YaRN, arXiv 2309.00071), or as in Llama 3.1."""
-    rope_factor: float = 1.0
-    """By how much they are stretched: new context / old context."""
-    rope_original_length: int | None = None
-    """The old context, tokens: yarn and llama3 need it."""
-    sliding_window: int | None = None
-    """Keys that a token sees, itself among them (default: all); in an encoder half of them on each side (arXiv 2004.05150)."""
+    """Scaling of the rotary wavelengths for a longer context. linear: all by the same factor (arXiv 2306.15595). ntk: by a larger base.
+    yarn: the long wavelengths only (arXiv 2309.00071). llama3: as in Llama 3.1."""
+    rope_factor: Annotated[float, Ge(1)] = 1.0
+    """Scaling factor: new context / original context."""
+    rope_original_length: Annotated[int | None, Ge(1)] = None
+    """Original context in tokens; required by yarn and llama3."""
+    sliding_window: Annotated[int | None, Ge(1)] = None
+    """Number of keys that a token attends to, its own included (default: all). An encoder has half of them on each side
+    (arXiv 2004.05150)."""
     prefix_attention: bool = False
-    """Tokens of a decoder's prefix see one another: a prefix language model (arXiv 1910.10683, section 3.2.1)."""
+    """True if the tokens of a decoder's prefix attend to one another: a prefix language model (arXiv 1910.10683, section 3.2.1)."""
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = "swiglu"
-    """gelu_tanh is GPT-2's approximation; swiglu and geglu (gelu_tanh) have a gate beside them (arXiv 2002.05202)."""
+    """Nonlinearity of the feed-forward. gelu_tanh is GPT-2's approximation; swiglu and geglu (with gelu_tanh) are gated
+    (arXiv 2002.05202)."""
     biases: bool = False
-    """Biases in the linear layers and LayerNorms (the head never has one)."""
+    """True if linear layers and LayerNorms have biases (the head never has one)."""
     qk_norm: bool = False
-    """RMSNorm over each head's queries and keys, as in Qwen3."""
+    """True if an RMSNorm is applied to each head's queries and keys, as in Qwen3."""
     tie_embeddings: bool = True
-    """The head uses the embedding's weight."""
-    logit_softcap: float | None = None
-    """Bound of the logits, cap x tanh(logits / cap) (arXiv 2408.00118; default: none)."""
-    token_types: int = 0
-    """Kinds of tokens that an encoder tells apart by a vector of each: BERT's two, for two sentences; 0: none."""
-    num_classes: int = 0
-    """Classes that an encoder tells of a whole sample from its first token (2 for next-sentence prediction); 0: none."""
+    """True if the head uses the embedding's weight."""
+    logit_softcap: Annotated[float | None, Gt(0)] = None
+    """Bound of the logits: cap x tanh(logits / cap) (arXiv 2408.00118; default: no bound)."""
+    token_types: Annotated[int, Ge(0)] = 0
+    """Number of token types of an encoder, each with a vector added to the embeddings; BERT has 2, for two sentences (default: 0, none)."""
+    num_classes: Annotated[int, Ge(0)] = 0
+    """Number of classes that an encoder predicts for a whole sample from its first token; 2 for next-sentence prediction
+    (default: 0, none)."""
     token_head: bool = True
-    """An encoder predicts its masked tokens; off: classes alone."""
-    dropout: float = 0.0
-    """Probability of dropping: embeddings, attention weights, and what attention and feed-forward add."""
+    """True if an encoder predicts its masked tokens; false for classes only."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout probability for embeddings, attention weights, and the outputs of attention and feed-forward."""
     document_mask: bool = False
-    """Attention and positions stay inside a document of a packed sample; off: the fast causal path. The pairs of an encoder-decoder
-    always stay apart."""
-    initializer_range: float = 0.02
-    """Standard deviation of fresh weights (GPT-2's; what writes to the residual stream gets 1/sqrt(2 num_layers) of it)."""
+    """True if attention and positions stay inside each document of a packed sample; false for the fast causal path. An encoder-decoder
+    always keeps its pairs apart."""
+    initializer_range: Annotated[float, Gt(0)] = 0.02
+    """Standard deviation of initial weights, as in GPT-2; layers that write to the residual stream have 1/sqrt(2 num_layers) of it."""
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "sequence_length", "hidden_size", "num_layers", "num_attention_heads")
-        derived = ("num_key_value_heads", "head_size", "intermediate_size")
-        optional = ("num_decoder_layers", "rope_original_length", "sliding_window")
-        complaints = [
-            f"model.{name} is {getattr(self, name)}; it must be at least 1."
-            for name in sizes + derived + optional
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        if complaints:
-            raise ValueError("\n".join(complaints))
-        if self.head_size is None and self.hidden_size % self.num_attention_heads:
+        complaints = _range_complaints(self)
+        if any(isinstance(value, int) and value < 1 for value in (self.hidden_size, self.num_attention_heads, self.num_key_value_heads)):
+            raise ValueError("\n".join(complaints))  # the checks below divide by these
+        has_head_size = self.head_size is not None or self.hidden_size % self.num_attention_heads == 0
+        if not has_head_size:
             heads = min(
                 (n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0),
                 key=lambda n: abs(n - self.num_attention_heads),
@@ -112,55 +116,54 @@ class ModelConfig:
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.num_attention_heads "
                 f"{self.num_attention_heads}. Nearest number of heads: {heads}; or set model.head_size."
             )
-        defaults = self.num_attention_heads, max(1, self.hidden_size // self.num_attention_heads), 4 * self.hidden_size
-        for name, value in zip(derived, defaults, strict=True):
+        derived = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_size": max(1, self.hidden_size // self.num_attention_heads),
+            "intermediate_size": 4 * self.hidden_size,
+        }
+        for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.architecture == "encoder_decoder" and self.num_decoder_layers is None:
             object.__setattr__(self, "num_decoder_layers", self.num_layers)
-        if self.positions == "rotary" and self.head_size % 2 and not complaints:
-            complaints.append(f"model.head_size {self.head_size} is odd; rotary positions turn pairs. Nearest: {self.head_size + 1}.")
+        if self.positions == "rotary" and self.head_size % 2 and has_head_size:
+            complaints.append(
+                f"model.head_size {self.head_size} is odd; rotary positions need an even number. Nearest: {self.head_size + 1}."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             complaints.append(
                 f"model.num_key_value_heads {self.num_key_value_heads} does not divide "
                 f"model.num_attention_heads {self.num_attention_heads}."
             )
         if self.positions == "sinusoidal" and self.hidden_size % 2:
-            complaints.append(f"model.hidden_size {self.hidden_size} is odd; sinusoidal waves are pairs. Nearest: {self.hidden_size + 1}.")
-        for name in ("norm_epsilon", "rope_theta", "initializer_range", "logit_softcap"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                complaints.append(f"model.{name} is {value}; it must be above 0.")
-        if not 0 <= self.dropout < 1:
-            complaints.append(f"model.dropout is {self.dropout}; it must be at least 0 and below 1.")
-        complaints += self._impossible_rope() + self._strange_to_the_architecture()
+            complaints.append(
+                f"model.hidden_size {self.hidden_size} is odd; sinusoidal positions need an even number. Nearest: {self.hidden_size + 1}."
+            )
+        complaints += self._rope_complaints() + self._architecture_complaints()
         if complaints:
             raise ValueError("\n".join(complaints))
 
-    def _impossible_rope(self) -> list[str]:
+    def _rope_complaints(self) -> list[str]:
         complaints = []
         if self.rope_scaling not in ("yarn", "llama3") and self.rope_original_length is not None:
             complaints.append(
-                f"model.rope_original_length {self.rope_original_length} does nothing beside model.rope_scaling "
-                f'"{self.rope_scaling}"; yarn and llama3 read it.'
+                f"model.rope_original_length {self.rope_original_length} has no effect with model.rope_scaling "
+                f'"{self.rope_scaling}"; only yarn and llama3 use it.'
             )
         if self.rope_scaling == "none":
             if self.rope_factor != 1:
-                complaints.append(f"model.rope_factor {self.rope_factor:g} does nothing without model.rope_scaling.")
+                complaints.append(f"model.rope_factor {self.rope_factor:g} has no effect without model.rope_scaling.")
             return complaints
         if self.positions != "rotary":
             complaints.append(f'model.rope_scaling "{self.rope_scaling}" needs model.positions "rotary", not "{self.positions}".')
         if self.rope_scaling == "ntk" and self.head_size == 2:
-            complaints.append(
-                'model.rope_scaling "ntk" needs model.head_size 4 or more: a head of 2 has one wavelength, which it leaves alone.'
-            )
-        if not self.rope_factor >= 1:
-            complaints.append(f"model.rope_factor is {self.rope_factor:g}; it must be at least 1.")
+            complaints.append('model.rope_scaling "ntk" has no effect for model.head_size 2; use 4 or more.')
         if self.rope_scaling in ("yarn", "llama3") and self.rope_original_length is None:
-            complaints.append(f'model.rope_scaling "{self.rope_scaling}" needs model.rope_original_length, the context before.')
+            complaints.append(f'model.rope_scaling "{self.rope_scaling}" needs model.rope_original_length, the original context in tokens.')
         return complaints
 
-    def _strange_to_the_architecture(self) -> list[str]:
-        """A sentence for each option that another architecture has."""
+    def _architecture_complaints(self) -> list[str]:
+        """Return a message for each option that only another architecture has."""
         owners: dict[str, dict[str, object]] = {
             "encoder": {"token_types": 0, "num_classes": 0, "token_head": True},
             "decoder": {"prefix_attention": False},
@@ -174,24 +177,40 @@ class ModelConfig:
         ]
         if self.positions == "relative" and self.architecture != "encoder_decoder":
             complaints.append(f'model.positions "relative" is for architecture "encoder_decoder"; this is "{self.architecture}".')
-        for name in ("token_types", "num_classes"):
-            if getattr(self, name) < 0:
-                complaints.append(f"model.{name} is {getattr(self, name)}; it may not be negative.")
         if self.num_classes == 1:
             complaints.append("model.num_classes is 1; it must be 0 (none) or at least 2.")
         if not self.token_head and not self.num_classes:
-            complaints.append("model.token_head is off and model.num_classes 0: the network would have nothing to learn from.")
+            complaints.append("model.token_head is false and model.num_classes 0: the network would have no output. Set one of them.")
         return complaints
 
     @property
     def uses_segments(self) -> bool:
-        """Attention looks at `segments`; else the fast causal path is taken."""
+        """True if attention depends on the segments; otherwise the fast causal path is taken."""
         return self.document_mask or self.prefix_attention or self.architecture != "decoder"
 
     @property
     def total_blocks(self) -> int:
-        """Blocks of encoder and decoder."""
+        """Number of blocks of encoder and decoder together."""
         return self.num_layers + (self.num_decoder_layers or 0)
+
+
+@functools.cache
+def _bounds() -> dict[str, list[Ge | Gt | Lt]]:
+    """Return the bounds of each field of ModelConfig that has any, from its annotation."""
+    hints = typing.get_type_hints(ModelConfig, include_extras=True)
+    return {name: list(hint.__metadata__) for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+def _range_complaints(config: ModelConfig) -> list[str]:
+    """Return a message for each field outside its range. None is always allowed."""
+    complaints = []
+    for name, bounds in _bounds().items():
+        value = getattr(config, name)
+        limits = [(*_BOUNDS[type(bound)], *dataclasses.astuple(bound)) for bound in bounds]
+        if value is not None and not all(compare(value, limit) for compare, _, limit in limits):
+            allowed = " and ".join(f"{word} {limit}" for _, word, limit in limits)
+            complaints.append(f"model.{name} is {value}; it must be {allowed}.")
+    return complaints
 
 
 _GPT2 = {
@@ -271,12 +290,15 @@ def _shape(hidden_size: int, num_layers: int, num_attention_heads: int, intermed
     } | dict(more)
 
 
-# GPT-2: Radford et al. 2019, table 2, and the released checkpoints. GPT-3: Brown et al. 2020 (arXiv 2005.14165), table 2.1; its
-# alternating sparse attention is dense here, which changes no parameter; the 1.3B and 13B rows do not multiply out there (24 heads of
-# 128 in 2048; width 5140), here they do. Llama: arXiv 2302.13971, 2307.09288, 2407.21783 and the released config.json files;
-# llama-160m is JackFram's, llama-1.1b TinyLlama's (arXiv 2401.02385). Qwen3: arXiv 2505.09388. BERT: Devlin et al. 2018 (arXiv
-# 1810.04805), uncased. ModernBERT: Warner et al. 2024 (arXiv 2412.13663), its local attention global. Transformer: Vaswani et al. 2017
-# (arXiv 1706.03762), table 3. T5: version 1.1, of Shazeer 2020 (arXiv 2002.05202) and the released config.json files.
+# Sources of the sizes.
+# GPT-2: Radford et al. 2019, table 2, and the released checkpoints.
+# GPT-3: Brown et al. 2020 (arXiv 2005.14165), table 2.1. Its alternating sparse attention is dense here, which changes no parameter.
+# The paper's rows for 1.3B and 13B are inconsistent (24 heads of 128 in 2048; width 5140); here they are consistent.
+# Llama: arXiv 2302.13971, 2307.09288, 2407.21783 and the released config.json files; llama-160m is JackFram's, llama-1.1b is
+# TinyLlama's (arXiv 2401.02385). Qwen3: arXiv 2505.09388.
+# BERT: Devlin et al. 2018 (arXiv 1810.04805), uncased. ModernBERT: Warner et al. 2024 (arXiv 2412.13663), with global attention only.
+# Transformer: Vaswani et al. 2017 (arXiv 1706.03762), table 3.
+# T5: version 1.1, of Shazeer 2020 (arXiv 2002.05202) and the released config.json files.
 SIZES: dict[str, dict] = {
     "gpt2-124m": _GPT2 | _shape(768, 12, 12),
     "gpt2-355m": _GPT2 | _shape(1024, 24, 16),
@@ -319,11 +341,11 @@ SIZES: dict[str, dict] = {
 RELATIVE_BUCKETS = 32
 """Rows of T5's table of distances."""
 RELATIVE_DISTANCE = 128
-"""From where on they tell no distances apart, tokens."""
+"""Distance in tokens from which on all distances share one row."""
 
 
 def named_size(name: str) -> dict:
-    """The settings of a named size; raises ValueError with the nearest name for an unknown one."""
+    """Return the settings of a named size. Raises ValueError with the nearest name for an unknown one."""
     if name not in SIZES:
         nearest = difflib.get_close_matches(name, SIZES, n=1, cutoff=0)[0]
         raise ValueError(f'Unknown size "{name}". Did you mean "{nearest}"? There are: {", ".join(SIZES)}.')
@@ -331,7 +353,7 @@ def named_size(name: str) -> dict:
 
 
 def _inner_widths(config: ModelConfig) -> tuple[int, int, int]:
-    """Width of all queries, of all keys, and inside the feed-forward."""
+    """Return the width of all queries, of all keys, and inside the feed-forward."""
     return config.num_attention_heads * config.head_size, config.num_key_value_heads * config.head_size, config.intermediate_size
 
 
@@ -345,12 +367,12 @@ def _feed_forward_matrices(config: ModelConfig) -> int:
 
 
 def is_gated(config: ModelConfig) -> bool:
-    """The feed-forward has a gate."""
+    """Return True if the feed-forward has a gate."""
     return config.activation in ("swiglu", "geglu")
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the built module, tied weights once."""
+    """Return the number of parameters; tied weights count once."""
     hidden, (queries, keys, inner) = config.hidden_size, _inner_widths(config)
     norm = hidden * (2 if config.norm == "layernorm" and config.biases else 1)
     attention = _attention_matrices(config) + norm + (2 * queries // config.num_attention_heads if config.qk_norm else 0)
@@ -380,12 +402,12 @@ def count_parameters(config: ModelConfig) -> int:
 def flops_per_token(
     config: ModelConfig, sequence_length: int | None = None, causal: bool | None = None, target_length: int | None = None
 ) -> float:
-    """Floating-point operations of one training token: forward and backward (twice the forward), no recomputation.
+    """Return the floating-point operations for training on one token: forward pass and backward pass (twice the forward).
 
-    A multiply-add is two. Counted: every matrix product, the head among them, and the two products of attention over the keys that
-    a token sees on average: (sequence_length + 1) / 2 where attention is `causal` (default: in a decoder), else all, and no more
-    than a sliding window. Of an encoder-decoder the mean over the positions of a source of `sequence_length` tokens and a target of
-    `target_length` (default: as many).
+    A multiply-add counts as two; recomputation does not count. Every matrix product counts, the head's included, and the two products
+    of attention over the mean number of keys a token attends to: (sequence_length + 1) / 2 if attention is `causal` (default: in a
+    decoder), otherwise all, and at most a sliding window. For an encoder-decoder the result is the mean over all positions of a source
+    of `sequence_length` tokens and a target of `target_length` tokens (default: sequence_length).
     """
     source = sequence_length or config.sequence_length
     if config.architecture == "encoder_decoder":
@@ -393,8 +415,8 @@ def flops_per_token(
         encoder = source * _stack_flops(config, config.num_layers, _keys_seen(config, source, bool(causal)))
         decoder = target * _stack_flops(config, config.num_decoder_layers or 0, _keys_seen(config, target, causal is not False))
         queries, keys, _ = _inner_widths(config)
-        of_target = target * (2 * config.hidden_size * queries + 2 * queries * source)
-        cross = (config.num_decoder_layers or 0) * (of_target + source * 2 * config.hidden_size * keys)
+        target_flops = target * (2 * config.hidden_size * queries + 2 * queries * source)
+        cross = (config.num_decoder_layers or 0) * (target_flops + source * 2 * config.hidden_size * keys)
         return 3 * 2 * (encoder + decoder + cross + target * config.vocab_size * config.hidden_size) / (source + target)
     causal = config.architecture == "decoder" if causal is None else causal
     total = _stack_flops(config, config.num_layers, _keys_seen(config, source, causal))
@@ -405,6 +427,7 @@ def flops_per_token(
 
 
 def _keys_seen(config: ModelConfig, length: int, causal: bool) -> float:
+    """Return the mean number of keys that a token attends to in a sequence of `length` tokens."""
     window = config.sliding_window
     if window is None or window >= length:
         return (length + 1) / 2 if causal else length
@@ -415,6 +438,6 @@ def _keys_seen(config: ModelConfig, length: int, causal: bool) -> float:
 
 
 def _stack_flops(config: ModelConfig, num_blocks: int, keys_seen: float) -> float:
-    """Multiply-adds of a token in so many blocks, cross-attention left out."""
+    """Return the multiply-adds of one token in `num_blocks` blocks, without cross-attention."""
     matrices = _attention_matrices(config) + _feed_forward_matrices(config)
     return num_blocks * (matrices + 2 * _inner_widths(config)[0] * keys_seen)

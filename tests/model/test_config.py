@@ -63,11 +63,11 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_named_size_has_its_published_parameters(name):
+def test_named_size_has_its_published_parameter_count(name):
     assert count_parameters(ModelConfig(**named_size(name))) == PUBLISHED[name]
 
 
-def test_the_count_is_that_of_the_built_module_for_every_combination_of_options():
+def test_parameter_count_matches_the_module_for_all_decoder_options():
     for values in itertools.product(*OPTIONS.values()):
         options = dict(zip(OPTIONS, values, strict=True))
         config = ModelConfig(
@@ -80,7 +80,7 @@ def test_the_count_is_that_of_the_built_module_for_every_combination_of_options(
 
 @pytest.mark.parametrize("positions", ["learned", "relative"])
 @pytest.mark.parametrize(("biases", "tie_embeddings", "norm_position"), [(True, True, "post"), (False, False, "pre"), (True, False, "pre")])
-def test_the_count_of_encoders_and_encoder_decoders_is_that_of_the_built_module(tiny, positions, biases, tie_embeddings, norm_position):
+def test_parameter_count_matches_the_module_for_encoders_and_pairs(tiny, positions, biases, tie_embeddings, norm_position):
     options = {
         "positions": positions,
         "biases": biases,
@@ -100,7 +100,7 @@ def test_the_count_of_encoders_and_encoder_decoders_is_that_of_the_built_module(
 
 
 @pytest.mark.parametrize("name", ["gpt2-124m", "llama-160m", "llama3-8b", "bert-base", "transformer-base", "t5-small"])
-def test_the_count_is_that_of_the_built_module_at_full_size(name):
+def test_parameter_count_matches_the_module_at_full_size(name):
     config = ModelConfig(**named_size(name))
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in Transformer(config).parameters()) == PUBLISHED[name]
@@ -109,7 +109,7 @@ def test_the_count_is_that_of_the_built_module_at_full_size(name):
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 @pytest.mark.parametrize("num_key_value_heads", [4, 2])
 @pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_flops_are_those_that_torch_counts(tiny, activation, num_key_value_heads, tie_embeddings):
+def test_flops_match_torchs_count(tiny, activation, num_key_value_heads, tie_embeddings):
     config = tiny(activation=activation, num_key_value_heads=num_key_value_heads, tie_embeddings=tie_embeddings)
     model = Transformer(config)
     tokens = torch.zeros(3, 16, dtype=torch.long)
@@ -119,7 +119,7 @@ def test_flops_are_those_that_torch_counts(tiny, activation, num_key_value_heads
     assert counter.get_total_flops() == 3 * 16 * flops_per_token(config, sequence_length=16, causal=False)
 
 
-def test_flops_of_an_encoder_and_of_an_encoder_decoder_are_those_that_torch_counts(tiny):
+def test_flops_of_encoders_and_pairs_match_torchs_count(tiny):
     tokens, target = torch.zeros(3, 16, dtype=torch.long), torch.zeros(3, 10, dtype=torch.long)
     encoder, pair = tiny(architecture="encoder"), tiny(architecture="encoder_decoder", num_decoder_layers=3)
     for config, inputs in ((encoder, (tokens,)), (pair, (tokens, target))):
@@ -129,7 +129,7 @@ def test_flops_of_an_encoder_and_of_an_encoder_decoder_are_those_that_torch_coun
         assert counter.get_total_flops() == pytest.approx(3 * sum(one.shape[1] for one in inputs) * per_token, rel=1e-12)
 
 
-def test_flops_under_a_window_count_the_keys_within_it(tiny):
+def test_flops_with_a_window_count_the_keys_inside_it(tiny):
     for architecture, sees in (("decoder", lambda q, k: q - 5 < k <= q), ("encoder", lambda q, k: abs(q - k) <= 2)):
         narrow, wide = (tiny(architecture=architecture, sliding_window=window) for window in (5, None))
         keys = sum(sees(query, key) for query in range(16) for key in range(16)) / 16
@@ -138,7 +138,7 @@ def test_flops_under_a_window_count_the_keys_within_it(tiny):
         assert flops_per_token(narrow, sequence_length=16) == pytest.approx(full - per_key * (16 - keys))
 
 
-def test_causal_flops_count_the_keys_that_a_token_may_see(tiny):
+def test_causal_flops_count_the_keys_a_token_attends_to(tiny):
     config = tiny()
     seen = sum(place + 1 for place in range(16)) / 16
     per_key = 3 * 2 * 2 * config.num_layers * config.hidden_size
@@ -147,18 +147,18 @@ def test_causal_flops_count_the_keys_that_a_token_may_see(tiny):
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "message"),
     [
         ({"vocab_size": 0}, "model.vocab_size is 0; it must be at least 1."),
         ({"hidden_size": 100, "num_attention_heads": 3}, "model.hidden_size 100 is not a multiple of model.num_attention_heads 3"),
         ({"hidden_size": 100, "num_attention_heads": 3}, "Nearest number of heads: 2"),
         ({"hidden_size": 4, "num_attention_heads": 8}, "Nearest number of heads: 4"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "model.num_key_value_heads 3 does not divide model.num_attention_heads 4."),
-        ({"head_size": 7}, "model.head_size 7 is odd; rotary positions turn pairs. Nearest: 8."),
+        ({"head_size": 7}, "model.head_size 7 is odd; rotary positions need an even number. Nearest: 8."),
         ({"hidden_size": 33, "head_size": 8, "positions": "sinusoidal"}, "model.hidden_size 33 is odd"),
         ({"dropout": 1.0}, "model.dropout is 1.0; it must be at least 0 and below 1."),
         ({"num_classes": 2}, 'model.num_classes 2 is for architecture "encoder"; this is "decoder".'),
-        ({"architecture": "encoder", "token_head": False}, "the network would have nothing to learn from"),
+        ({"architecture": "encoder", "token_head": False}, "the network would have no output. Set one of them."),
         ({"architecture": "encoder", "num_classes": 1}, "model.num_classes is 1; it must be 0 (none) or at least 2."),
         (
             {"architecture": "encoder", "prefix_attention": True},
@@ -166,26 +166,26 @@ def test_causal_flops_count_the_keys_that_a_token_may_see(tiny):
         ),
         ({"num_decoder_layers": 2}, 'model.num_decoder_layers 2 is for architecture "encoder_decoder"; this is "decoder".'),
         ({"positions": "relative"}, 'model.positions "relative" is for architecture "encoder_decoder"; this is "decoder".'),
-        ({"rope_factor": 2.0}, "model.rope_factor 2 does nothing without model.rope_scaling."),
+        ({"rope_factor": 2.0}, "model.rope_factor 2 has no effect without model.rope_scaling."),
         (
             {"rope_original_length": 64},
-            'model.rope_original_length 64 does nothing beside model.rope_scaling "none"; yarn and llama3 read it.',
+            'model.rope_original_length 64 has no effect with model.rope_scaling "none"; only yarn and llama3 use it.',
         ),
-        ({"rope_scaling": "ntk", "rope_factor": 2.0, "head_size": 2}, 'model.rope_scaling "ntk" needs model.head_size 4 or more'),
+        ({"rope_scaling": "ntk", "rope_factor": 2.0, "head_size": 2}, 'model.rope_scaling "ntk" has no effect for model.head_size 2; use 4 or more.'),
         ({"rope_scaling": "linear", "rope_factor": 0.5}, "model.rope_factor is 0.5; it must be at least 1."),
-        ({"rope_scaling": "yarn", "rope_factor": 2.0}, 'model.rope_scaling "yarn" needs model.rope_original_length, the context before.'),
+        ({"rope_scaling": "yarn", "rope_factor": 2.0}, 'model.rope_scaling "yarn" needs model.rope_original_length, the original context in tokens.'),
         ({"rope_scaling": "linear", "positions": "learned"}, 'model.rope_scaling "linear" needs model.positions "rotary", not "learned".'),
         ({"sliding_window": 0}, "model.sliding_window is 0; it must be at least 1."),
         ({"logit_softcap": -1.0}, "model.logit_softcap is -1.0; it must be above 0."),
     ],
 )
-def test_a_bad_setting_is_refused_with_a_sentence(settings, sentence):
+def test_invalid_settings_are_refused_with_a_message(settings, message):
     with pytest.raises(ValueError) as refusal:
         ModelConfig(**settings)
-    assert sentence in str(refusal.value)
+    assert message in str(refusal.value)
 
 
-def test_all_complaints_come_together():
+def test_all_complaints_are_reported_together():
     with pytest.raises(ValueError) as refusal:
         ModelConfig(head_size=7, dropout=-1.0, num_key_value_heads=3)
     assert len(str(refusal.value).splitlines()) == 3
@@ -193,11 +193,11 @@ def test_all_complaints_come_together():
 
 @pytest.mark.parametrize("field", ["num_key_value_heads", "head_size", "intermediate_size"])
 @pytest.mark.parametrize("value", [0, -2])
-def test_a_derived_size_below_one_is_refused(field, value):
+def test_derived_size_below_one_is_refused(field, value):
     with pytest.raises(ValueError, match=f"model.{field}"):
         ModelConfig(**{field: value})
 
 
-def test_an_unknown_size_is_answered_with_the_nearest():
+def test_unknown_size_names_the_nearest_one():
     with pytest.raises(ValueError, match='Did you mean "llama2-7b"'):
         named_size("llama2-7bn")

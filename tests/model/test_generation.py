@@ -34,7 +34,7 @@ def drawn(*arguments, **settings) -> torch.Tensor:
     [{}, {"num_key_value_heads": 2}, {"qk_norm": True}, {"document_mask": True}, {"norm_position": "post"}, {"sliding_window": 4}],
 )
 @pytest.mark.parametrize("parts", [(1,) * 12, (5, 1, 1, 4, 1), (12,)])
-def test_the_cache_changes_no_logit(tiny, network, positions, changes, parts):
+def test_logits_with_a_cache_match_those_without(tiny, network, positions, changes, parts):
     model = network(tiny(positions=positions, **changes))
     tokens = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
     cache, pieces = KeyValueCache(), []
@@ -44,7 +44,7 @@ def test_the_cache_changes_no_logit(tiny, network, positions, changes, parts):
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens, torch.ones_like(tokens)), rtol=0, atol=1e-5)
 
 
-def test_greedy_is_the_likeliest_token_each_time(tiny, network):
+def test_greedy_takes_the_likeliest_token_each_time(tiny, network):
     model, tokens = network(tiny()), torch.tensor([[1, 2, 3], [4, 5, 6]])
     continued = tokens
     for _ in range(10):
@@ -55,7 +55,7 @@ def test_greedy_is_the_likeliest_token_each_time(tiny, network):
     assert torch.equal(drawn(model, tokens, 10, sequence_length=24, top_p=1e-9, seed=5), continued[:, 3:])
 
 
-def test_the_seed_decides_the_tokens(tiny, network):
+def test_generated_tokens_depend_on_the_seed_only(tiny, network):
     model, tokens = network(tiny()), torch.tensor([[1, 2, 3]])
     torch.manual_seed(0)
     first = drawn(model, tokens, 15, sequence_length=24, seed=1)
@@ -64,7 +64,7 @@ def test_the_seed_decides_the_tokens(tiny, network):
     assert not torch.equal(first, drawn(model, tokens, 15, sequence_length=24, seed=2))
 
 
-def test_a_full_context_goes_on_from_its_last_half():
+def test_full_context_continues_from_its_last_half():
     model = Counting(100)
     assert drawn(model, torch.tensor([[0, 1, 2, 3, 4]]), 8, sequence_length=8, temperature=0).tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
     assert model.shown == [
@@ -79,19 +79,19 @@ def test_a_full_context_goes_on_from_its_last_half():
     ]
 
 
-def test_of_a_long_prompt_the_end_is_seen():
+def test_only_the_end_of_a_long_prompt_is_read():
     model = Counting(100)
     assert drawn(model, torch.arange(20)[None], 2, sequence_length=8, temperature=0).tolist() == [[20, 21]]
     assert model.shown == [(0, list(range(12, 20))), (0, [17, 18, 19, 20])]
 
 
 @pytest.mark.parametrize("sequence_length", [1, 2, 3])
-def test_the_shortest_contexts_go_on_too(sequence_length):
+def test_shortest_contexts_continue_when_full(sequence_length):
     assert drawn(Counting(100), torch.tensor([[7]]), 6, sequence_length=sequence_length, temperature=0).tolist() == [[8, 9, 10, 11, 12, 13]]
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
-def test_a_network_goes_on_beyond_its_context(tiny, network, positions):
+def test_network_generates_beyond_its_context(tiny, network, positions):
     model, tokens = network(tiny(positions=positions, sequence_length=8)), torch.tensor([[1, 2, 3]])
     ids = drawn(model, tokens, 30, sequence_length=8, temperature=0)
     assert ids.shape == (1, 30)
@@ -99,12 +99,12 @@ def test_a_network_goes_on_beyond_its_context(tiny, network, positions):
     assert model(window, torch.ones_like(window))[0, -1].argmax() == ids[0, 6]
 
 
-def test_a_stopped_row_goes_on_yielding_the_stop_token():
+def test_stopped_row_keeps_yielding_the_stop_token():
     ids = drawn(Counting(100), torch.tensor([[3], [1]]), 50, sequence_length=64, temperature=0, stop=5)
     assert ids.tolist() == [[4, 5, 5, 5], [2, 3, 4, 5]]  # and the iterator ends with the last row
 
 
-def test_tokens_come_one_at_a_time():
+def test_each_token_is_generated_when_it_is_requested():
     model = Counting(100)
     stream = generate(model, torch.tensor([[1]]), 50, sequence_length=64, temperature=0)
     assert [next(stream).tolist(), next(stream).tolist()] == [[2], [3]]
@@ -112,7 +112,7 @@ def test_tokens_come_one_at_a_time():
     assert not torch.is_inference_mode_enabled()
 
 
-def test_a_prefix_is_read_as_a_prefix(tiny, network):
+def test_prompt_is_a_prefix_for_a_prefix_language_model(tiny, network):
     model, prompt = network(tiny(prefix_attention=True)), torch.tensor([[1, 2, 3], [4, 5, 6]])
     continued, segments = prompt, -torch.ones_like(prompt)
     for _ in range(6):
@@ -123,7 +123,7 @@ def test_a_prefix_is_read_as_a_prefix(tiny, network):
 
 @settings(max_examples=50, deadline=None)
 @given(logits=st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12), top_p=st.floats(0.01, 1), seed=st.integers(0, 1000))
-def test_top_p_draws_among_the_fewest_that_sum_to_p(logits, top_p, seed):
+def test_top_p_draws_among_the_fewest_tokens_that_sum_to_p(logits, top_p, seed):
     row = torch.tensor([logits])
     ids = sample(row.expand(64, -1), top_p=top_p, generator=torch.Generator().manual_seed(seed))
     probabilities = row[0].double().softmax(dim=0)
@@ -132,7 +132,7 @@ def test_top_p_draws_among_the_fewest_that_sum_to_p(logits, top_p, seed):
         assert likelier < top_p + 1e-6  # without it the likelier ones would not do; float32 sums
 
 
-def test_sampling_follows_the_probabilities():
+def test_sampling_frequencies_match_the_probabilities():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     draws = lambda **options: (  # noqa: E731
         sample(logits.expand(20000, -1), generator=torch.Generator().manual_seed(0), **options).bincount(minlength=4) / 20000
@@ -147,7 +147,7 @@ def test_sampling_follows_the_probabilities():
     torch.testing.assert_close(draws(temperature=0.5), sharp / sharp.sum(), **spread)
 
 
-def test_top_k_keeps_exactly_k_of_equals():
+def test_top_k_keeps_exactly_k_of_equal_logits():
     ids = sample(torch.zeros(500, 10), top_k=3, generator=torch.Generator().manual_seed(0))
     assert len(ids.unique()) == 3
 
@@ -164,7 +164,7 @@ def test_top_k_keeps_exactly_k_of_equals():
         ("tokens", torch.zeros(1, 0, dtype=torch.long), "with at least one token"),
     ],
 )
-def test_a_bad_value_is_refused_before_the_first_token(setting, value, sentence):
+def test_invalid_value_is_refused_before_the_first_token(setting, value, sentence):
     arguments = {"model": Counting(9), "tokens": torch.tensor([[1]]), "max_new_tokens": 3, "sequence_length": 8}
     with pytest.raises(ValueError, match=sentence):
         generate(**(arguments | {setting: value}))
@@ -225,7 +225,7 @@ def searched(model, *sources: list[int], **settings):
 
 
 @pytest.mark.parametrize("length_penalty", [0, 0.6, 2])
-def test_a_beam_as_wide_as_the_space_finds_the_best_target_there_is(length_penalty):
+def test_exhaustive_beam_finds_the_best_target(length_penalty):
     model, sources, longest = Dice(4), ([5], [6, 7], [8, 9, 8]), 4
     targets = [[*text, 0] for length in range(longest) for text in itertools.product([1, 2, 3], repeat=length)]
     for source, found in zip(
@@ -239,7 +239,7 @@ def test_a_beam_as_wide_as_the_space_finds_the_best_target_there_is(length_penal
         assert found.score == pytest.approx(scores[best], rel=1e-5)  # float32 sums
 
 
-def test_one_beam_is_greedy():
+def test_beam_size_one_is_greedy():
     model, sources = Dice(5), [[number] for number in range(1, 9)]
     source, segments = padded(*sources)
     start = torch.zeros(len(sources), 1, dtype=torch.long)
@@ -248,7 +248,7 @@ def test_one_beam_is_greedy():
         assert found.tokens == (row[: row.index(0)] if 0 in row else row)
 
 
-def test_a_wider_beam_finds_no_worse_targets_on_the_whole():
+def test_wider_beams_find_better_targets_in_total():
     scores = [sum(found.score for found in searched(Dice(5), *([n] for n in range(1, 21)), beam_size=beams)) for beams in (1, 4, 16)]
     assert scores[0] < scores[1] < scores[2]
 
@@ -256,7 +256,7 @@ def test_a_wider_beam_finds_no_worse_targets_on_the_whole():
 @pytest.mark.parametrize(
     "changes", [{"positions": "sinusoidal", "norm_position": "post"}, {"positions": "relative"}, {"positions": "rotary"}]
 )
-def test_an_encoder_decoder_searches_as_well_with_a_cache_and_beside_others(tiny, network, changes):
+def test_beam_search_is_the_same_without_cache_and_for_single_sources(tiny, network, changes):
     model = network(tiny(architecture="encoder_decoder", vocab_size=9, **changes))
     sources = [[1, 2, 3, 4, 5], [6], [7, 8, 1]]
     together = searched(model, *sources, max_new_tokens=12)
@@ -272,14 +272,14 @@ def test_an_encoder_decoder_searches_as_well_with_a_cache_and_beside_others(tiny
 
 
 @pytest.mark.parametrize(("length_penalty", "tokens", "score"), [(0, [], math.log(0.4)), (0.6, [1, 2, 3], math.log(0.36) / 1.5**0.6)])
-def test_the_length_penalty_by_hand(length_penalty, tokens, score):
+def test_length_penalty_by_hand(length_penalty, tokens, score):
     """Nothing at all has 0.4; 1, 2, 3 has 0.6 x 0.6, and four tokens with its stop: ((5 + 4) / 6) ** 0.6."""
     chain = Chain([[0.4, 0.6, 0, 0], [0.2, 0, 0.6, 0.2], [0, 0, 0, 1], [1, 0, 0, 0]])
     (found,) = searched(chain, [5], length_penalty=length_penalty)
     assert found == (tokens, pytest.approx(score))
 
 
-def test_a_source_leaves_the_batch_when_nothing_can_beat_its_best():
+def test_finished_source_is_removed_from_the_batch():
     sure = Chain([[0.9, 0.1], [0.1, 0.9]])  # behind 0.9 for nothing at all, 0.1 can reach log(0.1) / (30 / 6) ** 0.6 = -0.88
     assert searched(sure, [5], [6], max_new_tokens=25) == [([], pytest.approx(math.log(0.9)))] * 2
     assert sure.rows_shown == [2]
@@ -288,7 +288,7 @@ def test_a_source_leaves_the_batch_when_nothing_can_beat_its_best():
     assert lengths_differ.rows_shown[:2] == [2, 4]
 
 
-def test_a_target_that_does_not_end_is_cut_at_its_longest():
+def test_endless_target_is_cut_at_the_longest_length():
     endless = Chain([[0, 1, 0], [0, 0.4, 0.6], [0, 0.4, 0.6]])
     two, three = searched(endless, [5, 6], [5, 6, 7], sequence_length=100)
     assert two.tokens == [1] + [2] * 51 and three.tokens == [1] + [2] * 52  # source + 50
@@ -296,7 +296,7 @@ def test_a_target_that_does_not_end_is_cut_at_its_longest():
     assert [len(found.tokens) for found in searched(endless, [5, 6], sequence_length=9)] == [9]
 
 
-def test_ids_beyond_the_tokenizer_are_in_no_target():
+def test_ids_outside_the_tokenizer_are_never_in_a_target():
     endless = Chain([[0, 0.1, 0.9], [0.5, 0, 0.5], [0, 0, 1]])
     assert searched(endless, [5], vocab_size=2)[0].tokens == [1]
 
@@ -310,12 +310,12 @@ def test_ids_beyond_the_tokenizer_are_in_no_target():
         ("max_new_tokens", 0, "max_new_tokens is 0; it must be at least 1."),
     ],
 )
-def test_a_bad_search_is_refused(setting, value, sentence):
+def test_invalid_beam_search_settings_are_refused(setting, value, sentence):
     with pytest.raises(ValueError, match=sentence):
         searched(Dice(4), [5], **{setting: value})
 
 
-def test_each_mask_gets_the_likeliest_ids_in_order():
+def test_each_mask_has_its_likeliest_ids_in_order():
     probabilities = torch.tensor([[0.1, 0.2, 0.7, 0.0], [0.5, 0.3, 0.1, 0.1], [0.0, 0.1, 0.2, 0.7]])
     with_classes = lambda tokens, segments: (probabilities.log()[tokens.cumsum(dim=1) % 3], torch.zeros(len(tokens), 2))  # noqa: E731
     tokens = torch.tensor([[3, 1, 3], [1, 3, 1]])  # places of the table: 0 1 1, 1 1 2

@@ -61,7 +61,7 @@ def attention_in_numpy(x: np.ndarray, weights: dict[str, np.ndarray], heads: int
 
 
 @pytest.mark.parametrize("num_key_value_heads", [4, 2, 1])
-def test_attention_is_ten_lines_of_numpy(tiny, randomise, num_key_value_heads):
+def test_attention_matches_numpy(tiny, randomise, num_key_value_heads):
     config = tiny(positions="learned", num_key_value_heads=num_key_value_heads, head_size=6)
     attention = randomise(Attention(config, 0, seed=0)).double()
     hidden = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -72,7 +72,7 @@ def test_attention_is_ten_lines_of_numpy(tiny, randomise, num_key_value_heads):
         np.testing.assert_allclose(mixed[row].numpy(), by_hand, rtol=1e-12, atol=1e-12)
 
 
-def test_rotary_positions_are_relative():
+def test_rotary_scores_depend_on_the_distance_only():
     query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     angles = torch.arange(50, dtype=torch.float64)[:, None] * 100.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     score = lambda m, n: (rotate(query, angles[m].cos(), angles[m].sin()) * rotate(key, angles[n].cos(), angles[n].sin())).sum().item()  # noqa: E731
@@ -81,7 +81,7 @@ def test_rotary_positions_are_relative():
     assert score(5, 5) == pytest.approx((query * key).sum().item(), abs=1e-12)
 
 
-def test_sinusoidal_positions_are_the_formula(tiny):
+def test_sinusoidal_positions_match_the_formula(tiny):
     config = tiny(positions="sinusoidal", hidden_size=6, num_attention_heads=1)
     embedding = torch.zeros(1, 5, 6)
     added = SinusoidalPositions(config, seed=0).eval()(Stream(embedding, torch.ones(1, 5, dtype=torch.long))).hidden
@@ -92,12 +92,12 @@ def test_sinusoidal_positions_are_the_formula(tiny):
             assert added[0, place, 3 + pair].item() == pytest.approx(math.cos(angle), abs=1e-6)
 
 
-def test_slopes_of_alibi_are_the_papers():
+def test_alibi_slopes_match_the_paper():
     assert alibi_slopes(8).tolist() == [2.0**-power for power in range(1, 9)]
     assert alibi_slopes(6).tolist() == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
 
 
-def test_alibi_is_a_penalty_on_distance(tiny, randomise):
+def test_alibi_subtracts_a_penalty_for_distance(tiny, randomise):
     attention = randomise(Attention(tiny(positions="alibi"), 0, seed=0)).double()
     with torch.no_grad():
         attention.query.weight.zero_()  # all scores alike but for the penalty
@@ -109,13 +109,13 @@ def test_alibi_is_a_penalty_on_distance(tiny, randomise):
 
 
 @pytest.mark.parametrize("both_sides", [True, False])
-def test_buckets_of_distances_are_those_of_t5(both_sides):
+def test_relative_buckets_match_t5(both_sides):
     distance = distances(300, 300, torch.device("cpu"))
     theirs = T5Attention._relative_position_bucket(distance, bidirectional=both_sides, num_buckets=32, max_distance=128)
     assert torch.equal(relative_buckets(distance, both_sides), theirs)
 
 
-def test_norms_by_hand():
+def test_norms_match_numbers_by_hand():
     x = torch.tensor([1.0, 2.0, 6.0])
     norm = RMSNorm(3, epsilon=0.5)
     norm.weight.data = torch.tensor([1.0, 2.0, 3.0])
@@ -127,7 +127,7 @@ def test_norms_by_hand():
     torch.testing.assert_close(norm(x), by_hand)
 
 
-def test_feed_forward_by_hand(tiny, randomise):
+def test_feed_forward_matches_formula(tiny, randomise):
     x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
     inner = {
         "relu": lambda up: up.clamp(min=0),
@@ -145,7 +145,7 @@ def test_feed_forward_by_hand(tiny, randomise):
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
-def test_a_block_normalises_before_or_behind(tiny, randomise, norm_position):
+def test_block_normalises_before_or_after(tiny, randomise, norm_position):
     block = randomise(Block(tiny(norm_position=norm_position), 0, seed=0))
     x, segments = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)), torch.ones(1, 5, dtype=torch.long)
     if norm_position == "pre":
@@ -158,7 +158,7 @@ def test_a_block_normalises_before_or_behind(tiny, randomise, norm_position):
 
 
 @pytest.mark.parametrize("positions", KINDS_OF_POSITIONS)
-def test_dropout_acts_in_training_alone(tiny, positions):
+def test_dropout_acts_in_training_only(tiny, positions):
     tokens = torch.arange(20).view(2, 10)
     segments = torch.ones_like(tokens)
     with_dropout, without = Transformer(tiny(dropout=0.5, positions=positions)), Transformer(tiny(positions=positions))
@@ -169,7 +169,7 @@ def test_dropout_acts_in_training_alone(tiny, positions):
 
 @pytest.mark.parametrize("positions", KINDS_OF_POSITIONS)
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
-def test_a_token_sees_only_what_stands_before_it(tiny, network, positions, norm_position):
+def test_decoder_token_attends_to_earlier_tokens_only(tiny, network, positions, norm_position):
     model = network(tiny(positions=positions, norm_position=norm_position))
     tokens = torch.arange(12)[None]
     changed = tokens.clone()
@@ -180,7 +180,7 @@ def test_a_token_sees_only_what_stands_before_it(tiny, network, positions, norm_
 
 
 @pytest.mark.parametrize("positions", KINDS_OF_POSITIONS)
-def test_documents_of_a_packed_sample_do_not_touch(tiny, network, positions):
+def test_documents_of_a_packed_sample_do_not_mix(tiny, network, positions):
     model = network(tiny(positions=positions, document_mask=True))
     tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
     segments = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0]])
@@ -194,17 +194,17 @@ def test_documents_of_a_packed_sample_do_not_touch(tiny, network, positions):
 
 
 @pytest.mark.parametrize("window", [1, 3, 20])
-def test_a_sliding_window_shows_so_many_tokens(tiny, network, window):
+def test_sliding_window_limits_the_visible_tokens(tiny, network, window):
     model, tokens = network(tiny(sliding_window=window, num_layers=1)), torch.arange(12)[None]
     assert moved(model, (tokens, torch.ones_like(tokens)), 0, 4) == list(range(4, min(12, 4 + window)))
 
 
-def test_an_encoders_window_has_half_on_each_side(tiny, network):
+def test_encoder_window_has_half_on_each_side(tiny, network):
     model, tokens = network(tiny(**MODERN_BERT, sliding_window=5, num_layers=1)), torch.arange(12)[None]
     assert moved(model, (tokens, torch.ones_like(tokens)), 0, 4) == [2, 3, 4, 5, 6]
 
 
-def test_the_tokens_of_a_prefix_see_one_another(tiny, network):
+def test_prefix_tokens_attend_to_one_another(tiny, network):
     model = network(tiny(prefix_attention=True, document_mask=True))
     tokens, segments = torch.arange(10)[None], torch.tensor([[-1, -1, -1, 1, 1, -2, -2, 2, 2, 0]])
     assert moved(model, (tokens, segments), 0, 2) == [0, 1, 2, 3, 4]
@@ -212,7 +212,7 @@ def test_the_tokens_of_a_prefix_see_one_another(tiny, network):
     assert moved(model, (tokens, segments), 0, 6) == [5, 6, 7, 8]
 
 
-def test_a_window_reaches_back_into_a_prefix_no_further_than_elsewhere(tiny, network):
+def test_sliding_window_also_limits_a_prefix(tiny, network):
     model = network(tiny(prefix_attention=True, sliding_window=3, num_layers=1))
     tokens, segments = torch.arange(9)[None], torch.tensor([[-1, -1, -1, -1, -1, 1, 1, 1, 1]])
     assert moved(model, (tokens, segments), 0, 4) == [0, 1, 2, 3, 4, 5, 6]
@@ -220,7 +220,7 @@ def test_a_window_reaches_back_into_a_prefix_no_further_than_elsewhere(tiny, net
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_a_prefix_is_read_into_the_cache_whole(tiny, network, window):
+def test_prefix_logits_with_a_cache_match_those_without(tiny, network, window):
     model, tokens = network(tiny(prefix_attention=True, sliding_window=window)), torch.arange(9)[None]
     segments = torch.tensor([[-1, -1, -1, -1, 1, 1, 1, 1, 1]])
     cache = KeyValueCache()
@@ -229,7 +229,7 @@ def test_a_prefix_is_read_into_the_cache_whole(tiny, network, window):
 
 
 @pytest.mark.parametrize("options", [BERT, MODERN_BERT], ids=["bert", "modern"])
-def test_a_token_of_an_encoder_sees_all_of_its_document_and_no_padding(tiny, network, options):
+def test_encoder_token_attends_to_its_document_without_padding(tiny, network, options):
     model = network(tiny(**options, document_mask=True))
     tokens, segments = torch.arange(10)[None], torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 0, 0]])
     inputs = (tokens, segments) + ((torch.zeros_like(tokens),) if "token_types" in options else ())
@@ -238,7 +238,7 @@ def test_a_token_of_an_encoder_sees_all_of_its_document_and_no_padding(tiny, net
     assert moved(model, inputs, 0, 8) == [8, 9]
 
 
-def test_a_token_type_counts_and_so_does_each_class_of_a_sample(tiny, network):
+def test_token_types_change_logits_and_class_logits(tiny, network):
     model = network(tiny(**BERT, num_classes=3))
     tokens, types = torch.arange(8).view(2, 4), torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
     logits, classes = model(tokens, torch.ones_like(tokens), types)
@@ -251,7 +251,7 @@ def test_a_token_type_counts_and_so_does_each_class_of_a_sample(tiny, network):
 
 
 @pytest.mark.parametrize("options", [TRANSFORMER, T5], ids=["transformer", "t5"])
-def test_a_target_sees_its_past_and_its_own_source(tiny, network, options):
+def test_target_attends_to_its_past_and_its_own_source(tiny, network, options):
     model = network(tiny(**options))
     inputs = SOURCE, SOURCE_SEGMENTS, TARGET, TARGET_SEGMENTS
     assert moved(model, inputs, 0, 2)[:3] == [0, 1, 2] and not set(moved(model, inputs, 0, 2)) & set(range(3, 8))
@@ -261,7 +261,7 @@ def test_a_target_sees_its_past_and_its_own_source(tiny, network, options):
 
 
 @pytest.mark.parametrize("options", [TRANSFORMER, T5], ids=["transformer", "t5"])
-def test_pairs_in_one_sample_are_as_good_as_alone(tiny, network, options):
+def test_packed_pairs_match_single_pairs(tiny, network, options):
     model = network(tiny(**options))
     packed = model(SOURCE, SOURCE_SEGMENTS, TARGET, TARGET_SEGMENTS)
     alone = model(SOURCE[:, 3:5], torch.ones(1, 2, dtype=torch.long), TARGET[:, 3:8], torch.ones(1, 5, dtype=torch.long))
@@ -269,7 +269,7 @@ def test_pairs_in_one_sample_are_as_good_as_alone(tiny, network, options):
 
 
 @pytest.mark.parametrize("options", [TRANSFORMER, T5], ids=["transformer", "t5"])
-def test_a_target_read_piece_by_piece_from_the_cache_is_the_whole_one(tiny, network, options):
+def test_target_read_in_pieces_with_a_cache_matches_the_whole(tiny, network, options):
     model = network(tiny(**options))
     source, source_segments = SOURCE.repeat(2, 1), torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])
     target = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 7, 8, 9, 10, 11]])
@@ -283,21 +283,21 @@ def test_a_target_read_piece_by_piece_from_the_cache_is_the_whole_one(tiny, netw
     torch.testing.assert_close(read, whole[rows, 4:], rtol=0, atol=1e-5)
 
 
-def test_a_capped_logit_stays_within_its_bound(tiny, network):
+def test_softcapped_logits_match_the_formula(tiny, network):
     tokens = torch.arange(8)[None]
     for tied in (True, False):
         free, capped = (network(tiny(tie_embeddings=tied, logit_softcap=cap))(tokens, torch.ones_like(tokens)) for cap in (None, 0.3))
         torch.testing.assert_close(capped, 0.3 * torch.tanh(free / 0.3))
 
 
-def test_without_a_document_mask_the_segments_are_not_read(tiny, network):
+def test_segments_have_no_effect_without_document_mask(tiny, network):
     model, tokens = network(tiny()), torch.arange(8)[None]
     assert torch.equal(model(tokens, torch.ones_like(tokens)), model(tokens, torch.tensor([[1, 1, 1, 2, 2, 2, 0, 0]])))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("options", [{}, {"document_mask": True}, MODERN_BERT, T5], ids=["plain", "masked", "encoder", "t5"])
-def test_recomputation_changes_no_bit_of_loss_or_gradient(tiny, dropout, options):
+def test_recomputation_gives_identical_loss_and_gradients(tiny, dropout, options):
     config = tiny(dropout=dropout, **options)
     tokens = torch.arange(20).view(2, 10)
     segments = torch.tensor([[1] * 5 + [2] * 5] * 2)
@@ -319,7 +319,7 @@ def test_recomputation_changes_no_bit_of_loss_or_gradient(tiny, dropout, options
     [{"tie_embeddings": False}, {"tie_embeddings": True}, BERT | {"num_classes": 2}, T5],
     ids=["untied", "tied", "bert", "t5"],
 )
-def test_weights_do_not_depend_on_the_order_of_building(tiny, options):
+def test_initial_weights_do_not_depend_on_build_order(tiny, options):
     config = tiny(**{"positions": "learned"} | options)
     state = Transformer(config, seed=7).state_dict()
     torch.manual_seed(99)  # nor on the global generator
@@ -330,7 +330,7 @@ def test_weights_do_not_depend_on_the_order_of_building(tiny, options):
 
 
 @pytest.mark.parametrize("options", [{}, BERT | {"num_classes": 61}, TRANSFORMER | {"positions": "learned"}, T5], ids=str)
-def test_every_matrix_has_numbers_of_its_own(tiny, options):
+def test_no_two_matrices_start_equal(tiny, options):
     config = tiny(**{"positions": "learned", "tie_embeddings": False, "sequence_length": 61} | options)
     matrices = {
         f"{seed} {name}": weight for seed in (0, 1) for name, weight in Transformer(config, seed).named_parameters() if weight.ndim == 2
@@ -339,7 +339,7 @@ def test_every_matrix_has_numbers_of_its_own(tiny, options):
         assert first.shape != second.shape or not torch.equal(first, second), (one, other)
 
 
-def test_what_writes_to_the_residual_stream_starts_smaller(tiny):
+def test_layers_that_write_to_the_residual_stream_start_smaller(tiny):
     model = Transformer(tiny(hidden_size=128, num_layers=8, initializer_range=0.05))
     for block in model.blocks():
         for module in (block.attention.output, block.feed_forward.down):

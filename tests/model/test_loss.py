@@ -11,14 +11,14 @@ def random_logits(batch: int, seq: int, vocab: int) -> torch.Tensor:
     return 3 * torch.randn(batch, seq, vocab, generator=torch.Generator().manual_seed(0))
 
 
-def test_four_equal_logits_give_log_four():
+def test_loss_of_four_equal_logits_is_log_four():
     logits, targets = torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [3, 0, 1]])
     assert training_loss(logits, (targets, torch.tensor(6.0))).item() == pytest.approx(math.log(4), rel=1e-6)
     torch.testing.assert_close(token_losses(logits, targets), torch.full((2, 3), math.log(4)))
 
 
 @pytest.mark.parametrize(("batch", "seq", "vocab"), [(2, 5, 11), (1, 300, 9001)])  # the second is more than one chunk of rows
-def test_loss_and_gradient_are_those_of_cross_entropy(batch, seq, vocab):
+def test_loss_and_gradient_match_cross_entropy(batch, seq, vocab):
     targets = torch.randint(vocab, (batch, seq), generator=torch.Generator().manual_seed(1))
     targets[:, ::3] = IGNORED
     num_targets = (targets != IGNORED).sum()
@@ -32,7 +32,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy(batch, seq, vocab):
     assert (ours.grad[targets == IGNORED] == 0).all()
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = random_logits(1, 3, 5)
     targets = torch.tensor([[4, IGNORED, 1]])
     value = lambda logits: training_loss(logits, (targets, torch.tensor(2.0))).item()  # noqa: E731
@@ -44,7 +44,7 @@ def test_the_gradient_is_that_of_finite_differences():
         assert logits.grad.flatten()[place].item() == pytest.approx(difference, abs=1e-4)  # float32 differences hold no more
 
 
-def test_bf16_logits_are_summed_in_float32():
+def test_loss_of_bf16_logits_is_summed_in_float32():
     logits = random_logits(2, 50, 31).bfloat16().requires_grad_()
     targets = torch.randint(31, (2, 50), generator=torch.Generator().manual_seed(1))
     loss = training_loss(logits, (targets, torch.tensor(100.0)))
@@ -57,7 +57,7 @@ def test_bf16_logits_are_summed_in_float32():
     torch.testing.assert_close(logits.grad.float(), exact.grad, rtol=2**-6, atol=1e-7)  # two roundings to bf16's 8 bits
 
 
-def test_the_mean_over_micro_batches_is_the_mean_over_tokens():
+def test_mean_over_micro_batches_is_the_mean_over_tokens():
     logits = random_logits(4, 6, 11)
     targets = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(1))
     targets[0, 1:] = IGNORED  # one micro-batch has far fewer targets than the other
@@ -68,14 +68,14 @@ def test_the_mean_over_micro_batches_is_the_mean_over_tokens():
     torch.testing.assert_close(torch.stack(micro_batches).mean(), expected, rtol=1e-6, atol=0)
 
 
-def test_no_targets_are_no_loss():
+def test_loss_without_targets_is_zero():
     logits = random_logits(1, 3, 5).requires_grad_()
     loss = training_loss(logits, (torch.full((1, 3), IGNORED), torch.tensor(7.0)))
     loss.backward()
     assert loss.item() == 0 and (logits.grad == 0).all()
 
 
-def test_token_losses_are_zero_where_ignored():
+def test_token_losses_are_zero_at_ignored_targets():
     targets = torch.tensor([[1, IGNORED, 2]])
     losses = token_losses(random_logits(1, 3, 5), targets)
     assert losses[0, 1] == 0 and (losses[0, ::2] > 0).all()
@@ -83,7 +83,7 @@ def test_token_losses_are_zero_where_ignored():
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_loss", [0.0, 0.02])
-def test_smoothing_and_z_loss_are_their_formulas_and_so_is_the_gradient(label_smoothing, z_loss):
+def test_label_smoothing_and_z_loss_match_their_formulas(label_smoothing, z_loss):
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(0, 11, (3, 5), generator=generator)
     targets[1] = IGNORED
@@ -100,7 +100,7 @@ def test_smoothing_and_z_loss_are_their_formulas_and_so_is_the_gradient(label_sm
     torch.testing.assert_close(ours.grad, plain.grad)
 
 
-def test_classes_add_a_loss_of_their_own():
+def test_classes_add_their_own_loss():
     logits, class_logits = torch.zeros(2, 3, 4), torch.zeros(2, 5)
     labels = torch.tensor([[1, 2, IGNORED], [IGNORED] * 3]), torch.tensor(2.0), torch.tensor([4, IGNORED]), torch.tensor(1.0)
     loss = training_loss((logits, class_logits), labels, label_smoothing=0.1)
@@ -110,7 +110,7 @@ def test_classes_add_a_loss_of_their_own():
 
 
 @pytest.mark.parametrize(("seq", "vocab"), [(5, 11), (300, 9001)])  # the second is more than one chunk of rows
-def test_a_teacher_adds_hintons_formula_and_so_is_the_gradient(seq, vocab):
+def test_distillation_loss_and_gradient_match_hintons_formula(seq, vocab):
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(0, vocab, (1, seq), generator=generator)
     targets[:, ::3] = IGNORED
@@ -126,7 +126,7 @@ def test_a_teacher_adds_hintons_formula_and_so_is_the_gradient(seq, vocab):
     torch.testing.assert_close(ours.grad, plain.grad)
 
 
-def test_who_says_what_the_teacher_says_has_nothing_to_learn_from_it():
+def test_distillation_loss_is_zero_when_student_equals_teacher():
     logits = random_logits(1, 6, 11).bfloat16().requires_grad_()
     labels = torch.randint(11, (1, 6), generator=torch.Generator().manual_seed(1)), torch.tensor(6.0)
     loss = training_loss(logits, labels, teaching=Teaching(logits.detach(), 1.0, 0.0, 3.0))

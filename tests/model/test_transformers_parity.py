@@ -121,7 +121,7 @@ def read(folder) -> tuple[ModelConfig, Transformer]:
     return config, ours.eval()
 
 
-def test_logits_and_gradients_are_those_of_transformers(theirs, tmp_path):
+def test_logits_and_gradients_match_transformers(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "saved")
     config, ours = read(tmp_path / "saved")
     assert count_parameters(config) == sum(parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad)
@@ -140,7 +140,7 @@ def test_logits_and_gradients_are_those_of_transformers(theirs, tmp_path):
     assert not our_gradients and not their_gradients
 
 
-def test_a_sharded_folder_reads_the_same(theirs, tmp_path):
+def test_sharded_folder_reads_the_same_weights(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "whole")
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
@@ -149,19 +149,19 @@ def test_a_sharded_folder_reads_the_same(theirs, tmp_path):
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 
 
-def test_bf16_weights_read_as_they_are(theirs, tmp_path):
+def test_bf16_weights_are_read_unchanged(theirs, tmp_path):
     theirs.bfloat16().save_pretrained(tmp_path / "saved")
     _, state = load(tmp_path / "saved")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
 
 
-def test_dropout_is_that_of_gpt2(tmp_path):
+def test_gpt2_dropout_is_read(tmp_path):
     config = transformers.GPT2Config(**GPT2, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "saved")
     assert load(tmp_path / "saved")[0].dropout == 0.2
 
 
-def test_the_rotary_angles_of_a_long_context_are_those_of_transformers():
+def test_rotary_angles_of_a_long_context_match_transformers():
     """At position 8191 the last bit of a wavelength is already 5e-4 of an angle."""
     config = transformers.LlamaConfig(**(LLAMA | {"max_position_embeddings": 8192}), head_dim=128)
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)

@@ -15,7 +15,7 @@ FAMILIES = {"llama": {}, "gpt2": GPT2, "bert": BERT | {"num_classes": 3}, "maria
 
 
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
-def test_layer_by_layer_a_network_says_what_it_says_as_a_whole(tiny, network, options):
+def test_outputs_layer_by_layer_match_the_whole_network(tiny, network, options):
     config = tiny(**options)
     whole, inputs = network(config), random_inputs(config)
     samples = samples_of(inputs)
@@ -26,7 +26,7 @@ def test_layer_by_layer_a_network_says_what_it_says_as_a_whole(tiny, network, op
                 assert torch.equal(one, other)
 
 
-def test_weights_are_rounded_as_a_file_keeps_them_and_dropout_is_off(tiny, network):
+def test_walk_rounds_weights_and_turns_dropout_off(tiny, network):
     config = tiny(dropout=0.5)
     whole = network(config)
     inputs = random_inputs(config)
@@ -38,7 +38,7 @@ def test_weights_are_rounded_as_a_file_keeps_them_and_dropout_is_off(tiny, netwo
         assert torch.equal(said, whole(*inputs))
 
 
-def test_one_layer_is_in_memory_at_a_time_however_deep_the_network(tiny, network):
+def test_walk_holds_one_layer_in_memory_at_a_time(tiny, network):
     config, alive = tiny(num_layers=12), []
     state, read = dict(network(config).named_parameters()), []
 
