@@ -1,4 +1,4 @@
-"""Token losses."""
+"""The training loss and token losses."""
 
 import dataclasses
 
@@ -7,27 +7,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
-"""The label of a position that is no target."""
+"""Label of a position that is not a target."""
 
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # float32 logits handled at a time: on a CPU about a core's share of cache
+_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # float32 logits in one chunk; on a CPU about one core's share of the cache
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats at each position, 0 where the target is IGNORED.  [b, s, vocab], [b, s] -> [b, s]"""
+    """Return the negative log-likelihood in nats at each position, 0 where the target is IGNORED.  [b, s, vocab], [b, s] -> [b, s]"""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
 
 
 @dataclasses.dataclass(frozen=True)
 class Teaching:
-    """What another network says of the same tokens, and how much that counts beside their targets."""
+    """A teacher's logits for the same tokens, and the weights of the two parts of the distillation loss."""
 
     logits: Tensor
     """[batch, seq, vocab]"""
     kl_weight: float
+    """Weight of the divergence between teacher and student."""
     cross_entropy_weight: float
-    """Of the loss against the targets, with its smoothing and z-loss."""
+    """Weight of the loss against the targets, including label smoothing and z-loss."""
     temperature: float
-    """That both networks' logits are divided by."""
+    """Softmax temperature applied to teacher and student."""
 
 
 def training_loss(
@@ -37,67 +38,69 @@ def training_loss(
     z_loss: float = 0.0,
     teaching: Teaching | None = None,
 ) -> Tensor:
-    """Summed token loss over a divisor, with, where there are classes, their summed loss over a divisor of its own.
+    """Return the token losses summed and divided by a divisor, plus, with classes, the class losses summed and divided by another.
 
-    outputs are what the network says; labels (targets [batch, seq], divisor), behind them (classes [batch], divisor). A divisor is
-    that of the whole global batch: its targets over its micro-batches. The mean over micro-batches, which data parallelism and
-    accumulation take, is then the mean over the targets, however they are spread.
+    `outputs` are the network's. `labels` are (targets [batch, seq], divisor), with classes also (classes [batch], class divisor). A
+    divisor is the number of targets in the whole global batch over its number of micro-batches. The mean over micro-batches, which
+    data parallelism and gradient accumulation take, is then the mean over all targets, however they are distributed.
 
-    With `label_smoothing` e the target distribution is 1 - e on the target and e spread over all of the vocabulary (Szegedy et al.
-    2015, arXiv 1512.00567, section 7); `z_loss` times the squared log of the softmax's denominator is added (Chowdhery et al. 2022,
-    arXiv 2204.02311, section 5). With `teaching`, at each target, T^2 KL(teacher || student) is added, of the two distributions at
-    temperature T (Hinton et al. 2015, arXiv 1503.02531, section 2). None of these touches the classes.
+    With `label_smoothing` e the target distribution is 1 - e on the target and e spread over the whole vocabulary (Szegedy et al.
+    2015, arXiv 1512.00567, section 7). `z_loss` times the squared log of the softmax's denominator is added (Chowdhery et al. 2022,
+    arXiv 2204.02311, section 5). With `teaching`, T^2 KL(teacher || student) of the distributions at temperature T is added at each
+    target (Hinton et al. 2015, arXiv 1503.02531, section 2). None of these changes the loss of the classes.
     """
     logits, class_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
-    targets, divisor, *of_classes = labels
+    targets, divisor, *class_labels = labels
     loss = _SummedLoss.apply(logits.flatten(0, 1), targets.flatten(), label_smoothing, z_loss, teaching) / divisor
-    if not of_classes:
+    if not class_labels:
         return loss
     assert class_logits is not None
-    classes, class_divisor = of_classes
+    classes, class_divisor = class_labels
     return loss + F.cross_entropy(class_logits.float(), classes, ignore_index=IGNORED, reduction="sum") / class_divisor
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of -log softmax(logits)[target], smoothed, of the z-loss, and of a teacher's KL.  [tokens, vocab], [tokens] -> scalar float32
+    """Sum of -log softmax(logits)[target] with smoothing, z-loss and a teacher's KL.  [tokens, vocab], [tokens] -> scalar float32
 
-    The arithmetic is float32 whatever the logits are, a chunk of rows at a time; the gradient, softmax minus the target's
-    distribution, is made in the same sweep and kept in the logits' type. What F.cross_entropy keeps instead is several float32
-    copies of the logits.
+    The arithmetic is float32 for logits of any type, one chunk of rows at a time. The gradient, softmax minus the target
+    distribution, is computed in the same pass and kept in the logits' type; F.cross_entropy would keep several float32 copies of the
+    logits instead.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         context, logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, teaching: Teaching | None
     ) -> Tensor:
-        # Under fp16 the loss scale comes with `factor`, so what is small stays float32 until then.
-        kept_as = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-        gradient = torch.empty_like(logits, dtype=kept_as) if context.needs_input_grad[0] else None
+        # Under fp16 the loss scale is in backward's `factor`; until then small gradients need float32.
+        gradient_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.empty_like(logits, dtype=gradient_dtype) if context.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         divergence = torch.zeros_like(total)
         vocabulary = logits.shape[1]
         rows = max(1, _CHUNK_BYTES.get(logits.device.type, 4 << 20) // (4 * vocabulary))
         for start in range(0, len(logits), rows):
-            chunk, wanted = logits[start : start + rows], targets[start : start + rows, None]
-            is_target = (wanted != IGNORED).float()
-            wanted = wanted.clamp(min=0)
+            chunk, target = logits[start : start + rows], targets[start : start + rows, None]
+            is_target = (target != IGNORED).float()
+            target = target.clamp(min=0)
             log_probabilities = F.log_softmax(chunk, dim=1, dtype=torch.float32)
-            total -= (1 - label_smoothing) * (log_probabilities.gather(1, wanted) * is_target).sum()
+            total -= (1 - label_smoothing) * (log_probabilities.gather(1, target) * is_target).sum()
             if label_smoothing:
                 total -= label_smoothing * (log_probabilities.mean(dim=1, keepdim=True) * is_target).sum()
-            if z_loss:  # the denominator's log is what log_softmax has taken from every logit
+            if z_loss:  # the log of the denominator is the difference between a logit and its log-probability
                 denominators = chunk[:, :1].float() - log_probabilities[:, :1]
                 total += z_loss * (denominators.square() * is_target).sum()
             if gradient is not None:
                 probabilities = log_probabilities.exp_().mul_(is_target * (1 + 2 * z_loss * denominators) if z_loss else is_target)
                 if label_smoothing:
                     probabilities -= is_target * (label_smoothing / vocabulary)
-                slope = probabilities.scatter_add_(1, wanted, -(1 - label_smoothing) * is_target)
+                slope = probabilities.scatter_add_(1, target, -(1 - label_smoothing) * is_target)
             if teaching is not None:
-                of_rows, its_slope = _divergence(chunk, teaching.logits.flatten(0, 1)[start : start + rows], teaching.temperature)
-                divergence += (of_rows * is_target).sum()
+                row_divergence, divergence_slope = _divergence(
+                    chunk, teaching.logits.flatten(0, 1)[start : start + rows], teaching.temperature
+                )
+                divergence += (row_divergence * is_target).sum()
                 if gradient is not None:
-                    slope = slope.mul_(teaching.cross_entropy_weight).add_(its_slope.mul_(is_target), alpha=teaching.kl_weight)
+                    slope = slope.mul_(teaching.cross_entropy_weight).add_(divergence_slope.mul_(is_target), alpha=teaching.kl_weight)
             if gradient is not None:
                 gradient[start : start + rows] = slope
         context.gradient, context.logits_dtype = gradient, logits.dtype
@@ -105,14 +108,14 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(context, factor: Tensor):  # type: ignore[override]
-        # In place: the gradient is asked for once.
+        # In place, because the gradient is used only once.
         return context.gradient.mul_(factor).to(context.logits_dtype), None, None, None, None
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """T^2 KL(teacher || student) of each row [rows, 1], and its slope by the student's logits [rows, vocab].  2 x [rows, vocab]"""
-    ours = F.log_softmax(student.float() / temperature, dim=1)
-    theirs = F.log_softmax(teacher.float() / temperature, dim=1)
-    probabilities = theirs.exp()
-    divergence = (probabilities * theirs.sub_(ours)).sum(dim=1, keepdim=True)
-    return temperature**2 * divergence, ours.exp_().sub_(probabilities).mul_(temperature)
+    """Return T^2 KL(teacher || student) of each row [rows, 1] and its gradient by the student's logits [rows, vocab].  2 x [rows, vocab]"""
+    student_log = F.log_softmax(student.float() / temperature, dim=1)
+    teacher_log = F.log_softmax(teacher.float() / temperature, dim=1)
+    probabilities = teacher_log.exp()
+    divergence = (probabilities * teacher_log.sub_(student_log)).sum(dim=1, keepdim=True)
+    return temperature**2 * divergence, student_log.exp_().sub_(probabilities).mul_(temperature)

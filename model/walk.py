@@ -1,4 +1,4 @@
-"""The list of layers, walked one layer at a time: what is in memory is one layer and what passes through it."""
+"""A walk over the list of layers that holds one layer in memory at a time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,25 +16,25 @@ class Step:
     """One layer of the walk, with its weights."""
 
     name: str
-    """What the names of its parameters begin with; a tied module comes again under the same name."""
+    """Prefix of its parameters' names. A tied module comes again under the same name."""
     layer: Layer
     module: nn.Module
-    """In its eval mode."""
+    """The layer's module, in eval mode."""
     blocks_before: int
-    """Blocks of the list that come before it."""
+    """Number of blocks in the list before it."""
 
-    def __call__(self, passed: Stream) -> Stream:
+    def __call__(self, stream: Stream) -> Stream:
         with torch.no_grad():
-            return self.module(passed) if self.layer.forward is None else self.layer.forward(self.module, passed)
+            return self.module(stream) if self.layer.forward is None else self.layer.forward(self.module, stream)
 
     @property
     def block(self) -> int | None:
-        """Its number, from 0, where it is a block."""
+        """Its number among the blocks, from 0; None for other layers."""
         return self.blocks_before if self.layer.module is Block else None
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """By their names in the whole network."""
+        """Its parameters by their names in the whole network."""
         return {f"{self.name}.{name}": parameter.data for name, parameter in self.module.named_parameters()}
 
 
@@ -44,13 +44,14 @@ def walk(
     device: torch.device | str = "cpu",
     stored_as: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
-    """Every layer of the list, built with the weights that `state` has for it, each read when it is its turn.
+    """Yield every layer of the list with its weights from `state`, which are read when the layer's turn comes.
 
-    The weights are rounded to `stored_as`, as a file keeps them, and are float32 then. A caller that keeps no step keeps no layer.
+    The weights are rounded to `stored_as`, the type in which a file stores them, and then converted to float32. A layer is freed when
+    the caller drops its step.
     """
     blocks = 0
     for number, layer in enumerate(layers(dataclasses.replace(config, dropout=0.0))):
-        yield _built(f"tied_modules.{layer.tied_key}" if layer.tied_key else str(number), layer, state, device, stored_as, blocks)
+        yield _build(f"tied_modules.{layer.tied_key}" if layer.tied_key else str(number), layer, state, device, stored_as, blocks)
         blocks += layer.module is Block
 
 
@@ -62,27 +63,27 @@ def outputs(
     stored_as: torch.dtype = torch.float32,
     prepare: Callable[[Step], object] = lambda step: None,
 ) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-    """What the network says of each sample, in their order; a sample is what its first layer takes.
+    """Yield the network's outputs for each sample, in order. A sample is the input of the first layer.
 
-    Beside one block memory holds the hidden states of all samples, then what lies behind the last block and one sample's logits.
-    `prepare` is called with each step before anything passes through it.
+    Memory holds one block and the hidden states of all samples, at the end the layers after the last block and one sample's logits.
+    `prepare` is called with each step before a sample passes through it.
     """
-    passed, behind = list(samples), []
+    streams, last_steps = list(samples), []
     for step in walk(config, state, device, stored_as):
         prepare(step)
         if step.blocks_before < config.total_blocks:
-            for number, sample in enumerate(passed):
-                passed[number] = step(sample)
+            for number, stream in enumerate(streams):
+                streams[number] = step(stream)
         else:
-            behind.append(step)
+            last_steps.append(step)
         del step  # before the next one is read
-    for sample in passed:
-        for step in behind:
-            sample = step(sample)
-        yield select_outputs(config, sample)
+    for stream in streams:
+        for step in last_steps:
+            stream = step(stream)
+        yield select_outputs(config, stream)
 
 
-def _built(name: str, layer: Layer, state: Mapping[str, Tensor], device: torch.device | str, stored_as: torch.dtype, blocks: int) -> Step:
+def _build(name: str, layer: Layer, state: Mapping[str, Tensor], device: torch.device | str, stored_as: torch.dtype, blocks: int) -> Step:
     with torch.device("meta"):
         module = layer.module(*layer.arguments)
     weights = {own: state[f"{name}.{own}"].to(device, stored_as).float() for own, _ in module.named_parameters()}
