@@ -171,9 +171,15 @@ def test_causal_flops_count_the_keys_a_token_attends_to(tiny):
             {"rope_original_length": 64},
             'model.rope_original_length 64 has no effect with model.rope_scaling "none"; only yarn and llama3 use it.',
         ),
-        ({"rope_scaling": "ntk", "rope_factor": 2.0, "head_size": 2}, 'model.rope_scaling "ntk" has no effect for model.head_size 2; use 4 or more.'),
+        (
+            {"rope_scaling": "ntk", "rope_factor": 2.0, "head_size": 2},
+            'model.rope_scaling "ntk" has no effect for model.head_size 2; use 4 or more.',
+        ),
         ({"rope_scaling": "linear", "rope_factor": 0.5}, "model.rope_factor is 0.5; it must be at least 1."),
-        ({"rope_scaling": "yarn", "rope_factor": 2.0}, 'model.rope_scaling "yarn" needs model.rope_original_length, the original context in tokens.'),
+        (
+            {"rope_scaling": "yarn", "rope_factor": 2.0},
+            'model.rope_scaling "yarn" needs model.rope_original_length, the original context in tokens.',
+        ),
         ({"rope_scaling": "linear", "positions": "learned"}, 'model.rope_scaling "linear" needs model.positions "rotary", not "learned".'),
         ({"sliding_window": 0}, "model.sliding_window is 0; it must be at least 1."),
         ({"logit_softcap": -1.0}, "model.logit_softcap is -1.0; it must be above 0."),
