@@ -64,6 +64,7 @@ class Attention(AttentionWeights):
         self.positions = attention_positions(config, part)
 
     def forward(self, hidden: Tensor, segments: Tensor, cache: KeyValueCache | None = None, relative_table: Tensor | None = None) -> Tensor:
+        """[batch, seq, hidden], [batch, seq] -> [batch, seq, hidden]; with a cache, hidden is that of the new tokens."""
         query, (key, value) = self.queries(hidden), self.keys_and_values(hidden)
         return self.output(self.mix(query, key, value, segments, cache, relative_table).flatten(2))
 
@@ -104,7 +105,10 @@ class CrossAttention(AttentionWeights):
     def forward(
         self, hidden: Tensor, segments: Tensor, encoding: Tensor, source_segments: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
+        """[batch, target, hidden], [batch, target], [batch, source, hidden], [batch, source] -> [batch, target, hidden]"""
+
         def source_pair() -> tuple[Tensor, Tensor]:
+            """Keys and values of the source.  2 x [batch, kv_heads, source, head]"""
             key, value = self.keys_and_values(encoding)
             return key.transpose(1, 2), value.transpose(1, 2)
 

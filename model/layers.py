@@ -88,6 +88,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b."""
         return F.linear(x, self.weight, self.bias)
 
 
@@ -101,6 +102,7 @@ class LayerNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> same"""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
@@ -113,6 +115,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> same"""
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
 
 
@@ -166,6 +169,7 @@ class TokenTypes(nn.Module):
         self.weight = fresh_weight((config.token_types, config.hidden_size), config.initializer_range, seed, "token types")
 
     def forward(self, stream: Stream) -> Stream:
+        """hidden [batch, seq, hidden] -> same; token_types becomes None."""
         assert stream.token_types is not None
         return stream._replace(hidden=stream.hidden + F.embedding(stream.token_types, self.weight), token_types=None)
 
@@ -179,6 +183,7 @@ class EmbeddingNorm(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, stream: Stream) -> Stream:
+        """hidden [batch, seq, hidden] -> same"""
         return stream._replace(hidden=F.dropout(self.norm(stream.hidden), self.dropout, self.training))
 
 
@@ -203,6 +208,7 @@ class FeedForward(nn.Module):
         self.down = Linear(inner, hidden, config.biases, std / math.sqrt(2 * config.num_layers), seed, layer_number, "down")
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, seq, hidden] -> same"""
         if self.gate is not None:
             return self.down(activate(self.gate(hidden), self.activation) * self.up(hidden))
         return self.down(activate(self.up(hidden), self.activation))
@@ -216,6 +222,7 @@ class FinalNorm(nn.Module):
         self.norm = norm(config)
 
     def forward(self, stream: Stream) -> Stream:
+        """hidden [batch, seq, hidden] -> same"""
         return stream._replace(hidden=self.norm(stream.hidden))
 
 
@@ -233,6 +240,7 @@ class Classifier(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, stream: Stream) -> Stream:
+        """Add class_logits [batch, classes] to the stream."""
         pooled = torch.tanh(self.pooler(stream.hidden[:, 0]))
         return stream._replace(class_logits=self.classes(F.dropout(pooled, self.dropout, self.training)))
 
@@ -247,6 +255,7 @@ class TokenTransform(nn.Module):
         self.activation = config.activation
 
     def forward(self, stream: Stream) -> Stream:
+        """hidden [batch, seq, hidden] -> same"""
         return stream._replace(hidden=self.norm(activate(self.dense(stream.hidden), self.activation)))
 
 
@@ -259,6 +268,7 @@ class Head(nn.Module):
         self.softcap = config.logit_softcap
 
     def forward(self, stream: Stream) -> Stream:
+        """hidden [batch, seq, hidden] -> logits [batch, seq, vocab]"""
         return stream._replace(hidden=softcapped(F.linear(stream.hidden, self.weight), self.softcap))
 
 
@@ -270,4 +280,5 @@ class HeadBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, stream: Stream) -> Stream:
+        """logits [batch, seq, vocab] -> same"""
         return stream._replace(hidden=stream.hidden + self.weight)

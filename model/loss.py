@@ -71,6 +71,7 @@ class _SummedLoss(torch.autograd.Function):
     def forward(  # type: ignore[override]
         context, logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, teaching: Teaching | None
     ) -> Tensor:
+        """Return the sum; the gradient is computed here and kept for backward."""
         # Under fp16 the loss scale is in backward's `factor`; until then small gradients need float32.
         gradient_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.empty_like(logits, dtype=gradient_dtype) if context.needs_input_grad[0] else None
@@ -108,6 +109,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(context, factor: Tensor):  # type: ignore[override]
+        """Return the kept gradient times `factor`."""
         # In place, because the gradient is used only once.
         return context.gradient.mul_(factor).to(context.logits_dtype), None, None, None, None
 

@@ -118,6 +118,7 @@ class Rotary(AttentionPositions):
         self.register_buffer("sin", sin, persistent=False)
 
     def rotate(self, query: Tensor, key: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys by the angles of the positions from `start`."""
         positions = slice(start, start + query.shape[2])
         cos, sin = self.cos[positions].to(query.dtype), self.sin[positions].to(query.dtype)
         return rotate(query, cos, sin), rotate(key, cos, sin)
@@ -133,6 +134,7 @@ class Alibi(AttentionPositions):
         self.register_buffer("slopes", alibi_slopes(config.num_attention_heads), persistent=False)
 
     def bias(self, num_queries: int, num_keys: int, relative_table: Tensor | None, like: Tensor) -> Tensor:
+        """-slope x distance.  -> [1, heads, queries, keys]"""
         distance = distances(num_queries, num_keys, like.device)
         return (self.slopes[:, None, None] * -distance.abs())[None].to(like.dtype)
 
@@ -150,6 +152,7 @@ class RelativeBias(AttentionPositions):
         self.both_sides = part == "encoder"
 
     def bias(self, num_queries: int, num_keys: int, relative_table: Tensor | None, like: Tensor) -> Tensor:
+        """The table's number for each distance.  -> [1, heads, queries, keys]"""
         assert relative_table is not None
         buckets = relative_buckets(distances(num_queries, num_keys, like.device), self.both_sides)
         return F.embedding(buckets, relative_table).permute(2, 0, 1)[None].to(like.dtype)

@@ -54,6 +54,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, layer_number, seed)
 
     def forward(self, stream: Stream, cache: KeyValueCache | None = None) -> Stream:
+        """hidden [batch, seq, hidden] -> same; the other fields of the stream are unchanged."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return stream._replace(hidden=checkpoint(self.transform, stream, use_reentrant=False))
         return stream._replace(hidden=self.transform(stream, cache))
@@ -200,6 +201,7 @@ class Transformer(nn.Module):
         self._decoder_start = next((number for number, (_, layer) in enumerate(self._layers) if layer.forward is as_target), 0)
 
     def forward(self, *inputs: Tensor, cache: KeyValueCache | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the logits, with classes (logits, class logits). With a cache, tokens are the new ones, and the cache grows by them."""
         stream = Stream.from_tensors(inputs)
         if cache is None:
             return select_outputs(self.config, self._run(self._layers, stream))
