@@ -21,6 +21,7 @@ class Table:
         self._fields = fields
         self._file = _uncompressed(path)
         self._parquet = fields.format_of(path) == "parquet"
+        self._num_blocks: int | None
         if self._parquet:
             self._table = pyarrow.parquet.ParquetFile(self._file)
             self.schema, self._num_blocks = self._table.schema_arrow, self._table.metadata.num_row_groups
@@ -28,7 +29,7 @@ class Table:
         mapped = self._file if is_compressed(path) else pyarrow.memory_map(str(path))
         try:
             self._table = pyarrow.ipc.open_file(mapped)
-            self._num_blocks: int | None = self._table.num_record_batches
+            self._num_blocks = self._table.num_record_batches
         except pyarrow.ArrowInvalid:
             mapped.seek(0)
             self._table = pyarrow.ipc.open_stream(mapped)
@@ -38,13 +39,14 @@ class Table:
     def block_bytes(self) -> list[int]:
         """Return the bytes that each block needs in memory."""
         if self._parquet:
-            return [self._table.metadata.row_group(block).total_byte_size for block in range(self._num_blocks)]
+            metadata = self._table.metadata
+            return [metadata.row_group(block).total_byte_size for block in range(metadata.num_row_groups)]
         return [batch.nbytes for batch in self._batches()]
 
     def rows(self, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
         """Yield (number, record) of each row of the blocks [start, end); a damaged block is one Problem."""
         row = 0
-        for block in range(self._num_blocks if end is None else end) if self._parquet else ():
+        for block in range(self._table.metadata.num_row_groups if end is None else end) if self._parquet else ():
             number = row
             row += self._table.metadata.row_group(block).num_rows
             if block < start:

@@ -47,7 +47,7 @@ class _ZstandardFile(io.RawIOBase):
 
     def _restart(self) -> None:
         self._file.seek(0)
-        self._frame = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
         self._compressed = self._plain = b""
         self._num_read = 0  # bytes of _plain that were read
         self._position = 0

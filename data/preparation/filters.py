@@ -110,7 +110,12 @@ _LOREM_IPSUM = re.compile("lorem ipsum", re.IGNORECASE)
 def _repeated(pieces: list[str]) -> list[str]:
     """Return the pieces that repeat an earlier piece."""
     seen: set[str] = set()
-    return [piece for piece in pieces if piece in seen or seen.add(piece)]
+    repeated = []
+    for piece in pieces:
+        if piece in seen:
+            repeated.append(piece)
+        seen.add(piece)
+    return repeated
 
 
 def _fraction(part: float, whole: float) -> float:

@@ -188,7 +188,8 @@ def _examples(node: Node, totals: _UnitTotals, duplicates: merging.DroppedDocume
         examples[reason] = [{"place": describe(one["source"], one["position"]), "text": one["text"]} for one in some]
     for reason, documents in duplicates.examples.items():
         examples[reason] = [
-            {"place": describe(source, position), "text": node.tokenizer.decode(tokens[:300])} for source, position, tokens in documents
+            {"place": describe(source, position), "text": node.tokenizer.decode(tokens[:300].tolist())}
+            for source, position, tokens in documents
         ]
     return dict(sorted(examples.items()))
 

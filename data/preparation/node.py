@@ -221,8 +221,9 @@ def describe_changes(saved: dict, current: dict) -> str:
     if saved.get("given_tokenizer") != current["given_tokenizer"]:
         changes.append("--tokenizer or --end_of_text names another tokenizer or another end-of-text token")
     if saved.get("text") != current["text"]:
-        file_lists = [record.get("files") for record in (saved, current)]
-        changes += describe_changed_files(*file_lists) if all(file_lists) else ["the input files changed (names, sizes or times)"]
+        old_files, new_files = saved.get("files"), current.get("files")
+        unnamed = ["the input files changed (names, sizes or times)"]
+        changes += describe_changed_files(old_files, new_files) if old_files and new_files else unnamed
     more = f" and {len(changes) - _NAMED_CHANGES} more" if len(changes) > _NAMED_CHANGES else ""
     return "; ".join(changes[:_NAMED_CHANGES]) + more
 

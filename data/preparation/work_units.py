@@ -25,6 +25,7 @@ from data.preparation.fields import Problem, Record, TokenRecord
 from data.preparation.filters import FilterSettings, reason_to_drop
 from data.preparation.records import PartReader
 from data.preparation.settings import OnError
+from data.tokenization.gigatoken_tokenizer import GigatokenTokenizer
 from data.tokenization.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 1_000_000  # characters that are tokenized in one call
@@ -150,7 +151,7 @@ class UnitWorker:
                     message = f"it contains a token outside the {self._tokenizer.vocab_size} ids of the tokenizer"
                     self._handle_problem(source, position, Problem("token outside the vocabulary", message), counts, files)
                     continue
-                record = (self._tokenizer.decode(tokens),)
+                record = (self._tokenizer.decode(tokens.tolist()),)
             if not record[0].strip():
                 self._drop("empty file", source, position, record[0], counts)
             elif reason := reason_to_drop(record[0], self.settings.filters):
@@ -198,6 +199,7 @@ class UnitWorker:
 
     def _compare_with_reference(self, text: str) -> None:
         """Raise UserError if the fast tokenizer, which gave the same ids at the start, gives others for this text."""
+        assert isinstance(self._tokenizer, GigatokenTokenizer)
         fast, reference = self._tokenizer, self._tokenizer.reference
         if fast.encode(text) != reference.encode(text):
             raise UserError(

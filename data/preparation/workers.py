@@ -31,15 +31,15 @@ class Workers:
     def __init__(self, settings: WorkerSettings, count: int, tokenizer: Tokenizer) -> None:
         """Start `count` workers. `tokenizer` is that of the settings, with one thread, which this process has loaded already."""
         self.count = count
-        self._pool = None
+        self._pool: ProcessPoolExecutor | None = None
+        self._done: list[int] | SynchronizedArray = [0, 0]
         if count == 1:
-            self._done = [0, 0]
             self._worker = UnitWorker(settings, tokenizer if settings.threads == 1 else _load_tokenizer(settings), self._add_done)
             return
         # Spawned, not forked: a forked process would inherit the locks of the caller's PyTorch threads, and could wait for them forever.
         context = get_context("spawn")
-        self._done = context.Array("q", 2)
-        self._pool = ProcessPoolExecutor(count, context, _start_worker, (settings, self._done))
+        self._done = done = context.Array("q", 2)
+        self._pool = ProcessPoolExecutor(count, context, _start_worker, (settings, done))
 
     def _add_done(self, num_bytes: int, num_documents: int) -> None:
         self._done[0] += num_bytes
@@ -61,10 +61,10 @@ class Workers:
                 refresh()
             return
         waiting: dict[Future, tuple] = {}
-        calls = iter(calls)
+        remaining = iter(calls)
         try:
             while True:
-                while len(waiting) < 2 * self.count and (arguments := next(calls, None)) is not None:
+                while len(waiting) < 2 * self.count and (arguments := next(remaining, None)) is not None:
                     waiting[self._pool.submit(_call, function, arguments)] = arguments
                 if not waiting:
                     return
