@@ -64,8 +64,8 @@ class Workers:
         remaining = iter(calls)
         try:
             while True:
-                while len(waiting) < 2 * self.count and (arguments := next(remaining, None)) is not None:
-                    waiting[self._pool.submit(_call, function, arguments)] = arguments
+                while len(waiting) < 2 * self.count and (upcoming := next(remaining, None)) is not None:
+                    waiting[self._pool.submit(_call, function, upcoming)] = upcoming
                 if not waiting:
                     return
                 done, _ = wait(waiting, _SECONDS_BETWEEN_REFRESHES, FIRST_COMPLETED)

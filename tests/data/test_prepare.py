@@ -1,4 +1,4 @@
-"""The door to data: whole folders or none, the same bytes for any number of workers and nodes."""
+"""data/prepare.py: complete folders or none, and the same bytes for any number of workers and nodes."""
 
 import base64
 import dataclasses
@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """400 documents of about 2,000 characters in a plain and a compressed file, and some small ones; one stands there twice."""
+    """400 documents of about 2,000 characters in a plain and a compressed file, and some small ones; one document is there twice."""
     folder = tmp_path_factory.mktemp("corpus")
     lines = [json.dumps({"text": f"def f{number}():\n    return {number}\n" * 70}) for number in range(400)]
     (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[:200]).encode()))
@@ -51,11 +51,11 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def make(corpus, tokenizer, tmp_path):
-    """Prepares the corpus in some twenty units; keywords change the settings."""
+    """A function that prepares the corpus in about twenty units; keywords change the settings."""
 
-    def run(say=lambda line: None, **changes):
+    def run(log=lambda line: None, **changes):
         settings = {"input": (str(corpus),), "output": str(tmp_path / "prepared"), "tokenizer": str(tokenizer), "workers": 1}
-        return prepare(PrepareSettings(**(settings | {"unit_megabytes": 0.05} | changes)), log=say)
+        return prepare(PrepareSettings(**(settings | {"unit_megabytes": 0.05} | changes)), log=log)
 
     return run
 
@@ -71,7 +71,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_what_goes_in_comes_out(make, corpus):
+def test_prepared_text_is_the_input_text(make, corpus):
     prepared = make(held_out=0.1, shard_tokens=30_000)
     lines = [*gzip.decompress((corpus / "a.jsonl.gz").read_bytes()).splitlines(), *(corpus / "c.jsonl").read_bytes().splitlines()]
     expected = {json.loads(line)["text"] for line in lines} | {(corpus / "b.txt").read_text()}
@@ -90,29 +90,29 @@ def test_what_goes_in_comes_out(make, corpus):
 
 
 @pytest.mark.parametrize("workers", [2, 3, 7])
-def test_any_number_of_workers_writes_the_same_bytes(make, tmp_path, workers):
+def test_output_does_not_depend_on_number_of_workers(make, tmp_path, workers):
     alone, together = (make(workers=count, output=str(tmp_path / str(count)), shard_tokens=30_000).folder for count in (1, workers))
     assert len(files(alone)) > 20
     assert files(alone) == files(together)
 
 
 @pytest.mark.parametrize("nodes", [2, 3])
-def test_any_number_of_nodes_in_any_order_writes_the_same_bytes(make, tmp_path, nodes):
+def test_output_does_not_depend_on_number_and_order_of_nodes(make, tmp_path, nodes):
     alone = make(output=str(tmp_path / "alone"), shard_tokens=30_000).folder
-    said = []
+    logged = []
     for rank in random.Random(nodes).sample(range(nodes), nodes):
-        made = make(said.append, rank=rank, world_size=nodes, shard_tokens=30_000)
-    assert sum("The rank that finishes last writes the shards" in line for line in said) == nodes - 1
+        made = make(logged.append, rank=rank, world_size=nodes, shard_tokens=30_000)
+    assert sum("The rank that finishes last writes the shards" in line for line in logged) == nodes - 1
     assert files(made.folder) == files(alone)
     assert not (tmp_path / "prepared.partial").exists()
 
 
-def test_units_of_any_size_and_shards_begun_by_others_give_the_same_bytes(make, tmp_path):
+def test_output_does_not_depend_on_unit_size(make, tmp_path):
     one, other = (make(unit_megabytes=size, output=str(tmp_path / str(size))).folder for size in (0.01, 64))
     assert files(one) == files(other)
 
 
-def test_a_node_is_who_srun_says_it_is(make, monkeypatch):
+def test_rank_and_world_size_come_from_srun(make, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert make() is None
@@ -120,7 +120,7 @@ def test_a_node_is_who_srun_says_it_is(make, monkeypatch):
     assert make().splits["train"].num_documents > 300
 
 
-def test_a_document_is_where_its_place_says(make, corpus):
+def test_recorded_places_lead_to_the_documents(make, corpus):
     prepared = make(held_out=0.1, shard_tokens=30_000)
     paths = {file.name: file.path for file in find_files([str(corpus)])[0]}
     reader = PartReader(Fields("text"))
@@ -131,12 +131,12 @@ def test_a_document_is_where_its_place_says(make, corpus):
             assert record == (text,) and position == int(place.replace(",", "") or 0)
 
 
-def test_a_folder_that_is_there_is_kept_and_told_apart(make, corpus):
-    said = []
+def test_existing_folder_is_kept_and_differences_are_named(make, corpus):
+    logged = []
     prepared = make()
     before = {path: path.stat().st_mtime_ns for path in prepared.folder.rglob("*")}
-    make(said.append, workers=2, unit_megabytes=1)
-    assert said == [f"{prepared.folder} already contains the result of these settings: nothing to do."]
+    make(logged.append, workers=2, unit_megabytes=1)
+    assert logged == [f"{prepared.folder} already contains the result of these settings: nothing to do."]
     with pytest.raises(UserError, match=r"from other text or with other settings: --held_out was 0\.02 and is now 0\.5"):
         make(held_out=0.5)
     with pytest.raises(UserError, match=r"--input was .* and is now .*; the input files changed \(names, sizes or times\)"):
@@ -148,7 +148,7 @@ def test_a_folder_that_is_there_is_kept_and_told_apart(make, corpus):
         make()
 
 
-def test_folders_of_something_else_are_left_alone(make, tmp_path):
+def test_folders_with_other_content_are_not_touched(make, tmp_path):
     for name in ("prepared", "other.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.tex").write_text("years of work")
@@ -163,27 +163,27 @@ BAD = b'{"text": "good"}\n{"text": \n{"txt": "x"}\n{"text": "fine"}\n{"text": "\
 
 
 @pytest.fixture
-def spoilt(tmp_path):
+def invalid_input(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/bad.jsonl").write_bytes(BAD)
     return str(tmp_path / "in")
 
 
-def test_a_bad_line_stops_with_its_place_and_what_is_done_goes_on_with_another_setting(make, corpus, spoilt, tmp_path):
+def test_invalid_line_stops_and_on_error_skip_resumes(make, corpus, invalid_input, tmp_path):
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2: it is not JSON: .* --on_error skip or quarantine leaves out such records\."):
-        make(input=(str(corpus), spoilt))
+        make(input=(str(corpus), invalid_input))
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "prepared.partial/units").glob("*.json")}
     assert len(done) > 5
-    prepared = make(input=(str(corpus), spoilt), on_error="skip")
+    prepared = make(input=(str(corpus), invalid_input), on_error="skip")
     assert prepared.manifest["dropped"]["broken JSON"] == prepared.manifest["dropped"]["missing field"] == 1
     assert {"good", "fine"} <= {text for split in ("train", "validation") for text in texts(prepared, split)}
-    again = make(input=(str(corpus), spoilt), on_error="skip", output=str(tmp_path / "again"))
+    again = make(input=(str(corpus), invalid_input), on_error="skip", output=str(tmp_path / "again"))
     assert files(prepared.folder) == files(again.folder)
 
 
-def test_units_that_are_done_are_not_done_again(make, corpus, spoilt, tmp_path, monkeypatch):
+def test_finished_units_are_not_processed_again(make, corpus, invalid_input, tmp_path, monkeypatch):
     with pytest.raises(UserError):
-        make(input=(str(corpus), spoilt))
+        make(input=(str(corpus), invalid_input))
     before = {path.name for path in (tmp_path / "prepared.partial/units").glob("*.json")}
     done = []
     from data.preparation.work_units import UnitWorker
@@ -192,12 +192,12 @@ def test_units_that_are_done_are_not_done_again(make, corpus, spoilt, tmp_path, 
     monkeypatch.setattr(
         UnitWorker, "process", lambda worker, unit, rows=None: (done.append(f"{unit.name}.json"), do(worker, unit, rows))[1]
     )
-    make(input=(str(corpus), spoilt), on_error="skip")
+    make(input=(str(corpus), invalid_input), on_error="skip")
     assert len(done) == 1 and not before & set(done)
 
 
-def test_quarantine_keeps_the_bad_records_with_their_places(make, corpus, spoilt):
-    prepared = make(input=(str(corpus), spoilt), on_error="quarantine")
+def test_quarantine_keeps_invalid_records_with_their_places(make, corpus, invalid_input):
+    prepared = make(input=(str(corpus), invalid_input), on_error="quarantine")
     kept = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
     assert [(line["place"], line["reason"]) for line in kept] == [
         ("bad.jsonl, byte 17", "broken JSON"),
@@ -208,21 +208,21 @@ def test_quarantine_keeps_the_bad_records_with_their_places(make, corpus, spoilt
     assert {"good", "fine"} <= {text for split in ("train", "validation") for text in texts(prepared, split)}
 
 
-def test_more_errors_than_allowed_stop_the_work(make, spoilt):
-    assert make(input=(spoilt,), on_error="skip", max_errors=3, held_out=0.0).splits["train"].num_documents == 2
+def test_more_errors_than_max_errors_stop_the_work(make, invalid_input):
+    assert make(input=(invalid_input,), on_error="skip", max_errors=3, held_out=0.0).splits["train"].num_documents == 2
     with pytest.raises(UserError, match=r"3 records are not valid text \(.*1 broken JSON.*\); --max_errors allows 2"):
-        make(input=(spoilt,), on_error="skip", max_errors=2, output=f"{spoilt}/../other", held_out=0.0)
+        make(input=(invalid_input,), on_error="skip", max_errors=2, output=f"{invalid_input}/../other", held_out=0.0)
 
 
-def test_what_changed_since_a_start_is_named(make, corpus, spoilt, tokenizer, tmp_path):
+def test_changes_since_the_first_start_are_named(make, corpus, invalid_input, tokenizer, tmp_path):
     def stopped(**changes):
         with pytest.raises(UserError) as refused:
-            make(**{"input": (str(corpus), spoilt)} | changes)
+            make(**{"input": (str(corpus), invalid_input)} | changes)
         return str(refused.value)
 
     assert "line 2" in stopped()
     assert "was started with other text or settings: --shard_tokens was 268435456 and is now 1000" in stopped(shard_tokens=1000)
-    assert "line 2" in stopped(workers=2, unit_megabytes=0.1), "what changes no byte may change"
+    assert "line 2" in stopped(workers=2, unit_megabytes=0.1), "settings that do not change the result may change"
     (tmp_path / "in/bad.jsonl").write_bytes(BAD + b'{"text": "more"}\n')
     assert "bad.jsonl has another size" in stopped()
     (tmp_path / "in/bad.jsonl").write_bytes(BAD)
@@ -232,37 +232,37 @@ def test_what_changed_since_a_start_is_named(make, corpus, spoilt, tokenizer, tm
     other = tmp_path / "tokenizer.model"
     other.write_bytes(tokenizer.read_bytes())
     with pytest.raises(UserError):
-        make(tokenizer=str(other), output=str(tmp_path / "third"), input=(spoilt,))
+        make(tokenizer=str(other), output=str(tmp_path / "third"), input=(invalid_input,))
     train_sentencepiece(["other text " * 100 + "".join(map(chr, range(32, 500)))], other, 520)
     with pytest.raises(UserError, match="names another tokenizer"):
-        make(tokenizer=str(other), output=str(tmp_path / "third"), input=(spoilt,))
+        make(tokenizer=str(other), output=str(tmp_path / "third"), input=(invalid_input,))
 
 
-def test_two_processes_do_not_prepare_as_the_same_rank(make, corpus, spoilt, tmp_path):
+def test_second_process_with_the_same_rank_is_refused(make, corpus, invalid_input, tmp_path):
     import fcntl
 
     with pytest.raises(UserError):
-        make(input=(str(corpus), spoilt))
+        make(input=(str(corpus), invalid_input))
     with open(tmp_path / "prepared.partial/rank-0.lock", "wb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"Another process is preparing .*prepared\.partial as rank 0"):
-            make(input=(str(corpus), spoilt))
+            make(input=(str(corpus), invalid_input))
 
 
-def test_where_there_is_no_text_to_learn_from_the_reason_is_said(make, tmp_path):
+def test_error_explains_why_there_is_no_text_to_train_a_tokenizer(make, tmp_path):
     (tmp_path / "a.tsv").write_text("abstract\tone\ttwo\nmore\tone\ttwo\n")
     with pytest.raises(UserError, match=r'contains no text to train a tokenizer on\. .*a\.tsv: it has no field "text"'):
         make(tokenizer=None, input=(str(tmp_path / "a.tsv"),))
 
 
-def test_the_same_tokenizer_may_be_named_otherwise(make, tokenizer):
-    said = []
+def test_same_tokenizer_under_another_path_is_accepted(make, tokenizer):
+    logged = []
     make()
-    make(said.append, tokenizer=str(tokenizer.parent))
-    assert "nothing to do" in said[0]
+    make(logged.append, tokenizer=str(tokenizer.parent))
+    assert "nothing to do" in logged[0]
 
 
-def test_a_changed_tokenizer_configuration_is_found_by_verify(make):
+def test_verify_finds_a_changed_tokenizer_configuration(make):
     prepared = make()
     prepared.verify()
     (prepared.folder / "tokenizer_config.json").write_text("{}")
@@ -270,7 +270,7 @@ def test_a_changed_tokenizer_configuration_is_found_by_verify(make):
         prepared.verify()
 
 
-def test_the_tokenizer_is_learnt_where_none_is_given(make):
+def test_tokenizer_is_trained_if_none_is_given(make):
     prepared = make(tokenizer=None, input=(str(Path(json.__file__).parent / "*.py"),), vocab_size=700, special_tokens=("<|fim_prefix|>",))
     assert prepared.vocab_size == 700
     assert load_tokenizer(prepared.tokenizer_path).special_token_id("<|fim_prefix|>") < 700
@@ -278,7 +278,7 @@ def test_the_tokenizer_is_learnt_where_none_is_given(make):
     assert sorted(found) == sorted(path.read_text() for path in Path(json.__file__).parent.glob("*.py"))
 
 
-def test_documents_by_blank_lines_and_by_a_marker(make, tmp_path):
+def test_separators_cut_plain_text_into_documents(make, tmp_path):
     (tmp_path / "a.txt").write_text("one\nstill one\n\n\ntwo\n")
     (tmp_path / "b.txt").write_text("one\n\nstill one\n<|end|>\ntwo\n")
     assert texts(make(input=(str(tmp_path / "a.txt"),), separator="blank", held_out=0.0), "train") == ["one\nstill one\n", "two\n"]
@@ -286,12 +286,14 @@ def test_documents_by_blank_lines_and_by_a_marker(make, tmp_path):
     assert texts(found, "train") == ["one\n\nstill one\n", "two\n"]
     found = make(input=(str(tmp_path / "a.txt"),), separator="line", held_out=0.0, output=str(tmp_path / "c"))
     assert texts(found, "train") == ["one\n", "still one\n", "two\n"]
-    said = []
-    make(said.append, input=(str(tmp_path / "b.txt"),), separator="===", output=str(tmp_path / "d"))
-    assert "--separator === does not occur in the input: each file is one document" in said[-1] and "no document is held out" in said[-1]
+    logged = []
+    make(logged.append, input=(str(tmp_path / "b.txt"),), separator="===", output=str(tmp_path / "d"))
+    assert (
+        "--separator === does not occur in the input: each file is one document" in logged[-1] and "no document is held out" in logged[-1]
+    )
 
 
-def test_a_pair_becomes_two_sequences_of_one_document(make, tmp_path, tokenizer):
+def test_pair_becomes_two_sequences_of_one_document(make, tmp_path, tokenizer):
     (tmp_path / "a.tsv").write_text("good film\t1\nbad film\t0\n")
     prepared = make(
         input=(str(tmp_path / "a.tsv"),), columns=("sentence", "label"), text_field="sentence", pair_field="label", held_out=0.0
@@ -303,7 +305,7 @@ def test_a_pair_becomes_two_sequences_of_one_document(make, tmp_path, tokenizer)
     assert shard.document_start(1) == len(expected[0]) + len(expected[1])
 
 
-def test_standard_input_is_kept_until_it_is_done_and_compared_when_it_comes_again(make, corpus, tmp_path, monkeypatch):
+def test_standard_input_is_stored_and_compared_when_given_again(make, corpus, tmp_path, monkeypatch):
     lines = (corpus / "c.jsonl").read_bytes()
 
     def give(content, **changes):
@@ -320,7 +322,7 @@ def test_standard_input_is_kept_until_it_is_done_and_compared_when_it_comes_agai
     assert texts(direct, "train") == texts(prepared, "train")
 
 
-def test_standard_input_of_the_same_size_is_not_the_same(make, tmp_path, monkeypatch):
+def test_other_standard_input_of_the_same_size_is_refused(make, tmp_path, monkeypatch):
     def give(text):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
         return make(input=("-",), input_format="txt", held_out=0.0)
@@ -332,7 +334,7 @@ def test_standard_input_of_the_same_size_is_not_the_same(make, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
 
 
-def test_more_units_than_files_may_be_open_are_joined(make, corpus):
+def test_more_units_than_open_files_allowed_are_merged(make, corpus):
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -344,7 +346,7 @@ def test_more_units_than_files_may_be_open_are_joined(make, corpus):
     assert prepared.splits["train"].num_documents > 0
 
 
-def test_input_that_changes_while_it_is_read_is_refused(make, tmp_path, monkeypatch):
+def test_input_that_changes_during_the_work_is_refused(make, tmp_path, monkeypatch):
     from data.preparation.work_units import UnitWorker
 
     path = tmp_path / "a.jsonl"
@@ -362,25 +364,25 @@ def test_input_that_changes_while_it_is_read_is_refused(make, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_file_that_is_cut_off_is_one_error_for_any_number_of_workers(make, tmp_path, workers):
+def test_truncated_file_is_one_error_for_any_number_of_workers(make, tmp_path, workers):
     whole = gzip.compress("".join(json.dumps({"text": os.urandom(100).hex()}) + "\n" for _ in range(2000)).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     prepared = make(input=(str(tmp_path / "cut.jsonl.gz"),), on_error="skip", max_errors=1, workers=workers)
     assert prepared.manifest["dropped"] == {"cut off or damaged": 1}
 
 
-def test_files_of_the_same_name_are_told_apart_and_the_output_is_no_input(make, tmp_path, spoilt):
+def test_files_with_equal_names_are_distinguished_and_output_is_not_read(make, tmp_path, invalid_input):
     (tmp_path / "more").mkdir()
     (tmp_path / "more/bad.jsonl").write_bytes(BAD)
-    prepared = make(input=(spoilt, str(tmp_path / "more")), on_error="quarantine", output=f"{spoilt}/prepared")
+    prepared = make(input=(invalid_input, str(tmp_path / "more")), on_error="quarantine", output=f"{invalid_input}/prepared")
     places = {json.loads(line)["place"].partition(",")[0] for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()}
-    assert places == {f"{spoilt}/bad.jsonl", f"{tmp_path}/more/bad.jsonl"}
-    said = []
-    make(said.append, input=(spoilt, str(tmp_path / "more")), on_error="quarantine", output=f"{spoilt}/prepared")
-    assert "nothing to do" in said[0]
+    assert places == {f"{invalid_input}/bad.jsonl", f"{tmp_path}/more/bad.jsonl"}
+    logged = []
+    make(logged.append, input=(invalid_input, str(tmp_path / "more")), on_error="quarantine", output=f"{invalid_input}/prepared")
+    assert "nothing to do" in logged[0]
 
 
-def test_a_rank_that_comes_when_all_is_finished_says_so(make, tmp_path, monkeypatch):
+def test_rank_that_starts_after_the_end_reports_it(make, tmp_path, monkeypatch):
     from data.preparation.node import Node
 
     def finished_by_another(node, workers):
@@ -389,18 +391,18 @@ def test_a_rank_that_comes_when_all_is_finished_says_so(make, tmp_path, monkeypa
         make()
         raise FileNotFoundError(2, "No such file or directory")
 
-    said = []
+    logged = []
     monkeypatch.setattr(Node, "tokenize", finished_by_another)
-    assert make(said.append).folder == tmp_path / "prepared"
-    assert said[-1].endswith("prepared was finished by another rank.")
+    assert make(logged.append).folder == tmp_path / "prepared"
+    assert logged[-1].endswith("prepared was finished by another rank.")
 
 
-def test_an_empty_folder_for_unfinished_work_is_taken(make, tmp_path):
+def test_empty_partial_folder_is_used(make, tmp_path):
     (tmp_path / "prepared.partial").mkdir()
     assert make().splits["train"].num_documents > 300
 
 
-def test_names_and_keys_that_are_no_text_are_written_all_the_same(make, tmp_path):
+def test_names_and_keys_that_are_not_utf8_are_escaped(make, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / os.fsdecode(b"a\xff.jsonl")).write_text('{"text": "one"}\n{"text\\ud800": "x"}\n')
     prepared = make(input=(str(tmp_path / "in"),), on_error="quarantine", held_out=0.0)
@@ -408,7 +410,7 @@ def test_names_and_keys_that_are_no_text_are_written_all_the_same(make, tmp_path
     assert json.loads((prepared.folder / "quarantine.jsonl").read_text())["reason"] == "missing field"
 
 
-def test_token_files_of_others_become_shards_with_the_same_tokens(make, tmp_path, write_shard, tokenizer):
+def test_foreign_token_files_become_shards_with_the_same_tokens(make, tmp_path, write_shard, tokenizer):
     model = load_tokenizer(tokenizer)
     written = ["import json\n", "def f(x):\n", "return x"]
     documents = [[*model.encode(text), model.end_of_text] for text in written]
@@ -429,7 +431,7 @@ def test_token_files_of_others_become_shards_with_the_same_tokens(make, tmp_path
         make(input=(str(tmp_path / "foreign.idx"),), output=str(tmp_path / "foreign"))
 
 
-def test_a_document_longer_than_a_shard_is_a_shard(make, tmp_path):
+def test_document_longer_than_a_shard_becomes_its_own_shard(make, tmp_path):
     (tmp_path / "long.txt").write_text("a long text. " * 5000)
     (tmp_path / "short.txt").write_text("a short text")
     prepared = make(input=(str(tmp_path / "*.txt"),), shard_tokens=100, held_out=0.0)
@@ -437,7 +439,7 @@ def test_a_document_longer_than_a_shard_is_a_shard(make, tmp_path):
     assert texts(prepared, "train") == ["a long text. " * 5000, "a short text"]
 
 
-def test_filters_drop_and_count_and_keep_examples(make, corpus):
+def test_filters_drop_count_and_keep_examples(make, corpus):
     prepared = make(filters=FilterSettings(min_characters=100))
     assert prepared.manifest["dropped"]["min_characters"] == 1
     examples = json.loads((prepared.folder / "dropped.json").read_text())
@@ -456,23 +458,23 @@ def near_copies(number: int) -> list[str]:
 
 
 @pytest.mark.parametrize("which", ["held_out", "drop"])
-def test_no_held_out_document_nearly_equals_a_training_one_when_asked(make, tmp_path, which):
+def test_no_held_out_document_is_near_duplicate_of_a_training_one(make, tmp_path, which):
     pairs = [near_copies(number) for number in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for pair in zip(*pairs, strict=True) for text in pair))
     settings = {"input": (str(tmp_path / "a.jsonl"),), "held_out": 0.3, "unit_megabytes": 0.02}
     of = {text: number for number, pair in enumerate(pairs) for text in pair}
     plain = make(**settings, output=str(tmp_path / "plain"))
-    sides = {split: {of[text] for text in texts(plain, split)} for split in ("train", "validation")}
-    assert len(sides["train"] & sides["validation"]) > 20, "without asking they stand on both sides"
+    splits = {split: {of[text] for text in texts(plain, split)} for split in ("train", "validation")}
+    assert len(splits["train"] & splits["validation"]) > 20, "by default, near-duplicates are in both splits"
     prepared = make(**settings, near_duplicates=which)
-    sides = {split: [of[text] for text in texts(prepared, split)] for split in ("train", "validation")}
-    assert not set(sides["train"]) & set(sides["validation"]) and sides["validation"]
+    splits = {split: [of[text] for text in texts(prepared, split)] for split in ("train", "validation")}
+    assert not set(splits["train"]) & set(splits["validation"]) and splits["validation"]
     if which == "drop":
-        assert sorted(sides["train"] + sides["validation"]) == list(range(100))
-    assert prepared.manifest["dropped"]["near duplicate"] == 200 - len(sides["train"]) - len(sides["validation"])
+        assert sorted(splits["train"] + splits["validation"]) == list(range(100))
+    assert prepared.manifest["dropped"]["near duplicate"] == 200 - len(splits["train"]) - len(splits["validation"])
 
 
-def test_ids_past_two_bytes_are_stored_in_four(make, monkeypatch):
+def test_large_vocabularies_are_stored_as_int32(make, monkeypatch):
     monkeypatch.setattr("data.shards._UINT16_VOCAB_SIZE", 500)
     prepared = make()
     assert prepared.splits["train"].shards[0].tokens.dtype == np.int32
@@ -482,7 +484,7 @@ def test_ids_past_two_bytes_are_stored_in_four(make, monkeypatch):
 @pytest.mark.parametrize(
     "name, text_field", [("wikitext-2/valid.txt", "text"), ("csl-title/dev.tsv", "abstract"), ("multi30k-en-de/val.de", "text")]
 )
-def test_real_text_in_three_languages_comes_back(make, tmp_path, name, text_field):
+def test_real_text_in_three_languages_is_preserved(make, tmp_path, name, text_field):
     path = CORPORA / name
     if not path.exists():
         pytest.skip(f"{path} is not here: real text in English, Chinese and German")
@@ -500,7 +502,7 @@ def test_real_text_in_three_languages_comes_back(make, tmp_path, name, text_fiel
 
 
 @pytest.mark.parametrize(
-    "changes, sentence",
+    "changes, message",
     [
         ({"held_out": 0.999999}, "holds out all of them"),
         ({"held_out": 1.0}, r"^held_out is 1\.0; it must be at least 0 and below 1\.$"),
@@ -532,32 +534,34 @@ def test_real_text_in_three_languages_comes_back(make, tmp_path, name, text_fiel
         ({"held_out": -0.1, "workers": -1}, r"^held_out is -0\.1; .*\nworkers is -1; it must be at least 0\.$"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(make, tmp_path, changes, sentence):
-    with pytest.raises(UserError, match=sentence):
+def test_invalid_settings_are_refused(make, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
         make(**changes)
     assert not (tmp_path / "prepared").exists() and (changes.get("held_out") == 0.999999 or files(tmp_path) == {})
 
 
-def door(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+def run_script(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, REPOSITORY / "data/prepare.py", *arguments]
     return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
 
 
-def test_the_door_prepares_and_sums_up(corpus, tokenizer, tmp_path):
-    done = door("--input", str(corpus / "b.txt"), str(corpus / "a.jsonl.gz"), "--tokenizer", str(tokenizer), "--workers", "2", cwd=tmp_path)
+def test_script_prepares_and_prints_a_summary(corpus, tokenizer, tmp_path):
+    done = run_script(
+        "--input", str(corpus / "b.txt"), str(corpus / "a.jsonl.gz"), "--tokenizer", str(tokenizer), "--workers", "2", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "bytes per token" in done.stdout and "written to prepared" in done.stdout
     assert PreparedData(tmp_path / "prepared").splits["train"].num_documents > 180
 
 
-def test_the_door_says_a_mistake_in_one_sentence(tmp_path):
-    done = door("--input", "nowhere", cwd=tmp_path)
+def test_script_reports_a_user_error_without_traceback(tmp_path):
+    done = run_script("--input", "nowhere", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "--input nowhere: no such file.\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dataset_without_a_network_ends_in_one_sentence(tmp_path):
-    done = door("--dataset", "somebody/something:some_config", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+def test_dataset_without_network_is_a_user_error(tmp_path):
+    done = run_script("--dataset", "somebody/something:some_config", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     assert done.returncode == 2
     assert (
         done.stderr.startswith("--dataset somebody/something:some_config, split train, cannot be read: ") and done.stderr.count("\n") == 1
@@ -565,13 +569,13 @@ def test_a_dataset_without_a_network_ends_in_one_sentence(tmp_path):
     assert not (tmp_path / "prepared").exists() and not (tmp_path / "prepared.partial").exists()
 
 
-def test_an_output_that_may_not_be_written_is_named(make, tmp_path):
+def test_output_that_cannot_be_written_is_named(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/prepared cannot be written: Not a directory"):
         make(output=str(tmp_path / "file/prepared"))
 
 
-def test_the_settings_are_all_documented_and_all_recorded_or_known_to_change_nothing(make):
+def test_manifest_records_all_settings_that_change_the_result(make):
     recorded = make().manifest["settings"]
     left_out = {field.name for field in dataclasses.fields(PrepareSettings)} - set(recorded)
     assert left_out == {"output", "workers", "rank", "world_size", "unit_megabytes", "max_errors", "tokenizer", "end_of_text"}

@@ -1,4 +1,4 @@
-"""The door that shows what a rank read: the rows that training reads, and the text that was prepared."""
+"""data/show.py: it shows the rows that training reads, with the text that was prepared."""
 
 import ast
 import itertools
@@ -30,7 +30,7 @@ WORDS = ["--model.sequence_length", "24", "--batch.global_batch_size", "8", "--s
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[str, str]:
-    """Two prepared folders with one tokenizer, which has the marks of fill-in-the-middle."""
+    """Two prepared folders with one tokenizer, which has the special tokens of fill-in-the-middle."""
     root = tmp_path_factory.mktemp("show")
     dice = random.Random(3)
     texts = {"verse": [], "prose": []}
@@ -60,13 +60,13 @@ def shown(capsys, *words: str) -> list[str]:
 
 
 def rows_of(lines: list[str]) -> list[tuple[str, int, int]]:
-    """(source, epoch, sample) of every row that was shown."""
+    """Return (source, epoch, sample) of every row that was shown."""
     found = [re.fullmatch(r"micro-batch \d+, row \d+: (\S+), epoch (\d+), sample (\d+)", line) for line in lines]
     return [(row[1], int(row[2]), int(row[3])) for row in found if row]
 
 
 def texts_of(lines: list[str]) -> list[str]:
-    """The text of each row, put together from its documents; end of text and marks are left out."""
+    """Return the text of each row, joined from its documents, without special tokens."""
     rows: list[str] = []
     for line in lines:
         if line.startswith("micro-batch"):
@@ -79,7 +79,7 @@ def texts_of(lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 4), (2, 2)])
 @pytest.mark.parametrize("packing", ["packed", "best_fit"])
-def test_what_is_shown_is_what_training_reads(folders, capsys, world_size, micro_batch_size, packing):
+def test_shown_samples_are_those_that_training_reads(folders, capsys, world_size, micro_batch_size, packing):
     settings = SamplingSettings(folders, weights=(1, 3), packing=packing)
     sampling = open_sampling(open_folders(folders), settings, 24, True, seed=5)
     tokenizer = load_tokenizer(Path(folders[0]) / "tokenizer.model")
@@ -96,7 +96,7 @@ def test_what_is_shown_is_what_training_reads(folders, capsys, world_size, micro
             padding = [int(line.split()[0]) for line in lines if line.endswith("positions of padding")]
             assert padding == [count for count in (segments == 0).sum(axis=1).tolist() if count]
             places = sum(line.startswith("  ") and not line.startswith("    ") for line in lines) - len(padding)
-            assert places == segments.max(axis=1).sum(), "a line a document"
+            assert places == segments.max(axis=1).sum(), "one line a document"
             read += rows_of(lines)
         source, epoch, sample = Blend([one.num_samples for one in sampling.samples], (1, 3), 5).draw(np.arange(8 * step - 8, 8 * step))
         names = ["verse-prepared", "prose-prepared"]
@@ -104,8 +104,8 @@ def test_what_is_shown_is_what_training_reads(folders, capsys, world_size, micro
         assert sorted(read) == sorted(expected)
 
 
-def test_each_document_is_shown_with_its_place_and_the_tokens_that_were_taken(folders, capsys):
-    """All samples of an epoch of one source."""
+def test_documents_are_shown_with_their_place_and_tokens(folders, capsys):
+    """The test reads all samples of an epoch of one source."""
     prepared = open_folders(folders[:1])["verse-prepared"]
     stream = prepared.splits["train"]
     lengths = stream.shards[0].document_lengths().tolist()
@@ -122,7 +122,7 @@ def test_each_document_is_shown_with_its_place_and_the_tokens_that_were_taken(fo
             assert f"'verse {int(whole[1])}: " in text, "the text is that of the file"
 
 
-def test_fill_in_the_middle_is_visible(folders, capsys):
+def test_fill_in_the_middle_is_shown(folders, capsys):
     words = ["--data.fim_rate", "1", "--model.sequence_length", "64", "--model.document_mask"]
     show.main([folders[1], *WORDS, *words])
     lines = capsys.readouterr().out.splitlines()
@@ -135,7 +135,7 @@ def test_fill_in_the_middle_is_visible(folders, capsys):
     assert not any("<|fim" in text for place, text in documents if not place.endswith("middle"))
 
 
-def test_long_texts_are_cut_in_the_middle(folders, capsys):
+def test_long_texts_are_shortened_in_the_middle(folders, capsys):
     show.main([folders[1], *WORDS, "--characters", "10"])
     texts = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     assert any(len(text) == 15 and text[5:10] == " ... " for text in texts) and max(map(len, texts)) == 15
@@ -143,7 +143,7 @@ def test_long_texts_are_cut_in_the_middle(folders, capsys):
 
 @pytest.fixture
 def run(folders, tmp_path) -> Path:
-    """A run folder of two data-parallel ranks; of its run.json what shows what was read."""
+    """A run folder of two data-parallel ranks, with the part of run.json that decides which samples are read."""
     recipe = {
         "model": {"sequence_length": 32, "document_mask": True, "hidden_size": 64},
         "data": {"path": list(folders), "weights": [2, 1], "max_epochs": None, "packing": "best_fit", "fim_rate": 0.5, "vocab_size": 9},
@@ -155,7 +155,7 @@ def run(folders, tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
+def test_run_folder_gives_the_settings_that_decide_the_samples(run, folders, capsys):
     show.main(["--run", str(run), "--step", "3", "--rank", "1"])
     of_run = capsys.readouterr().out
     words = ["--data.weights", "2", "1", "--data.packing", "best_fit", "--data.fim_rate", "0.5", "--model.sequence_length", "32"]
@@ -168,7 +168,7 @@ def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
         (["--rank", "1"], "rank 1 (command line) must be below world_size 1 (default)."),
         (
@@ -194,18 +194,18 @@ def test_a_run_says_all_that_decides_what_was_read(run, folders, capsys):
         (["--data.path"], "data.path names no folder; give at least one folder."),
     ],
 )
-def test_a_mistake_is_one_sentence(folders, words, sentence):
+def test_invalid_show_settings_are_refused(folders, words, message):
     with pytest.raises(UserError) as refused:
         show.main([*([] if "--data.path" in words else [folders[0]]), *WORDS, *words])
-    assert str(refused.value) == sentence
+    assert str(refused.value) == message
 
 
-def test_a_mark_that_the_tokenizer_lacks_is_refused_with_the_nearest(folders):
+def test_unknown_fim_token_is_refused_with_the_nearest_one(folders):
     with pytest.raises(UserError, match=r'no special token "<\|fim_pre\|>"\. Did you mean "<\|fim_prefix\|>"'):
         show.main([folders[0], *WORDS, "--data.fim_rate", "0.1", "--data.fim_tokens", "<|fim_pre|>", *MARKS[1:]])
 
 
-def test_a_run_of_an_older_version_is_refused_with_what_it_lacks(run):
+def test_run_of_an_unsupported_older_version_is_refused(run):
     about = json.loads((run / "run.json").read_text())
     del about["recipe"]["data"]["packing"]
     (run / "run.json").write_text(json.dumps(about))
@@ -217,18 +217,18 @@ def test_a_run_of_an_older_version_is_refused_with_what_it_lacks(run):
 
 
 @pytest.mark.parametrize(("about", "kind"), [("[]", "TypeError"), ('{"recipe": {}}', "KeyError"), ("{", "JSONDecodeError")])
-def test_a_damaged_record_of_a_run_is_refused(run, about, kind):
+def test_damaged_run_json_is_refused(run, about, kind):
     (run / "run.json").write_text(about)
     with pytest.raises(UserError, match=rf"run\.json does not have the content that this version writes \({kind}"):
         show.main(["--run", str(run)])
 
 
-def test_changes_that_decide_what_is_read_are_told_first(run, capsys):
+def test_changes_that_decide_the_samples_are_shown_first(run, capsys):
     about = json.loads((run / "run.json").read_text())
     changes = [{"time": "Monday", "lines": ["optimizer.learning_rate: 0.0003 -> 0.001"]}]
     (run / "run.json").write_text(json.dumps(about | {"changes": changes}))
     show.main(["--run", str(run)])
-    assert capsys.readouterr().out.startswith("step 1, rank 0 of 2: "), "the rate decides nothing of it"
+    assert capsys.readouterr().out.startswith("step 1, rank 0 of 2: "), "the learning rate does not decide which samples are read"
     changes += [{"time": "Tuesday", "lines": ["seed: 1 -> 9", "train_steps: 4 -> 8"]}]
     changes += [{"time": "Wednesday", "lines": ["the data: a 12 -> b 34"]}]
     (run / "run.json").write_text(json.dumps(about | {"changes": changes}))
@@ -247,7 +247,7 @@ def test_changes_that_decide_what_is_read_are_told_first(run, capsys):
         ({"end_of_text": 7}, r"documents end with token 7, not \d+\."),
     ],
 )
-def test_folders_with_other_tokenizers_are_refused_by_name(folders, tmp_path, change, difference):
+def test_folders_with_different_tokenizers_are_refused_by_name(folders, tmp_path, change, difference):
     shutil.copytree(folders[1], tmp_path / "other")
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
     manifest["tokenizer"] |= change
@@ -256,8 +256,8 @@ def test_folders_with_other_tokenizers_are_refused_by_name(folders, tmp_path, ch
         open_folders([folders[0], str(tmp_path / "other")])
 
 
-def test_bytes_per_token_are_those_of_the_text_that_the_blend_reads(folders, tmp_path):
-    """A script that the tokenizer has not learnt is spelt byte by byte."""
+def test_bytes_per_token_follow_the_weights_of_the_blend(folders, tmp_path):
+    """Characters that the tokenizer was not trained on become one token a byte."""
     (tmp_path / "kanji.txt").write_text("".join(chr(0x4E00 + number) for number in range(2000)))
     tokenizer = f"{folders[0]}/tokenizer.model"
     prepare(PrepareSettings(input=(str(tmp_path / "kanji.txt"),), tokenizer=tokenizer, output=str(tmp_path / "kanji"), held_out=0.0))
@@ -270,7 +270,7 @@ def test_bytes_per_token_are_those_of_the_text_that_the_blend_reads(folders, tmp
         assert sampling.bytes_per_token == pytest.approx(expected)
 
 
-def test_a_folder_without_training_tokens_is_refused_by_name(folders, tmp_path):
+def test_folder_without_training_tokens_is_refused_by_name(folders, tmp_path):
     shutil.copytree(folders[0], tmp_path / "empty")
     manifest = json.loads((tmp_path / "empty" / "manifest.json").read_text())
     manifest["splits"]["train"] |= {"shards": []}
@@ -279,7 +279,7 @@ def test_a_folder_without_training_tokens_is_refused_by_name(folders, tmp_path):
         open_sampling(open_folders([folders[1], str(tmp_path / "empty")]), SamplingSettings(), 24, False, 1)
 
 
-def test_sources_are_called_by_as_much_of_their_path_as_tells_them_apart():
+def test_source_names_are_the_shortest_distinct_path_endings():
     assert names_of(["prepared"]) == ["prepared"]
     assert names_of(["a/web", "b/code/"]) == ["web", "code"]
     assert names_of(["a/x/prepared", "b/x/prepared"]) == ["a/x/prepared", "b/x/prepared"]
@@ -311,7 +311,7 @@ def labelled(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_shows_what_is_read_and_what_is_asked_for(labelled, capsys, objective):
+def test_every_objective_shows_its_inputs_and_targets(labelled, capsys, objective):
     lines = shown(capsys, labelled, *OBJECTIVES[objective])
     assert len(rows_of(lines)) == 8
     names = [line.split(":")[0].strip() for line in lines if line.startswith("    ")]

@@ -1,4 +1,4 @@
-"""Where documents come from: which files, in what order, cut into which units, and what is refused by name."""
+"""Corpora: which files are read, in which order, and how they are cut into units."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def embedded():
     return {document.source: document.text for document in embedded_documents()}
 
 
-def test_the_embedded_corpus_is_some_megabytes_of_source_and_documentation(embedded):
+def test_embedded_corpus_is_several_megabytes_of_code_and_documentation(embedded):
     assert 6e6 < sum(map(len, embedded.values())) < 30e6
     assert "class JSONDecoder" in embedded["json/decoder.py"]
     assert embedded["pydoc_data/topics.py:assert"].startswith('The "assert" statement\n***')
@@ -31,7 +31,7 @@ def test_the_embedded_corpus_is_some_megabytes_of_source_and_documentation(embed
     assert not [source for source in embedded if "_sysconfigdata" in source]
 
 
-def test_the_embedded_corpus_is_the_same_in_any_folder(embedded, tmp_path, monkeypatch):
+def test_embedded_corpus_does_not_depend_on_the_working_folder(embedded, tmp_path, monkeypatch):
     before = embedded_corpus()
     (tmp_path / "json").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def test_the_embedded_corpus_is_the_same_in_any_folder(embedded, tmp_path, monke
     assert again.names == list(embedded)
 
 
-def test_a_folder_is_read_whole_and_in_order(tmp_path):
+def test_folder_is_read_recursively_and_in_order(tmp_path):
     for name in (
         "b.txt",
         "a/z.md",
@@ -59,10 +59,10 @@ def test_a_folder_is_read_whole_and_in_order(tmp_path):
         (tmp_path / name).write_text(name)
     assert names(tmp_path) == ["a/y.py", "a/z.md", "a.txt", "b.txt", "c.parquet", "d.csv.gz", "e.arrow", "f.tsv", "g.ndjson"]
     others = find_files([str(tmp_path)])[1]
-    assert others == [f"{tmp_path}/a/.hidden.swp", f"{tmp_path}/image.png"], "and what is not read is named"
+    assert others == [f"{tmp_path}/a/.hidden.swp", f"{tmp_path}/image.png"], "files that are not read are returned too"
 
 
-def test_a_glob_takes_what_it_names_and_names_begin_behind_its_fixed_part(tmp_path):
+def test_glob_names_are_relative_to_its_fixed_part(tmp_path):
     for name in ("x/1/a.log", "x/2/a.log", "y/1/a.log"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(name)
@@ -70,28 +70,28 @@ def test_a_glob_takes_what_it_names_and_names_begin_behind_its_fixed_part(tmp_pa
     assert names(tmp_path / "y/1/a.log") == ["a.log"]
 
 
-def test_a_file_named_twice_is_read_once_and_belongs_to_the_input_that_names_it_first(tmp_path):
+def test_file_in_two_inputs_belongs_to_the_first(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (file,), _ = find_files([str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "a.txt")])
     assert (file.name, file.input_name, file.size) == ("a.txt", str(tmp_path), 4)
 
 
-def test_a_token_file_is_named_by_either_of_its_two(tmp_path, write_shard):
+def test_token_file_is_given_by_its_bin_or_idx(tmp_path, write_shard):
     write_shard([[1, 2]], name="tokens")
     assert names(tmp_path / "tokens.bin") == names(tmp_path / "tokens.idx") == names(tmp_path / "tokens.*") == ["tokens.idx"]
 
 
-def test_what_matches_nothing_is_refused(tmp_path):
+def test_input_without_files_is_refused(tmp_path):
     (tmp_path / "image.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"--input .*: no \.txt, .* in this folder"):
         find_files([str(tmp_path)])
     with pytest.raises(UserError, match=r"--input .*\.txt: no such file"):
         find_files([str(tmp_path / "*.txt")])
     with pytest.raises(UserError, match=r'--input "" is empty'):
-        find_files([""])  # a path of nothing would be the whole working folder
+        find_files([""])  # an empty path would be the whole working folder
 
 
-def test_small_files_make_one_unit_and_large_ones_several(tmp_path):
+def test_small_files_share_a_unit_and_large_files_are_cut(tmp_path):
     sizes = {"1.jsonl": 30, "2.jsonl": 50, "3.jsonl": 250, "4.txt": 300, "5.jsonl.gz": 60, "6.jsonl": 10}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(b"\n" * size)
@@ -101,7 +101,7 @@ def test_small_files_make_one_unit_and_large_ones_several(tmp_path):
         (Span(2, 0, 100),),
         (Span(2, 100, 200),),
         (Span(2, 200),),
-        (Span(3),),  # one document, which nobody can cut
+        (Span(3),),  # one document, which cannot be cut
         (Span(4, 0, 100),),
         (Span(5),),
     ]
@@ -112,7 +112,7 @@ def test_small_files_make_one_unit_and_large_ones_several(tmp_path):
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 300, 10**9])
-def test_the_units_of_tables_and_token_files_hold_every_record_once(tmp_path, write_shard, unit_bytes):
+def test_units_of_tables_and_token_files_cover_each_record_once(tmp_path, write_shard, unit_bytes):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"text": [str(n) for n in range(50)]}), tmp_path / "a.parquet", row_group_size=7)
@@ -125,16 +125,16 @@ def test_the_units_of_tables_and_token_files_hold_every_record_once(tmp_path, wr
     assert len(spans) == {1: 8 + 100, 10**9: 2}.get(unit_bytes, len(spans)) and len(spans) >= 2
 
 
-def test_the_beginning_is_taken_from_files_all_over_the_corpus(tmp_path):
+def test_sample_text_comes_from_files_across_the_corpus(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text(str(number) * (10 if number == 1 else 100))
     corpus = file_corpus([str(tmp_path)], TEXT)
     taken = "".join(corpus.sample_text(100, lambda texts: True))
-    assert [taken.count(str(number)) for number in range(4)] == [25, 10, 32, 33], "what a short file leaves goes to the later ones"
+    assert [taken.count(str(number)) for number in range(4)] == [25, 10, 32, 33], "the rest of a short file's share goes to the later files"
     assert "0" not in "".join(corpus.sample_text(100, lambda texts: "0" not in texts[0]))
 
 
-def test_a_datasets_folder_is_streamed_without_a_network(tmp_path):
+def test_local_dataset_is_streamed_without_network(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
     corpus = dataset_corpus(str(tmp_path), "train", TEXT)
     first, bad, last = corpus.rows()
@@ -144,18 +144,18 @@ def test_a_datasets_folder_is_streamed_without_a_network(tmp_path):
     assert [len(rows) for _, rows in corpus.blocks(1)] == [1, 2]
 
 
-def test_a_dataset_without_that_split_is_refused(tmp_path):
+def test_dataset_without_the_split_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(UserError, match="Bad split: test"):
         list(dataset_corpus(str(tmp_path), "test", TEXT).rows())
 
 
-def test_a_dataset_that_cannot_be_reached_is_refused_in_one_sentence(tmp_path):
+def test_unreachable_dataset_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^--dataset .*nowhere, split train, cannot be read: [^\n]*$"):
         list(dataset_corpus(str(tmp_path / "nowhere"), "train", TEXT).rows())
 
 
-def test_ten_thousand_files_are_cut_in_a_moment(tmp_path):
+def test_ten_thousand_files_are_cut_into_units_quickly(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     (file,), _ = find_files([str(tmp_path)])
     units = list(FileCorpus([file] * 10_000, TEXT).units(3000))

@@ -1,4 +1,4 @@
-"""Ended at any moment and started again: nothing is lost, nothing is done twice, and the bytes are those of a run that nobody disturbed."""
+"""A preparation that is stopped at any moment and started again loses nothing, and writes the bytes of an undisturbed one."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ from tests.ranks import REPOSITORY, clean_environment
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Some two megabytes of JSON Lines, and the tokenizer learnt from them; duplicates among them, and bad lines."""
+    """About two megabytes of JSON Lines with duplicates and an invalid line, and the tokenizer trained on them."""
     folder = tmp_path_factory.mktemp("corpus")
     texts = [document.text[:3000] for document in embedded_documents()]
     lines = [json.dumps({"text": text}) for text in texts + texts[:20]]
@@ -67,13 +67,13 @@ def start(corpus: Path, output: Path, workers: int, *more: str) -> subprocess.Po
 
 
 def children_of(pid: int) -> list[int]:
-    """Processes that a process of ours has started."""
+    """Return the ids of the processes that a process has started."""
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(word) for word in found.split()]
 
 
 def kill_until_done(corpus: Path, output: Path, kills: int, dice: random.Random) -> int:
-    """Start, and kill -9 at a random moment: the parent, or one of its workers. -> how often it was killed before it was done"""
+    """Start, and kill -9 the parent or a worker at a random moment, until it is done. Return the number of kills."""
     killed = 0
     longest = 1.2
     while True:
@@ -90,17 +90,17 @@ def kill_until_done(corpus: Path, output: Path, kills: int, dice: random.Random)
             return killed
         assert process.returncode in (-signal.SIGKILL, 1), said
         assert process.returncode != 1 or "A worker process died" in said, said
-        longest = min(3.0, longest * 1.1)  # so that later moments are met too
+        longest = min(3.0, longest * 1.1)  # so that later moments are reached too
 
 
-def test_killed_and_started_again_the_bytes_are_the_same(corpus, undisturbed, tmp_path):
+def test_output_is_the_same_after_kills_and_restarts(corpus, undisturbed, tmp_path):
     assert kill_until_done(corpus, tmp_path / "prepared", 4, random.Random(1)) > 0
     assert files(tmp_path / "prepared") == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
 
 
 @pytest.mark.slow
-def test_killed_forty_times_the_bytes_are_the_same(corpus, undisturbed, tmp_path):
+def test_output_is_the_same_after_forty_kills(corpus, undisturbed, tmp_path):
     dice, killed, rounds = random.Random(2), 0, 0
     while killed < 40:
         killed += kill_until_done(corpus, tmp_path / str(rounds), 10, dice)
@@ -111,7 +111,7 @@ def test_killed_forty_times_the_bytes_are_the_same(corpus, undisturbed, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nodes", [2, 3])
-def test_nodes_at_the_same_time_one_of_which_is_killed_give_the_same_bytes(corpus, undisturbed, tmp_path, nodes):
+def test_output_is_the_same_if_one_of_several_nodes_is_killed(corpus, undisturbed, tmp_path, nodes):
     ranks = [start(corpus, tmp_path / "prepared", 1, "--rank", str(rank), "--world_size", str(nodes)) for rank in range(nodes)]
     time.sleep(1.5)
     ranks[1].kill()
@@ -124,7 +124,7 @@ def test_nodes_at_the_same_time_one_of_which_is_killed_give_the_same_bytes(corpu
     assert files(tmp_path / "prepared") == undisturbed
 
 
-def test_workers_end_with_a_killed_parent(corpus, tmp_path):
+def test_workers_exit_when_their_parent_is_killed(corpus, tmp_path):
     process = start(corpus, tmp_path / "prepared", 2)
     deadline = time.monotonic() + 30
     while not (workers := children_of(process.pid)) or not list((tmp_path / "prepared.partial/units").glob("*.json")):
@@ -138,7 +138,7 @@ def test_workers_end_with_a_killed_parent(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_with_a_sentence_and_the_same_command_goes_on(corpus, undisturbed, tmp_path, sent, status):
+def test_signal_stops_with_a_message_and_the_same_command_resumes(corpus, undisturbed, tmp_path, sent, status):
     process = start(corpus, tmp_path / "prepared", 2)
     deadline = time.monotonic() + 30
     while not list((tmp_path / "prepared.partial/units").glob("*.json")):
@@ -153,7 +153,7 @@ def test_a_signal_ends_it_with_a_sentence_and_the_same_command_goes_on(corpus, u
     assert start(corpus, tmp_path / "prepared", 2).communicate(timeout=60) and files(tmp_path / "prepared") == undisturbed
 
 
-def test_a_disk_that_is_full_at_the_nth_write_stops_with_a_sentence_and_loses_nothing(corpus, undisturbed, tmp_path, monkeypatch):
+def test_full_disk_at_any_write_loses_nothing(corpus, undisturbed, tmp_path, monkeypatch):
     publish = data.files.publish_file
     left = 0
 
@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_at_the_nth_write_stops_with_a_sentence_and_loses_no
     done = attempts = 0
     while not (tmp_path / "prepared").exists():
         left, attempts = 14, attempts + 1
-        assert attempts < 100, "every attempt brings it on"
+        assert attempts < 100, "every attempt must make progress"
         try:
             prepare(settings, lambda line: None)
         except UserError as error:

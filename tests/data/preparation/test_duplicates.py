@@ -1,4 +1,4 @@
-"""Duplicates: exact ones as a set finds them, near ones as the Jaccard similarity of their shingles says."""
+"""Exact duplicates are those that a set finds; near-duplicates follow the Jaccard similarity of their shingles."""
 
 import hashlib
 import lzma
@@ -32,7 +32,7 @@ DIGESTS = st.tuples(st.sampled_from([0, 1, 2**63, 2**64 - 1]), st.sampled_from([
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    """Every step takes many ranges, slices and pieces."""
+    """Every step needs many ranges, slices and pieces."""
     monkeypatch.setattr(data.preparation.duplicates, "BYTES_AT_ONCE", 4096)
 
 
@@ -41,19 +41,19 @@ def digests(rows):
 
 
 def cut(values, sizes):
-    """Values as parts of these sizes, the last part taking the rest."""
+    """Cut values into parts of these sizes; the last part is the rest."""
     return [values[start:end] for start, end in pairwise([0, *np.cumsum(sizes), len(values)])]
 
 
 def some_texts(count, num_words=60, seed=0):
-    """Texts of random words: unrelated."""
+    """Return unrelated texts of random words."""
     draw = random.Random(seed)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2000)]
     return [" ".join(draw.choices(words, k=num_words)) for _ in range(count)]
 
 
 def changed(text, num_words, seed=0):
-    """A text with a few of its words replaced."""
+    """Return a text with a few of its words reindexed."""
     words = text.split(" ")
     for place in random.Random(seed).sample(range(len(words)), num_words):
         words[place] = f"other{place}"
@@ -69,30 +69,30 @@ def jaccard(one, other):
     return len(one & other) / len(one | other)
 
 
-def dropped_of(texts, which, held_out=(), similarity=0.8, gone=()):
-    """The places of the texts that go, all being in one part."""
-    flags = [np.isin(np.arange(len(texts)), list(places)) for places in (gone, held_out)]
+def dropped_of(texts, which, held_out=(), similarity=0.8, dropped=()):
+    """Return the indices of the texts that are dropped; all texts are in one part."""
+    flags = [np.isin(np.arange(len(texts)), list(places)) for places in (dropped, held_out)]
     (drop,) = near_duplicates([signatures(texts)], [flags[0]], [flags[1]], similarity, which)
     return np.flatnonzero(drop).tolist()
 
 
-def test_a_digest_is_blake2b_of_the_utf8_and_rows_of_them_read_as_numbers():
+def test_digest_is_blake2b_of_the_utf8_text():
     both = digest_of("Märchen") + digest_of("")
     assert both[:16] == hashlib.blake2b("Märchen".encode(), digest_size=16).digest()
     assert np.frombuffer(both, DIGEST)["low"][1] == int.from_bytes(digest_of("")[8:], "little")
 
 
 @given(rows=st.lists(DIGESTS, max_size=30))
-def test_sorted_digests_rise_and_know_where_they_stood(rows):
-    given_digests = digests(rows)
-    placed = sorted_digests(given_digests)
-    assert placed.tolist() == sorted((high, low, place) for place, (high, low) in enumerate(rows))
-    assert np.array_equal(given_digests[placed["index"]], placed[["high", "low"]].astype(DIGEST))
+def test_sorted_digests_keep_their_indices(rows):
+    unsorted = digests(rows)
+    indexed = sorted_digests(unsorted)
+    assert indexed.tolist() == sorted((high, low, place) for place, (high, low) in enumerate(rows))
+    assert np.array_equal(unsorted[indexed["index"]], indexed[["high", "low"]].astype(DIGEST))
 
 
 @given(rows=st.lists(DIGESTS, max_size=60), sizes=st.lists(st.integers(0, 20), max_size=4))
 @settings(**ONE_FIXTURE)
-def test_a_duplicate_is_what_a_set_has_seen_before(little_memory, rows, sizes):
+def test_exact_duplicates_match_a_set(little_memory, rows, sizes):
     parts = cut(rows, sizes)
     seen = set()
     expected = []
@@ -102,8 +102,8 @@ def test_a_duplicate_is_what_a_set_has_seen_before(little_memory, rows, sizes):
     assert [flags.tolist() for flags in found] == expected
 
 
-def test_duplicates_are_found_on_disk_in_little_memory(tmp_path, monkeypatch):
-    """Also where one text is half of the corpus, which no range can cut."""
+def test_exact_duplicates_of_memory_maps_need_little_memory(tmp_path, monkeypatch):
+    """One text is half of the corpus, and no range can divide it."""
     draw = np.random.default_rng(0)
     parts = []
     for number in range(3):
@@ -121,7 +121,7 @@ def test_duplicates_are_found_on_disk_in_little_memory(tmp_path, monkeypatch):
     assert peak < 300_000 + 2**20
 
 
-def test_equal_entries_estimate_the_jaccard_similarity_of_shingles():
+def test_equal_entries_estimate_jaccard_similarity():
     base = some_texts(1, num_words=200)[0]
     texts = [base, *(changed(base, number, number) for number in (1, 2, 4, 8, 16, 32)), *some_texts(3, seed=9)]
     entries = signatures(texts)
@@ -130,39 +130,39 @@ def test_equal_entries_estimate_the_jaccard_similarity_of_shingles():
         for other in range(len(texts)):
             true = jaccard(shingles(texts[one]), shingles(texts[other]))
             spread = (true * (1 - true) / 128) ** 0.5
-            assert abs((entries[one] == entries[other]).mean() - true) <= 4 * spread + 1e-9, "45 pairs: 4 deviations are rare enough"
+            assert abs((entries[one] == entries[other]).mean() - true) <= 4 * spread + 1e-9, "4 standard deviations, for 45 pairs"
 
 
-def test_the_estimate_holds_for_chinese_by_its_characters():
+def test_jaccard_estimate_for_chinese_uses_characters():
     base = "秦川雄帝宅，函谷壯皇居。綺殿千尋起，離宮百雉餘。連甍遙接漢，飛觀迥凌虛。雲日隱層闕，風煙出綺疎。"
     other = base.replace("雲日", "雲月")
     true = jaccard(shingles(base), shingles(other))
     one, two = signatures([base, other])
     assert 0.6 < true < 0.9
-    assert abs((one == two).mean() - true) < 0.15  # four deviations
+    assert abs((one == two).mean() - true) < 0.15  # four standard deviations
 
 
-def test_case_and_punctuation_do_not_count_and_short_texts_are_one_shingle():
+def test_signatures_ignore_case_and_punctuation():
     entries = signatures(["Über den, Wolken!", "über den wolken", "über den", "...", "!!!", ""])
     assert np.array_equal(entries[0], entries[1])
     assert all((entries[one] == entries[other]).mean() < 0.05 for one in range(2, 6) for other in range(one))
 
 
-def test_a_signature_depends_on_its_text_alone():
+def test_signature_depends_only_on_its_text():
     texts = ["", "a", *some_texts(6), "?", "b c d e f"]
     together = signatures(texts)
     assert np.array_equal(together, np.concatenate([signatures(texts[:3]), signatures([]), signatures(texts[3:4]), signatures(texts[4:])]))
 
 
-def test_signatures_are_those_of_every_machine_and_version():
-    """Where this fails, the library or a hash has changed, and folders prepared in part before and after do not fit together."""
+def test_signatures_are_the_same_on_every_machine():
+    """If this fails, the library or a hash has changed, and partly prepared folders cannot be resumed."""
     assert hashlib.sha256(signatures(["to be or not to be, that is the question", "雲日隱層闕"]).astype("<u4").tobytes()).hexdigest() == (
         "542d456f2dcf88dedd3bcb26105f91d4a49e1493b98eafbd792a5abffa6f4908"
     )
 
 
 @given(similarity=st.floats(0.06, 1.0))
-def test_bands_are_the_longest_that_find_a_pair_in_all_but_a_thousandth(similarity):
+def test_bands_are_the_longest_that_find_999_of_1000_pairs(similarity):
     bands, rows = bands_for(similarity)
 
     def chance(rows):
@@ -173,35 +173,35 @@ def test_bands_are_the_longest_that_find_a_pair_in_all_but_a_thousandth(similari
     assert rows == 128 or all(chance(longer) < 0.999 for longer in range(rows + 1, 129))
 
 
-def test_the_bands_of_common_similarities_by_hand():
+def test_bands_of_common_similarities():
     assert [bands_for(similarity) for similarity in (0.7, 0.8, 1.0)] == [(32, 4), (25, 5), (1, 128)]
 
 
 @pytest.mark.parametrize("similarity", [0.0, 0.01, -1.0, 1.01, float("nan"), float("inf")])
-def test_a_similarity_that_cannot_be_found_is_refused(similarity):
+def test_similarity_out_of_range_is_refused(similarity):
     with pytest.raises(UserError, match=r"must be from 0\.06 to 1"):
         bands_for(similarity)
 
 
-def test_of_near_duplicates_the_first_training_document_stays():
+def test_drop_keeps_the_first_training_document_of_a_cluster():
     a, b, c = some_texts(3)
     texts = [a, b, changed(a, 1), c, changed(b, 1), changed(a, 1, seed=1)]
     assert dropped_of(texts, "drop") == [2, 4, 5]
     assert dropped_of(texts, "drop", held_out=[0]) == [0, 4, 5]
     assert dropped_of(texts, "drop", held_out=[0, 2, 5]) == [2, 4, 5]
-    assert dropped_of(texts, "drop", gone=[0]) == [4], "without the first, the two copies of it are not alike enough"
+    assert dropped_of(texts, "drop", dropped=[0]) == [4], "without the first, its two copies are not similar enough"
 
 
-def test_only_held_out_copies_of_training_documents_go_when_so_asked():
+def test_held_out_drops_only_held_out_copies_of_training_documents():
     a, b, c = some_texts(3)
     texts = [a, changed(a, 1), b, changed(b, 1), c, changed(c, 1)]
     assert dropped_of(texts, "held_out", held_out=[0, 2, 3]) == [0]
-    assert dropped_of(texts, "held_out", held_out=[0, 2, 3], gone=[1]) == []
+    assert dropped_of(texts, "held_out", held_out=[0, 2, 3], dropped=[1]) == []
     assert dropped_of(texts, "held_out") == []
 
 
-def test_a_held_out_document_goes_through_its_cluster_too():
-    """Each is like the next, the last is not like the first, which alone is for training."""
+def test_held_out_document_is_dropped_through_its_cluster():
+    """Each text is similar to the next; the last is not similar to the first, which is the only training document."""
     chain = some_texts(1, num_words=120)
     for number in range(6):
         words = chain[-1].split(" ")
@@ -211,27 +211,27 @@ def test_a_held_out_document_goes_through_its_cluster_too():
 
 
 @pytest.mark.parametrize("which", ["drop", "held_out"])
-def test_the_answer_does_not_depend_on_parts_and_memory(monkeypatch, which):
+def test_near_duplicates_do_not_depend_on_parts_and_memory(monkeypatch, which):
     texts = some_texts(60)
     texts += [changed(text, number % 4, number) for number, text in enumerate(texts[:40])] + [texts[3]] * 30
     random.Random(1).shuffle(texts)
-    entries, gone, held_out = signatures(texts), np.arange(len(texts)) % 11 == 0, np.arange(len(texts)) % 3 == 0
-    (whole,) = near_duplicates([entries], [gone], [held_out], 0.8, which)
+    entries, dropped, held_out = signatures(texts), np.arange(len(texts)) % 11 == 0, np.arange(len(texts)) % 3 == 0
+    (whole,) = near_duplicates([entries], [dropped], [held_out], 0.8, which)
     assert 5 < whole.sum() < 70
     monkeypatch.setattr(data.preparation.duplicates, "BYTES_AT_ONCE", 4096)
-    in_parts = near_duplicates(*(cut(each, [1, 0, 50, 7]) for each in (entries, gone, held_out)), 0.8, which)
+    in_parts = near_duplicates(*(cut(each, [1, 0, 50, 7]) for each in (entries, dropped, held_out)), 0.8, which)
     assert [len(part) for part in in_parts] == [1, 0, 50, 7, len(texts) - 58]
     assert np.array_equal(np.concatenate(in_parts), whole)
 
 
-def test_no_parts_and_no_documents_have_no_duplicates():
+def test_empty_input_has_no_duplicates():
     assert exact_duplicates([]) == near_duplicates([], [], [], 0.8, "drop") == []
     nothing = np.zeros(0, np.bool_)
     assert len(near_duplicates([signatures([])], [nothing], [nothing], 0.8, "held_out")[0]) == 0
 
 
-def test_a_text_that_is_everywhere_takes_time_in_proportion():
-    """All pairs of these would be 1.8 thousand million comparisons of half a kilobyte."""
+def test_frequent_text_takes_linear_time():
+    """All pairs would be 1.8 billion comparisons of half a kilobyte."""
     entries = np.repeat(
         signatures(["Alle Rechte vorbehalten. Impressum und Datenschutz finden Sie unten auf jeder Seite."]), 60_000, axis=0
     )
@@ -241,7 +241,7 @@ def test_a_text_that_is_everywhere_takes_time_in_proportion():
 
 
 @pytest.mark.parametrize("num_documents", [2_000, 10_000, 40_000])
-def test_memory_is_a_constant_and_a_few_bytes_a_document(monkeypatch, num_documents):
+def test_near_duplicates_need_27_bytes_per_document(monkeypatch, num_documents):
     entries = np.random.default_rng(0).integers(0, 2**32, (num_documents, 128), np.uint32)
     none, last = np.zeros(len(entries), np.bool_), np.arange(len(entries)) == len(entries) - 1
     entries[-1] = entries[0]
@@ -264,8 +264,8 @@ def real_documents(corpus):
 
 
 @pytest.mark.parametrize("corpus", ["articles", "poems"])
-def test_no_held_out_document_of_a_real_corpus_stays_beside_its_copy(corpus):
-    """Every pair by brute force: nothing 0.1 more similar than asked stays, and what goes has something similar for training."""
+def test_near_duplicates_in_real_text_match_brute_force(corpus):
+    """Compare all pairs: no pair 0.1 above the limit is kept, and each dropped document has a similar training document."""
     texts = real_documents(corpus)
     draw = random.Random(0)
     for text in draw.sample(texts, 150):
@@ -274,7 +274,7 @@ def test_no_held_out_document_of_a_real_corpus_stays_beside_its_copy(corpus):
             characters[place] = draw.choice("春江花月夜" if corpus == "poems" else "abcde")
         texts.append("".join(characters))
     held_out = [place for place in range(len(texts)) if draw.random() < 0.2]
-    gone = set(dropped_of(texts, "held_out", held_out, similarity=0.7))
+    dropped = set(dropped_of(texts, "held_out", held_out, similarity=0.7))
     sets = [shingles(text) for text in texts]
     training = sorted(set(range(len(texts))) - set(held_out))
     holders = {}
@@ -287,12 +287,12 @@ def test_no_held_out_document_of_a_real_corpus_stays_beside_its_copy(corpus):
         return max((jaccard(sets[place], sets[other]) for other in others), default=0.0)
 
     best = {place: most_similar(place) for place in held_out}
-    assert sum(similarity >= 0.8 for similarity in best.values()) > 10, "else nothing is tested"
-    assert all(place in gone for place, similarity in best.items() if similarity >= 0.8)
-    assert all(best[place] >= 0.55 for place in gone), "0.15 below what was asked is four deviations"
+    assert sum(similarity >= 0.8 for similarity in best.values()) > 10, "otherwise nothing is tested"
+    assert all(place in dropped for place, similarity in best.items() if similarity >= 0.8)
+    assert all(best[place] >= 0.55 for place in dropped), "0.15 below the limit is four standard deviations"
 
 
-def test_texts_of_symbols_alone_are_not_all_one_text():
+def test_texts_without_words_have_different_signatures():
     texts = ["★★★★★", "★☆☆☆☆", "😀😁😂🤣😃", "！！！！！", "!!!!!", "?????", "     "]
     signed = signatures(texts)
     equal = (signed[:, None] == signed[None]).mean(axis=2)

@@ -1,4 +1,4 @@
-"""Filters: each limit by hand, at its border and beyond."""
+"""Each filter at its limit and beyond it."""
 
 import dataclasses
 
@@ -13,8 +13,8 @@ from data.ranges import range_complaints
 
 PROSE = "The old house stood at the end of the road. Nobody had lived there for years! Would they have come back?"
 
-# setting: (limit, a text that just keeps it, a text that just breaks it)
-BORDERS = {
+# setting: (limit, a text at the limit, a text just beyond it)
+BOUNDARIES = {
     "min_characters": (5, "häuse", "haus"),
     "max_characters": (5, "häuse", "häuser"),
     "min_words": (4, "one two\nthree  four", "one two three"),
@@ -36,24 +36,24 @@ BORDERS = {
 }
 
 
-def test_every_limit_is_tried_at_its_border():
-    assert list(BORDERS) == [field.name for field in dataclasses.fields(FilterSettings)]
+def test_every_limit_has_a_boundary_case():
+    assert list(BOUNDARIES) == [field.name for field in dataclasses.fields(FilterSettings)]
 
 
-@pytest.mark.parametrize("setting", BORDERS)
-def test_a_text_at_the_limit_stays_and_one_beyond_goes(setting):
-    limit, kept, dropped = BORDERS[setting]
+@pytest.mark.parametrize("setting", BOUNDARIES)
+def test_text_at_the_limit_is_kept_and_beyond_is_dropped(setting):
+    limit, kept, dropped = BOUNDARIES[setting]
     filters = FilterSettings(**{setting: limit})
     assert reason_to_drop(kept, filters) is None
     assert reason_to_drop(dropped, filters) == setting
 
 
-def test_the_first_limit_that_is_broken_is_the_reason():
+def test_reason_is_the_first_limit_exceeded():
     assert reason_to_drop("a {", FilterSettings(max_curly_brackets=0, min_words=3)) == "min_words"
     assert reason_to_drop("a b {", FilterSettings(max_curly_brackets=0, min_words=3)) == "max_curly_brackets"
 
 
-def test_what_was_published_keeps_prose_and_drops_what_it_is_for():
+def test_published_limits_keep_prose_and_drop_noise():
     gopher = FilterSettings(
         min_words=50,
         max_words=100_000,
@@ -86,9 +86,9 @@ def test_what_was_published_keeps_prose_and_drops_what_it_is_for():
 
 
 @given(text=st.text(alphabet="ab .#\n-…春。{", max_size=60))
-def test_shares_lie_between_nothing_and_all(text):
-    """The share of symbols apart, which is of words and can be larger."""
-    all_of_it = {name: 1.0 for name in BORDERS if name.startswith("max_") and isinstance(BORDERS[name][0], float)} | {
+def test_fractions_are_between_0_and_1(text):
+    """max_symbol_share is left out: it is relative to words and can be larger."""
+    all_of_it = {name: 1.0 for name in BOUNDARIES if name.startswith("max_") and isinstance(BOUNDARIES[name][0], float)} | {
         "min_alphabetic_share": 0.0
     }
     del all_of_it["max_symbol_share"]
@@ -96,7 +96,7 @@ def test_shares_lie_between_nothing_and_all(text):
 
 
 @given(text=st.text(alphabet="ab 春\n", min_size=1, max_size=40).filter(str.strip))
-def test_a_text_after_itself_repeats_half_of_its_lines(text):
+def test_doubled_text_repeats_half_of_its_lines(text):
     twice = text + "\n" + text
     for setting in ("max_repeated_lines", "max_repeated_line_characters"):
         assert reason_to_drop(twice, FilterSettings(**{setting: 0.49})) == setting
@@ -104,11 +104,11 @@ def test_a_text_after_itself_repeats_half_of_its_lines(text):
 
 
 @given(text=st.text(max_size=60))
-def test_no_limit_drops_nothing(text):
+def test_default_settings_drop_nothing(text):
     assert reason_to_drop(text, FilterSettings()) is None
 
 
-def test_what_is_not_asked_is_not_measured(monkeypatch):
+def test_limits_that_are_not_set_are_not_computed(monkeypatch):
     monkeypatch.setattr(data.preparation.filters, "Counter", None)
     assert reason_to_drop(PROSE, FilterSettings(min_words=3, max_repeated_lines=0.3)) is None
 
@@ -132,7 +132,7 @@ def test_a_minimum_above_its_maximum_is_found():
     assert FilterSettings().minimums_above_maximums() == [] == range_complaints(FilterSettings())
 
 
-def test_a_door_takes_limits_by_name():
+def test_limits_are_set_on_the_command_line():
     assert read_settings(FilterSettings, ["--min_words", "50", "--max_top_bigram", "0.2"], "") == FilterSettings(
         min_words=50, max_top_bigram=0.2
     )

@@ -1,4 +1,4 @@
-"""Records of every kind of file: a file cut anywhere gives what it gives whole, and a bad record costs itself alone."""
+"""Records of every format: a file cut anywhere gives the same records, and an invalid record is one problem."""
 
 import bz2
 import csv
@@ -26,7 +26,7 @@ TEXTS = ["one", "zwei\nZeilen", '"quoted", with\r\na line\'s end', "tab\tinside"
 
 
 def records(path, fields=None, cuts=()):
-    """What is read of a file in parts that meet at the cuts."""
+    """Return the records of a file, read in parts that are separated by the cuts."""
     reader = PartReader(fields or Fields("text"))
     ends = [*sorted(set(cuts)), None]
     return [found for start, end in zip([0, *ends[:-1]], ends, strict=True) for found in reader.read(path, start, end)]
@@ -73,7 +73,7 @@ KINDS = {
 
 @pytest.fixture(params=[(name, suffix) for name in KINDS for suffix in COMPRESS], ids="".join)
 def file(request, tmp_path):
-    """A file of each kind and compression that is cut by bytes, what reads it, and how many bytes it has uncompressed."""
+    """(path, fields, uncompressed bytes) of a file of each format and compression that is cut by bytes."""
     name, suffix = request.param
     write, fields = KINDS[name]
     content = write(name)
@@ -81,7 +81,7 @@ def file(request, tmp_path):
     return tmp_path / f"{name}{suffix}", fields, len(content)
 
 
-def test_each_kind_gives_its_texts(file):
+def test_each_format_gives_its_texts(file):
     path, fields, _ = file
     expected = {"a.tsv": [" ".join(text.split()) for text in TEXTS]}.get(path.name.partition(".tsv")[0] + ".tsv", TEXTS)
     found = texts(path, fields)
@@ -90,7 +90,7 @@ def test_each_kind_gives_its_texts(file):
 
 @given(data=st.data())
 @settings(**QUICK)
-def test_a_file_cut_anywhere_gives_what_it_gives_whole(file, data):
+def test_file_cut_anywhere_gives_the_same_records(file, data):
     path, fields, size = file
     cuts = data.draw(st.lists(st.integers(1, size + 50), max_size=6))
     assert records(path, fields, cuts) == records(path, fields)
@@ -104,7 +104,7 @@ def test_parts_can_be_read_in_any_order(file):
     assert earlier + later == records(path, fields)
 
 
-def test_the_end_of_a_file_is_told(file):
+def test_end_of_file_is_reported(file):
     path, fields, size = file
     reader = PartReader(fields)
     list(reader.read(path, 0, 10))
@@ -116,7 +116,7 @@ def test_the_end_of_a_file_is_told(file):
 
 @pytest.mark.parametrize("name, write", [("a.parquet", "parquet"), ("a.arrow", "stream"), ("b.arrow", "file")])
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_tables_give_their_rows_whole_and_in_parts(tmp_path, name, write, suffix):
+def test_tables_give_the_same_rows_whole_and_in_parts(tmp_path, name, write, suffix):
     table = pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS})
     buffer = io.BytesIO()
     if write == "parquet":
@@ -131,20 +131,20 @@ def test_tables_give_their_rows_whole_and_in_parts(tmp_path, name, write, suffix
     assert records(path, cuts=[1, 2]) == records(path)
 
 
-def test_a_pair_is_two_texts_and_a_label_may_be_a_number(tmp_path):
+def test_pair_is_two_texts_or_a_text_and_a_number(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"en": "one", "de": "eins", "label": 1}\n{"en": "two", "de": "zwei", "label": true}\n')
     assert [record for _, record in records(tmp_path / "a.jsonl", Fields("en", "de"))] == [("one", "eins"), ("two", "zwei")]
     labelled = [record for _, record in records(tmp_path / "a.jsonl", Fields("en", "label"))]
     assert labelled[0] == ("one", "1") and labelled[1].reason == "wrong type"
 
 
-def test_columns_can_be_named_where_the_file_does_not(tmp_path):
+def test_columns_name_the_fields_of_files_without_a_header(tmp_path):
     for name, row in (("a.csv", "good,1\n"), ("a.tsv", "good\t1\n")):
         (tmp_path / name).write_text(row)
         assert records(tmp_path / name, Fields("text", "label", columns=("text", "label"))) == [(0, ("good", "1"))]
 
 
-def test_a_format_that_is_given_counts_more_than_the_name(tmp_path):
+def test_given_format_overrides_the_suffix(tmp_path):
     (tmp_path / "part-0001").write_text('{"text": "one"}\n')
     assert texts(tmp_path / "part-0001", Fields("text", format="jsonl")) == ["one"]
     assert texts(tmp_path / "part-0001") == ['{"text": "one"}\n']
@@ -173,7 +173,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize("line, reason, message", BAD_LINES, ids=[reason for _, reason, _ in BAD_LINES])
-def test_a_bad_line_is_named_and_costs_itself_alone(tmp_path, line, reason, message):
+def test_invalid_line_is_one_problem(tmp_path, line, reason, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "two", "score": NaN}\n')
     (_, first), (place, problem), (_, last) = records(path)
@@ -194,13 +194,13 @@ def test_a_bad_line_is_named_and_costs_itself_alone(tmp_path, line, reason, mess
         (b"text,n\n,1\n", ["empty document"]),
     ],
 )
-def test_a_bad_row_costs_itself_alone(tmp_path, content, expected):
+def test_invalid_csv_row_is_one_problem(tmp_path, content, expected):
     (tmp_path / "a.csv").write_bytes(content)
     found = [record.reason if isinstance(record, Problem) else record[0] for _, record in records(tmp_path / "a.csv")]
     assert found == expected
 
 
-def test_bad_values_of_a_table_cost_their_rows_alone(tmp_path):
+def test_invalid_table_value_is_one_problem(tmp_path):
     column = pyarrow.array([b"one", b"\xff", None, b"", b"two"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     assert texts(tmp_path / "a.parquet") == ["one", "two"]
@@ -211,7 +211,7 @@ def test_bad_values_of_a_table_cost_their_rows_alone(tmp_path):
 
 @pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESS if suffix])
 @pytest.mark.parametrize("share", [0.5, 0.999])
-def test_what_stands_before_the_place_where_an_archive_is_cut_off_is_read(tmp_path, suffix, share):
+def test_records_before_the_end_of_a_truncated_archive_are_read(tmp_path, suffix, share):
     lines = [json.dumps({"text": os.urandom(500).hex()}) for _ in range(1000)]
     whole = COMPRESS[suffix]("\n".join(lines).encode())
     path = tmp_path / f"a.jsonl{suffix}"
@@ -222,19 +222,21 @@ def test_what_stands_before_the_place_where_an_archive_is_cut_off_is_read(tmp_pa
     assert share == 0.5 or suffix == ".bz2" or len(good) > 700  # bzip2 decompresses 900 kB at a time or none
     if suffix == ".gz":
         readable = zlib.decompressobj(wbits=31).decompress(path.read_bytes())
-        assert len(good) >= readable.count(b"\n") - 20  # what is behind the last full buffer of Python's reader is not given out
+        assert len(good) >= readable.count(b"\n") - 20  # Python's reader does not return the data after its last full buffer
     cuts = [100_000, 200_000, 300_000, 10**9]
-    assert [record for _, record in records(path, cuts=cuts)] == [record for _, record in [*good, (0, problem)]], "and it is said once"
+    assert [record for _, record in records(path, cuts=cuts)] == [record for _, record in [*good, (0, problem)]], (
+        "the problem is reported once"
+    )
 
 
-def test_the_record_before_the_place_where_an_archive_is_cut_off_is_not_lost(tmp_path):
+def test_last_record_before_damaged_bytes_is_read(tmp_path):
     one, other = (json.dumps({"text": text}).encode() + b"\n" for text in ("one", "other"))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(one + other) + b"rubbish")
     *good, (_, problem) = records(tmp_path / "a.jsonl.gz")
     assert [record for _, record in good] == [("one",), ("other",)] and problem.reason == "cut off or damaged"
 
 
-def test_a_damaged_row_group_costs_itself_alone_wherever_the_file_is_cut(tmp_path):
+def test_damaged_row_group_is_one_problem(tmp_path):
     texts_of = [f"{number:04d} " + os.urandom(200).hex() for number in range(400)]
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": texts_of}), path, row_group_size=50, compression="zstd")
@@ -248,7 +250,7 @@ def test_a_damaged_row_group_costs_itself_alone_wherever_the_file_is_cut(tmp_pat
     assert records(path, cuts=[1, 3, 4, 6]) == found
 
 
-def test_a_mark_of_utf8_at_the_beginning_is_no_text(tmp_path):
+def test_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,n\none,1\n")
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
     (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbftext\tn\none\t1\n")
@@ -257,7 +259,7 @@ def test_a_mark_of_utf8_at_the_beginning_is_no_text(tmp_path):
         assert texts(tmp_path / name) == ["one"], name
 
 
-def test_names_say_the_format_in_any_case_and_json_is_read_by_the_line(tmp_path):
+def test_suffix_ignores_case_and_json_is_read_by_line(tmp_path):
     for name in ("a.JSONL", "b.json", "c.Json.gz"):
         content = b'{"text": "one"}\n'
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -265,6 +267,6 @@ def test_names_say_the_format_in_any_case_and_json_is_read_by_the_line(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst", "a.txt.xz"])
-def test_what_is_no_such_file_is_named(tmp_path, name):
+def test_file_of_another_format_is_damaged(tmp_path, name):
     (tmp_path / name).write_bytes(b"nothing of the kind")
     assert reasons(tmp_path / name) == ["cut off or damaged"]

@@ -1,4 +1,4 @@
-"""The report: what a person reads in it is what the manifest and the counts say, and nothing in it reaches out."""
+"""The report shows the numbers of the manifest and the counts, and loads nothing from elsewhere."""
 
 import copy
 import re
@@ -33,7 +33,7 @@ def decode(ids):
 
 
 class Page(HTMLParser):
-    """The words of a page and its rows; fails where an element is closed that is not open, or stays open."""
+    """The words and the table rows of a page. It fails if elements are not closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -79,7 +79,7 @@ def changed(**values):
     return copy.deepcopy(MANIFEST) | values
 
 
-def test_the_numbers_of_the_manifest_can_be_read(page):
+def test_report_contains_the_manifests_numbers(page):
     read = Page(page())
     assert ["train", "1,200", "1,234,000", "5,000,000", "4.05", "2"] in read.rows
     assert ["validation", "34", "567", "2,000", "3.53", "1"] in read.rows
@@ -97,31 +97,31 @@ def test_the_numbers_of_the_manifest_can_be_read(page):
         assert words in read.text
 
 
-def test_pieces_are_shown_so_that_they_can_be_seen(page):
+def test_tokens_are_shown_as_visible_text(page):
     rows = Page(page()).rows
     pieces = [["z", "5", "923,330", "75 %"], ["e⏎", "2", "110,000", "8.9 %"], ["(part of a character)", "3", "100,000", "8.1 %"]]
-    assert [row for row in rows if row in pieces] == [*pieces, *pieces[:0:-1], pieces[0]], "by frequency, then the other way round"
+    assert [row for row in rows if row in pieces] == [*pieces, *pieces[:0:-1], pieces[0]], "by frequency, then in reverse order"
     assert ["␣the", "1", "3", "below 0.1 %"] in rows and ["(end of text)", "0", "1,234", "below 0.1 %"] in rows
 
 
-def test_a_dropped_text_is_shown_as_it_is_and_cut(page):
+def test_dropped_text_is_escaped_and_shortened(page):
     written = page()
     assert "<script>alert('&')</script>x" in Page(written).text
     assert "9,027 characters" in written
     assert len(re.findall("x{400}", written)) == 1
 
 
-def test_nothing_reaches_out_and_nothing_runs(page):
+def test_report_has_no_scripts_and_no_links(page):
     read = Page(page())
     assert read.tags.isdisjoint({"script", "link", "iframe", "object"})
     assert len(read.links) == 2 and all(link.startswith("data:image/svg+xml;base64,") for link in read.links)
 
 
-def test_the_same_bytes_come_out(page):
+def test_report_is_deterministic(page):
     assert page() == page()
 
 
-def test_an_empty_corpus_has_a_report(page):
+def test_empty_corpus_has_a_report(page):
     nothing = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
     given = {"given": "-", "files": 0, "documents": 0, "tokens": 0, "bytes": 0, "dropped": 0}
     empty = changed(splits={"train": nothing}, dropped={}, inputs=[given])
@@ -141,7 +141,7 @@ def test_large_vocabularies_and_many_inputs_stay_readable(page):
     assert ["960 others", "1,920", "576,000", "2,880", "2,400,960,000", "705,184,320", "3.40", "96 %", ""] in read.rows
 
 
-def test_what_is_odd_is_said_in_a_sentence():
+def test_unusual_facts_are_remarked():
     train = MANIFEST["splits"]["train"]
     odd = changed(
         splits={"train": train | {"bytes": 1_500_000}},
@@ -163,5 +163,5 @@ def test_what_is_odd_is_said_in_a_sentence():
     ]
 
 
-def test_nothing_is_said_of_an_ordinary_corpus():
+def test_ordinary_corpus_has_no_remarks():
     assert find_remarks(MANIFEST, np.full(100, 12_345), LENGTH_COUNTS, decode) == []
