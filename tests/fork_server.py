@@ -57,7 +57,7 @@ if __name__ == "__main__":
     processes.device_name()
     import torch._dynamo  # as torch's optimizers do when they are made
 
-    from launch.training import setup as start  # noqa: F401
+    from launch.training import assembly  # noqa: F401
 
     gc.freeze()
     sys.argv = serve()
