@@ -42,7 +42,7 @@ class Ready:
     """Settings of the run, with the micro-batch size and stages that follow from the number of ranks."""
     process: Process
     device: str
-    """"cuda" or "cpu"."""
+    """Type of the device, "cuda" or "cpu"."""
     layout: Layout
     merged_json: dict
     """DeepSpeed's JSON with every "auto" filled in."""
