@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how it was trained, and how the export was checked."""
+"""README.md of an exported model: its architecture, how it was trained, and how the export was checked."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from launch.checkpoints.run_record import data_paths, read_json, versions
 from model import huggingface
 from model.config import ModelConfig, count_parameters
 
-# Settings of a recipe that a reader wants to know where they are not zero, and what a card calls them.
+# Settings of a recipe that the card lists if they are not zero, and their names there.
 _NUMBERS = {
     "batch.global_batch_size": "sequences a step",
     "optimizer.learning_rate": "learning rate",
@@ -41,7 +41,7 @@ def model_card(opened: OpenedModel, name: str, average: int, dtype: torch.dtype,
     rows.append(
         ("weights", f"{str(dtype).removeprefix('torch.')}; read by transformers, logits differ from ours by at most {difference:.1e}")
     )
-    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {pipeline_tag}\ntags:\n- megabatch\n---\n\n"
         f"# {name}\n\n| | |\n|---|---|\n{table}\n\n"
@@ -78,9 +78,9 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
         rate = f", {numbers['data.mask_rate']:g} of the tokens" if "mask_rate" in OBJECTIVES[objective].own_settings else ""
         yield "objective", objective.replace("_", " ") + rate
         yield "optimizer", state.optimizer_name_in(manifest)
-        for setting, what in _NUMBERS.items():
+        for setting, label in _NUMBERS.items():
             if numbers.get(setting):
-                yield what, str(numbers[setting])
+                yield label, str(numbers[setting])
     if average == 1 and (loss := _validation_loss(opened.folder.parent.parent / "metrics.jsonl", opened.step)) is not None:
         yield "validation loss", f"{loss:.4f} nats a target token"
     yield "written by", ", ".join(f"{name} {number}" for name, number in manifest.get("versions", versions()).items())
@@ -89,7 +89,7 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
 
 
 def _validation_loss(metrics: Path, step: int) -> float | None:
-    """The last one up to a step."""
+    """Return the last validation loss up to a step; None if there is none."""
     found = None
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
         if re.search(r'"loss/validation": \d', line):

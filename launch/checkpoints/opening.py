@@ -1,4 +1,4 @@
-"""Whole weights out of a checkpoint; and a model from whatever a person points a door at."""
+"""Opening a model for any script: from a run folder, one checkpoint or an exported Hugging Face folder."""
 
 import contextlib
 import dataclasses
@@ -26,52 +26,52 @@ _MAPPED_BYTES_PER_FILE = 8 << 20
 
 @dataclasses.dataclass(frozen=True)
 class OpenedModel:
-    """What is known about a model on disk. Its weights are not read yet."""
+    """Model on disk whose weights are not loaded yet."""
 
     config: ModelConfig
     state: Mapping[str, Tensor]
-    """Parameter by name, whole, each read when it is asked for."""
+    """Whole parameters by name; each is read when it is accessed."""
     folder: Path
-    """The newest checkpoint, or the Hugging Face folder."""
+    """Folder of the newest checkpoint, or the Hugging Face folder."""
     tokenizer: Path | None
-    """Its tokenizer's file, where one lies beside it."""
+    """File of its tokenizer; None if the run or the folder has none."""
     step: int | None
-    """Of the checkpoint."""
+    """Step of the checkpoint; None for a Hugging Face folder."""
     recipe: dict
-    """What the run was told, as the checkpoint says; of a Hugging Face folder empty."""
+    """Settings of the run, from the checkpoint; empty for a Hugging Face folder."""
 
     @property
     def schemes(self) -> Mapping[str, Scheme]:
-        """How weights are quantized; empty where none is."""
+        """Quantization of each quantized weight, by parameter name."""
         return self.state.schemes if isinstance(self.state, huggingface.State) else {}
 
     @property
     def kv_cache(self) -> CacheScheme | None:
-        """As which codes keys and values are kept, if so."""
+        """Quantization of the keys and values in the cache; None if they are not quantized."""
         return self.state.kv_cache if isinstance(self.state, huggingface.State) else None
 
-    def refuse_quantized(self, asked: str) -> None:
-        """Raise UserError where weights are quantized, with what `asked` for others."""
+    def refuse_quantized(self, reason: str) -> None:
+        """Raise UserError, with the reason, if the model is quantized."""
         if self.schemes or self.kv_cache:
             kinds = in_words(self.schemes.values(), self.kv_cache)
-            raise UserError(f"{self.folder} is quantized ({kinds}): {asked}. Give the model that it was made from.")
+            raise UserError(f"{self.folder} is quantized ({kinds}): {reason}. Give the model that it was made from.")
 
     def start_token(self, tokenizer: Tokenizer) -> int:
-        """The id that a decoder behind an encoder begins with, as the run or the Hugging Face folder has it."""
+        """Token id with which the decoder of an encoder-decoder begins, from the run or the Hugging Face folder."""
         stated = huggingface.decoder_start(self.folder) if self.step is None else None
         return tokenizer.start_token_id(self.recipe.get("data", {}).get("start_token")) if stated is None else stated
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel(OpenedModel):
-    """A model read from disk, and what is known about it."""
+    """Opened model whose weights are loaded."""
 
     model: Transformer
-    """In float32 on the CPU, and in its eval mode; of a quantized folder with what the codes stand for, rounding what it says."""
+    """Network in float32 on the CPU, in eval mode. From a quantized folder: with dequantized weights, and rounding activations."""
 
 
 class AveragedState(Mapping[str, Tensor]):
-    """Parameter name -> float32 tensor, the mean over checkpoints, whatever layouts wrote them; each is read when it is asked for."""
+    """Parameter name -> float32 tensor: the mean over checkpoints of any layouts. Each tensor is read when it is accessed."""
 
     def __init__(self, folders: Sequence[Path]):
         self._folders = folders
@@ -81,7 +81,7 @@ class AveragedState(Mapping[str, Tensor]):
         self._most_mapped_bytes = max(64 << 20, _MAPPED_BYTES_PER_FILE * sum(len(list(folder.glob("*.safetensors"))) for folder in folders))
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._mapped_bytes > self._most_mapped_bytes:  # what was read counts as memory until files are closed
+        if self._mapped_bytes > self._most_mapped_bytes:  # pages that were read count as memory until the files are closed
             self._saved, self._mapped_bytes = [SavedState(folder) for folder in self._folders], 0
         total = self._saved[0].whole(name)
         for saved in self._saved[1:]:
@@ -97,22 +97,23 @@ class AveragedState(Mapping[str, Tensor]):
 
 
 def open_model(path: str, average: int = 1) -> OpenedModel:
-    """Find a run folder's newest whole checkpoint, one checkpoint in it, or a Hugging Face folder.
+    """Open the newest undamaged checkpoint of a run folder, one checkpoint, or a Hugging Face folder, without loading its weights.
 
-    `average`: the weights are the mean of those of the newest so many checkpoints of a run folder.
+    `average` is the number of newest checkpoints of a run folder whose mean the weights are. Raises UserError if there is no such model
+    or it is damaged.
     """
     folder = Path(path).resolve()
     if average < 1:
         raise UserError(f"--average is {average}; it must be at least 1.")
     is_checkpoint = (folder / checkpoint.MANIFEST).is_file()
     if average > 1 and (is_checkpoint or (folder / "config.json").is_file()):
-        raise UserError(f"--average {average} needs a run folder with so many checkpoints; {folder} holds one model.")
+        raise UserError(f"--average {average} needs a run folder with {average} checkpoints; {folder} is one model.")
     if (folder / "config.json").is_file() and not is_checkpoint:
         try:
             config, weights = huggingface.load(folder)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return _checked(OpenedModel(config, weights, folder, find_tokenizer(folder), None, {}))
+        return _with_own_tokenizer(OpenedModel(config, weights, folder, find_tokenizer(folder), None, {}))
     if is_checkpoint:
         if complaint := checkpoint.find_damage(folder):
             raise UserError(complaint)
@@ -124,20 +125,20 @@ def open_model(path: str, average: int = 1) -> OpenedModel:
         checkpoint.refuse_earlier_format(one, checkpoint.read_manifest(one))
     tokenizer = find_tokenizer(folders[0].parent.parent)
     config, recipe = ModelConfig(**manifest["model"]), manifest.get("recipe", {})
-    return _checked(OpenedModel(config, AveragedState(folders), folders[0], tokenizer, manifest["step"], recipe))
+    return _with_own_tokenizer(OpenedModel(config, AveragedState(folders), folders[0], tokenizer, manifest["step"], recipe))
 
 
 def load_model(path: str, average: int = 1) -> LoadedModel:
-    """Read the weights too, of what open_model finds."""
+    """Open a model as open_model does, and load its weights."""
     return load_weights(open_model(path, average))
 
 
 def load_weights(opened: OpenedModel) -> LoadedModel:
-    """Read the weights too."""
+    """Load the weights of an opened model."""
     model = Transformer.from_state(opened.config, opened.state)
     round_activations(model, opened.schemes, opened.kv_cache)
-    known = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
-    return LoadedModel(**known, model=model)
+    fields = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
+    return LoadedModel(**fields, model=model)
 
 
 def weights_bytes(opened: OpenedModel) -> int:
@@ -153,15 +154,15 @@ def weights_bytes(opened: OpenedModel) -> int:
     return sum(path.stat().st_size for path in opened.folder.glob("model*.safetensors"))
 
 
-def _checked(opened: OpenedModel) -> OpenedModel:
+def _with_own_tokenizer(opened: OpenedModel) -> OpenedModel:
     num_ids = 0
     if opened.tokenizer is not None:
-        with contextlib.suppress(UserError):  # who needs the tokenizer is told what is wrong with it
+        with contextlib.suppress(UserError):  # the error is raised again when the tokenizer is needed
             num_ids = load_tokenizer(opened.tokenizer).vocab_size
     if num_ids > opened.config.vocab_size:
         raise UserError(
-            f"{opened.tokenizer} has {num_ids:,} ids, more than the vocabulary of {opened.config.vocab_size:,} that the model in "
-            f"{opened.folder} has: it is another model's."
+            f"{opened.tokenizer} has {num_ids:,} ids, but the model in {opened.folder} has a vocabulary of {opened.config.vocab_size:,}: "
+            "it is the tokenizer of another model."
         )
     return opened
 
@@ -170,14 +171,16 @@ def _newest_in_run(folder: Path, average: int) -> list[Path]:
     root = folder / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give a run folder, a checkpoint in one, or an exported Hugging Face folder.")
-    say = functools.partial(print, file=sys.stderr)  # a door's own answer is what stands on standard output
-    newest = checkpoint.newest_undamaged(root, checkpoint.find_damage, say, may_rename=False)
+    report = functools.partial(print, file=sys.stderr)  # standard output has only the script's result
+    newest = checkpoint.newest_undamaged(root, checkpoint.find_damage, report, may_rename=False)
     if newest is None:
-        raise UserError(f"{folder} holds no checkpoint and no config.json; it is neither a run folder nor an exported model.")
+        raise UserError(f"{folder} has no checkpoint and no config.json: it is neither a run folder nor an exported model.")
     found = [newest]
     for older in checkpoint.published(root):
         if len(found) < average and checkpoint.step_of(older) < checkpoint.step_of(newest) and checkpoint.find_damage(older) is None:
             found.append(older)
     if len(found) < average:
-        raise UserError(f"--average {average}: {root} holds {len(found)} whole checkpoints; a run keeps as many as checkpoint.keep says.")
+        raise UserError(
+            f"--average {average}: {root} has {len(found)} undamaged checkpoints. A run keeps the newest checkpoint.keep of them."
+        )
     return found

@@ -1,4 +1,4 @@
-"""What a run folder holds besides its checkpoints, as every reader of a run needs it."""
+"""Files of a run folder next to its checkpoints: the recipe's data folders, the tokenizer, versions."""
 
 import json
 import platform
@@ -12,27 +12,28 @@ TOKENIZER_CONFIGURATION = "tokenizer_config.json"
 
 
 def read_json(path: Path) -> dict:
-    """What a file holds; nothing where there is none."""
+    """Return the contents of a JSON file; an empty dict if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def data_paths(recipe: dict) -> list[str]:
-    """The folders of data in a recipe that was written down; versions before blends wrote one, as text."""
+    """Data folders of a recorded recipe. Versions before blends recorded one folder as text."""
     path = recipe["data"]["path"]
     return [path] if isinstance(path, str) else path
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer in a folder, and behind it what its file does not hold."""
+    """Files of the tokenizer in a folder: its own file first, tokenizer_config.json last."""
     patterns = ("tokenizer.model", "tokenizer.json", "tiktoken.model", "*.tiktoken", TOKENIZER_CONFIGURATION)
     return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer in a folder."""
+    """File of the tokenizer in a folder; None if there is none."""
     return next((path for path in tokenizer_files(folder) if path.name != TOKENIZER_CONFIGURATION), None)
 
 
 def versions() -> dict[str, str]:
-    ours = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]  # it need not be installed, in a container
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed")} | {"megabatch": ours}
+    """Versions of Python, torch, DeepSpeed and Megabatch."""
+    megabatch = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]  # in a container it may not be installed
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed")} | {"megabatch": megabatch}

@@ -1,15 +1,15 @@
-"""What launchers add to a command line."""
+"""Arguments that launchers add to a command line."""
 
 from collections.abc import Sequence
 
 
 def without_local_rank(arguments: Sequence[str]) -> list[str]:
-    """The launcher adds --local_rank=N (torch's older one --local-rank=N); the environment says it too."""
-    words, kept = list(arguments), []
-    while words:
-        word = words.pop(0)
-        if word in ("--local_rank", "--local-rank"):
-            del words[:1]
-        elif not word.startswith(("--local_rank=", "--local-rank=")):
-            kept.append(word)
+    """Return the arguments without --local_rank=N (torch's older launcher: --local-rank=N), which the environment contains too."""
+    remaining, kept = list(arguments), []
+    while remaining:
+        argument = remaining.pop(0)
+        if argument in ("--local_rank", "--local-rank"):
+            del remaining[:1]
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
     return kept

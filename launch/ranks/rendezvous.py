@@ -76,7 +76,7 @@ def _open_store(host: str, port: int, process: Process, is_server: bool, deadlin
     """Open torch's store. In a thread, because its client waits for ever if another program listens at that port."""
     result: list = []
 
-    def open_it() -> None:
+    def create_store() -> None:
         timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
         # Rank 0 connects to its own server directly: MASTER_ADDR may lead to another machine.
         server = "localhost" if is_server else host
@@ -88,7 +88,7 @@ def _open_store(host: str, port: int, process: Process, is_server: bool, deadlin
     last_try_for_port = deadline - seconds / 3  # a run that has just ended may use the port for that long
     while True:
         result.clear()
-        thread = threading.Thread(target=open_it, daemon=True)
+        thread = threading.Thread(target=create_store, daemon=True)
         thread.start()
         thread.join(max(0.1, deadline - time.monotonic()))
         if result and not isinstance(result[0], Exception):

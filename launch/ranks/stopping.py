@@ -1,4 +1,4 @@
-"""How a rank stops: the signals that ask it to, and its last act."""
+"""How a rank stops: signals that request it, and the end of the process."""
 
 import contextlib
 import os
@@ -8,13 +8,14 @@ from typing import NoReturn
 
 
 class StopRequest:
-    """SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask to stop after the step in hand; a second SIGINT leaves at once.
+    """SIGINT, SIGTERM, SIGUSR1 and SIGHUP request a stop after the current step; a second SIGINT ends the process at once.
 
-    Made before anything slow: a rank that a signal ends while it starts costs the others their start.
+    Created before anything slow: if a signal ended one rank during start-up, the start of all others would fail too.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        """Name of the signal that requested a stop; None if there was none."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._note)
@@ -22,11 +23,11 @@ class StopRequest:
     def _note(self, number: int, frame) -> None:
         self.signal_name = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # not an exception of ours: a rank inside a collective would not see it
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # not an exception: it would not reach a rank that waits in a collective
 
 
 def exit_now(status: int) -> NoReturn:
-    """End this process now. Python's own end joins threads of C++ libraries, which now and then abort or hang there."""
+    """End this process without Python's clean-up, which joins threads of C++ libraries and sometimes aborts or hangs there."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -158,7 +158,7 @@ def test_average_of_checkpoints_is_exported(run):
     assert all(torch.allclose(tensor, (two[0][name] + two[1][name]) / 2, atol=1e-7) for name, tensor in mean.items())
     newest = open_model(str(folder))
     assert newest.step == 3 and all(torch.equal(newest.state[name], tensor) for name, tensor in two[1].items())
-    with pytest.raises(UserError, match=r"--average 4: .* holds 3 whole checkpoints"):
+    with pytest.raises(UserError, match=r"--average 4: .* has 3 undamaged checkpoints"):
         open_model(str(folder), average=4)
     with pytest.raises(UserError, match="--average 2 needs a run folder"):
         open_model(str(folder / "checkpoints" / checkpoint.folder_name(3)), average=2)
@@ -179,7 +179,7 @@ def test_shard_size_zero_is_refused(run):
 
 def test_tokenizer_of_another_model_is_refused(run):
     folder = run(10, vocab_size=599)
-    with pytest.raises(UserError, match="has 600 ids, more than the vocabulary of 599"):
+    with pytest.raises(UserError, match=r"has 600 ids, but the model in .* has a vocabulary of 599"):
         export.main([str(folder), "--output", str(folder.parent / "hf")])
 
 

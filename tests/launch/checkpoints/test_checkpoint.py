@@ -133,7 +133,7 @@ def test_every_missing_added_exchanged_or_unreadable_file_is_found_and_named(tmp
         (folder / name).unlink()
     assert find_damage(folder) is None
     shutil.move(earlier, tmp_path / "step_00000009")
-    assert find_damage(tmp_path / "step_00000009") == f"{tmp_path / 'step_00000009'} holds the checkpoint of step 4."
+    assert find_damage(tmp_path / "step_00000009") == f"{tmp_path / 'step_00000009'} contains the checkpoint of step 4."
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,8}\.pt", fullmatch=True), st.binary(max_size=200), max_size=5), st.integers(1, 7))
@@ -183,7 +183,7 @@ def test_where_none_is_whole_nothing_starts(tmp_path):
     for step in (1, 2):
         (save(tmp_path, step) / "rank_0.pt").unlink()
     for _ in range(2):  # the second time only *.corrupt are left
-        with pytest.raises(UserError, match=r"holds no whole checkpoint, .* will not start again from step 0 by itself"):
+        with pytest.raises(UserError, match=r"has no undamaged checkpoint, .* will not start again from step 0 by itself"):
             newest_undamaged(tmp_path, find_damage, lambda line: None)
 
 

@@ -309,7 +309,7 @@ def test_a_flipped_bit_is_refused_with_the_name_of_its_file(run, tmp_path):
     content[-5] ^= 4
     path.write_bytes(content)
     assert "rank_00002.safetensors is damaged" in refusal(path.parent, tmp_path / "whole")
-    assert "holds no whole checkpoint" in refusal(run, tmp_path / "whole")
+    assert "has no undamaged checkpoint" in refusal(run, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["0.weight", "10.weight"])

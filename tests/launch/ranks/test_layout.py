@@ -68,11 +68,12 @@ def test_the_ranks_that_share_a_sequence_differ_in_its_parts_alone():
 @pytest.mark.parametrize(
     "sizes, sentence",
     [
-        ((3, 2), "3 rank(s) do not divide into pipeline_stages 2. Nearest: 2 or 4 ranks."),
-        ((1, 4), "1 rank(s) do not divide into pipeline_stages 4. Nearest: 4 ranks."),
+        ((3, 2), "The number of ranks, 3, is not a multiple of pipeline_stages 2. Nearest: 2 or 4 ranks."),
+        ((1, 4), "The number of ranks, 1, is not a multiple of pipeline_stages 4. Nearest: 4 ranks."),
         (
             (10, 2, 2, 2),
-            "10 rank(s) do not divide into pipeline_stages 2 x tensor_parallel_size 2 x sequence_parallel_size 2. Nearest: 8 or 16 ranks.",
+            "The number of ranks, 10, is not a multiple of pipeline_stages 2 x tensor_parallel_size 2 x sequence_parallel_size 2. "
+            "Nearest: 8 or 16 ranks.",
         ),
         ((2, 1, 0), "tensor_parallel_size is 0; it must be at least 1."),
         ((2, -1, 1, 0), "pipeline_stages is -1; it must be at least 1.\nsequence_parallel_size is 0; it must be at least 1."),

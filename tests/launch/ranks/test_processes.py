@@ -125,7 +125,7 @@ def test_fewer_gpus_than_ranks_are_refused_and_a_gpu_that_srun_bound_is_taken(mo
     with_gpus(monkeypatch, 4)
     assert processes.device_index(Process(5, 8, 1, 4)) == 1
     with_gpus(monkeypatch, 1)
-    with pytest.raises(RankError, match=r"Rank 5 on .* and 1 GPU\(s\) are seen there: fewer devices than ranks"):
+    with pytest.raises(RankError, match=r"Rank 5 on .* has local rank 1 of 4, but its machine has 1 GPU\(s\): fewer devices than ranks"):
         processes.device_index(Process(5, 8, 1, 4))
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     assert processes.device_index(Process(5, 8, 1, 4)) == 0 and os.environ["LOCAL_RANK"] == "0"
@@ -136,7 +136,7 @@ def test_a_job_with_gpus_that_torch_does_not_see_does_not_go_on_on_the_cpu(monke
     monkeypatch.setattr(processes.torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(RankError, match=r"GPU 0,1 .*sees none"):
+    with pytest.raises(RankError, match=r"GPU 0,1 .*finds none"):
         processes.device_name()
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert processes.device_name() == "cpu"

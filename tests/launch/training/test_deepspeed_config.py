@@ -387,7 +387,7 @@ def test_different_stages_in_json_and_recipe_are_refused(refusal, in_json, in_re
 
 
 def test_ranks_that_do_not_divide_into_the_stages_are_refused(refusal):
-    assert refusal(PIPELINE, ranks=3) == ["3 rank(s) do not divide into pipeline_stages 2. Nearest: 2 or 4 ranks."]
+    assert refusal(PIPELINE, ranks=3) == ["The number of ranks, 3, is not a multiple of pipeline_stages 2. Nearest: 2 or 4 ranks."]
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,9 @@ def test_ranks_that_cannot_connect_report_it_soon(tiny):
 
     statuses, outputs = other_run.result()
     assert statuses == [1, 2]
-    assert "Rank 1 on n1 found another run at 127.0.0.1:" in outputs[1] and "its command has `nothing` and this one `--seed 2`" in outputs[1]
+    assert (
+        "Rank 1 on n1 found another run at 127.0.0.1:" in outputs[1] and "its command has `nothing` and this one `--seed 2`" in outputs[1]
+    )
     assert "Rank 1 of 2 ranks did not connect to rank 0" in outputs[0]
     assert time.monotonic() - begun < 90
 

@@ -239,8 +239,8 @@ def test_checkpoint_of_an_earlier_format_is_refused_by_name(run):
     run.record()
     run.save(10, by_this_version=False)
     assert run.refusal(allow_changes=True) == (
-        "RUN/checkpoints/step_00000010 was written by Megabatch before 0.2, in DeepSpeed's own files; "
-        "go on with that version, or train anew."
+        "RUN/checkpoints/step_00000010 was written by Megabatch before 0.2, in DeepSpeed's own files. "
+        "Resume with that version, or train again."
     )
 
 
