@@ -61,7 +61,7 @@ def _train(ready: Ready, stop: StopRequest) -> int:
     try:
         status = train(run)
     except RuntimeError as error:
-        error.add_note(f"in step {run.engine.step_in_hand + 1}")
+        error.add_note(f"in step {run.engine.current_step + 1}")
         raise
     if run.monitor:
         if status == 0:
@@ -126,7 +126,7 @@ def _load_weights(ready: Ready, engine: Engine, current_layout: dict) -> tuple[i
         return _load_checkpoint(ready, engine, [root / name for name in names], current_layout)
     if settings.init:
         weights = ready.initial or InitialWeights(settings.init, settings.model)  # None: this rank saw a checkpoint, rank 0 saw none
-        fingerprint = engine.begin_from(weights)
+        fingerprint = engine.start_from(weights)
         if ready.process.is_first:
             run_folder.record_initial_weights(settings, fingerprint)
     return 0, ""

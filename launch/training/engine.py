@@ -1,4 +1,4 @@
-"""DeepSpeed, behind a few verbs: train_step, validate, sample, save, load. Nothing else trains with it."""
+"""The engine: DeepSpeed with a few methods (train_step, validate, sample, save, load), through which everything else uses it."""
 
 import contextlib
 import dataclasses
@@ -6,9 +6,11 @@ import functools
 import hashlib
 import io
 import math
+import resource
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import deepspeed
 import torch
@@ -18,16 +20,15 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from data.command_line import UserError
 from data.sampling.batches import Batch, target_classes, target_tokens
-from launch.checkpoints import checkpoint, state
 from launch.checkpoints.initial import InitialWeights
+from launch.checkpoints.state import Region, ShardSlice, whole_region
 from launch.evaluation.score import Score
 from launch.evaluation.tasks.table import task_named
-from launch.ranks.collectives import CollectedError, Ranks
+from launch.ranks.collectives import Ranks
 from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, device_index, device_name
-from launch.training import parallel
+from launch.training import parallel, saving
 from launch.training.deepspeed_state import OptimizerState
 from launch.training.optimizers import optimizer_for
 from launch.training.optimizers.base import is_matrix
@@ -39,60 +40,55 @@ from model.compression.fake_quantization import fake_quantize
 from model.compression.grids import Grid
 from model.generation import generate
 from model.loss import Teaching
-from model.transformer import Block, Transformer, parameter_shapes
+from model.transformer import Block, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; the same on every rank but for the times."""
+    """The result of one optimizer step; the same on every rank, except `seconds`."""
 
     loss: float
-    """Mean nats per target token of the global batch, and beside it, where it has classes, per class; with smoothing, z-loss and what
-    a teacher says."""
+    """Mean training loss in nats per target token of the global batch; plus, with classes, the mean per class. It includes label
+    smoothing, z-loss and distillation."""
     gradient_norm: float
-    """Of the whole gradient, before clipping."""
+    """Norm of the whole gradient, before clipping."""
     skipped: bool
-    """A gradient was not finite: no weight was changed."""
+    """True if a gradient was not finite and no weight was changed."""
     stop_asked: bool
-    """Some rank was told to stop."""
+    """True if any rank was asked to stop."""
     loss_scale: float | None
-    """Under fp16."""
+    """Loss scale of fp16; None in other precisions."""
     seconds: dict[str, float]
-    """Of this rank, by part: forward, backward, optimizer; in a pipeline also passing: sending, receiving and waiting for both."""
+    """Seconds of this rank by part: forward, backward, optimizer; in a pipeline also passing (sending, receiving, and waiting for both)."""
 
 
 class Engine:
-    """A model that trains. One object stands for all ranks: every verb is called by every rank."""
+    """A model that trains under DeepSpeed. Every rank has this object, and every method is called by every rank."""
 
     def __init__(self, settings: RunSettings, merged_json: dict, process: Process, layout: Layout):
+        """Build the model and its optimizer as `merged_json`, DeepSpeed's completed JSON, and `layout` ask for."""
         self.config = settings.model
         self.process = process
         self.layout = layout
         self.device = torch.device(device_name(), device_index(process)) if device_name() == "cuda" else torch.device("cpu")
         self.ranks = Ranks(process, self.device)
         self.zero_stage = merged_json["zero_optimization"].get("stage", 0)
+        self.current_step = 0
         self._seed = settings.seed
         self._loss, self._distillation = settings.loss, settings.distillation
         self.task = task_named(settings.data.objective, settings.model.architecture)
-        self.step_in_hand = 0
-        self._micro_batches_seen: dict[int, int] = {}  # by each layer, in this step
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the pipeline's parts, and its memory use at every turn
+        self._micro_batches_seen: dict[int, int] = {}  # by layer, in the current step
+        optimizer = optimizer_for(settings.optimizer)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the pipeline's parts, and its memory use many times
             mpu = None
             if "tensor_parallel" in merged_json:
                 groups._init_tp_mesh_device(tensor_model_parallel_size=layout.tensor_parallel_size)
                 mpu = groups
             model = self._build(merged_json, settings.recompute, mpu)
-            if layout.sequence_parallel_size > 1:
-                parallel.spread_sequences(model, self.config.sequence_length, layout, process.rank)
-            for block in _blocks(model):
-                if settings.quantization.bits is not None:
-                    chosen = settings.quantization
-                    fake_quantize(block, Grid("int", chosen.bits, chosen.entries_per_scale, chosen.symmetric), chosen.activations)
-                if settings.compile:
-                    block.compile()
-            optimizer = optimizer_for(settings.optimizer)
+            self._change_modules(model, settings)
             built = optimizer.build(model)
-            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=built, config=merged_json, mpu=mpu)
+            # DeepSpeed's engine, of whose attributes few have types.
+            self._deepspeed: Any = deepspeed.initialize(model=model, optimizer=built, config=merged_json, mpu=mpu)[0]
         self._model = self._deepspeed.module
         if settings.hold_zeros:
             _hold_zeros(self._model)
@@ -102,31 +98,44 @@ class Engine:
             self._teacher = teacher.network(self.device, next(self._model.parameters()).dtype)
         for name, layer in self._model.named_children():
             if self.config.dropout and name.isdigit():
-                layer.register_forward_pre_hook(functools.partial(self._begin_stream, int(name)))
+                layer.register_forward_pre_hook(functools.partial(self._seed_dropout, int(name)))
         self._state = OptimizerState(self._deepspeed, optimizer, self._region_of, self._is_replica)
 
     def _build(self, merged_json: dict, recompute: bool, mpu: ModuleType | None) -> nn.Module:
+        """Return the model as DeepSpeed gets it; `mpu` has the groups of tensor parallelism, if any."""
         data_group = mpu.get_data_parallel_group() if mpu else None
         with deepspeed.zero.Init(config_dict_or_path=merged_json, enabled=self.zero_stage == 3, mpu=mpu, data_parallel_group=data_group):
             model = Transformer(self.config, self._seed, recompute)
-        for buffer in model.buffers():  # under ZeRO-3 DeepSpeed moves parameters only
+        for buffer in model.buffers():  # under ZeRO-3 DeepSpeed moves only parameters
             buffer.data = buffer.data.to(self.device)
         return model
 
+    def _change_modules(self, model: nn.Module, settings: RunSettings) -> None:
+        """Apply sequence parallelism, rounding of weights, and compilation to the modules that the settings ask for."""
+        if self.layout.sequence_parallel_size > 1:
+            parallel.split_sequences(model, self.config.sequence_length, self.layout, self.process.rank)
+        rounding = settings.quantization
+        for block in _blocks(model):
+            if rounding.bits is not None:
+                fake_quantize(block, Grid("int", rounding.bits, rounding.shared_by, rounding.symmetric), rounding.activations)
+            if settings.compile:
+                block.compile()
+
     @property
     def _computes_loss(self) -> bool:
+        """True if this rank has the model's outputs and computes the loss from them."""
         return True
 
     def teacher_fingerprint(self) -> str | None:
-        """A hash of the weights that are learnt from, the same on every rank; None without a teacher."""
+        """Return a hash of the teacher's weights, the same on every rank; None without a teacher."""
         if self._distillation.teacher is None:
             return None
         found = self.ranks.all_gather(fingerprint(self._teacher) if self._teacher is not None else None)
         return next(one for one in found if one is not None)
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int, stop_asked: bool = False) -> StepReport:
-        """One optimizer step on this data rank's micro-batches of global step `step`."""
-        self.step_in_hand, self._micro_batches_seen = step, {}
+        """Take optimizer step `step` on this data rank's micro-batches of it."""
+        self.current_step, self._micro_batches_seen = step, {}
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         micro_batches = [self._part_of(batch) for batch in micro_batches]
@@ -146,14 +155,14 @@ class Engine:
         )
 
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
-        """The loss of this rank (its mean over all ranks is the step's), the gradient norm, and whether the update was left out."""
+        """Return the loss of this rank (the mean over all ranks is the step's loss), the gradient norm, and True if no weight changed."""
         engine = self._deepspeed
         engine.train()
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:
             batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
             with watch.measure("forward"):
-                loss = self._training_loss(engine(*batch.inputs), self._labels_of_training(batch, divisors))
+                loss = self._training_loss(engine(*batch.inputs), self._training_labels(batch, divisors))
                 total += loss.detach()
             with watch.measure("backward"):
                 engine.backward(loss)
@@ -164,41 +173,43 @@ class Engine:
         return (float(total) / len(micro_batches), *self._norm_and_overflow())
 
     def _training_loss(self, outputs: Tensor | tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
-        """Of what _labels_of_training gives."""
+        """Return the loss of a micro-batch. `labels` are those of _training_labels, with the inputs if there is a teacher."""
         teaching = None
         if self._teacher is not None:
-            labels, inputs = labels[:2], labels[2:]
+            labels, inputs = labels[:2], labels[2:]  # a model with a teacher has no classes
             with torch.no_grad():
                 logits = self._teacher(*inputs)
             weights = self._distillation.kl_weight, self._distillation.cross_entropy_weight
             teaching = Teaching(logits, *weights, self._distillation.temperature)
         return self.task.training_loss(outputs, labels, self._loss.label_smoothing, self._loss.z_loss, teaching)
 
-    def _labels_of_training(self, batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """labels_of, and behind them the batch's inputs where there is a teacher to read them."""
+    def _training_labels(self, batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return labels_of a batch, followed by its inputs if a teacher needs them."""
         return labels_of(batch, divisors) + (batch.inputs if self._distillation.teacher else ())
 
     def _norm_and_overflow(self) -> tuple[float, bool]:
+        """Return the gradient norm of the last step, and True if it was not finite and the step was skipped."""
         norm = float(self._deepspeed.get_global_grad_norm())
         return norm, bool(getattr(self._deepspeed.optimizer, "overflow", False)) or not math.isfinite(norm)
 
     def validate(self, batches: Iterable[Batch]) -> Score:
-        """Of all data ranks' batches together; each gives equally many."""
+        """Return the score over the batches of all data ranks, which have the same number of batches."""
         self._deepspeed.eval()
         return self._over_ranks(self.task.measure(self._model, map(self._part_of, batches), self.device), self.layout.num_replicas)
 
-    def _over_ranks(self, mine: Score, num_replicas: int) -> Score:
-        """From each rank's share, which so many ranks have alike."""
-        summed = self.ranks.sum(list(dataclasses.astuple(mine)))
+    def _over_ranks(self, score: Score, num_replicas: int) -> Score:
+        """Return the sum of all ranks' scores, each of which `num_replicas` ranks have."""
+        summed = self.ranks.sum(list(dataclasses.astuple(score)))
         token_loss, tokens, class_loss, classes, right = (total / num_replicas for total in summed)
         return Score(token_loss, round(tokens), class_loss, round(classes), round(right))
 
     def sample(
         self, prompt: list[int], new_tokens: int, temperature: float, seed: int, vocab_size: int, source: list[int] | None = None
     ) -> list[int]:
-        """Token ids below `vocab_size` that follow `prompt`, always so many: under ZeRO-3 every rank must take every step.
+        """Return `new_tokens` generated token ids below `vocab_size` that follow `prompt`.
 
-        An encoder-decoder writes the target of `source` so, behind a prompt that is its start token.
+        Their number is fixed, because under ZeRO-3 every rank must run the model equally often. An encoder-decoder generates the
+        target of `source`; its prompt is the start token.
         """
         self._deepspeed.eval()
         tokens = torch.tensor([prompt], device=self.device)
@@ -219,88 +230,47 @@ class Engine:
         return [int(ids[0]) for ids in drawn]
 
     def _read(self, *inputs: Tensor, cache: KeyValueCache) -> Tensor:
-        """What `generate` asks for: logits [1, seq, vocab] of tokens that follow those in the cache."""
+        """Return logits [1, seq, vocab] of tokens that follow those in the cache, as `generate` needs them."""
         return self._model(*inputs, cache=cache)
 
     def save(self, root: Path, step: int, about: dict) -> str | None:
-        """Write and publish the checkpoint of `step`. Returns what went wrong, the same sentence on every rank, or None.
+        """Write and publish the checkpoint of `step`, whose manifest begins with `about`. Return the error message of any rank, or None.
 
-        A failure on any rank leaves what was there before, and the run can go on.
+        A failure on any rank leaves the checkpoints as they were, and training can continue.
         """
-        collected = CollectedError()
-        folder = root / f"{checkpoint.folder_name(step)}.tmp-{about['run_id']}"
-        if self.process.is_first:
-            collected.run(lambda: checkpoint.begin(root, step, about["run_id"]))
-        if error := self.ranks.first_error_of_any_rank(collected.message):
-            return error
-        collected.run(lambda: self._write(folder))
-        checksums = self._checksums()
-        if self.ranks.all_ranks(collected.message is None) and self.process.is_first:
-            counters = {"steps": self._state.steps, "loss_scaler": self._state.loss_scaler}
-            about = about | self._state.optimizer.record() | {"optimizer": counters, "checksums": checksums}
-            collected.run(lambda: checkpoint.publish(folder, step, about))
-        if (error := self.ranks.first_error_of_any_rank(collected.message)) and self.process.is_first:
-            checkpoint.discard(folder)
-        return error
-
-    def _write(self, folder: Path) -> None:
-        written = {}
-        if self._state.owned:
-            file = checkpoint.HashingFile(folder / f"rank_{self.process.rank:05d}.safetensors")
-            kinds = self._state.optimizer.kinds
-            state.write(file, self._state.owned, kinds, self._state.visit(self._state.owned))
-            written[file.path.name] = file.finish()
-        checkpoint.write_part(folder, self.process.rank, written)
-
-    def begin_from(self, weights: InitialWeights) -> str:
-        """Take weights of another model, before the first step; a hash of what all ranks have then. Raises UserError on every rank."""
-        collected = CollectedError()
-        collected.run(lambda: self._state.read(weights))
-        if error := self.ranks.first_error_of_any_rank(collected.message):
-            raise UserError(error)
-        self._state.resume(0, None)
-        return hashlib.sha256(repr(self._checksums()).encode()).hexdigest()
+        return saving.save(self._state, self.config, self.ranks, root, step, about)
 
     def load(self, folder: Path) -> None:
-        """Take weights, moments and loss scale from a checkpoint of any layout.
+        """Read weights, optimizer states and loss scale from a checkpoint of any layout.
 
-        Raises UserError where it does not hold this model, and RuntimeError where what is then in memory has other checksums than
-        what was saved; on every rank.
+        Raises, on every rank, UserError if it does not hold this model with this optimizer, and RuntimeError if the values in memory
+        then have other checksums than the saved values.
         """
-        manifest = checkpoint.read_manifest(folder)
-        collected = CollectedError()
-        collected.run(lambda: self._state.read(state.SavedState(folder)))
-        if error := self.ranks.first_error_of_any_rank(collected.message):
-            raise UserError(error)
-        self._state.resume(**manifest["optimizer"])
-        wrong = [name for name, sums in self._checksums().items() if sums != manifest["checksums"].get(name)]
-        if wrong:
-            raise RuntimeError(f"{folder} was read, but {len(wrong)} parameters have other checksums than were saved, {wrong[0]} first.")
+        saving.load(self._state, self.config, self.ranks, folder)
 
-    def _checksums(self) -> dict[str, list[int]]:
-        """Return the checksums of each parameter, one for each kind of tensor; the same on every rank."""
-        kinds = self._state.optimizer.kinds
-        rows = {name: row for row, name in enumerate(parameter_shapes(self.config))}
-        sums = torch.zeros(len(rows), len(kinds), dtype=torch.int64)
-        for shard_slice, tensors in self._state.visit(self._state.owned):
-            sums[rows[shard_slice.name]] += torch.tensor([state.checksum(tensors[kind], shard_slice) for kind in kinds])
-        sums = sums.to(self.device)
-        self.ranks.sum_in_place([sums])
-        return dict(zip(rows, sums.tolist(), strict=True))
+    def start_from(self, weights: InitialWeights) -> str:
+        """Read the weights of another model before the first step. Return a hash of the resulting weights, the same on every rank.
 
-    def _region_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], state.Region] | None:
-        """The whole shape of a parameter, and the part of it that this rank has, not counting what ZeRO cuts; None: not the model's."""
+        Raises UserError on every rank if a shape differs.
+        """
+        return saving.start_from(self._state, self.config, self.ranks, weights)
+
+    def _region_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], Region] | None:
+        """Return the whole shape of a parameter, and the region of it that this rank has before ZeRO divides it.
+
+        None if it is not a parameter of the model.
+        """
         return parallel.region_of(parameter, self.layout.tensor_rank(self.process.rank))
 
-    def _is_replica(self, shard_slice: state.ShardSlice, parameter: nn.Parameter) -> bool:
-        """Whether a checkpoint has these numbers from another rank."""
+    def _is_replica(self, shard_slice: ShardSlice, parameter: nn.Parameter) -> bool:
+        """True if another rank writes this slice into checkpoints."""
         rank, layout = self.process.rank, self.layout
-        on_all_tensor_places = shard_slice.region == state.whole_region(shard_slice.shape)
-        in_all_of_zero = self.zero_stage == 0 and rank // layout.tensor_parallel_size % layout.zero_size > 0
-        return in_all_of_zero or (on_all_tensor_places and layout.tensor_rank(rank) > 0)
+        is_whole = shard_slice.region == whole_region(shard_slice.shape)
+        is_zero_replica = self.zero_stage == 0 and rank // layout.tensor_parallel_size % layout.zero_size > 0
+        return is_zero_replica or (is_whole and layout.tensor_rank(rank) > 0)
 
     def _part_of(self, batch: Batch) -> Batch:
-        """The tokens and targets that this rank has of each sequence; segments stay whole, for attention sees them all."""
+        """Return this rank's part of the tokens and targets of each sequence. Segments stay whole, because attention needs them all."""
         if self.layout.sequence_parallel_size == 1:
             return batch
         size = batch.tokens.shape[1] // self.layout.sequence_parallel_size
@@ -308,32 +278,35 @@ class Engine:
         return batch.map(lambda tensor: tensor[:, start : start + size])._replace(segments=batch.segments)
 
     def memory_bytes(self) -> int:
-        """Peak memory of this rank: of its GPU's allocator, or, on a CPU, of the process."""
+        """Return the peak memory of this rank: of its GPU's allocator or, on a CPU, of the process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:
+        """Release DeepSpeed's resources and leave the process group."""
         self._deepspeed.destroy()
         dist.destroy_process_group()
 
-    def _begin_stream(self, layer: int, module: nn.Module, inputs: tuple) -> None:
-        """Before a layer is run in training: its dropout is a function of seed, step, micro-batch and layer, whatever the layout."""
+    def _seed_dropout(self, layer: int, module: nn.Module, inputs: tuple) -> None:
+        """Seed torch before a layer runs in training: its dropout depends on seed, step, micro-batch and layer, in every layout."""
         if module.training:
             seen = self._micro_batches_seen.get(layer, 0)
             self._micro_batches_seen[layer] = seen + 1
             micro_batch = seen * self.layout.data_parallel_size + self.layout.data_rank(self.process.rank)
-            torch.manual_seed(_stream(self._seed, self.step_in_hand, micro_batch, layer, self.layout.sequence_rank(self.process.rank)))
+            part = self.layout.sequence_rank(self.process.rank)
+            torch.manual_seed(_seed_from(self._seed, self.current_step, micro_batch, layer, part))
 
     def _plain_step(self) -> tuple[float, bool]:
-        """ZeRO-0 knows no gradient norm and would apply a NaN: measure it, and take the step without the update where it is one."""
+        """Take the step of ZeRO-0, which computes no gradient norm and would apply a NaN. Return the norm, and True if it is not finite.
+
+        In that case the step is counted, but the optimizer is not run.
+        """
         parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
-        cut = [parameter.grad for parameter in parameters if is_model_parallel_parameter(parameter)]
+        split = [parameter.grad for parameter in parameters if is_model_parallel_parameter(parameter)]
         whole = [parameter.grad for parameter in parameters if not is_model_parallel_parameter(parameter)]
-        gradients = whole + cut
-        squares = get_total_norm(whole) ** 2 / self.layout.tensor_parallel_size + get_total_norm(cut) ** 2
+        gradients = whole + split
+        squares = get_total_norm(whole) ** 2 / self.layout.tensor_parallel_size + get_total_norm(split) ** 2
         if self.layout.tensor_parallel_size > 1:
             dist.all_reduce(squares, group=groups.get_tensor_model_parallel_group())
         norm = float(squares.sqrt())
@@ -349,14 +322,15 @@ class Engine:
 
 
 def _blocks(model: nn.Module) -> list[Block]:
+    """Return all blocks of a model or of a stage."""
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
 def _hold_zeros(model: nn.Module) -> None:
-    """Weights of the blocks' linear layers that are exactly 0 get no gradient: without one, AdamW and its decay leave them 0.
+    """Set the gradient to 0 for weights of the blocks' linear layers that are exactly 0, so that optimizer and decay leave them 0.
 
-    Where weights are kept in bf16 or fp16, what is 0 in the optimizer's float32 is 0 there too. At its gradient's arrival ZeRO-3
-    still has a weight gathered.
+    A weight that is 0 in the optimizer's float32 is also 0 in the bf16 or fp16 that the model computes with. When the gradient of a
+    weight arrives, ZeRO-3 still has the weight gathered.
     """
     for block in _blocks(model):
         for weight in (parameter for parameter in block.parameters() if is_matrix(parameter)):
@@ -364,10 +338,10 @@ def _hold_zeros(model: nn.Module) -> None:
 
 
 def labels_of(batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What the loss is measured against: targets and classes, each with the number that its sum is divided by."""
+    """Return targets and, if there are any, classes, each followed by the divisor of its summed loss."""
     return (batch.targets, divisors[0]) + (() if batch.classes is None else (batch.classes, divisors[1]))
 
 
-def _stream(*place: int) -> int:
-    """A seed for torch from numbers."""
-    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "little") >> 1
+def _seed_from(*numbers: int) -> int:
+    """Return a seed for torch that depends on all the numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1

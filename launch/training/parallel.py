@@ -46,7 +46,7 @@ def region_of(parameter: nn.Parameter, place: int) -> tuple[tuple[int, ...], Reg
     return shape, tuple(region)
 
 
-def spread_sequences(model: nn.Module, sequence_length: int, layout: Layout, rank: int) -> None:
+def split_sequences(model: nn.Module, sequence_length: int, layout: Layout, rank: int) -> None:
     """Ulysses (Jacobs et al. 2023, arXiv 2309.14509): each rank has a part of every sequence, and in attention all of it for some heads.
 
     DeepSpeed is not told. To its optimizers a part of a sequence is a sample: told, 0.19.8 scales the gradients of ZeRO-3 by 1/size

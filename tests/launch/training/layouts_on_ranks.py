@@ -216,7 +216,7 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
     if job["load"]:
         engine.load(Path(job["load"]))
     if job["init"]:
-        engine.begin_from(InitialWeights(job["init"], settings.model))
+        engine.start_from(InitialWeights(job["init"], settings.model))
     reports, answers = [], {}
     for step in range(first, first + job["steps"]):
         batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size)

@@ -1,0 +1,93 @@
+"""How all ranks together write, publish and read the checkpoint of a run. Every function is called by every rank."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from data.command_line import UserError
+from launch.checkpoints import checkpoint, state
+from launch.checkpoints.initial import InitialWeights
+from launch.ranks.collectives import CollectedError, Ranks
+from launch.training.deepspeed_state import OptimizerState
+from model.config import ModelConfig
+from model.transformer import parameter_shapes
+
+
+def save(current: OptimizerState, config: ModelConfig, ranks: Ranks, root: Path, step: int, about: dict) -> str | None:
+    """Write and publish the checkpoint of `step`, whose manifest begins with `about`. Return the error message of any rank, or None.
+
+    A failure on any rank leaves the checkpoints as they were, and training can continue.
+    """
+    collected = CollectedError()
+    folder = root / f"{checkpoint.name_of(step)}.tmp-{about['run_id']}"
+    if ranks.is_first:
+        collected.run(lambda: checkpoint.begin(root, step, about["run_id"]))
+    if error := ranks.first_error_of_any_rank(collected.message):
+        return error
+    collected.run(lambda: _write(current, folder, ranks.process.rank))
+    checksums = _checksums(current, config, ranks)
+    if ranks.all_ranks(collected.message is None) and ranks.is_first:
+        counters = {"steps": current.steps, "loss_scaler": current.loss_scaler}
+        manifest = about | current.optimizer.record() | {"optimizer": counters, "checksums": checksums}
+        collected.run(lambda: checkpoint.publish(folder, step, manifest))
+    if (error := ranks.first_error_of_any_rank(collected.message)) and ranks.is_first:
+        checkpoint.discard(folder)
+    return error
+
+
+def load(current: OptimizerState, config: ModelConfig, ranks: Ranks, folder: Path) -> None:
+    """Read weights, optimizer states and loss scale from a checkpoint of any layout.
+
+    Raises, on every rank, UserError if it does not hold this model with this optimizer, and RuntimeError if the values in memory then
+    have other checksums than the saved values.
+    """
+    manifest = checkpoint.read_manifest(folder)
+    if state.kinds_in(manifest) != current.optimizer.kinds:
+        raise UserError(
+            f"{folder} holds the state of the optimizer {state.optimizer_name_in(manifest)}; this run uses {current.optimizer.name}."
+        )
+    _read(current, ranks, state.SavedState(folder))
+    current.resume(**manifest["optimizer"])
+    checksums = _checksums(current, config, ranks)
+    if wrong := [name for name, sums in checksums.items() if sums != manifest["checksums"].get(name)]:
+        raise RuntimeError(f"{folder} was read, but {len(wrong)} parameters have other checksums than were saved, for example {wrong[0]}.")
+
+
+def start_from(current: OptimizerState, config: ModelConfig, ranks: Ranks, weights: InitialWeights) -> str:
+    """Read the weights of another model before the first step. Return a hash of the resulting weights, the same on every rank.
+
+    Raises UserError on every rank if a shape differs.
+    """
+    _read(current, ranks, weights)
+    current.resume(0, None)
+    return hashlib.sha256(repr(_checksums(current, config, ranks)).encode()).hexdigest()
+
+
+def _write(current: OptimizerState, folder: Path, rank: int) -> None:
+    """Write the file of one rank, and its entry for the manifest."""
+    entries = {}
+    if current.owned:
+        file = checkpoint.HashingFile(folder / f"rank_{rank:05d}.safetensors")
+        state.write(file, current.owned, current.optimizer.kinds, current.visit(current.owned))
+        entries[file.path.name] = file.finish()
+    checkpoint.write_part(folder, rank, entries)
+
+
+def _read(current: OptimizerState, ranks: Ranks, saved: state.SavedState | InitialWeights) -> None:
+    collected = CollectedError()
+    collected.run(lambda: current.read(saved))
+    if error := ranks.first_error_of_any_rank(collected.message):
+        raise UserError(error)
+
+
+def _checksums(current: OptimizerState, config: ModelConfig, ranks: Ranks) -> dict[str, list[int]]:
+    """Return the checksums of each parameter, one for each kind of tensor; the same on every rank."""
+    kinds = current.optimizer.kinds
+    rows = {name: row for row, name in enumerate(parameter_shapes(config))}
+    sums = torch.zeros(len(rows), len(kinds), dtype=torch.int64)
+    for shard_slice, tensors in current.visit(current.owned):
+        sums[rows[shard_slice.name]] += torch.tensor([state.checksum(tensors[kind], shard_slice) for kind in kinds])
+    sums = sums.to(ranks.device)
+    ranks.sum_in_place([sums])
+    return dict(zip(rows, sums.tolist(), strict=True))
