@@ -1,4 +1,7 @@
-"""Tensor and sequence parallelism, laid over the finished model from outside: the layers know nothing of it."""
+"""Tensor and sequence parallelism, applied to the finished model. The layers do not know about it."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from deepspeed import set_autotp_mode
@@ -16,9 +19,12 @@ from model.positions import AbsolutePositions
 
 
 def split_matrices(model: nn.Module, size: int, group: dist.ProcessGroup) -> None:
-    """Tensor parallelism within the stages of a pipeline. In its JSON DeepSpeed would take the stages for data ranks."""
+    """Split the matrices of a pipeline stage among the tensor-parallel ranks of `group`.
+
+    Asked for it in its JSON, DeepSpeed would take the stages for data ranks.
+    """
     set_autotp_mode(training=True)
-    cutter = AutoTP(
+    splitter = AutoTP(
         module=model,
         all_reduce_linears=(),
         prefix="",
@@ -28,32 +34,35 @@ def split_matrices(model: nn.Module, size: int, group: dist.ProcessGroup) -> Non
         partition_config=AutoTPConfig.from_dict(PARTITION),
         training_mode=True,
     )
-    cutter.mp_group, cutter.mp_size = group, size
-    cutter._replace_module(model)
-    cutter.register_replicated_grad_hooks(model)
+    splitter.mp_group, splitter.mp_size = group, size
+    splitter._replace_module(model)
+    splitter.register_replicated_grad_hooks(model)
 
 
-def region_of(parameter: nn.Parameter, place: int) -> tuple[tuple[int, ...], Region]:
-    """The whole shape of a parameter, and the part of it that the rank at `place` in a tensor-parallel group has."""
-    about = getattr(parameter, DS_AUTOTP_UC_META, None)
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: before ZeRO-3 cut it
-    if not about or about["partition_dim"] is None:
+def region_of(parameter: Any, tensor_rank: int) -> tuple[tuple[int, ...], Region]:
+    """Return the whole shape of a parameter, and the region of it that a rank of a tensor-parallel group has.
+
+    DeepSpeed adds attributes to parameters, which have no types.
+    """
+    split = getattr(parameter, DS_AUTOTP_UC_META, None)
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: before ZeRO-3 divided it
+    if not split or split["partition_dim"] is None:
         return shape, whole_region(shape)
-    shape, cut = tuple(about["logical_shape"]), about["partition_dim"]
-    first = sum(about["partition_sizes"][:place])
+    shape, dimension = tuple(split["logical_shape"]), split["partition_dim"]
+    first = sum(split["partition_sizes"][:tensor_rank])
     region = [*whole_region(shape)]
-    region[cut] = first, first + about["partition_sizes"][place]
+    region[dimension] = first, first + split["partition_sizes"][tensor_rank]
     return shape, tuple(region)
 
 
 def split_sequences(model: nn.Module, sequence_length: int, layout: Layout, rank: int) -> None:
-    """Ulysses (Jacobs et al. 2023, arXiv 2309.14509): each rank has a part of every sequence, and in attention all of it for some heads.
+    """Apply Ulysses (Jacobs et al. 2023, arXiv 2309.14509): a rank has a part of each sequence, and in attention all of it for some heads.
 
-    DeepSpeed is not told. To its optimizers a part of a sequence is a sample: told, 0.19.8 scales the gradients of ZeRO-3 by 1/size
-    or not, by the path that a bucket takes, and ZeRO-1 in bf16 crashes.
+    DeepSpeed does not know about it: to its optimizers a part of a sequence is a sample. With its own setting, version 0.19.8 scales
+    some gradients of ZeRO-3 by 1/size, depending on the bucket, and ZeRO-1 in bf16 crashes.
     """
     size, place = layout.sequence_parallel_size, layout.sequence_rank(rank)
-    made = [(members, dist.new_group(members)) for members in layout.sequence_groups()]  # every rank makes every group
+    made = [(members, dist.new_group(members)) for members in layout.sequence_groups()]  # every rank must create every group
     group = next(group for members, group in made if rank in members)
     for module in model.modules():
         if isinstance(module, AbsolutePositions):
@@ -62,14 +71,15 @@ def split_sequences(model: nn.Module, sequence_length: int, layout: Layout, rank
             module.mix = _mix_over_ranks(module.mix, size, group)
 
 
-def _mix_over_ranks(mix, size: int, group: dist.ProcessGroup):
+def _mix_over_ranks(mix: Callable, size: int, group: dist.ProcessGroup) -> Callable:
+    """Return the attention `mix` with heads exchanged for parts of sequences among the ranks of `group` before and after it."""
     exchange = DistributedAttention(mix, group, scatter_idx=2, gather_idx=1)
 
     def mixed(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache=None, relative_table=None) -> Tensor:
-        assert relative_table is None, "a row of relative positions' table is a head's, and each rank has other heads"
+        assert relative_table is None, "a row of relative positions' table belongs to one head, and each rank has other heads"
         if cache is not None:  # generation: every rank has the whole text
             return mix(query, key, value, segments, cache)
-        if key.shape[2] < size:  # each rank needs a key
+        if key.shape[2] < size:  # each rank needs a key/value head
             key, value = (x.repeat_interleave(size // x.shape[2], dim=2) for x in (key, value))
         return exchange(query, key, value, 0, None, segments)
 

@@ -1,7 +1,7 @@
-"""The engine whose layers are spread over stages: DeepSpeed's pipeline over the same list of layers, the same loss, the same verbs."""
+"""The engine of a pipeline: its layers are divided among stages. It has the same list of layers, the same loss and the same methods."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
@@ -23,7 +23,8 @@ from model.layers import Stream
 from model.loss import IGNORED
 from model.transformer import layers, select_outputs
 
-_STAND_IN = "stand_in_"
+_PLACEHOLDER = "placeholder_"
+"""Beginning of the names of parameters that are not the model's."""
 PART_OF = {
     schedule.LoadMicroBatch: "forward",
     schedule.ForwardPass: "forward",
@@ -37,15 +38,16 @@ PART_OF = {
     schedule.ReduceGrads: "optimizer",
     schedule.OptimizerStep: "optimizer",
 }
-"""What each of DeepSpeed's instructions is timed as."""
+"""The part of a step as which each of DeepSpeed's instructions is timed."""
 
 
 def engine_for(layout: Layout) -> type[Engine]:
+    """Return the class of the engine for a layout."""
     return PipelinedEngine if layout.pipeline_stages > 1 else Engine
 
 
 class PipelinedEngine(Engine):
-    """Engine's verbs, carried out stage by stage."""
+    """The engine's methods, executed by pipeline stages."""
 
     def _build(self, merged_json: dict, recompute: bool, mpu: ModuleType | None) -> nn.Module:
         section = merged_json["pipeline"]
@@ -74,25 +76,25 @@ class PipelinedEngine(Engine):
         methods = type(engine)._INSTRUCTION_MAP
         engine._INSTRUCTION_MAP = {instruction: _timed(method, watch, PART_OF[instruction]) for instruction, method in methods.items()}
         for name, parameter in self._model.named_parameters():
-            if name.startswith(_STAND_IN):  # without a gradient, a stage whose weights all count elsewhere has no norm at all
+            if name.startswith(_PLACEHOLDER):  # a stage of which no parameter has a gradient would have no norm
                 parameter.grad = torch.zeros_like(parameter)
-        fed = ((batch.inputs, self._labels_of_training(batch, divisors)) for batch in micro_batches)
-        return (float(engine.train_batch(fed)), *self._norm_and_overflow())
+        data = ((batch.inputs, self._training_labels(batch, divisors)) for batch in micro_batches)
+        return (float(engine.train_batch(data)), *self._norm_and_overflow())
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> Score:
         batches = [self._part_of(batch) for batch in batches]
-        size = self._at_once or len(batches)
-        mine = Score()
-        for some in (batches[first : first + size] for first in range(0, len(batches), size)):
-            losses, _ = self._evaluate(some + [_nothing(some[0])] * (size - len(some)))
-            if losses:  # the last stage's
-                mine += self.task.score_of(torch.stack(losses).sum(dim=0), some)
-        return self._over_ranks(mine, self.layout.tensor_parallel_size)
+        size = self._evaluation_batches or len(batches)
+        total = Score()
+        for group in (batches[first : first + size] for first in range(0, len(batches), size)):
+            losses, _ = self._evaluate(group + [_padding_like(group[0])] * (size - len(group)))
+            if losses:  # this is the last stage
+                total += self.task.score_of(torch.stack(losses).sum(dim=0), group)
+        return self._over_ranks(total, self.layout.tensor_parallel_size)
 
     def _evaluate(self, batches: list[Batch], keep_outputs: bool = False) -> tuple[list[Tensor], tuple[Tensor, ...] | None]:
         """The sums of each of the batches and the outputs of the last one, on the last stage; elsewhere nothing."""
-        self._deepspeed.total_loss = None  # of training: a scalar, to which DeepSpeed would add
+        self._deepspeed.total_loss = None  # a scalar left by training, to which DeepSpeed would add
         evaluated = self._deepspeed.eval_batch(
             ((batch.inputs, labels_of(batch, [torch.ones((), device=self.device)] * 2)) for batch in batches),
             return_logits=keep_outputs,
@@ -105,45 +107,46 @@ class PipelinedEngine(Engine):
 
     @torch.no_grad()
     def _read(self, *inputs: Tensor, cache: KeyValueCache) -> Tensor:
-        """The logits behind the last token. A pipeline keeps no keys: everything so far is read again, in the shape of a micro-batch."""
-        *of_source, tokens, segments = inputs
+        """Return the logits after the last token. A pipeline has no cache: all tokens so far are read again, in a micro-batch's shape."""
+        *source, tokens, segments = inputs
         if cache.length:
-            tokens, segments = (torch.cat(both, dim=1) for both in zip(self._so_far, (tokens, segments), strict=True))
-        self._so_far = tokens, segments
+            tokens, segments = (torch.cat(both, dim=1) for both in zip(self._tokens_so_far, (tokens, segments), strict=True))
+        self._tokens_so_far = tokens, segments
         cache.length = length = tokens.shape[1]
-        empty = torch.zeros_like(self._shaped_like.segments)  # whole, where tokens and targets are a part of the sequence
-        batch = _nothing(self._shaped_like)._replace(tokens=empty, targets=torch.full_like(empty, IGNORED))
-        for whole, row in zip(batch.inputs, (*of_source, tokens, segments), strict=True):
+        empty = torch.zeros_like(self._shaped_like.segments)  # whole, whereas tokens and targets are this rank's part of the sequence
+        batch = _padding_like(self._shaped_like)._replace(tokens=empty, targets=torch.full_like(empty, IGNORED))
+        for whole, row in zip(batch.inputs, (*source, tokens, segments), strict=True):
             whole[:1, : row.shape[1]] = row
         batch = self._part_of(batch)
-        _, outputs = self._evaluate([batch] * (self._at_once or 1), keep_outputs=True)
+        _, outputs = self._evaluate([batch] * (self._evaluation_batches or 1), keep_outputs=True)
         row, rank = torch.zeros(self.config.vocab_size, device=self.device), self.process.rank
-        part, place = divmod(length - 1, batch.tokens.shape[1])
-        is_speaker = (self.layout.data_rank(rank), self.layout.sequence_rank(rank), self.layout.tensor_rank(rank)) == (0, part, 0)
-        if outputs is not None and is_speaker:
-            row.copy_(Stream.from_tensors(outputs).hidden[0, place])
+        part, position = divmod(length - 1, batch.tokens.shape[1])
+        has_logits = (self.layout.data_rank(rank), self.layout.sequence_rank(rank), self.layout.tensor_rank(rank)) == (0, part, 0)
+        if outputs is not None and has_logits:
+            row.copy_(Stream.from_tensors(outputs).hidden[0, position])
         self.ranks.sum_in_place([row])
         return row[None, None]
 
     @property
     def _computes_loss(self) -> bool:
-        last = 0 if isinstance(self._model, DualPipeVModule) else self.layout.pipeline_stages - 1  # DualPipeV's V ends where it begins
+        # The V of DualPipeV begins and ends on the first stage.
+        last = 0 if isinstance(self._model, DualPipeVModule) else self.layout.pipeline_stages - 1
         return self._deepspeed.stage_id == last
 
     @property
-    def _at_once(self) -> int | None:
-        """Micro-batches that an evaluation must have: DualPipeV finds its buffers with as many as in training alone (DeepSpeed 0.19.8)."""
+    def _evaluation_batches(self) -> int | None:
+        """Number of micro-batches of each evaluation, None for any: DualPipeV's buffers need as many as in training (DeepSpeed 0.19.8)."""
         return self._deepspeed.gradient_accumulation_steps() if isinstance(self._model, DualPipeVModule) else None
 
     def _region_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], Region] | None:
-        return None if name.startswith(_STAND_IN) else super()._region_of(name, parameter)
+        return None if name.startswith(_PLACEHOLDER) else super()._region_of(name, parameter)
 
     def _is_replica(self, shard_slice: ShardSlice, parameter: nn.Parameter) -> bool:
-        return parameter.ds_pipe_replicated or super()._is_replica(shard_slice, parameter)  # a tied module's second home
+        return parameter.ds_pipe_replicated or super()._is_replica(shard_slice, parameter)  # the second copy of a tied module
 
 
-class _Mended:
-    """What DeepSpeed's modules need for stages of any cut, and between any two layers."""
+class _AnyStages:
+    """Changes to DeepSpeed's pipeline modules, which allow a stage to have any layers and any tensors to pass between stages."""
 
     def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The layers of this stage. The pipeline's border: DeepSpeed passes plain tuples of tensors, the layers a Stream.
@@ -181,42 +184,46 @@ class _Mended:
         return tuple(whole)
 
     def _count_layer_params(self) -> list[int]:
-        """DeepSpeed builds every layer on every rank to count its parameters; shapes are enough for that."""
+        """Count parameters without their values: DeepSpeed would build every layer on every rank for it."""
         with torch.device("meta"):
             return super()._count_layer_params()  # type: ignore[misc]
 
     def _build(self) -> None:
-        """A stage may have matrices alone, or norms alone. ZeRO-1 sums the norms of one parameter group after the other over all
-        stages, and hangs where they have not equally many: each stage gets both kinds, if need be a zero that nothing uses.
+        """Build the layers of this stage, and give each stage both parameter groups, matrices and vectors.
+
+        ZeRO-1 sums gradient norms over all stages, one parameter group after the other, and hangs if a stage lacks one of the groups.
+        A stage without parameters of a kind gets one that is 0 and that nothing uses.
         """
         super()._build()  # type: ignore[misc]
-        self._sent: dict[int, Tensor] = {}  # places and shapes, by the layer before which the tuple passes
+        self._sent: dict[int, Tensor] = {}  # positions and shapes of the tensors, by the layer that receives them
         self._received: dict[int, list[tuple[int, list[int]]]] = {}
         for shape in ((1, 1), (1,)):
             if not any(min(own.dim(), 2) == len(shape) for own in self.parameters()):
                 parameter = nn.Parameter(torch.zeros(shape))
                 parameter.ds_pipe_replicated = False
-                self.register_parameter(f"{_STAND_IN}{len(shape)}", parameter)
+                self.register_parameter(f"{_PLACEHOLDER}{len(shape)}", parameter)
 
 
-class _Pipeline(_Mended, PipelineModule):
+class _Pipeline(_AnyStages, PipelineModule):
     pass
 
 
-class _DualPipeV(_Mended, DualPipeVModule):
+class _DualPipeV(_AnyStages, DualPipeVModule):
     pass
 
 
-def _nothing(like: Batch) -> Batch:
-    """Padding alone."""
+def _padding_like(like: Batch) -> Batch:
+    """Return a batch of the same shape that consists of padding."""
     padding = like.map(torch.zeros_like)
     classes = None if like.classes is None else torch.full_like(like.classes, IGNORED)
     return padding._replace(targets=torch.full_like(like.targets, IGNORED), classes=classes)
 
 
-def _timed(method, watch: Stopwatch, part: str):
-    def instruction(*arguments, **more):
+def _timed(method: Callable, watch: Stopwatch, part: str) -> Callable:
+    """Return a method that measures its time as `part`."""
+
+    def instruction(*arguments, **keywords):
         with watch.measure(part):
-            return method(*arguments, **more)
+            return method(*arguments, **keywords)
 
     return instruction

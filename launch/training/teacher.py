@@ -1,4 +1,4 @@
-"""The network that a run learns from with distillation.teacher, beside its targets."""
+"""The network that a run learns from with distillation.teacher, in addition to its targets."""
 
 import dataclasses
 import hashlib
@@ -15,44 +15,48 @@ from model.transformer import Transformer
 
 
 class Teacher:
-    """A model on disk whose word on the next token can be compared with this one's. Raises UserError where it cannot."""
+    """A model on disk whose distribution over the next token is comparable with that of the model in training."""
 
     def __init__(self, path: str, config: ModelConfig):
+        """Open the model at `path` for a run with `config`. Raises UserError if it cannot teach that run."""
         self.path = path
         self.opened: OpenedModel = opened(path)
-        self.opened.refuse_quantized("a teacher is not")
-        there, reason = self.opened.config, ""
+        self.opened.refuse_quantized("a teacher must not be")
+        its_config, reason = self.opened.config, ""
         for name in ("architecture", "vocab_size", "token_types"):
-            if getattr(there, name) != getattr(config, name):
-                reason = f"has {name} {getattr(there, name)}; this run has model.{name} {getattr(config, name)}, and they must be the same"
-        if there.sequence_length < config.sequence_length:
-            reason = f"reads {there.sequence_length} tokens at most; model.sequence_length is {config.sequence_length}"
-        if there.num_classes or config.num_classes or not there.token_head:
-            reason = "can teach tokens alone: neither it nor this run may have classes (model.num_classes), and it needs a head for tokens"
+            if getattr(its_config, name) != getattr(config, name):
+                reason = (
+                    f"has {name} {getattr(its_config, name)}; this run has model.{name} {getattr(config, name)}, and they must be the same"
+                )
+        if its_config.sequence_length < config.sequence_length:
+            reason = f"reads at most {its_config.sequence_length} tokens; model.sequence_length is {config.sequence_length}"
+        if its_config.num_classes or config.num_classes or not its_config.token_head:
+            reason = "can teach only tokens: neither it nor this run may have classes (model.num_classes), and it must have a token head"
         if reason:
             raise UserError(f"distillation.teacher {path} {reason}.")
-        # What of the other documents of a sample it sees is the run's to say.
+        # The run decides which other documents of a sample the teacher sees.
         of_run = {name: getattr(config, name) for name in ("document_mask", "prefix_attention")}
-        self.config = dataclasses.replace(there, dropout=0.0, **of_run)
+        self.config = dataclasses.replace(its_config, dropout=0.0, **of_run)
 
     def network(self, device: torch.device, dtype: torch.dtype) -> Transformer:
-        """With its weights, read one after the other; it learns nothing."""
+        """Return the network with its weights, read one after the other. It is not trained."""
         return Transformer.from_state(self.config, self.opened.state, device, dtype).requires_grad_(False)
 
     @property
     def tokenizer(self) -> Path | None:
+        """The tokenizer's file next to the model."""
         return self.opened.tokenizer
 
     def __str__(self) -> str:
         step = f" (step {self.opened.step:,})" if self.opened.step is not None else ""
         return (
             f"{self.path}{step}: {count_parameters(self.config):,} parameters; its forward pass adds "
-            f"{flops_per_token(self.config) / 3:,.0f} FLOPs a token, which the work does not count"
+            f"{flops_per_token(self.config) / 3:,.0f} FLOPs per token, which are not counted as work"
         )
 
 
 def fingerprint(network: Transformer) -> str:
-    """A hash of all weights."""
+    """Return a hash of all weights of a network."""
     sums = [
         (
             name,

@@ -48,8 +48,8 @@ def test_a_teacher_gives_its_models_logits_under_the_runs_document_mask(dense):
     ("changes", "reason"),
     [
         ({"vocab_size": 900}, "has vocab_size 800; this run has model.vocab_size 900, and they must be the same."),
-        ({"sequence_length": 64}, "reads 32 tokens at most; model.sequence_length is 64."),
-        ({"architecture": "encoder", "num_classes": 2}, "can teach tokens alone: "),
+        ({"sequence_length": 64}, "reads at most 32 tokens; model.sequence_length is 64."),
+        ({"architecture": "encoder", "num_classes": 2}, "can teach only tokens: "),
         ({"architecture": "encoder"}, "has architecture decoder; this run has model.architecture encoder, and they must be the same."),
     ],
 )
