@@ -1,7 +1,7 @@
-"""One rank of the equality tests: trains a tiny model under each job of a JSON list, answers with losses and gradient norms.
+"""One rank of the equality tests: trains a tiny model for each job of a JSON list and returns losses and gradient norms.
 
-A job is {"case": what to train and in which layout, "first": step, "steps": how many, "load": a checkpoint or null, "init": likewise,
-"save": a folder or null}.
+A job is {"case": the model and its layout, "first": first step, "steps": number of steps, "load": a checkpoint or null, "init": a
+model or null, "save": a folder or null}.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def model_config(case: dict) -> ModelConfig:
     return ModelConfig(**shape | case.get("model", {}))
 
 
-settings_of = functools.cache(read_run_settings)  # a parser takes longer to build than a small model
+settings_of = functools.cache(read_run_settings)  # building the parser takes longer than building a small model
 
 
 def run_settings(case: dict) -> RunSettings:
@@ -56,21 +56,21 @@ def run_settings(case: dict) -> RunSettings:
 
 
 def global_batch(step: int, config: ModelConfig) -> Batch:
-    """What the ranks share out at a step; a third of the targets are left out, unevenly over the samples."""
+    """Return the global batch of a step. A third of the targets are ignored, a different share of each sample."""
     generator = torch.Generator().manual_seed(step)
     length = TARGET_LENGTH if config.architecture == "encoder_decoder" else SEQUENCE
     drawn = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, length + 1), generator=generator)
     share = torch.linspace(0.0, 0.7, GLOBAL_BATCH)[:, None]
-    left_out = torch.rand((GLOBAL_BATCH, length), generator=generator) < share
-    batch = Batch(drawn[:, :-1], segments(length, generator), drawn[:, 1:].masked_fill(left_out, IGNORED))
+    ignored = torch.rand((GLOBAL_BATCH, length), generator=generator) < share
+    batch = Batch(drawn[:, :-1], segments(length, generator), drawn[:, 1:].masked_fill(ignored, IGNORED))
     if config.architecture == "decoder":
         return batch
     batch = batch._replace(segments=batch.segments.masked_fill(torch.arange(length) >= length - 1 - torch.arange(8)[:, None] % 3, 0))
     batch = batch._replace(targets=batch.targets.masked_fill(batch.segments == 0, IGNORED))
     if config.architecture == "encoder_decoder":
         source = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE), generator=generator)
-        of_source = segments(SEQUENCE, generator).masked_fill(torch.arange(SEQUENCE) >= SEQUENCE - torch.arange(8)[:, None] % 4, 0)
-        return batch._replace(source=source, source_segments=of_source)
+        source_segments = segments(SEQUENCE, generator).masked_fill(torch.arange(SEQUENCE) >= SEQUENCE - torch.arange(8)[:, None] % 4, 0)
+        return batch._replace(source=source, source_segments=source_segments)
     if not config.token_head:
         batch = batch._replace(targets=torch.full_like(batch.targets, IGNORED))
     if config.num_classes:
@@ -80,7 +80,7 @@ def global_batch(step: int, config: ModelConfig) -> Batch:
 
 
 def segments(length: int, generator: torch.Generator) -> torch.Tensor:
-    """Two documents in each sample [8, length], told apart where the model does so."""
+    """Return the segments of two documents in each sample.  [8, length]"""
     cuts = torch.randint(1, length, (GLOBAL_BATCH, 1), generator=generator)
     return 1 + (torch.arange(length) >= cuts).long()
 
@@ -91,7 +91,7 @@ def micro_batches(step: int, config: ModelConfig, layout: Layout, rank: int, siz
 
 
 def counts_of(batch: Batch) -> list[torch.Tensor]:
-    """How many targets and classes count."""
+    """Return the number of targets and, if there are any, of classes that are not ignored."""
     return [(labels != IGNORED).sum() for labels in (batch.targets, batch.classes) if labels is not None]
 
 
@@ -102,9 +102,9 @@ def rate(step: int, settings: RunSettings) -> float:
 def train_plain(
     case: dict, steps: int = 2 * STEPS, initial: dict[str, torch.Tensor] | None = None
 ) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
-    """The reference: one process, the whole batch at once, torch's own optimizer and clipping.
+    """Train the reference: one process, the whole batch at once, torch's own optimizer and clipping.
 
-    Losses and gradient norms of all steps, and the weights as they were after STEPS.
+    Return losses and gradient norms of all steps, and the weights after STEPS.
     """
     from launch.training.engine import labels_of
 
@@ -130,7 +130,7 @@ def train_plain(
     for step in range(steps):
         if step == STEPS:
             weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        if step == case.get("poison"):  # as if the step had never been asked for
+        if step == case.get("poison"):  # as if the step had not been taken
             history.append((float("nan"), float("nan")))
             continue
         batch = global_batch(step, settings.model)
@@ -157,7 +157,7 @@ def is_of_a_linear(name: str) -> bool:
 
 
 def rounded(model: Transformer, settings: RunSettings) -> dict[str, torch.Tensor]:
-    """Weights of linear layers on integers with a zero point, whose gradient is the weights' own."""
+    """Return the weights of linear layers rounded to integers with a zero point, with the gradient of unrounded weights."""
     chosen, weights = settings.quantization, {}
     for name, weight in model.named_parameters():
         if chosen.bits is not None and is_of_a_linear(name):
@@ -171,7 +171,7 @@ def rounded(model: Transformer, settings: RunSettings) -> dict[str, torch.Tensor
 
 
 def with_teacher(loss: torch.Tensor, outputs: torch.Tensor, taught: torch.Tensor, batch: Batch, settings: RunSettings) -> torch.Tensor:
-    """Hinton's formula, by torch's own functions."""
+    """Return the distillation loss by Hinton's formula, with torch's own functions."""
     chosen = settings.distillation
     ours, theirs = ((logits / chosen.temperature).log_softmax(dim=-1)[batch.targets != IGNORED] for logits in (outputs, taught))
     divergence = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
@@ -185,7 +185,7 @@ def build_engine(case: dict, process: Process):
     path = f"ds_configs/{case['json']}.json"
     written = read_deepspeed_json(path) if case["json"] != "zero0" else {"zero_optimization": {"stage": 0}}
     written["zero_optimization"] |= case.get("zero", {})
-    if "aio_bytes" in case:  # what is smaller stays in memory
+    if "aio_bytes" in case:  # smaller tensors stay in memory
         from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
 
         optimizer_utils.MIN_AIO_BYTES = partitioned_param_swapper.MIN_AIO_BYTES = written["aio"]["block_size"] = case["aio_bytes"]
@@ -199,10 +199,10 @@ def build_engine(case: dict, process: Process):
 
 
 @contextlib.contextmanager
-def poisoned(here: bool):
+def poisoned(on_this_rank: bool):
     """Make the loss on this rank NaN inside the context."""
     loss = Task.training_loss
-    if here:
+    if on_this_rank:
         Task.training_loss = staticmethod(lambda *arguments: loss(*arguments) * float("nan"))
     yield
     Task.training_loss = staticmethod(loss)
@@ -217,17 +217,17 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
         engine.load(Path(job["load"]))
     if job["init"]:
         engine.start_from(InitialWeights(job["init"], settings.model))
-    reports, answers = [], {}
+    reports, results = [], {}
     for step in range(first, first + job["steps"]):
         batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size)
         with poisoned(step == case.get("poison") and engine.layout.data_rank(process.rank) == 0):
             reports.append(engine.train_step(batches, rate(step, settings), step))
-        if case.get("samples") and step == 3:  # must leave nothing behind in the weights that ZeRO-3 gathered
+        if case.get("samples") and step == 3:  # must not change the weights that ZeRO-3 has gathered
             if settings.model.architecture != "encoder":
                 source = [5, 6, 7, 8, 9] if settings.model.architecture == "encoder_decoder" else None
-                answers["drawn"] = engine.sample([1, 2, 3], 4, 0.0 if source else 1.0, step, VOCABULARY, source)
+                results["drawn"] = engine.sample([1, 2, 3], 4, 0.0 if source else 1.0, step, VOCABULARY, source)
             score = engine.validate(batches)
-            answers["validated"] = [score.loss, score.tokens, score.classes, score.right]
+            results["validated"] = [score.loss, score.tokens, score.classes, score.right]
             first = engine.validate(batches[:1])
             assert 0 < first.token_loss < score.token_loss and 0 < first.tokens < score.tokens
     assert [step for step, report in enumerate(reports) if report.skipped] == [step for step in [case.get("poison")] if step is not None]
@@ -236,7 +236,7 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
         about = {"run_id": "test", "layout": {"world_size": process.world_size}, "model": dataclasses.asdict(settings.model)}
         complaint = engine.save(root, STEPS, about)
         assert complaint is None, complaint
-    return answers | {"history": [(report.loss, report.gradient_norm) for report in reports]}
+    return results | {"history": [(report.loss, report.gradient_norm) for report in reports]}
 
 
 def main() -> None:
@@ -248,14 +248,14 @@ def main() -> None:
     torch.set_num_threads(1)
     process = find_process()
     initialize_communication(process, connect(process, 30, sys.argv), 600)
-    answers = []
-    gc.freeze()  # what was imported stays; to walk it at every collection is a tenth of the work
+    results = []
+    gc.freeze()  # imported objects stay; visiting them at every collection would take a tenth of the time
     for job in json.loads(sys.argv[1]):
         start = time.perf_counter()
-        answers.append(train_under_deepspeed(job, process))
+        results.append(train_under_deepspeed(job, process))
         print(f"{time.perf_counter() - start:.1f} s: {job['case']}", flush=True)
-        groups._release_process_group_references()  # of this engine's layout; a run has one engine, these ranks have many
-    answer(answers)
+        groups._release_process_group_references()  # they belong to this engine's layout; a run has one engine, these ranks have many
+    answer(results)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
