@@ -35,8 +35,8 @@ class HashingFile:
         self._hasher = ThreadPoolExecutor(1)  # hashing takes as long as writing, and does not need the interpreter
         self.bytes = 0
 
-    def write(self, data: bytes) -> int:
-        """Append bytes (any buffer); return their number."""
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes; return their number."""
         view = memoryview(data)
         hashed = self._hasher.submit(self._hash.update, view)
         try:

@@ -41,7 +41,7 @@ class Conversion:
     """Time to verify, read and write, until everything was on the disk."""
 
 
-def convert(folder: Path, output: Path, file_bytes: float, log: Callable[[str], object]) -> Conversion:
+def convert(folder: Path, output: Path, file_bytes: float, log: Callable[[str], None]) -> Conversion:
     """Write the checkpoint at `folder` (or the newest of a run) into a new run folder, in files of at most `file_bytes`.
 
     Raises UserError if it cannot be converted, if possible before any file is read, and if a checksum differs; then nothing is written.
@@ -92,7 +92,7 @@ def _refuse_output(output: Path) -> None:
         raise UserError(f"--output {output}: {parent} is not a writable folder.")
 
 
-def _source(folder: Path, output: Path, log: Callable[[str], object]) -> Path:
+def _source(folder: Path, output: Path, log: Callable[[str], None]) -> Path:
     """Return the checkpoint to convert, with every byte verified. What can be refused without reading files is refused before."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give a run folder or a checkpoint in one.")
@@ -134,7 +134,7 @@ def _refuse_contents(folder: Path, manifest: dict, output: Path) -> None:
         )
 
 
-def _damage(folder: Path, manifest: dict, log: Callable[[str], object]) -> str | None:
+def _damage(folder: Path, manifest: dict, log: Callable[[str], None]) -> str | None:
     """Return what is wrong with a checkpoint, as checkpoint.find_damage does, with several files read at a time."""
     sizes = [manifest["files"][name]["bytes"] for name in sorted(manifest["files"])]
     parts = max(1, min(len(sizes), 16 * _READERS))
@@ -146,7 +146,7 @@ def _damage(folder: Path, manifest: dict, log: Callable[[str], object]) -> str |
     return next((found for found in complaints if found), None)
 
 
-def _write(source: Path, manifest: dict, folder: Path, file_bytes: float, log: Callable[[str], object]) -> dict[str, dict]:
+def _write(source: Path, manifest: dict, folder: Path, file_bytes: float, log: Callable[[str], None]) -> dict[str, dict]:
     """Write the state of a checkpoint into files of whole parameters. Return their entries for the manifest."""
     saved = state.SavedState(source)
     if different := sorted(saved.shapes.keys() ^ manifest["checksums"].keys()):
@@ -226,7 +226,7 @@ class _Reader:
 class _Progress:
     """A progress bar in a terminal; elsewhere a line every few seconds."""
 
-    def __init__(self, done: str, total_bytes: int, log: Callable[[str], object]):
+    def __init__(self, done: str, total_bytes: int, log: Callable[[str], None]):
         self._bar = tqdm.tqdm(desc=done, total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
         self._done, self._total_bytes, self._log = done, total_bytes, log
         self._bytes, self._last_line = 0, time.monotonic()

@@ -21,7 +21,7 @@ from launch.checkpoints.checkpoint import HashingFile
 
 WEIGHT = "weight"
 """Name of a parameter's float32 weight among its tensors in a checkpoint."""
-_BEFORE_RECORDS = {"optimizer_name": "adamw", "optimizer_states": ["exp_avg", "exp_avg_sq"]}
+_BEFORE_RECORDS: dict = {"optimizer_name": "adamw", "optimizer_states": ["exp_avg", "exp_avg_sq"]}
 """The entries of manifests from versions that did not write them yet."""
 Region = tuple[tuple[int, int], ...]
 """A rectangular part of a tensor: (first, end) of each dimension."""
@@ -63,7 +63,7 @@ def _index(region: Region) -> tuple[slice, ...]:
     return tuple(slice(first, end) for first, end in region)
 
 
-def kinds_in(manifest: Mapping) -> tuple[str, ...]:
+def kinds_in(manifest: dict) -> tuple[str, ...]:
     """Return the names of the tensors that a checkpoint holds for each parameter: the weight, then the optimizer's states.
 
     A manifest's checksums are in this order.
@@ -71,7 +71,7 @@ def kinds_in(manifest: Mapping) -> tuple[str, ...]:
     return WEIGHT, *(_BEFORE_RECORDS | manifest)["optimizer_states"]
 
 
-def optimizer_name_in(manifest: Mapping) -> str:
+def optimizer_name_in(manifest: dict) -> str:
     """Return the name of the optimizer that a checkpoint was trained with."""
     return (_BEFORE_RECORDS | manifest)["optimizer_name"]
 

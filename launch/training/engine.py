@@ -117,7 +117,7 @@ class Engine:
         rounding = settings.quantization
         for block in _blocks(model):
             if rounding.bits is not None:
-                fake_quantize(block, Grid("int", rounding.bits, rounding.shared_by, rounding.symmetric), rounding.activations)
+                fake_quantize(block, Grid("int", rounding.bits, rounding.entries_per_scale, rounding.symmetric), rounding.activations)
             if settings.compile:
                 block.compile()
 
@@ -262,7 +262,7 @@ class Engine:
         """
         return parallel.region_of(parameter, self.layout.tensor_rank(self.process.rank))
 
-    def _is_replica(self, shard_slice: ShardSlice, parameter: nn.Parameter) -> bool:
+    def _is_replica(self, shard_slice: ShardSlice, parameter: Any) -> bool:
         """True if another rank writes this slice into checkpoints."""
         rank, layout = self.process.rank, self.layout
         is_whole = shard_slice.region == whole_region(shard_slice.shape)

@@ -61,14 +61,14 @@ def split_sequences(model: nn.Module, sequence_length: int, layout: Layout, rank
     DeepSpeed does not know about it: to its optimizers a part of a sequence is a sample. With its own setting, version 0.19.8 scales
     some gradients of ZeRO-3 by 1/size, depending on the bucket, and ZeRO-1 in bf16 crashes.
     """
-    size, place = layout.sequence_parallel_size, layout.sequence_rank(rank)
-    made = [(members, dist.new_group(members)) for members in layout.sequence_groups()]  # every rank must create every group
-    group = next(group for members, group in made if rank in members)
+    size, sequence_rank = layout.sequence_parallel_size, layout.sequence_rank(rank)
+    created = [(members, dist.new_group(members)) for members in layout.sequence_groups()]  # every rank must create every group
+    group = next(group for members, group in created if rank in members)
     for module in model.modules():
         if isinstance(module, AbsolutePositions):
-            module.first_position = sequence_length // size * place
+            module.first_position = sequence_length // size * sequence_rank
         if isinstance(module, Attention):
-            module.mix = _mix_over_ranks(module.mix, size, group)
+            module.mix = _mix_over_ranks(module.mix, size, group)  # type: ignore[method-assign]  # of this instance only
 
 
 def _mix_over_ranks(mix: Callable, size: int, group: dist.ProcessGroup) -> Callable:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 from deepspeed.runtime.pipe import schedule
@@ -49,6 +50,11 @@ def engine_for(layout: Layout) -> type[Engine]:
 class PipelinedEngine(Engine):
     """The engine's methods, executed by pipeline stages."""
 
+    _shaped_like: Batch
+    """The last micro-batch of training, whose shape all others must have."""
+    _tokens_so_far: tuple[Tensor, Tensor]
+    """The tokens and segments that the text in generation has until now.  [1, seq]"""
+
     def _build(self, merged_json: dict, recompute: bool, mpu: ModuleType | None) -> nn.Module:
         section = merged_json["pipeline"]
         kind = _DualPipeV if section["schedule"] == "dualpipev" else _Pipeline
@@ -65,11 +71,11 @@ class PipelinedEngine(Engine):
         return module
 
     def _loss_of(self, tensors: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
-        """What the last stage makes of a micro-batch: in training its loss, else sums_of it.  -> scalar or [3]"""
+        """Return what the last stage computes for a micro-batch: in training its loss, otherwise its sums_of.  -> scalar or [3]"""
         outputs = select_outputs(self.config, Stream.from_tensors(tensors))
         if torch.is_grad_enabled():
             return self._training_loss(outputs, labels)
-        return self.task.sums_of(outputs, *labels[::2])
+        return self.task.sums_of(outputs, *labels[::2])  # without the divisors
 
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         engine, self._shaped_like = self._deepspeed, micro_batches[0]
@@ -93,7 +99,7 @@ class PipelinedEngine(Engine):
         return self._over_ranks(total, self.layout.tensor_parallel_size)
 
     def _evaluate(self, batches: list[Batch], keep_outputs: bool = False) -> tuple[list[Tensor], tuple[Tensor, ...] | None]:
-        """The sums of each of the batches and the outputs of the last one, on the last stage; elsewhere nothing."""
+        """Return the sums of each batch and, if asked for, the outputs of the last batch; on other stages than the last, nothing."""
         self._deepspeed.total_loss = None  # a scalar left by training, to which DeepSpeed would add
         evaluated = self._deepspeed.eval_batch(
             ((batch.inputs, labels_of(batch, [torch.ones((), device=self.device)] * 2)) for batch in batches),
@@ -141,46 +147,51 @@ class PipelinedEngine(Engine):
     def _region_of(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], Region] | None:
         return None if name.startswith(_PLACEHOLDER) else super()._region_of(name, parameter)
 
-    def _is_replica(self, shard_slice: ShardSlice, parameter: nn.Parameter) -> bool:
+    def _is_replica(self, shard_slice: ShardSlice, parameter: Any) -> bool:
         return parameter.ds_pipe_replicated or super()._is_replica(shard_slice, parameter)  # the second copy of a tied module
 
 
-class _AnyStages:
+class _AnyStages(nn.Module):
     """Changes to DeepSpeed's pipeline modules, which allow a stage to have any layers and any tensors to pass between stages."""
 
+    # Attributes of DeepSpeed's PipelineModule: the first layer of this stage, the first after it, and the number of all layers.
+    _local_start: int
+    _local_stop: int
+    _num_layers: int
+
     def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The layers of this stage. The pipeline's border: DeepSpeed passes plain tuples of tensors, the layers a Stream.
+        """Run the layers of this stage. DeepSpeed passes plain tuples of tensors between stages; the layers pass a Stream.
 
-        Between two stages all floating tensors of a tuple are one, with a list of their places and shapes behind it.
-
-        Of several DeepSpeed 0.19.8 runs a backward pass each, wants a gradient of each (no layer behind the last cross-attention
-        uses the source's encoding), and receives them into buffers of any type that are large enough.
+        Between two stages all floating tensors are one, followed by a table of their positions and shapes. With several, DeepSpeed
+        0.19.8 would run a backward pass for each, expect a gradient for each (no layer after the last cross-attention uses the
+        source's encoding), and receive them into buffers of any type that are large enough.
         """
-        if self._local_start > 0:  # type: ignore[has-type]
+        if self._local_start > 0:
             tensors = self._unpacked(tensors)
-        outputs = super().forward(Stream.from_tensors(tensors)).tensors()  # type: ignore[misc]
-        return outputs if self._local_stop == self._num_layers else self._packed(outputs)  # type: ignore[attr-defined]
+        outputs = super().forward(Stream.from_tensors(tensors)).tensors()  # type: ignore[misc]  # PipelineModule's forward
+        return outputs if self._local_stop == self._num_layers else self._packed(outputs)
 
-    def _packed(self, passed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """(Floating tensors as one [numbers], their places and shapes [tensors, 4], the others); with a single one what came."""
-        places = [place for place, tensor in enumerate(passed) if tensor.is_floating_point()]
-        if len(places) == 1:
-            return passed
+    def _packed(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return (floating tensors as one [values], their positions and shapes [tensors, 4], the others); a single one is unchanged."""
+        positions = [position for position, tensor in enumerate(tensors) if tensor.is_floating_point()]
+        if len(positions) == 1:
+            return tensors
         if self._local_stop not in self._sent:
-            rows = [[place, *passed[place].shape] for place in places]
-            self._sent[self._local_stop] = torch.tensor([row + [-1] * (4 - len(row)) for row in rows], device=passed[0].device)
-        flat = torch.cat([passed[place].flatten() for place in places])
-        return flat, self._sent[self._local_stop], *(tensor for tensor in passed if not tensor.is_floating_point())
+            rows = [[position, *tensors[position].shape] for position in positions]
+            self._sent[self._local_stop] = torch.tensor([row + [-1] * (4 - len(row)) for row in rows], device=tensors[0].device)
+        flat = torch.cat([tensors[position].flatten() for position in positions])
+        return flat, self._sent[self._local_stop], *(tensor for tensor in tensors if not tensor.is_floating_point())
 
-    def _unpacked(self, passed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if passed[0].dim() > 1:
-            return passed
-        flat, table, *whole = passed
-        if self._local_start not in self._received:  # read from the device once: between two stages it is always the same
+    def _unpacked(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the tensors that the stage before packed."""
+        if tensors[0].dim() > 1:
+            return tensors
+        flat, table, *whole = tensors
+        if self._local_start not in self._received:  # read from the device once: it is always the same between two stages
             self._received[self._local_start] = [(row[0], [size for size in row[1:] if size >= 0]) for row in table.tolist()]
         rows = self._received[self._local_start]
-        for (place, shape), numbers in zip(rows, flat.split([math.prod(shape) for _, shape in rows]), strict=True):
-            whole.insert(place, numbers.view(shape))
+        for (position, shape), values in zip(rows, flat.split([math.prod(shape) for _, shape in rows]), strict=True):
+            whole.insert(position, values.view(shape))
         return tuple(whole)
 
     def _count_layer_params(self) -> list[int]:
@@ -200,7 +211,7 @@ class _AnyStages:
         for shape in ((1, 1), (1,)):
             if not any(min(own.dim(), 2) == len(shape) for own in self.parameters()):
                 parameter = nn.Parameter(torch.zeros(shape))
-                parameter.ds_pipe_replicated = False
+                parameter.ds_pipe_replicated = False  # type: ignore[attr-defined]  # DeepSpeed's own attribute
                 self.register_parameter(f"{_PLACEHOLDER}{len(shape)}", parameter)
 
 
