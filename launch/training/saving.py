@@ -20,7 +20,7 @@ def save(current: OptimizerState, config: ModelConfig, ranks: Ranks, root: Path,
     A failure on any rank leaves the checkpoints as they were, and training can continue.
     """
     collected = CollectedError()
-    folder = root / f"{checkpoint.name_of(step)}.tmp-{about['run_id']}"
+    folder = root / f"{checkpoint.folder_name(step)}.tmp-{about['run_id']}"
     if ranks.is_first:
         collected.run(lambda: checkpoint.begin(root, step, about["run_id"]))
     if error := ranks.first_error_of_any_rank(collected.message):

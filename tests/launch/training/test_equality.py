@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoints.checkpoint import name_of as folder_of
+from launch.checkpoints.checkpoint import folder_name
 from launch.checkpoints.opening import AveragedState, open_model
 from model import huggingface
 from model.transformer import Transformer
@@ -207,7 +207,7 @@ def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: 
 def test_a_layout_gives_the_numbers_of_plain_pytorch(name, first_half, saved):
     history, weights = plain(TRAINED[name][1])
     assert_equal(first_half.answer(name), history[:STEPS], 1e-5, 1e-5)
-    ours = AveragedState([saved / name / folder_of(STEPS)])
+    ours = AveragedState([saved / name / folder_name(STEPS)])
     assert ours.keys() == weights.keys()
     for parameter, tensor in weights.items():  # in 20 steps AdamW can enlarge a rounding error to a fraction of its rate
         assert float((ours[parameter] - tensor).abs().max()) < 1e-5, parameter
@@ -279,12 +279,12 @@ STARTS_FROM = {
 @pytest.fixture(scope="module")
 def second_half(first_half, saved) -> JobsOnRanks:
     resumed = {
-        name: (ranks, job(case, first=STEPS, load=str(saved / RESUMES_FROM[name] / folder_of(STEPS))))
+        name: (ranks, job(case, first=STEPS, load=str(saved / RESUMES_FROM[name] / folder_name(STEPS))))
         for name, (ranks, case) in TRAINED.items()
     }
-    started = {name: (2, job(case, init=str(saved / origin / folder_of(STEPS)))) for name, (case, origin) in STARTS_FROM.items()}
+    started = {name: (2, job(case, init=str(saved / origin / folder_name(STEPS)))) for name, (case, origin) in STARTS_FROM.items()}
     compressed = {
-        name: (2, job(compressed_case(name, saved), first=STEPS, load=str(saved / origin / folder_of(STEPS))))
+        name: (2, job(compressed_case(name, saved), first=STEPS, load=str(saved / origin / folder_name(STEPS))))
         for name, origin in COMPRESSED_RESUMES_FROM.items()
     }
     return JobsOnRanks(resumed | started | compressed)
@@ -314,7 +314,7 @@ def test_training_after_compression_matches_plain_pytorch_and_keeps_zeros(name, 
     answer, case = first_half.answer(name), compressed_case(name, saved)
     history, weights = plain(case)
     assert_equal(answer, history[:STEPS], *((1e-3, 1e-2) if "bf16" in name else (1e-5, 1e-5)))
-    ours, pruned = AveragedState([saved / name / folder_of(STEPS)]), open_model(str(saved / "pruned")).state
+    ours, pruned = AveragedState([saved / name / folder_name(STEPS)]), open_model(str(saved / "pruned")).state
     for parameter in weights:
         zero = pruned[parameter] == 0
         assert (ours[parameter][zero] == 0).all() and zero.any() == is_of_a_linear(parameter)
@@ -378,7 +378,7 @@ MANY_RANKS = {
 @pytest.mark.parametrize("name", MANY_RANKS)
 def test_many_ranks_match_plain_pytorch_and_resume(name, tmp_path):
     ranks, case = MANY_RANKS[name]
-    jobs = [job(case, save=str(tmp_path)), job(case, first=STEPS, load=str(tmp_path / folder_of(STEPS)))]
+    jobs = [job(case, save=str(tmp_path)), job(case, first=STEPS, load=str(tmp_path / folder_name(STEPS)))]
     answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=500)
     for measured, expected in zip(answers[0], (plain(case)[0][:STEPS], plain(case)[0][STEPS : STEPS + FEWER_STEPS]), strict=True):
         assert_equal(measured, expected, 1e-5, 1e-5)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoints.checkpoint import name_of as folder_of
+from launch.checkpoints.checkpoint import folder_name
 from launch.checkpoints.opening import AveragedState
 from tests.launch.training.layout_cases import case_of
 from tests.launch.training.layouts_on_ranks import STEPS, train_plain
@@ -30,7 +30,7 @@ def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(tmp_path):
     (tmp_path / "saved").mkdir()
 
     def job(case: dict, first: int, load: str | None, save: str | None) -> dict:
-        checkpoint = str(tmp_path / "saved" / load / folder_of(STEPS)) if load else None
+        checkpoint = str(tmp_path / "saved" / load / folder_name(STEPS)) if load else None
         saved = str(tmp_path / "saved" / save) if save else None
         return {"case": case, "first": first, "steps": STEPS, "load": checkpoint, "init": None, "save": saved}
 
@@ -46,5 +46,5 @@ def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(tmp_path):
         for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], history[each["first"] : each["first"] + STEPS], strict=True):
             assert loss == pytest.approx(plain_loss, abs=1e-5)
             assert norm == pytest.approx(plain_norm, rel=1e-5)
-    ours = AveragedState([tmp_path / "saved" / "nvme" / folder_of(STEPS)])
+    ours = AveragedState([tmp_path / "saved" / "nvme" / folder_name(STEPS)])
     assert all(float((ours[name] - tensor).abs().max()) < 1e-5 for name, tensor in weights.items())
