@@ -60,20 +60,23 @@ class _Given:
 
     @property
     def on_command_line(self) -> dict[str, str]:
+        """Values of the command line by dotted name, as text."""
         return {name.removeprefix("--"): value for name, equals, value in (word.partition("=") for word in self.words) if equals}
 
     @property
     def values(self) -> dict:
+        """Values by dotted name."""
         in_recipes = {name: value for recipe in self.recipes.values() for name, value in recipe.items()}
         return in_recipes | self.on_command_line
 
     @property
     def origins(self) -> dict[str, str]:
-        """Return where each value was set: "command line", or the path of a recipe."""
+        """The place where each value was set: "command line", or the path of a recipe."""
         in_recipes = {name: path for path, recipe in self.recipes.items() for name in recipe}
         return in_recipes | dict.fromkeys(self.on_command_line, _COMMAND_LINE)
 
     def without(self, name: str) -> "_Given":
+        """Return the same values without those of one setting."""
         recipes = {path: {key: value for key, value in recipe.items() if key != name} for path, recipe in self.recipes.items()}
         return _Given(recipes, [word for word in self.words if not word.startswith(f"--{name}=")])
 
@@ -114,13 +117,22 @@ def describe(settings: object, name: str) -> str:
     The place is left out of settings that `read_settings` did not read.
     """
     origin = getattr(settings, "_origins", {}).get(name)
-    return f"{name} {_as_text(operator.attrgetter(name)(settings))}{f' ({origin})' if origin else ''}"
+    return f"{name} {as_text(operator.attrgetter(name)(settings))}{f' ({origin})' if origin else ''}"
 
 
 def add_origins(message: str, settings: object) -> str:
     """Return a message with the place where it was set after each "name value" in it, for names with a dot."""
     origins = {name: origin for name, origin in getattr(settings, "_origins", {}).items() if "." in name}
     return _with_origins(message, {name: operator.attrgetter(name)(settings) for name in origins}, origins)
+
+
+def as_text(value: object) -> str:
+    """Return a value as it is written in a recipe."""
+    if isinstance(value, tuple):
+        return " ".join(map(as_text, value)) or "[]"
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def run_script(main: Callable[[Sequence[str]], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> None:
@@ -222,7 +234,7 @@ def _default_as_sentence(option: _Option) -> list[str]:
     if option.default is dataclasses.MISSING:
         return ["Required."]
     is_stated = option.default in (None, (), "") or "(default: " in option.help
-    return [] if is_stated else [f"Default: {_as_text(option.default)}."]
+    return [] if is_stated else [f"Default: {as_text(option.default)}."]
 
 
 def _aliases_as_sentence(name: str, aliases: dict[str, str]) -> list[str]:
@@ -368,15 +380,6 @@ def _is_union(kind: object) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
-def _as_text(value: object) -> str:
-    """Return a value as it is written in a recipe."""
-    if isinstance(value, tuple):
-        return " ".join(map(_as_text, value)) or "[]"
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else str(value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _set_in(origin: str) -> str:
     return {_COMMAND_LINE: " Set on the command line.", _DEFAULT: ""}.get(origin, f" Set in {origin}.")
 
@@ -387,7 +390,7 @@ def _check(settings: type[Settings], values: dict, options: dict[str, _Option], 
     A value that is out of range, and a section that refuses its values, is replaced by its default, so that the rest can be checked.
     """
     wrong = {name: allowed for name, option in options.items() if (allowed := violated_range(option.range, values[name]))}
-    complaints = [f"{name} is {_as_text(values[name])}; it must be {allowed}.{_set_in(origins[name])}" for name, allowed in wrong.items()]
+    complaints = [f"{name} is {as_text(values[name])}; it must be {allowed}.{_set_in(origins[name])}" for name, allowed in wrong.items()]
     if any(options[name].default is dataclasses.MISSING for name in wrong):
         raise UserError("\n".join(complaints))
     values = values | {name: options[name].default for name in wrong}
@@ -425,6 +428,6 @@ def _build(settings: type[Settings], values: dict, prefix: str = "") -> tuple[Se
 def _with_origins(message: str, values: dict, origins: dict[str, str]) -> str:
     """Return a message with the origin after each "name value" or "name is value" in it."""
     for name, origin in origins.items():
-        pair = rf'(?<![\w.])({re.escape(name)}(?: is)? "?{re.escape(_as_text(values[name]))}"?)(?![\w.]*\w)'
+        pair = rf'(?<![\w.])({re.escape(name)}(?: is)? "?{re.escape(as_text(values[name]))}"?)(?![\w.]*\w)'
         message = "".join(part + (f" ({origin})" if number % 2 else "") for number, part in enumerate(re.split(pair, message)))
     return message

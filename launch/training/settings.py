@@ -218,6 +218,7 @@ class RunSettings:
             *_complaints_about_learning_rate(self),
             *_complaints_about_distillation(self),
             *_complaints_about_quantization(self),
+            *_complaints_about_objective(self),
         ]
 
 
@@ -285,6 +286,14 @@ def _complaints_about_quantization(settings: RunSettings) -> list[str]:
             f"Use {', '.join(allowed)}{' or ' if allowed else ''}0 (the whole row)."
         )
     return complaints
+
+
+def _complaints_about_objective(settings: RunSettings) -> list[str]:
+    from data.sampling.objectives.table import ModelShape, objective_complaints  # imports numpy, which --help does not need
+
+    model = settings.model
+    shape = ModelShape(model.sequence_length, model.document_mask, model.architecture, model.token_types)
+    return [add_origins(complaint, settings) for complaint in objective_complaints(settings.data, shape)]
 
 
 def _without_effect(settings: RunSettings, section: str, switch: str) -> list[str]:

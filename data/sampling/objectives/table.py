@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from data.command_line import UserError
+from data.command_line import UserError, as_text
 from data.ranges import range_complaints
 from data.sampling.objectives.base import ModelShape, Objective
 from data.sampling.objectives.causal import Causal
@@ -30,12 +30,19 @@ def open_objective(settings: SamplingSettings, model: ModelShape, tokenizer: Tok
 
     Raises UserError with every setting that fits neither it, the model nor another setting.
     """
-    objective = OBJECTIVES[settings.objective or default_objective(model.architecture).name]
-    complaints = [*_misplaced(objective, settings, model.architecture), *range_complaints(settings, "data.")]
-    complaints += objective.complaints(settings, model)
-    if complaints:
+    if complaints := [*range_complaints(settings, "data."), *objective_complaints(settings, model)]:
         raise UserError("\n".join(complaints))
-    return objective(settings, model, tokenizer, end_of_text)
+    return _objective(settings, model)(settings, model, tokenizer, end_of_text)
+
+
+def objective_complaints(settings: SamplingSettings, model: ModelShape) -> list[str]:
+    """Return a message for each setting that fits neither the objective, the model nor another setting. Ranges are not checked."""
+    objective = _objective(settings, model)
+    return [*_misplaced(objective, settings, model.architecture), *objective.complaints(settings, model)]
+
+
+def _objective(settings: SamplingSettings, model: ModelShape) -> type[Objective]:
+    return OBJECTIVES[settings.objective] if settings.objective else default_objective(model.architecture)
 
 
 def _misplaced(objective: type[Objective], settings: SamplingSettings, architecture: Architecture) -> list[str]:
@@ -47,8 +54,7 @@ def _misplaced(objective: type[Objective], settings: SamplingSettings, architect
     for field in dataclasses.fields(SamplingSettings):
         value, readers = getattr(settings, field.name), [one.name for one in OBJECTIVES.values() if field.name in one.own_settings]
         if value != field.default and readers and objective.name not in readers:
-            shown = " ".join(value) if isinstance(value, tuple) else value
             complaints.append(
-                f"data.{field.name} is {shown}; it is for data.objective {' or '.join(readers)}, and this is {objective.name}."
+                f"data.{field.name} is {as_text(value)}; it is for data.objective {' or '.join(readers)}, and this is {objective.name}."
             )
     return complaints

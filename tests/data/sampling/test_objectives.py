@@ -575,7 +575,7 @@ WRONG = {
     "data.objective is masked; a model.architecture decoder learns causal or prefix": {"objective": "masked"},
     "data.objective is causal; a model.architecture encoder learns masked or class": {"objective": "causal", "architecture": "encoder"},
     "data.fim_rate is 0.5; it is for data.objective causal, and this is prefix": {"objective": "prefix", "fim_rate": 0.5},
-    "data.whole_words is True; it is for data.objective masked, and this is causal": {"whole_words": True},
+    "data.whole_words is true; it is for data.objective masked, and this is causal": {"whole_words": True},
     "data.target_length is 9; it is for data.objective pairs": {"target_length": 9, "architecture": "encoder_decoder"},
     "data.labels is a b; it is for data.objective classification": {"labels": ("a", "b")},
     "data.packing is best_fit; it is for": {"objective": "span_corruption", "packing": "best_fit", "architecture": "encoder_decoder"},
