@@ -39,6 +39,7 @@ class _ZstandardFile(io.RawIOBase):
 
     @classmethod
     def open_file(cls, file: BinaryIO) -> BinaryIO:
+        """Return the decompressed bytes of an open .zst file, buffered."""
         return io.BufferedReader(cls(file), buffer_size=1 << 20)
 
     def __init__(self, file: BinaryIO) -> None:
@@ -53,15 +54,19 @@ class _ZstandardFile(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def tell(self) -> int:
+        """Return the position in the decompressed bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position by reading up to it, from the beginning of the file if it is behind. Return the position."""
         position = offset + (self._position if whence == io.SEEK_CUR else 0)
         assert whence != io.SEEK_END, "the end of a compressed file is unknown until it is reached"
         if position < self._position:
@@ -72,6 +77,7 @@ class _ZstandardFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with decompressed bytes and return their number; 0 at the end of the file."""
         while self._num_read == len(self._plain):
             self._compressed = self._compressed or self._file.read(_READ_AT_ONCE)
             if not self._compressed:

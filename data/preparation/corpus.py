@@ -97,7 +97,7 @@ class FileCorpus:
         small_files: list[Span] = []
         small_bytes = small_bytes_on_disk = 0
 
-        def unit_of_small_files() -> Iterator[Unit]:
+        def _unit_of_small_files() -> Iterator[Unit]:
             nonlocal small_files, small_bytes, small_bytes_on_disk
             if small_files:
                 yield Unit(next(indices), 0, tuple(small_files), small_bytes_on_disk)
@@ -107,18 +107,18 @@ class FileCorpus:
             size = file.size * (_COMPRESSION_RATIO if file.is_compressed else 1)
             if size < unit_bytes:
                 if small_bytes + size > unit_bytes:
-                    yield from unit_of_small_files()
+                    yield from _unit_of_small_files()
                 small_files.append(Span(number))
                 small_bytes, small_bytes_on_disk = small_bytes + size, small_bytes_on_disk + file.size
                 continue
-            yield from unit_of_small_files()
+            yield from _unit_of_small_files()
             if self.fields.is_cut_by_bytes(file.path) and file.is_compressed:
                 yield Unit(next(indices), 0, (Span(number, 0, unit_bytes),), file.size, is_open_ended=True)
             else:
                 parts = self._parts(file, unit_bytes)
                 for start, end in parts:
                     yield Unit(next(indices), 0, (Span(number, start, end),), file.size // len(parts))
-        yield from unit_of_small_files()
+        yield from _unit_of_small_files()
 
     def _parts(self, file: SourceFile, unit_bytes: int) -> list[tuple[int, int | None]]:
         """Cut a large file into (start, end) parts of about unit_bytes."""

@@ -67,7 +67,7 @@ class Problem:
     reason: str
     """Kind of problem, to count by."""
     message: str
-    """What is wrong with this record."""
+    """Description of what is wrong with this record."""
     raw: bytes = b""
     """The record as it is in the file."""
     ends_file: bool = False

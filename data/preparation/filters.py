@@ -83,16 +83,19 @@ class _TextViews:
 
     @cached_property
     def words(self) -> list[str]:
+        """Words of the text; each CJK ideograph and kana is a word."""
         if self.text.isascii():
             return self.text.split()
         return UNSPACED_CHARACTERS.sub(lambda run: f" {' '.join(run[0])} ", self.text).split()
 
     @cached_property
     def lines(self) -> list[str]:
+        """Lines that are not empty, without white space around them."""
         return [line for line in map(str.strip, self.text.splitlines()) if line]
 
     @cached_property
     def repeated_lines(self) -> list[str]:
+        """Lines that repeat an earlier line."""
         return _repeated(self.lines)
 
 

@@ -90,10 +90,10 @@ def _files_of_input(name: str, any_name: bool) -> tuple[Path, list[Path], list[s
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
+    def _refuse(error: OSError) -> None:
         raise UserError(f"--input {folder}: {error.filename} cannot be read: {error.strerror}.") from error
 
-    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=False):
+    for parent, _, names in os.walk(folder, onerror=_refuse, followlinks=False):
         yield from (path for name in names if (path := Path(parent, name)).is_file())
 
 

@@ -63,6 +63,7 @@ class _UnitTotals:
     examples: dict[str, list[dict]] = field(default_factory=dict)
 
     def add(self, name: str, entry: dict) -> None:
+        """Add the entry of a unit."""
         self.unit_names.append(name)
         self.documents += entry["documents"]
         self.errors.update(entry["errors"])

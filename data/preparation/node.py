@@ -100,10 +100,10 @@ class Node:
         settings = self.settings
         self.log(f"Training a tokenizer of {settings.vocab_size} ids ...")
 
-        def is_for_training(texts: tuple[str, ...]) -> bool:
+        def _is_for_training(texts: tuple[str, ...]) -> bool:
             return not merging.is_held_out(np.frombuffer(digest_of("\0".join(texts)), DIGEST), settings.held_out)[0]
 
-        texts = self.corpus.sample_text(settings.tokenizer_characters, is_for_training)
+        texts = self.corpus.sample_text(settings.tokenizer_characters, _is_for_training)
         first = next(texts, None)
         if first is None and (problem := self.corpus.first_problem()):
             raise UserError(f"The input contains no text to train a tokenizer on. {problem}.")
@@ -163,38 +163,38 @@ class Node:
         num_bytes = sum(unit.size for unit in self._own_units()) if isinstance(corpus, FileCorpus) else None
         progress = Progress(workers, num_bytes, self.log)
 
-        def count(unit: Unit, entry: dict, is_new: bool = True) -> None:
+        def _count(unit: Unit, entry: dict, is_new: bool = True) -> None:
             errors.update(entry["errors"])
             self.refuse_too_many(errors)
             if entry["last"]:
                 ended.add(unit.index)
             progress.add(unit.index if unit.is_open_ended else unit.name, entry["bytes_on_disk"], is_new)
 
-        def is_finished(unit: Unit) -> bool:
+        def _is_finished(unit: Unit) -> bool:
             if (entry := read_entry(self.units_folder, unit.name)) is not None:
-                count(unit, entry, is_new=False)
+                _count(unit, entry, is_new=False)
             return entry is not None
 
-        def units_to_do() -> Iterator[tuple[Unit, list[Row] | None]]:
+        def _units_to_do() -> Iterator[tuple[Unit, list[Row] | None]]:
             if not isinstance(corpus, FileCorpus):
                 num_blocks = 0
                 for unit, rows in corpus.blocks(self.unit_bytes):
                     num_blocks += 1
-                    if unit.index % self.world_size == self.rank and not is_finished(unit):
+                    if unit.index % self.world_size == self.rank and not _is_finished(unit):
                         yield unit, rows
                 write_json({"blocks": num_blocks}, self.units_folder / "stream.json")
                 return
             for unit in self._own_units():
                 while unit.index not in ended:
-                    if not is_finished(unit):
+                    if not _is_finished(unit):
                         yield unit, None
                     if not unit.is_open_ended:
                         break
                     unit = unit.next_part()
 
         try:
-            for (unit, _), entry in workers.call(UnitWorker.process, units_to_do(), progress.refresh):
-                count(unit, entry)
+            for (unit, _), entry in workers.call(UnitWorker.process, _units_to_do(), progress.refresh):
+                _count(unit, entry)
         finally:
             progress.close()
 

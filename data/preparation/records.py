@@ -209,6 +209,7 @@ class _Peekable:
 
     @property
     def next_owner(self) -> int | None:
+        """Owner of the next record, or None at the end."""
         return None if self._next is None else self._next[0]
 
     def has_passed(self, start: int) -> bool:
@@ -216,6 +217,7 @@ class _Peekable:
         return self._has_taken and self.last_taken >= start
 
     def take(self) -> tuple[int, int, Any]:
+        """Return the next record and go past it."""
         taken = self._next
         assert taken is not None
         self.last_taken, self._has_taken = taken[0], True
@@ -236,7 +238,7 @@ def _csv_records(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, byte
     """
     again: list[tuple[int, bytes]] = []  # lines to read again, the next one last
 
-    def texts(used: list[tuple[int, bytes]]) -> Iterator[str]:
+    def _texts(used: list[tuple[int, bytes]]) -> Iterator[str]:
         size = 0
         while (line := again.pop() if again else next(lines, None)) is not None:
             used.append(line)
@@ -248,7 +250,7 @@ def _csv_records(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, byte
     while True:
         used: list[tuple[int, bytes]] = []
         try:
-            row: list[str] | Problem | None = next(csv.reader(texts(used), strict=True), None)
+            row: list[str] | Problem | None = next(csv.reader(_texts(used), strict=True), None)
         except UnicodeDecodeError as error:
             row = Problem("invalid UTF-8", f"it is not UTF-8: {error}", used[0][1])
         except csv.Error as error:

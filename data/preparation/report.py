@@ -234,7 +234,7 @@ def _vocabulary(tokenizer: dict, token_counts: NDArray[np.int64], decode: Callab
         + "."
     )
 
-    def pieces(ids: NDArray[np.int64]) -> str:
+    def _pieces(ids: NDArray[np.int64]) -> str:
         rows = [
             [_piece(number, tokenizer, decode), f"{number:,}", f"{int(token_counts[number]):,}", percent(int(token_counts[number]), total)]
             for number in ids.tolist()
@@ -244,13 +244,13 @@ def _vocabulary(tokenizer: dict, token_counts: NDArray[np.int64], decode: Callab
     return (
         f"<section><h2>Use of the vocabulary</h2>{picture(figure, 'Occurrences of ids by their rank. ' + note)}"
         f'<p class="note">{note}</p></section>\n<div class="columns">'
-        f"<section><h2>Most frequent</h2>{pieces(used[:_MAX_TOKENS])}</section>"
-        f"<section><h2>Least frequent of those that occur</h2>{pieces(used[::-1][:_MAX_TOKENS])}</section></div>"
+        f"<section><h2>Most frequent</h2>{_pieces(used[:_MAX_TOKENS])}</section>"
+        f"<section><h2>Least frequent of those that occur</h2>{_pieces(used[::-1][:_MAX_TOKENS])}</section></div>"
     )
 
 
 def _settings(manifest: dict) -> str:
-    def rows(values: dict) -> list[list[str]]:
+    def _rows(values: dict) -> list[list[str]]:
         flat = flatten(values)
         return [
             [name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
@@ -259,8 +259,8 @@ def _settings(manifest: dict) -> str:
         ]
 
     return (
-        f'<div class="columns"><section><h2>Settings</h2>{table(["name", "value"], rows(manifest["settings"]), text_columns=2)}</section>'
-        f"<section><h2>Tokenizer</h2>{table(['name', 'value'], rows(manifest['tokenizer']), text_columns=2)}</section></div>"
+        f'<div class="columns"><section><h2>Settings</h2>{table(["name", "value"], _rows(manifest["settings"]), text_columns=2)}</section>'
+        f"<section><h2>Tokenizer</h2>{table(['name', 'value'], _rows(manifest['tokenizer']), text_columns=2)}</section></div>"
     )
 
 

@@ -50,15 +50,15 @@ def html_page(title: str, sections: list[str]) -> bytes:
 def table(header: list[str], rows: list[list[str]], bars: list[float] | None = None, text_columns: int = 1) -> str:
     """Return a table. Cells are plain text; the first columns are left-aligned; `bars`, from 0 to 1, follow the rows."""
 
-    def line(tag: str, cells: list[str]) -> str:
+    def _line(tag: str, cells: list[str]) -> str:
         return "".join(
             f"<{tag}{' class=text' if index < text_columns else ''}>{html.escape(cell)}</{tag}>" for index, cell in enumerate(cells)
         )
 
     ends = [f'<td class=bar><div style="width:{bar:.1%}"></div></td>' for bar in bars] if bars is not None else [""] * len(rows)
-    body = "".join(f"<tr>{line('td', row)}{end}</tr>\n" for row, end in zip(rows, ends, strict=True))
+    body = "".join(f"<tr>{_line('td', row)}{end}</tr>\n" for row, end in zip(rows, ends, strict=True))
     empty = "<th></th>" if bars is not None else ""
-    return f'<div class="scroll"><table>\n<tr>{line("th", header)}{empty}</tr>\n{body}</table></div>'
+    return f'<div class="scroll"><table>\n<tr>{_line("th", header)}{empty}</tr>\n{body}</table></div>'
 
 
 def new_figure(width: float) -> tuple[Figure, Axes]:

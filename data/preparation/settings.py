@@ -74,7 +74,7 @@ class PrepareSettings:
     """Jaccard similarity of five-word shingles (estimated by MinHash) from which two documents are near-duplicates; from 0.06 to 1."""
     filters: FilterSettings = dataclasses.field(default_factory=FilterSettings)
     on_error: OnError = "fail"
-    """What to do with a record that is not valid text. fail: stop and report it. skip: count it. quarantine: count it and write it to
+    """Handling of a record that is not valid text. fail: stop and report it. skip: count it. quarantine: count it and write it to
     OUTPUT/quarantine.jsonl. After fail, the finished work is kept, and the same command with skip or quarantine resumes it."""
     max_errors: Annotated[int, Ge(0)] = 1000
     """Maximum number of invalid records to skip or quarantine; if there are more, the work stops."""

@@ -95,12 +95,12 @@ def _start_worker(settings: WorkerSettings, done: SynchronizedArray) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # only the parent prints a message
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
-    def add_done(num_bytes: int, num_documents: int) -> None:
+    def _add_done(num_bytes: int, num_documents: int) -> None:
         with done.get_lock():
             done[0] += num_bytes
             done[1] += num_documents
 
-    _worker = UnitWorker(settings, _load_tokenizer(settings), add_done)
+    _worker = UnitWorker(settings, _load_tokenizer(settings), _add_done)
 
 
 def _load_tokenizer(settings: WorkerSettings) -> Tokenizer:
