@@ -9,16 +9,17 @@ CONFIGURATION = "tokenizer_config.json"
 
 
 def read_configuration(folder: Path) -> dict:
+    """Return the settings in a folder's tokenizer_config.json; empty if there is no such file."""
     path = folder / CONFIGURATION
     if not path.is_file():
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not JSON with a name and value for each setting: {error}.") from error
+        raise UserError(f"{path} is not a JSON object: {error}.") from error
 
 
 def configured_end(folder: Path) -> str | None:
-    """`eos_token` as Hugging Face writes it: a string, or an added token with its content."""
+    """Return the `eos_token` of a folder's tokenizer_config.json: a string, or the content of an added token; None if it has none."""
     token = read_configuration(folder).get("eos_token")
     return token["content"] if isinstance(token, dict) else token

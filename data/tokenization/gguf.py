@@ -1,9 +1,8 @@
-"""A tokenizer as the entries of a GGUF file from which llama.cpp builds its own, giving the ids that ours gives."""
+"""A tokenizer as metadata of a GGUF file, from which llama.cpp builds a tokenizer with the same ids as ours."""
 
 import json
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, models, pre_tokenizers
 
 from data.command_line import UserError
@@ -11,14 +10,13 @@ from data.tokenization.conversion import convert
 from data.tokenization.huggingface_files import padding
 from data.tokenization.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
-from data.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenization.sentencepiece_tokenizer import PIECE, SentencePieceTokenizer, read_model
 from data.tokenization.tokenizer import Tokenizer
 
-_PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF's token types, which are SentencePiece's
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF's token types, equal to SentencePiece's
 
-# How text is cut into words, by llama.cpp's names: the patterns that GPT-2, Llama 3, Qwen2 and GPT-4o publish. What "ignores merges"
-# takes a word that is a token as it is.
+# Patterns that split text into words, by llama.cpp's names, as GPT-2, Llama 3, Qwen2 and GPT-4o publish them. With True (ignore_merges)
+# a word that is a token stays whole.
 _LETTERS = r"[^\r\n\p{L}\p{N}]?"
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,40 +36,41 @@ _PATTERNS = {
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str | bool | int | list]:
-    """Entries of the file's metadata, by their keys; ids up to `vocab_size` that the tokenizer lacks are unused tokens there.
+    """Return the file's metadata of a tokenizer, by key. Ids below `vocab_size` that the tokenizer lacks become unused tokens.
 
-    SentencePiece's bpe, with bytes for unknown characters, and byte-level BPE, from a tokenizer.json or a tiktoken vocabulary, whose
-    pattern is one that llama.cpp has under a name: the one which, by Hugging Face's library, gives our ids for texts of many kinds.
-    What llama.cpp has no counterpart for raises UserError. Nothing is put before a text, as with our other doors; end of text begins
-    a document, and ends generation. To llama.cpp the mark U+2581 in a text is a space, which SentencePiece writes so.
+    Supported are SentencePiece's bpe with bytes for unknown characters, and byte-level BPE from a tokenizer.json or a tiktoken
+    vocabulary whose pattern llama.cpp supports: the pattern with which Hugging Face's library gives our ids for texts of many kinds.
+    Anything else raises UserError. No token is put before a text, as everywhere in this project; end of text begins a document and
+    ends generation. llama.cpp reads the character U+2581 in a text as a space, because SentencePiece writes a space so.
     """
-    entries = _of_sentencepiece(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _of_bytes(tokenizer)
+    entries = _sentencepiece_entries(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _byte_level_entries(tokenizer)
     tokens, kinds = entries["tokens"], entries["token_type"]
-    spare = [number for number in range(vocab_size) if number >= len(tokens)]
-    entries["tokens"] = tokens + [f"[PAD{number}]" for number in spare]
-    entries["token_type"] = kinds + [_UNUSED] * len(spare)
+    unused = [number for number in range(vocab_size) if number >= len(tokens)]
+    entries["tokens"] = tokens + [f"[PAD{number}]" for number in unused]
+    entries["token_type"] = kinds + [_UNUSED] * len(unused)
     if "scores" in entries:
-        entries["scores"] = entries["scores"] + [0.0] * len(spare)
+        entries["scores"] = entries["scores"] + [0.0] * len(unused)
     entries |= {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "padding_token_id": padding(tokenizer)[1]}
     entries |= {"add_bos_token": False, "add_eos_token": False}
     if len(set(entries["tokens"])) < len(entries["tokens"]):
-        raise UserError(f"{tokenizer.path} cannot be written as GGUF: two of its tokens are spelt alike.")
+        raise UserError(f"{tokenizer.path} cannot be written as GGUF: two of its tokens have the same text.")
     return {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
 
 
-def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict:
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+def _sentencepiece_entries(tokenizer: SentencePieceTokenizer) -> dict:
+    """Return the metadata of a SentencePiece bpe model."""
+    model = read_model(tokenizer.path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     complaints = {
         "is not bpe": trainer.model_type != trainer.BPE,
-        "has no bytes to spell unknown characters in (byte_fallback)": not any(piece.type == _PIECE.BYTE for piece in model.pieces),
+        "has no bytes for unknown characters (byte_fallback)": not any(piece.type == PIECE.BYTE for piece in model.pieces),
         f'normalises text ("{normalizer.name}")': bool(normalizer.precompiled_charsmap),
         "removes spaces": normalizer.remove_extra_whitespaces,
         "does not write spaces as \\u2581": not normalizer.escape_whitespaces,
-        "puts the space behind a word": trainer.treat_whitespace_as_suffix,
-        "holds unused pieces": any(piece.type == _PIECE.UNUSED for piece in model.pieces),
+        "puts the space after a word": trainer.treat_whitespace_as_suffix,
+        "holds unused pieces": any(piece.type == PIECE.UNUSED for piece in model.pieces),
     }
-    if found := [what for what, is_so in complaints.items() if is_so]:
+    if found := [complaint for complaint, applies in complaints.items() if applies]:
         raise UserError(f"{tokenizer.path} cannot be written as GGUF: it {', '.join(found)}.")
     return {
         "model": "llama",
@@ -80,24 +79,28 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict:
         "scores": [piece.score for piece in model.pieces],
         "token_type": [int(piece.type) for piece in model.pieces],
         "add_space_prefix": normalizer.add_dummy_prefix,
-        "unknown_token_id": next(number for number, piece in enumerate(model.pieces) if piece.type == _PIECE.UNKNOWN),
+        "unknown_token_id": next(number for number, piece in enumerate(model.pieces) if piece.type == PIECE.UNKNOWN),
     }
 
 
-def _of_bytes(tokenizer: Tokenizer) -> dict:
+def _byte_level_entries(tokenizer: Tokenizer) -> dict:
+    """Return the metadata of a byte-level BPE tokenizer."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         contents = json.loads(tokenizer.file_bytes())
     else:
         contents = json.loads(convert(tokenizer).to_str())
     model, added = contents["model"], {token["id"]: token for token in contents["added_tokens"]}
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges", ())]
+    merges: list[tuple[str, str]] = []
+    for merge in model.get("merges", ()):
+        first, second = merge.split(" ") if isinstance(merge, str) else merge
+        merges.append((first, second))
     if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(model["vocab"]):
         raise UserError(
             f"{tokenizer.path} cannot be written as GGUF: it is {model['type']}, not byte-level BPE. "
-            "Of a SentencePiece model give the tokenizer.model itself."
+            "For a SentencePiece model, give the tokenizer.model itself."
         )
     if any(" " in token for token in model["vocab"]):
-        raise UserError(f"{tokenizer.path} cannot be written as GGUF: it has tokens with a space.")
+        raise UserError(f"{tokenizer.path} cannot be written as GGUF: it has tokens that contain a space.")
     names = {number: name for name, number in model["vocab"].items()} | {number: token["content"] for number, token in added.items()}
     kind = lambda number: _NORMAL if number not in added else _CONTROL if added[number]["special"] else _USER_DEFINED  # noqa: E731
     return {
@@ -110,11 +113,12 @@ def _of_bytes(tokenizer: Tokenizer) -> dict:
 
 
 def _is_byte_level(vocabulary: dict[str, int]) -> bool:
+    """Return True if every byte has a token."""
     return set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary)
 
 
-def _pattern(tokenizer: Tokenizer, vocabulary: dict[str, int], merges: list[tuple[str, ...]], added: list[dict]) -> str:
-    """llama.cpp's name of a pattern with which texts of many kinds have our ids."""
+def _pattern(tokenizer: Tokenizer, vocabulary: dict[str, int], merges: list[tuple[str, str]], added: list[dict]) -> str:
+    """Return llama.cpp's name of a pattern with which texts of many kinds have our ids. Raises UserError if there is none."""
     texts = list(texts_of_many_kinds(tokenizer))
     ours = [tokenizer.encode(text) for text in texts]
     for name, (pattern, ignores_merges) in _PATTERNS.items():
@@ -126,5 +130,6 @@ def _pattern(tokenizer: Tokenizer, vocabulary: dict[str, int], merges: list[tupl
         if all(theirs.encode(text, add_special_tokens=False).ids == ids for text, ids in zip(texts, ours, strict=True)):
             return name
     raise UserError(
-        f"{tokenizer.path} cannot be written as GGUF: it cuts text into words as none of llama.cpp's {', '.join(_PATTERNS)} does."
+        f"{tokenizer.path} cannot be written as GGUF: it does not split text into words like any of llama.cpp's patterns "
+        f"{', '.join(_PATTERNS)}."
     )

@@ -1,41 +1,38 @@
-"""gigatoken as the fast path: the ids of another tokenizer, where it gives the same ones."""
+"""gigatoken as the fast path of another tokenizer, for which it gives the same ids."""
 
 import importlib.metadata
 import json
 import random
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
+import gigatoken
 import numpy as np
 from numpy.typing import NDArray
-from sentencepiece import sentencepiece_model_pb2
 
 from data.command_line import UserError
 from data.tokenization.conversion import convert
 from data.tokenization.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
-from data.tokenization.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
+from data.tokenization.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer, read_model
 from data.tokenization.tiktoken_tokenizer import TiktokenTokenizer, published_pattern
 from data.tokenization.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    import gigatoken
-
 _SCHEMES = {"r50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}  # gigatoken's names for tiktoken's patterns
-# What others change depends on the version of Unicode; of SentencePiece's tables gigatoken drops U+0737 beside some characters.
-_NORMALIZERS_ALIKE = {"NFC", "Prepend", "Replace"}
+# Other normalizers depend on the version of Unicode; with SentencePiece's tables gigatoken drops U+0737 next to some characters.
+_SUPPORTED_NORMALIZERS = {"NFC", "Prepend", "Replace"}
 _SAMPLE_CHARACTERS = 300_000
 _PLANES = ((0x20, 0x250), (0x250, 0x2000), (0x2000, 0x3100), (0x3100, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x110000))
-# What gigatoken remembers of the words it has seen grows without bound, by 90 bytes a word (its issue 36): it is begun anew.
-REMEMBERED_CHARACTERS = 100_000_000
+# gigatoken's cache of words grows without bound, by 90 bytes a word (its issue 36), so the tokenizer is rebuilt after this many.
+CACHED_CHARACTERS = 100_000_000
 
 
 class GigatokenTokenizer(Tokenizer):
-    """A tokenizer whose texts gigatoken encodes, on one thread; raises UserError where gigatoken cannot load it.
+    """A tokenizer that encodes with gigatoken, on one thread. Raises UserError if gigatoken cannot load it.
 
-    gigatoken takes a special token written in a text for the token, the character U+2581 for a SentencePiece model's space, and
-    knows a newer Unicode: what is a letter, and what is composed. Texts with one of them are encoded by the tokenizer itself.
+    gigatoken encodes the name of a special token in a text as the token, and the character U+2581 as a SentencePiece model's space.
+    It also uses a newer version of Unicode to find letters and composed characters. Texts with one of these are encoded by the
+    original tokenizer.
     """
 
     def __init__(self, reference: Tokenizer) -> None:
@@ -45,35 +42,38 @@ class GigatokenTokenizer(Tokenizer):
         self.special_tokens = reference.special_tokens
         self.engine = f"gigatoken {importlib.metadata.version('gigatoken')}"
         normalizers = _normalizers(reference)
-        if others := sorted(normalizers - _NORMALIZERS_ALIKE):
+        if others := sorted(normalizers - _SUPPORTED_NORMALIZERS):
             raise UserError(f"gigatoken is not used for {reference.path}, which normalises text ({', '.join(others)}).")
         self._composes = "NFC" in normalizers
         self._load = _loader(reference)
-        self._begin_anew()
+        self._rebuild()
         self._is_special = np.zeros(self.vocab_size, dtype=bool)
         self._is_special[list(self.special_tokens.values())] = True
         self._assigned: set[str] = set()
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without end of text."""
         return self._encode(text).tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, without end of text."""
         return self.reference.decode(ids)
 
     def _encode_each(self, texts: Sequence[str]) -> Iterator[NDArray]:
         return map(self._encode, texts)
 
     def _encode(self, text: str) -> NDArray:
-        if self._is_read_alike(text):
-            if self._remembered > REMEMBERED_CHARACTERS:
-                self._begin_anew()
-            self._remembered += len(text)
+        if self._has_same_ids(text):
+            if self._cached_characters > CACHED_CHARACTERS:
+                self._rebuild()
+            self._cached_characters += len(text)
             ids = self._fast.encode(text)
             if not self._is_special[ids].any():
                 return ids
         return np.array(self.reference.encode(text), dtype=np.uint32)
 
-    def _is_read_alike(self, text: str) -> bool:
+    def _has_same_ids(self, text: str) -> bool:
+        """Return True if gigatoken gives the same ids for a text, special tokens aside."""
         if text.isascii():
             return True
         if isinstance(self.reference, SentencePieceTokenizer):
@@ -81,23 +81,22 @@ class GigatokenTokenizer(Tokenizer):
         return self._is_assigned(text) and (not self._composes or unicodedata.is_normalized("NFC", text))
 
     def _is_assigned(self, text: str) -> bool:
-        """Whether this Python knows all characters: which are letters, and what is composed, changes only for those that are new."""
-        unseen = set(text) - self._assigned
-        self._assigned |= {character for character in unseen if unicodedata.category(character) != "Cn"}
-        return unseen <= self._assigned
+        """Return True if this Python's Unicode has all characters: letters and composition only change for new ones."""
+        unchecked = set(text) - self._assigned
+        self._assigned |= {character for character in unchecked if unicodedata.category(character) != "Cn"}
+        return unchecked <= self._assigned
 
-    def _begin_anew(self) -> None:
+    def _rebuild(self) -> None:
+        """Build gigatoken's tokenizer with an empty cache."""
         try:
-            self._fast, self._remembered = self._load(), 0
+            self._fast, self._cached_characters = self._load(), 0
         except (ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0].removesuffix(".")
             raise UserError(f"gigatoken cannot load {self.path}: {reason}.") from error
 
 
-def _loader(reference: Tokenizer) -> "Callable[[], gigatoken.Tokenizer]":
-    """What builds gigatoken's tokenizer, as often as it is called."""
-    import gigatoken
-
+def _loader(reference: Tokenizer) -> Callable[[], gigatoken.Tokenizer]:
+    """Return a function that builds gigatoken's tokenizer."""
     if isinstance(reference, HuggingFaceTokenizer):
         contents: str | bytes = reference.file_bytes()
         return lambda: gigatoken.Tokenizer.from_json(contents)
@@ -105,10 +104,10 @@ def _loader(reference: Tokenizer) -> "Callable[[], gigatoken.Tokenizer]":
         pattern = reference.settings["pat_str"]
         scheme = next((scheme for name, scheme in _SCHEMES.items() if published_pattern(name) == pattern), None)
         if scheme is None:
-            raise UserError(f"gigatoken does not know the pattern by which {reference.path} splits text.")
+            raise UserError(f"gigatoken does not support the pattern with which {reference.path} splits text.")
         return lambda: gigatoken.Tokenizer.from_tiktoken(reference.path, scheme, reference.special_tokens)
-    model = sentencepiece_model_pb2.ModelProto.FromString(reference.path.read_bytes())
-    # Where pieces run across spaces, gigatoken cannot remember words, and our conversion is the faster half as much again.
+    model = read_model(reference.path)
+    # If pieces cross spaces, gigatoken cannot cache words; then our conversion is 1.5 times as fast.
     if model.trainer_spec.model_type == model.trainer_spec.BPE and not model.trainer_spec.split_by_whitespace:
         contents = convert(reference).to_str()
         return lambda: gigatoken.Tokenizer.from_json(contents)
@@ -117,18 +116,18 @@ def _loader(reference: Tokenizer) -> "Callable[[], gigatoken.Tokenizer]":
 
 
 def _normalizers(reference: Tokenizer) -> set[str]:
-    """Names of what a tokenizer does to a text first."""
+    """Return the names of the normalizers that a tokenizer applies to a text."""
     if isinstance(reference, HuggingFaceTokenizer):
         normalizer = json.loads(reference.file_bytes()).get("normalizer") or {}
         return {step["type"] for step in normalizer.get("normalizers", [normalizer]) if step}
     if isinstance(reference, SentencePieceTokenizer):
-        normalizer = sentencepiece_model_pb2.ModelProto.FromString(reference.path.read_bytes()).normalizer_spec
+        normalizer = read_model(reference.path).normalizer_spec
         return {normalizer.name or "by a table"} if normalizer.precompiled_charsmap else set()
     return set()
 
 
 def texts_to_compare(tokenizer: Tokenizer, sample: Sequence[str]) -> Iterator[str]:
-    """As much of a sample as takes a moment, and what tokenizers differ on: characters of every plane, long runs, odd spaces."""
+    """Yield the beginning of a sample, and texts on which tokenizers differ: characters of every plane, long runs, unusual spaces."""
     left = _SAMPLE_CHARACTERS
     for text in sample:
         yield text[:left]

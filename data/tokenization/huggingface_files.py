@@ -1,4 +1,4 @@
-"""A tokenizer as the files that Hugging Face's AutoTokenizer reads, giving the ids that ours gives."""
+"""Writing a tokenizer as files that Hugging Face's AutoTokenizer reads, with the same ids as ours."""
 
 import json
 import math
@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import processors
 
 from data.command_line import UserError
 from data.tokenization.conversion import convert, unknown_piece
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
-from data.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer, read_model
 from data.tokenization.tokenizer import Tokenizer
 
 _PADDING = ("[PAD]", "<pad>")
@@ -30,20 +29,20 @@ def write_tokenizer(
     class_token: str = "[CLS]",
     mask_token: str = "[MASK]",
 ) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `folder`; neither sentencepiece nor code of ours is needed to read them.
+    """Write tokenizer.json and tokenizer_config.json into `folder`, which can be read without sentencepiece and without our code.
 
-    A tokenizer.json is copied, a tiktoken vocabulary rewritten as one, a SentencePiece `.model` (bpe or unigram) rewritten and
-    copied beside it. The ids of what is written are compared with ours on texts of many kinds, and UserError is raised where one
-    differs, or where the `.model` does what a tokenizer.json cannot. `end_of_text` as in load_tokenizer.
+    A tokenizer.json is copied, a tiktoken vocabulary is converted, and a SentencePiece `.model` (bpe or unigram) is converted and also
+    copied. The ids of the written file are compared with ours on texts of many kinds. UserError is raised if one differs, or if the
+    `.model` has a feature that a tokenizer.json cannot express. `end_of_text` is that of load_tokenizer.
 
-    For an encoder what is written puts `class_token` before a text and end of text behind it, or behind each of two, which are of
-    types 0 and 1; for an encoder-decoder it puts end of text behind a text. A special token written in a text stays text, as with
-    ours, but where a model fills in blanks, which a person names in a text: with an encoder that has `mask_token`, and with an
-    encoder-decoder that has <extra_id_0> and so on, special tokens in a text are read as such. A blank takes the spaces before it
-    along, which belong to what it stands for.
+    For an encoder, the written tokenizer puts `class_token` before a text and end of text after it, or after each of two texts, which
+    get types 0 and 1. For an encoder-decoder it puts end of text after a text. The name of a special token in a text stays text, as
+    with ours, unless the model fills in blanks, which a person names in a text: for an encoder with `mask_token`, and for an
+    encoder-decoder with <extra_id_0> and so on, special tokens in a text are read as tokens. A blank includes the spaces before it,
+    because they belong to the text that it replaces.
 
-    With unigram, spellings that are equally likely but for the last bits of a float32 sum, such as a run of 18 spaces as
-    16 + 2 or 2 + 16, may be chosen otherwise: SentencePiece adds in float32, Hugging Face in float64.
+    With unigram, divisions of a text that are equally likely up to the last bits of a float32 sum, such as 18 spaces as 16 + 2 or
+    2 + 16, may be chosen differently: SentencePiece adds in float32, Hugging Face in float64.
     """
     ours = load_tokenizer(tokenizer_file, end_of_text)
     folder = Path(folder)
@@ -58,7 +57,7 @@ def write_tokenizer(
     if architecture != "decoder":
         _frame(written, ours, class_token if architecture == "encoder" else None, blanks)
     theirs = tokenizers.Tokenizer.from_file(os.fspath(written))
-    theirs.encode_special_tokens = True  # what split_special_tokens below becomes
+    theirs.encode_special_tokens = True  # the effect of split_special_tokens below
     theirs.no_truncation()
     scores = _unigram_scores(ours)
     for text in texts_of_many_kinds(ours):
@@ -84,24 +83,24 @@ def write_tokenizer(
 
 
 def padding(tokenizer: Tokenizer) -> tuple[str, int]:
-    """The token for places where no token is, and its id: one of that name, else one that no text has, else end of text."""
+    """Return the padding token and its id: one named [PAD] or <pad>, else a token that no text has, else end of text."""
     if named := [name for name in _PADDING if name in tokenizer.special_tokens]:
         return named[0], tokenizer.special_tokens[named[0]]
-    if isinstance(tokenizer, SentencePieceTokenizer):  # which spells the unknown in bytes, or it could not have been written
-        model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+    if isinstance(tokenizer, SentencePieceTokenizer):  # encodes unknown characters as bytes, else it would be unsupported
+        model = read_model(tokenizer.path)
         return model.pieces[unknown_piece(model)].piece, unknown_piece(model)
     return tokenizer.end_of_text_token, tokenizer.end_of_text
 
 
 def _blanks(tokenizer: Tokenizer, architecture: str, mask_token: str) -> list[str]:
-    """Special tokens that stand in a text for something to be filled in."""
+    """Return the special tokens that stand in a text for a part to be filled in."""
     if architecture == "encoder":
         return [mask_token] if mask_token in tokenizer.special_tokens else []
     return list(tokenizer.sentinels) if architecture == "encoder_decoder" else []
 
 
 def _frame(path: Path, tokenizer: Tokenizer, class_token: str | None, blanks: list[str]) -> None:
-    """Have a tokenizer.json put its marks round every text, and let blanks take the spaces before them along."""
+    """Change a tokenizer.json so that it adds its special tokens to every text, and so that blanks include the spaces before them."""
     contents = json.loads(path.read_text(encoding="utf-8"))
     for token in contents["added_tokens"]:
         token["lstrip"] = token["lstrip"] or token["content"] in blanks
@@ -118,13 +117,14 @@ def _frame(path: Path, tokenizer: Tokenizer, class_token: str | None, blanks: li
 
 
 def _unigram_scores(tokenizer: Tokenizer) -> list[float]:
-    """Log-probability of each piece; empty for other kinds of tokenizers, which add nothing up."""
+    """Return the log-probability of each piece of a unigram model; empty for other kinds of tokenizers."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return []
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+    model = read_model(tokenizer.path)
     return [piece.score for piece in model.pieces] if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM else []
 
 
 def _as_likely(one: list[int], other: list[int], scores: list[float]) -> bool:
+    """Return True if two lists of pieces have the same probability, up to rounding."""
     first, second = (math.fsum(scores[token] for token in ids) for ids in (one, other))
-    return math.isclose(first, second, rel_tol=1e-5)  # float32 holds 6e-8 of a sum, and some hundred sums are made
+    return math.isclose(first, second, rel_tol=1e-5)  # float32 rounds by 6e-8 of a sum, and a few hundred sums are computed

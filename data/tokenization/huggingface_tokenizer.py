@@ -10,7 +10,7 @@ from data.tokenization.tokenizer import KNOWN_ENDS, Tokenizer
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`."""
+    """The tokenizer of a Hugging Face `tokenizer.json` file."""
 
     engine = f"tokenizers {tokenizers.__version__}"
 
@@ -19,23 +19,26 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._text = path.read_text(encoding="utf-8") if path.name == "tokenizer.json" or not merges_of(path) else _join_pair(path)
             self._model = tokenizers.Tokenizer.from_str(self._text)
-        except Exception as error:  # the library raises nothing more exact
-            raise UserError(f"{path} is no tokenizer.json: {error}.") from error
+        except Exception as error:  # the library raises no narrower type
+            raise UserError(f"{path} is not a valid tokenizer.json: {error}.") from error
         self._model.no_truncation()
         self._model.no_padding()
-        self._model.encode_special_tokens = True  # as text, that is
+        self._model.encode_special_tokens = True  # encode the names of special tokens as text
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.special_tokens = {token.content: number for number, token in self._model.get_added_tokens_decoder().items() if token.special}
         self._set_end(end_of_text or self._known_end(vocabulary), vocabulary)
 
     def file_bytes(self) -> bytes:
+        """Return the content of the tokenizer.json."""
         return self._text.encode()
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without end of text."""
         return self._encode_batch([text])[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, without end of text."""
         return self._model.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def _encode_each(self, texts: Sequence[str]) -> Iterable[list[int]]:
@@ -43,29 +46,29 @@ class HuggingFaceTokenizer(Tokenizer):
             return map(self.encode, texts)
         return (encoding.ids for encoding in self._encode_batch(list(texts)))
 
-    def _spellings(self) -> list[str]:
+    def _texts_of_ids(self) -> list[str]:
         names = [self._model.id_to_token(token) or "" for token in range(self.vocab_size)]
         if isinstance(self._model.model, tokenizers.models.WordPiece):
             prefix = self._model.model.continuing_subword_prefix
             return [name.removeprefix(prefix) if name.startswith(prefix) else f" {name}" for name in names]
-        spell = self._model.decoder.decode if self._model.decoder else "".join
-        return [spell(["a", name, "a"])[1:-1] for name in names]  # a decoder may take a space from the ends of a text
+        decode = self._model.decoder.decode if self._model.decoder else "".join
+        return [decode(["a", name, "a"])[1:-1] for name in names]  # a decoder may take a space from the ends of a text
 
     def _encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
         try:
             return self._model.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises nothing more exact
+        except Exception as error:  # the library raises no narrower type
             raise UserError(f"{self.path} cannot encode every text: {error}.") from error
 
 
 def merges_of(vocabulary: Path) -> Path | None:
-    """The merges that belong to a vocabulary, where its name says that it is one of two files."""
+    """Return the file of merges that belongs to a vocabulary; None if the vocabulary is not one of GPT-2's two files."""
     merges = vocabulary.with_name(vocabulary.name.removesuffix("vocab.json") + "merges.txt")
     return merges if vocabulary.name.endswith("vocab.json") and merges.is_file() else None
 
 
 def _join_pair(vocabulary: Path) -> str:
-    """GPT-2's vocab.json and merges.txt as one tokenizer.json: byte-level BPE, its end of text special."""
+    """Return GPT-2's vocab.json and merges.txt as one tokenizer.json: byte-level BPE whose end of text is special."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges_of(vocabulary))))
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()

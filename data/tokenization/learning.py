@@ -13,8 +13,8 @@ import sentencepiece
 from data.command_line import UserError
 from data.tokenization.tokenizer import END_OF_TEXT
 
-_PAGE_CHARACTERS = 4000  # of one training sentence, so that a newline and what follows it can be one piece
-_UNIGRAM_PAGES = 500
+_PAGE_CHARACTERS = 4000  # of one training sentence: long, so that a newline and the text after it can be one piece
+_UNIGRAM_PAGES = 500  # at most: the time of "unigram" grows faster than the text (these take 10 seconds, 10 times as many 5 minutes)
 
 
 def train_sentencepiece(
@@ -25,21 +25,20 @@ def train_sentencepiece(
     special_tokens: Sequence[str] = (),
     within_words: bool = False,
 ) -> None:
-    """Learn a vocabulary from texts and write it to `path`; kind is "bpe" or "unigram".
+    """Learn a vocabulary of `vocab_size` pieces from texts and write it to `path`; kind is "bpe" or "unigram".
 
-    `special_tokens` are among its ids, behind end of text, and no text is encoded to them.
-
-    Whatever is no piece is spelt in bytes, and nothing is normalised, so every text comes back as it was. Pieces may hold
-    spaces and newlines ("return self.", a line's end with the next one's indentation): a token of source code is then 4.2
-    bytes long instead of 3.5 at 4,096 pieces (cf. SuperBPE, Liu et al. 2025, arXiv 2503.13423). With `within_words` none goes on
-    behind a space, or from a letter to a digit or another sign.
+    `special_tokens` get the ids after end of text; no text is encoded to them. Characters that are in no piece are encoded as bytes,
+    and nothing is normalised, so decoding restores every text. Pieces may contain spaces and newlines ("return self.", or a line's end
+    with the indentation of the next line): at 4,096 pieces a token of source code then has 4.2 bytes instead of 3.5 (cf. SuperBPE, Liu
+    et al. 2025, arXiv 2503.13423). With `within_words` no piece continues after a space, or from a letter to a digit or another sign.
+    Raises UserError if the texts are too short.
     """
     pages = _pages(texts, num_characters=(vocab_size - 258) // 2)
-    if kind == "unigram":  # what it takes grows faster than the text: ten seconds for these, five minutes for ten times as many
+    if kind == "unigram":
         pages = pages[:: len(pages) // _UNIGRAM_PAGES + 1]
     model = io.BytesIO()
     if refused := [token for token in special_tokens if not token or token == END_OF_TEXT or special_tokens.count(token) > 1]:
-        raise UserError(f"special_tokens holds {refused[0]!r}; each must be a name of its own.")
+        raise UserError(f"special_tokens contains {refused[0]!r}; each name must be non-empty, unique and not {END_OF_TEXT}.")
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(pages),
@@ -55,25 +54,25 @@ def train_sentencepiece(
             split_by_unicode_script=within_words,
             max_sentencepiece_length=32,
             max_sentence_length=4 * _PAGE_CHARACTERS,
-            required_chars=string.ascii_letters + string.digits + string.punctuation,  # else a rare capital is in no piece
+            required_chars=string.ascii_letters + string.digits + string.punctuation,  # else a rare capital letter is in no piece
             unk_id=0,
             eos_id=1,
             eos_piece=END_OF_TEXT,
             control_symbols=list(special_tokens),
             bos_id=-1,
             pad_id=-1,
-            num_threads=8,  # fixed, because the sums of "unigram" depend on it
+            num_threads=8,  # fixed: the sums of "unigram" depend on it
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(_why_not(error, vocab_size)) from error
+        raise UserError(_learning_error(error, vocab_size)) from error
     Path(path).write_bytes(model.getvalue())
 
 
 def _pages(texts: Iterable[str], num_characters: int) -> list[str]:
-    """Texts by the page, in which only the commonest characters stand for themselves.
+    """Cut texts into pages and keep only the most frequent characters.
 
-    The others, of which Chinese has more than a small vocabulary can hold, become tabs, which SentencePiece puts into no piece.
+    The others become tabs, which SentencePiece puts into no piece: Chinese has more characters than a small vocabulary can hold.
     """
     pages = [text[start : start + _PAGE_CHARACTERS] for text in texts for start in range(0, len(text), _PAGE_CHARACTERS)]
     counts = Counter(itertools.chain.from_iterable(pages))
@@ -81,8 +80,8 @@ def _pages(texts: Iterable[str], num_characters: int) -> list[str]:
     return [page.translate(rare) for page in pages] if rare else pages
 
 
-def _why_not(error: RuntimeError, vocab_size: int) -> str:
-    """SentencePiece's sentence, without the place in its source, in the words of our settings."""
+def _learning_error(error: RuntimeError, vocab_size: int) -> str:
+    """Return SentencePiece's message in terms of our settings, without the line of its source code."""
     if most := re.search(r"Please set it to a value <= (\d+)", str(error)):
-        return f"This text is too short to learn {vocab_size} pieces from it; vocab_size can be {most[1]} at most. Or give a tokenizer."
-    return f"No vocabulary of {vocab_size} pieces can be learnt from this text: {str(error).rpartition('] ')[2] or 'it is empty.'}"
+        return f"This text is too short to learn {vocab_size} pieces from it. Use a vocab_size of at most {most[1]}, or give a tokenizer."
+    return f"A vocabulary of {vocab_size} pieces cannot be learnt from this text: {str(error).rpartition('] ')[2] or 'it is empty.'}"

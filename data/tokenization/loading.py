@@ -16,22 +16,27 @@ _FILE_NAMES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 
 
 def load_tokenizer(path: str | Path, end_of_text: str | None = None, fast: bool = False, threads: int = 1) -> Tokenizer:
-    """The tokenizer of a file, or of a folder that holds tokenizer.json, tokenizer.model or a .tiktoken file, or of GPT-2's two files,
-    vocab.json and merges.txt (what stands before these names being the same), named by the first or by their folder.
+    """Return the tokenizer of a file or folder. Raises UserError if there is none.
 
-    Which token ends a document: `end_of_text`, else `eos_token` of a tokenizer_config.json beside the file, else the file's own.
-    `threads` is how many encode_documents may use, where the library leaves a choice: one, or more. `fast` has gigatoken encode,
-    unchecked: for a tokenizer that `fastest` has found to give the same ids with it.
+    `path` is a SentencePiece model, a tokenizer.json, a .tiktoken file, the first of GPT-2's two files (PREFIXvocab.json and
+    PREFIXmerges.txt), or a folder that holds one of them. A document ends with the token `end_of_text`, else with `eos_token` of a
+    tokenizer_config.json next to the file, else with the file's own. `threads` is 1, or the number of threads that encode_documents
+    may use if the library has a choice. `fast` encodes with gigatoken, without a check: use it for a tokenizer for which `fastest`
+    has found the same ids.
     """
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in _FILE_NAMES if (path / name).is_file()] + sorted(path.glob("*.tiktoken"))
         found += [file for file in sorted(path.glob("*vocab.json")) if merges_of(file)]
         if not found:
-            raise UserError(f"{path} holds neither {' nor '.join(_FILE_NAMES)} nor a .tiktoken file, nor vocab.json with merges.txt.")
+            raise UserError(
+                f"{path} contains no tokenizer: none of {', '.join(_FILE_NAMES)}, a .tiktoken file, or vocab.json with merges.txt."
+            )
         path = found[0]
     if not path.is_file():
-        raise UserError(f"{path}: no such file. A tokenizer is a SentencePiece .model, a Hugging Face tokenizer.json or a .tiktoken file.")
+        raise UserError(
+            f"{path}: no such file. Give a SentencePiece .model, a Hugging Face tokenizer.json or a .tiktoken file as the tokenizer."
+        )
     end_of_text = end_of_text or configured_end(path.parent)
     if path.suffix == ".json":
         tokenizer: Tokenizer = HuggingFaceTokenizer(path, end_of_text, threads)
@@ -45,24 +50,24 @@ def load_tokenizer(path: str | Path, end_of_text: str | None = None, fast: bool 
 
 
 def fastest(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Tokenizer, str]:
-    """The tokenizer with gigatoken in front, where that gives the same ids on the sample and on hard texts, else as it was given.
+    """Return the tokenizer accelerated by gigatoken if that gives the same ids, else the given one, and a message that names the reason.
 
-    Of the sample so much is tried as takes a moment. The sentence with it says for the user which it is, and why.
+    The ids are compared on a part of the sample that takes a moment, and on texts that are hard to tokenize.
     """
     try:
         fast = GigatokenTokenizer(tokenizer)
     except UserError as error:
         return tokenizer, f"Tokenizing with {tokenizer.engine}: {error}"
-    tried = 0
+    num_compared = 0
     for text in texts_to_compare(tokenizer, sample):
         if fast.encode(text) != tokenizer.encode(text):
             return tokenizer, f"Tokenizing with {tokenizer.engine}: gigatoken gives other ids, for {text[:60]!r} among others."
-        tried += 1
-    return fast, f"Tokenizing with {fast.engine}, whose ids for {tried} texts were those of {tokenizer.engine}."
+        num_compared += 1
+    return fast, f"Tokenizing with {fast.engine}, whose ids for {num_compared} texts are those of {tokenizer.engine}."
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
-    """Put a tokenizer's file into a folder under a name that load_tokenizer looks for, with what the file does not hold beside it."""
+    """Copy a tokenizer's file into a folder, under a name that load_tokenizer looks for, and write its settings next to it."""
     suffix = tokenizer.path.suffix
     name = (
         "tokenizer.json" if suffix == ".json" else f"{tokenizer.path.stem}.tiktoken" if holds_ranks(tokenizer.path) else "tokenizer.model"

@@ -22,7 +22,7 @@ _TEXTS = (
 
 
 def texts_of_many_kinds(tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts that tokenizers have got wrong, its special tokens as text, and pieces of the vocabulary in random order."""
+    """Yield texts that tokenizers have got wrong, the names of the special tokens, and pieces of the vocabulary in random order."""
     yield from _TEXTS
     yield from tokenizer.special_tokens
     yield " ".join(["", *tokenizer.special_tokens, "".join(tokenizer.special_tokens)])

@@ -20,11 +20,11 @@ _LONGEST_LINE = 1000  # of a tiktoken vocabulary that is looked at to tell what 
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A `.tiktoken` vocabulary: a line for each token, in base64, with its rank.
+    """The tokenizer of a `.tiktoken` vocabulary, which has a line for each token: its bytes in base64 and its rank.
 
-    How text is split before, and the special tokens, the file does not hold. They come from a tokenizer_config.json beside it:
+    The file does not hold the pattern that splits a text, nor the special tokens. They come from a tokenizer_config.json next to it:
     `pat_str`, as tiktoken calls the pattern, and `added_tokens_decoder`, {"ID": {"content": "TOKEN"}}, as Hugging Face's files
-    for Llama 3 and Kimi have it. For the files that OpenAI publishes, known by name, they come from the library.
+    for Llama 3 and Kimi have it. For the files that OpenAI publishes they come from the tiktoken library, by the file's name.
     """
 
     def __init__(self, path: Path, end_of_text: str | None) -> None:
@@ -35,11 +35,11 @@ class TiktokenTokenizer(Tokenizer):
             pattern, self.special_tokens = configured["pat_str"], _added_tokens(configured)
         else:
             pattern, self.special_tokens = _definition_of_name(path, ranks)
-        if doubled := [token for token, number in self.special_tokens.items() if number in ranks.values()]:
-            raise UserError(f"{path.with_name(CONFIGURATION)}: the id of {doubled[0]} is a token of {path.name} too.")
+        if duplicates := [token for token, number in self.special_tokens.items() if number in ranks.values()]:
+            raise UserError(f"{path.with_name(CONFIGURATION)}: the id of {duplicates[0]} is also the id of a token in {path.name}.")
         try:
             self._model = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens)
-        except Exception as error:  # the library raises nothing more exact
+        except Exception as error:  # the library raises no narrower type
             raise UserError(f"{path} cannot be loaded: {error}.") from error
         self.settings = {
             "pat_str": pattern,
@@ -50,12 +50,14 @@ class TiktokenTokenizer(Tokenizer):
         self._set_end(end_of_text or self._known_end(self.special_tokens), self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without end of text."""
         return self._model.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, without end of text."""
         return b"".join(self._bytes.get(int(token), b"") for token in ids).decode("utf-8", errors="replace")
 
-    def _spellings(self) -> list[str]:
+    def _texts_of_ids(self) -> list[str]:
         return [self._bytes.get(token, b"").decode("utf-8", "replace") for token in range(self.vocab_size)]
 
     def _encode_each(self, texts: Sequence[str]) -> Iterable[NDArray]:
@@ -63,7 +65,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def holds_ranks(path: Path) -> bool:
-    """Whether a file is a tiktoken vocabulary, which Llama 3 calls tokenizer.model and Kimi tiktoken.model."""
+    """Return True if a file is a tiktoken vocabulary. Llama 3 names it tokenizer.model, and Kimi tiktoken.model."""
     with open(path, "rb") as file:
         return path.suffix == ".tiktoken" or re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(_LONGEST_LINE)) is not None
 
@@ -79,22 +81,25 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise UserError(f"{path}, line {number}: a line of a tiktoken vocabulary is a token in base64 and its rank.") from error
+            raise UserError(
+                f"{path}, line {number}: invalid line. Each line of a tiktoken vocabulary is a token in base64 and its rank."
+            ) from error
     if missing := {bytes([byte]) for byte in range(256)} - set(ranks):
-        raise UserError(f"{path} is no whole tiktoken vocabulary: {len(missing)} of the 256 bytes are not in it.")
+        raise UserError(f"{path} is not a complete tiktoken vocabulary: {len(missing)} of the 256 bytes are missing.")
     return ranks
 
 
 def published_pattern(name: str) -> str | None:
-    """How text is split in the vocabulary of this name that OpenAI publishes; None where it publishes none."""
+    """Return the pattern that splits text in OpenAI's vocabulary of this name; None if OpenAI publishes no such vocabulary."""
     definition = _published_definition(name, lambda url, expected_hash: {})
     return definition["pat_str"] if definition else None
 
 
 def _definition_of_name(path: Path, ranks: dict[bytes, int]) -> tuple[str, dict[str, int]]:
-    """Pattern and special tokens of a vocabulary that OpenAI publishes."""
+    """Return the pattern and the special tokens of a vocabulary that OpenAI publishes."""
 
     def load(url: str, expected_hash: str) -> dict[bytes, int]:
+        """Return the ranks in place of those at the URL, if the file is the published one."""
         if sha256_of(path) != expected_hash:
             raise UserError(f"{path} is not the file of this name that OpenAI publishes: its sha256 is not {expected_hash}.")
         return ranks
@@ -102,16 +107,16 @@ def _definition_of_name(path: Path, ranks: dict[bytes, int]) -> tuple[str, dict[
     definition = _published_definition(path.stem, load)
     if definition is None:
         raise UserError(
-            f"{path} does not say how text is split into words, and it bears no name that the tiktoken library knows. "
+            f"{path} does not contain the pattern that splits a text into words, and the tiktoken library does not know its name. "
             f'Put "pat_str" and "added_tokens_decoder" into {path.with_name(CONFIGURATION)}.'
         )
     return definition["pat_str"], definition["special_tokens"]
 
 
 def _published_definition(name: str, load: Callable[[str, str], dict[bytes, int]]) -> dict | None:
-    """What the tiktoken library says of a vocabulary, with `load` for what would read its file from the network."""
+    """Return the tiktoken library's definition of a vocabulary; `load` replaces the function that would download its file."""
     constructor = openai_public.ENCODING_CONSTRUCTORS.get(name)
     if constructor is None or "load_tiktoken_bpe" not in constructor.__code__.co_names:
         return None
-    # The library's own function, in which one name means another function.
+    # The library's own function, with its function for downloads replaced.
     return types.FunctionType(constructor.__code__, constructor.__globals__ | {"load_tiktoken_bpe": load})()

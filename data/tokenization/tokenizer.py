@@ -16,35 +16,41 @@ _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
 class Tokenizer:
-    """Ids from 0 to vocab_size - 1, of which `end_of_text` ends each document. A special token written in a text stays text."""
+    """A tokenizer: text to token ids and back. The name of a special token in a text is encoded as text, not as the token."""
 
     path: Path
+    """The file that the tokenizer was read from."""
     vocab_size: int
+    """Number of ids, which go from 0 to vocab_size - 1."""
     end_of_text: int
+    """Id that ends each document."""
     end_of_text_token: str
+    """Name of that token."""
     special_tokens: dict[str, int]
-    """Ids that no text is encoded to, by name."""
+    """Ids that no text is encoded to, by the names of their tokens."""
     settings: dict
-    """What decides the ids and is not in the file `path`, as it stands in a tokenizer_config.json."""
+    """Settings that decide the ids and are not in the file `path`, as in a tokenizer_config.json."""
     engine: str
-    """The library that encodes, and its version."""
+    """Name and version of the library that encodes."""
 
     def file_bytes(self) -> bytes:
-        """What its file holds, or would hold where it was given as several."""
+        """Return the content of the tokenizer's file; if it was read from several files, the content of one equivalent file."""
         return self.path.read_bytes()
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without end of text."""
         raise NotImplementedError
 
     def encode_documents(self, texts: Sequence[str], dtype: np.dtype) -> tuple[NDArray, NDArray[np.int32]]:
-        """The ids of all texts, each text's followed by end of text, and how many each has with it.  -> [tokens], [texts]"""
+        """Return the ids of all texts, each followed by end of text, and the length of each with it.  -> [tokens], [texts]"""
         return self._join([np.asarray(ids, dtype) for ids in self._encode_each(texts)], dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; end of text has none, and bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of the ids. End of text is dropped, and bytes that are not valid UTF-8 become U+FFFD."""
         raise NotImplementedError
 
     def special_token_id(self, token: str) -> int:
+        """Return the id of a special token. Raises UserError, with the nearest name, if there is no such token."""
         if token not in self.special_tokens:
             hint = nearest(token, list(self.special_tokens))
             raise UserError(f'{self.path} has no special token "{token}".{hint} It has: {", ".join(self.special_tokens) or "none"}.')
@@ -52,30 +58,30 @@ class Tokenizer:
 
     @property
     def special_names(self) -> dict[int, str]:
-        """Of special tokens and what ends a document, by id."""
+        """Names of the special tokens and of the end-of-text token, by id."""
         return {token: name for name, token in self.special_tokens.items()} | {self.end_of_text: self.end_of_text_token}
 
     @property
     def sentinels(self) -> dict[str, int]:
-        """T5's names of what was cut out of a text, <extra_id_0> and so on, as far as they are special tokens, by name."""
+        """Ids of the special tokens that T5 puts in place of cut-out spans (<extra_id_0>, <extra_id_1>, ...), by name."""
         return {name: token for name, token in self.special_tokens.items() if _SENTINEL.fullmatch(name)}
 
     def start_token_id(self, token: str | None) -> int:
-        """Of what a decoder behind an encoder reads before its first target; None: of what ends a document."""
+        """Return the id that the decoder of an encoder-decoder reads first: that of `token`, or of end of text if it is None."""
         return self.end_of_text if token is None else self.special_token_id(token)
 
     def word_edges(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which ids begin a word, and behind which another word begins whatever comes: at spaces and line ends.  -> [vocab], [vocab]
+        """Return which ids begin a word, and which ids are always followed by the beginning of a word.  -> [vocab], [vocab]
 
-        A space alone belongs to what follows. Of WordPiece a word begins where ## does not stand. A script that is written without
-        spaces has no words here.
+        Words are separated by spaces and line ends. A space alone belongs to the text after it. In WordPiece, tokens without ## begin a
+        word. A script that is written without spaces has no word boundaries here.
         """
-        spelt = self._spellings()
-        begins, ends = ([text[place].isspace() for text in spelt] for place in (slice(1), slice(-1, None)))
-        return np.array(begins), np.array(ends) & np.array([text.strip(" ") != "" for text in spelt])
+        texts = self._texts_of_ids()
+        begins, ends = ([text[part].isspace() for text in texts] for part in (slice(1), slice(-1, None)))
+        return np.array(begins), np.array(ends) & np.array([text.strip(" ") != "" for text in texts])
 
-    def _spellings(self) -> Sequence[str]:
-        """What each id stands for, with a space at its beginning where a word begins there.  [vocab]"""
+    def _texts_of_ids(self) -> Sequence[str]:
+        """Return the text of each id, with a space at its beginning if a word begins there.  [vocab]"""
         raise NotImplementedError
 
     def _encode_each(self, texts: Sequence[str]) -> Iterable[Sequence[int] | NDArray]:
@@ -94,12 +100,14 @@ class Tokenizer:
     def _set_end(self, token: str, ids: Mapping[str, int]) -> None:
         if token not in ids:
             raise UserError(
-                f'{self.path} has no token "{token}" to end a document with.{nearest(token, list(ids))} Set with --end_of_text.'
+                f'{self.path} has no token "{token}" to end a document with.{nearest(token, list(ids))} Set it with --end_of_text.'
             )
         self.end_of_text_token, self.end_of_text = token, ids[token]
 
     def _known_end(self, ids: Mapping[str, int]) -> str:
         token = next((token for token in KNOWN_ENDS if token in ids), None)
         if token is None:
-            raise UserError(f"{self.path}: none of {', '.join(KNOWN_ENDS)} is in it. Say with --end_of_text which token ends a document.")
+            raise UserError(
+                f"{self.path} has none of the tokens {', '.join(KNOWN_ENDS)}. Give the token that ends a document with --end_of_text."
+            )
         return token

@@ -68,7 +68,7 @@ def test_how_words_are_cut_has_a_name_or_is_refused(tmp_path, pattern, name):
     path = tmp_path / "words.tiktoken"
     rank_file(path, [TEXT], pattern)
     if name is None:
-        with pytest.raises(UserError, match=r"words\.tiktoken cannot be written as GGUF: it cuts text into words as none of"):
+        with pytest.raises(UserError, match=r"words\.tiktoken cannot be written as GGUF: it does not split text into words like any of"):
             entries_of(path)
     else:
         entries = entries_of(path)

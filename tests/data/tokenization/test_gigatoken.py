@@ -47,7 +47,7 @@ SLOW = {
     "unigram.json": 'Unsupported model type "Unigram"',
     "odd_pattern.json": "Unknown pre_tokenizer",
     "compatible.json": r"normalises text \(Lowercase, NFKC\)",
-    "own.tiktoken": "does not know the pattern",
+    "own.tiktoken": "does not support the pattern",
 }
 
 
@@ -177,7 +177,7 @@ def test_what_gigatoken_remembers_is_forgotten_again(folder, monkeypatch):
     loaded = []
     from_json = gigatoken.Tokenizer.from_json
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda contents: loaded.append(1) or from_json(contents))
-    monkeypatch.setattr(data.tokenization.gigatoken_tokenizer, "REMEMBERED_CHARACTERS", 100)
+    monkeypatch.setattr(data.tokenization.gigatoken_tokenizer, "CACHED_CHARACTERS", 100)
     reference = load_tokenizer(folder / "byte_level.json/byte_level.json")
     fast = load_tokenizer(reference.path, fast=True)
     texts = [SOURCES[0][start : start + 51] for start in range(0, 1020, 51)]

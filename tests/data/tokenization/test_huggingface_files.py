@@ -115,11 +115,11 @@ def test_a_model_with_a_space_before_every_text_is_rewritten_too(tmp_path, kind)
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"byte_fallback": False}, "no bytes to spell unknown characters"),
+        ({"byte_fallback": False}, "no bytes for unknown characters"),
         ({"normalization_rule_name": "nmt_nfkc"}, 'normalises text ("nmt_nfkc")'),
         ({"remove_extra_whitespaces": True}, "removes spaces"),
         ({"user_defined_symbols": ["<tool>"]}, "holds user-defined pieces"),
-        ({"treat_whitespace_as_suffix": True}, "puts the space behind a word"),
+        ({"treat_whitespace_as_suffix": True}, "puts the space after a word"),
         ({"model_type": "char"}, "is neither bpe nor unigram"),
     ],
 )

@@ -106,7 +106,7 @@ def test_learnt_special_tokens_come_behind_end_of_text(trained):
 
 @pytest.mark.parametrize("names", [["<a>", "<a>"], ["<|endoftext|>"], [""]])
 def test_special_tokens_to_learn_have_names_of_their_own(tmp_path, names):
-    with pytest.raises(UserError, match="each must be a name of its own"):
+    with pytest.raises(UserError, match="each name must be non-empty, unique and not"):
         train_sentencepiece(SOURCES, tmp_path / "tokenizer.model", 600, special_tokens=names)
 
 
@@ -136,7 +136,7 @@ def test_a_text_of_more_characters_than_pieces_can_be_learnt_from(tmp_path):
 
 
 def test_a_text_too_short_for_the_vocabulary_is_refused(tmp_path):
-    with pytest.raises(UserError, match="too short to learn 4096 pieces from it; vocab_size can be 261 at most"):
+    with pytest.raises(UserError, match=r"too short to learn 4096 pieces from it\. Use a vocab_size of at most 261"):
         train_sentencepiece(["hi\n"], tmp_path / "short.model", 4096)
     with pytest.raises(UserError, match="it is empty"):
         train_sentencepiece([], tmp_path / "empty.model", 4096)
@@ -154,7 +154,7 @@ def test_a_copy_is_the_same_tokenizer(trained, kind, tmp_path):
 
 def test_the_end_of_text_that_was_chosen_stays_with_the_copy(tmp_path):
     bytes_alone(["[END]", "<|im_end|>"]).save(str(tmp_path / "own.json"))
-    with pytest.raises(UserError, match="Say with --end_of_text"):
+    with pytest.raises(UserError, match=r"Give the .* with --end_of_text"):
         load_tokenizer(tmp_path / "own.json")
     with pytest.raises(UserError, match=r'no token "\[END" .* Did you mean "\[END\]"'):
         load_tokenizer(tmp_path / "own.json", "[END")
@@ -192,12 +192,12 @@ def test_a_model_of_others_that_puts_a_space_before_each_text_is_used_as_it_is(t
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
 def test_what_is_no_tokenizer_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model nor"):
+    with pytest.raises(UserError, match=r"contains no tokenizer: none of tokenizer\.json, tokenizer\.model,"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         load_tokenizer(tmp_path / name)
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=f"{name} is no"):
+    with pytest.raises(UserError, match=f"{name} is not a"):
         load_tokenizer(tmp_path)
 
 
@@ -251,8 +251,8 @@ def test_a_tiktoken_vocabulary_is_known_by_what_is_in_it(trained, tmp_path, name
     [
         ({"pat_str": None}, 'Put "pat_str" and "added_tokens_decoder" into'),
         ({"pat_str": "("}, "cannot be loaded"),
-        ({"added_tokens_decoder": {"7": {"content": "</s>"}}}, r"the id of </s> is a token of own\.tiktoken too"),
-        ({"added_tokens_decoder": {}}, "none of .* is in it"),
+        ({"added_tokens_decoder": {"7": {"content": "</s>"}}}, r"the id of </s> is also the id of a token in own\.tiktoken"),
+        ({"added_tokens_decoder": {}}, "has none of the tokens "),
         ({"eos_token": "[MUSK]"}, r'Did you mean "\[MASK\]"'),
     ],
 )
@@ -272,7 +272,7 @@ def test_a_damaged_tiktoken_vocabulary_is_refused_with_its_line(tmp_path):
     with pytest.raises(UserError, match=r"own\.tiktoken, line 5"):
         load_tokenizer(tmp_path)
     (tmp_path / "own.tiktoken").write_bytes(b"\n".join(lines[:200]))
-    with pytest.raises(UserError, match="56 of the 256 bytes are not in it"):
+    with pytest.raises(UserError, match="56 of the 256 bytes are missing"):
         load_tokenizer(tmp_path)
 
 
