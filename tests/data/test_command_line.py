@@ -1,15 +1,17 @@
-"""A frozen dataclass as a command line: what is given arrives, and every mistake is one sentence that helps."""
+"""A frozen dataclass as a command line: values arrive, and each mistake gives one helpful message."""
 
 import ast
 import dataclasses
 import importlib
 import inspect
 import typing
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from annotated_types import Ge, Gt, Le
 
-from data.command_line import RankError, UserError, read_settings, run_script
+from data.command_line import RankError, UserError, describe, read_settings, run_script
+from data.ranges import range_complaints
 from tests.ranks import REPOSITORY
 
 
@@ -53,60 +55,65 @@ def recipe(tmp_path):
     return write
 
 
-def test_nothing_given_is_the_defaults():
+def test_no_arguments_give_the_defaults():
     assert read() == Outer()
 
 
 @pytest.mark.parametrize("words", [["--inner.width", "7", "--inner.rate", "-2e-4"], ["--inner.width=7", "--inner.rate=-2e-4"]])
-def test_dotted_names_reach_inner_settings(words):
+def test_dotted_names_set_the_fields_of_sections(words):
     assert read(*words) == Outer(inner=Inner(7, -2e-4))
 
 
-def test_a_bare_claim_is_true_and_a_spelt_one_is_what_it_says():
+def test_a_flag_without_a_value_is_true():
     assert read("--loud").loud and read("--loud", "true").loud and read("--loud", "--name", "x").loud
     assert not read("--loud", "false").loud and not read("--loud=false").loud
 
 
-def test_a_value_that_is_the_name_of_a_setting_stays_a_value():
+def test_a_value_may_be_the_name_of_a_setting():
     assert read("--name", "loud").name == "loud"
     assert read("--name", "files", "--files", "name", "loud").files == ("name", "loud")
 
 
 @pytest.mark.parametrize("text", ["###", "--- x", "# a: b", "5", "true", "a: b", ""])
-def test_a_text_that_yaml_would_read_otherwise_stays_what_it_is(text):
+def test_a_text_value_is_not_read_as_yaml(text):
     assert read(f"--note={text}").note == text
     assert text.startswith("--") or read("--note", text).note == text
     assert read("--note", "null").note is None
 
 
-def test_the_words_behind_a_list_are_its_items():
+def test_the_words_after_a_list_option_are_its_items():
     assert read("--files", "a", "b c", "--loud").files == ("a", "b c")
     assert read("--files").files == ()
     assert read("--files=a").files == read('--files=["a"]').files == ("a",)
 
 
-def test_an_alias_is_its_setting():
+def test_an_alias_sets_its_setting_and_is_in_help(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
     aliases = {"--width": "--inner.width", "--inner": "--inner.width"}
     assert read("--width", "9", aliases=aliases) == read("--width=9", aliases=aliases) == read("--inner=9", aliases=aliases)
     assert read("--width", "9", aliases=aliases).inner.width == 9
+    assert read("--config", recipe("width: 9\n"), aliases=aliases).inner.width == 9
+    with pytest.raises(SystemExit):
+        read("--help", aliases=aliases)
+    assert "Columns. Default: 4. Also --width or --inner." in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("place", [0, 2, 4])
 @pytest.mark.parametrize("joined", [True, False])
-def test_a_recipe_lies_under_the_command_line_wherever_it_is_named(recipe, place, joined):
+def test_the_command_line_overrides_a_recipe_wherever_it_is_named(recipe, place, joined):
     path = recipe("inner: {width: 7, rate: 0.5}\nname: of the recipe\nfiles: [a, b]\nloud: true\n")
     words = ["--inner.width", "8", "--name", "of the line"]
     words[place:place] = [f"--config={path}"] if joined else ["--config", path]
     assert read(*words) == Outer(inner=Inner(8, 0.5), name="of the line", files=("a", "b"), loud=True)
 
 
-def test_a_later_recipe_lies_over_an_earlier_one(recipe):
+def test_a_later_recipe_overrides_an_earlier_one(recipe):
     first, second = recipe("name: first\nlimit: 1\n", "first.yaml"), recipe("name: second\n", "second.yaml")
     assert read("--config", first, "--config", second) == Outer(name="second", limit=1)
     assert read("--config", second, "--loud", "--config", first) == Outer(name="first", limit=1, loud=True)
 
 
-def test_one_value_for_a_list_is_a_list_of_it_in_a_recipe_too(recipe):
+def test_a_recipe_may_give_one_value_for_a_list(recipe):
     assert read("--config", recipe("files: a\n")).files == read("--files=a").files == ("a",)
     assert read("--config", recipe("files: a\n"), "--files", "b", "c").files == ("b", "c")
 
@@ -120,7 +127,7 @@ def test_a_recipe_of_comments_alone_changes_nothing(recipe):
     assert read("--config", recipe("# name: x\n")) == Outer()
 
 
-def test_defaults_may_follow_from_what_is_given(recipe):
+def test_defaults_can_depend_on_given_values(recipe):
     def defaults(given: dict) -> dict:
         return {"inner.width": 100, "inner.rate": 0.25} if given.get("name") == "large" else {}
 
@@ -130,7 +137,7 @@ def test_defaults_may_follow_from_what_is_given(recipe):
 
 
 @pytest.mark.parametrize(
-    "words, sentence",
+    "words, message",
     [
         (["--nmae", "x"], 'Unknown setting "nmae". Did you mean "name"? --help lists them all.'),
         (["--nam", "x"], 'Unknown setting "nam". Did you mean "name"? --help lists them all.'),
@@ -151,14 +158,14 @@ def test_defaults_may_follow_from_what_is_given(recipe):
         (["--config", "/"], "--config /: Is a directory."),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_sentence(words, sentence):
+def test_a_mistake_on_the_command_line_is_one_message(words, message):
     with pytest.raises(UserError) as refused:
         read(*words)
-    assert str(refused.value) == sentence
+    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(
-    "text, sentence",
+    "text, message",
     [
         ("nmae: x", '{path}: unknown setting "nmae". Did you mean "name"? --help lists them all.'),
         ("inner: {widht: 3}", '{path}: unknown setting "inner.widht". Did you mean "inner.width"? --help lists them all.'),
@@ -174,14 +181,14 @@ def test_a_mistake_on_the_command_line_is_one_sentence(words, sentence):
         ("[1, 2]", "--config {path} holds a list; a recipe is names with values."),
     ],
 )
-def test_a_mistake_in_a_recipe_is_one_sentence_that_names_the_file(recipe, text, sentence):
+def test_a_mistake_in_a_recipe_is_one_message_that_names_the_file(recipe, text, message):
     path = recipe(text)
     with pytest.raises(UserError) as refused:
         read("--loud", "--config", path)
-    assert str(refused.value) == sentence.format(path=path)
+    assert str(refused.value) == message.format(path=path)
 
 
-def test_a_file_that_is_no_yaml_is_refused_with_the_place(recipe, tmp_path):
+def test_a_recipe_that_is_not_yaml_is_refused_with_line_and_column(recipe, tmp_path):
     with pytest.raises(UserError, match=r"recipe\.yaml is not YAML: .* line 1, column 8"):
         read("--config", recipe("inner: [3\n"))
     (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\n")
@@ -189,18 +196,124 @@ def test_a_file_that_is_no_yaml_is_refused_with_the_place(recipe, tmp_path):
         read("--config", str(tmp_path / "bytes.yaml"))
 
 
-def test_a_wrong_value_on_the_line_does_not_blame_the_recipe(recipe):
+def test_a_wrong_value_names_the_place_where_it_was_set(recipe):
     with pytest.raises(UserError) as refused:
         read("--config", recipe("limit: 3\n"), "--limit", "x")
-    assert "Set in" not in str(refused.value)
+    assert str(refused.value) == "limit is x; it must be a whole number or null. Set on the command line."
 
 
-def settings_of_doors() -> list[tuple[str, str]]:
-    """Module and name of every settings dataclass that a door reads."""
-    found = [("launch.training.settings", "RunSettings")]
-    for path in sorted([*REPOSITORY.glob("launch/*.py"), *REPOSITORY.glob("data/*.py")]):
+@dataclasses.dataclass(frozen=True)
+class Section:
+    size: int = 1
+    """Even or 1."""
+    share: Annotated[float, Gt(0), Le(1)] = 0.5
+    """Share of all."""
+
+    def __post_init__(self) -> None:
+        if self.size > 1 and self.size % 2:
+            raise ValueError(f"section.size {self.size} is odd. Nearest: {self.size + 1}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    section: Section = dataclasses.field(default_factory=Section)
+    steps: Annotated[int, Ge(0)] | None = None
+    """Steps."""
+    warmup: int = 3
+    """Steps of warm-up."""
+    weights: tuple[Annotated[float, Gt(0)], ...] = ()
+    """Weights."""
+
+    def complaints(self) -> list[str]:
+        steps, warmup = describe(self, "steps"), describe(self, "warmup")
+        found = [f"{warmup} must be below {steps}."] if self.steps is not None and self.warmup >= self.steps else []
+        return found + ([f"{describe(self, 'section.size')} is too small."] if self.section.size < 2 else [])
+
+
+def complaints_of(*words: str) -> list[str]:
+    """Return the lines that these words are refused with."""
+    with pytest.raises(UserError) as refused:
+        read_settings(Checked, words, "A test.")
+    return str(refused.value).splitlines()
+
+
+def test_a_value_in_its_range_is_accepted():
+    words = ["--section.size", "2", "--section.share", "1", "--steps", "4", "--weights", "1", "0.5"]
+    assert read_settings(Checked, words, "A test.") == Checked(Section(2, 1.0), 4, 3, (1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--section.share", "0"], "section.share is 0; it must be above 0 and at most 1. Set on the command line."),
+        (["--section.share", "1.5"], "section.share is 1.5; it must be above 0 and at most 1. Set on the command line."),
+        (["--section.share", ".nan"], "section.share is nan; it must be a finite number. Set on the command line."),
+        (["--steps=-1"], "steps is -1; it must be at least 0. Set on the command line."),
+        (["--weights", "1", "-2"], "weights is 1 -2; it must be above 0. Set on the command line."),
+        (["--weights", "1", ".inf"], "weights is 1 inf; it must be a finite number. Set on the command line."),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_the_range(words, message):
+    assert complaints_of("--section.size=2", *words) == [message]
+
+
+def test_a_value_out_of_range_in_a_recipe_names_the_file(recipe):
+    path = recipe("section: {size: 2, share: 2.0}\n")
+    assert complaints_of("--config", path) == [f"section.share is 2; it must be above 0 and at most 1. Set in {path}."]
+
+
+def test_an_invalid_combination_names_the_place_of_each_value(recipe):
+    path = recipe("steps: 3\nsection: {size: 2}\n")
+    assert complaints_of("--config", path) == [f"warmup 3 (default) must be below steps 3 ({path})."]
+    assert complaints_of("--config", path, "--steps", "2") == ["warmup 3 (default) must be below steps 2 (command line)."]
+
+
+def test_what_a_section_refuses_names_the_place_of_each_value(recipe):
+    assert complaints_of("--section.size", "3") == ["section.size 3 (command line) is odd. Nearest: 4."]
+
+
+def test_complaints_of_all_layers_come_together():
+    """Complaints that follow from a wrong value are left out: section.size is not reported as too small."""
+    words = ["--section.size=3", "--section.share=0", "--weights=-1", "--steps=1"]
+    assert complaints_of(*words) == [
+        "section.share is 0; it must be above 0 and at most 1. Set on the command line.",
+        "weights is -1; it must be above 0. Set on the command line.",
+        "section.size 3 (command line) is odd. Nearest: 4.",
+        "warmup 3 (default) must be below steps 1 (command line).",
+    ]
+
+
+def test_all_values_of_a_wrong_type_are_named(recipe):
+    path = recipe("steps: few\n")
+    assert complaints_of("--config", path, "--warmup=x", "--section.size=y") == [
+        f"steps is few; it must be a whole number or null. Set in {path}.",
+        "warmup is x; it must be a whole number. Set on the command line.",
+        "section.size is y; it must be a whole number. Set on the command line.",
+    ]
+
+
+def test_ranges_are_checked_without_a_command_line_too():
+    assert range_complaints(Checked(Section(1, 2.0), -1)) == [
+        "section.share is 2.0; it must be above 0 and at most 1.",
+        "steps is -1; it must be at least 0.",
+    ]
+
+
+def test_a_default_that_depends_on_a_setting_names_that_setting():
+    def defaults(given: dict) -> dict:
+        return {"warmup": 9} if given.get("steps") else {}
+
+    with pytest.raises(UserError, match=r"^warmup 9 \(steps 5\) must be below steps 5 \(command line\)\.$"):
+        read_settings(Checked, ["--section.size=2", "--steps=5"], "A test.", defaults=defaults, defaults_from=("steps",))
+
+
+def settings_classes() -> list[tuple[str, str]]:
+    """Return module and name of every settings dataclass of data/ and launch/."""
+    found = []
+    for path in sorted([*REPOSITORY.glob("launch/**/*.py"), *REPOSITORY.glob("data/**/*.py")]):
+        module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
         classes = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-        found += [(f"{path.parent.name}.{path.stem}", name) for name in classes if name.endswith("Settings")]
+        found += [(module, name) for name in classes if name.endswith("Settings") and name != "WorkerSettings"]
     return found
 
 
@@ -224,41 +337,43 @@ def documented_fields(settings: type, prefix: str = "") -> dict[str, tuple[str, 
     return found
 
 
-@pytest.mark.parametrize("module, name", settings_of_doors())
+@pytest.mark.parametrize("module, name", settings_classes())
 def test_help_shows_every_setting_with_its_docstring_and_default(module, name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     settings = getattr(importlib.import_module(module), name)
     fields = documented_fields(settings)
     positional = "model" if fields.get("model", ("", None))[1] is dataclasses.MISSING else None
     with pytest.raises(SystemExit) as ended:
-        read_settings(settings, ["--help"], "A door.", positional=positional)
+        read_settings(settings, ["--help"], "A script.", positional=positional)
     shown = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
     for field, (docstring, default) in fields.items():
         option = field.upper() if field == positional else f"--{field} "
         assert option in shown, field
         assert " ".join(docstring.split()) in shown, field
-        if default not in (dataclasses.MISSING, None, (), ""):
+        if default not in (dataclasses.MISSING, None, (), "") and "(default: " not in docstring:
             value = str(default).lower() if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else default
             value = " ".join(value) if isinstance(value, tuple) else value
             assert f"{' '.join(docstring.split())} Default: {value}." in shown, field
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"])
-def test_a_door_prints_the_sentence_once_a_machine_and_ends_with_status_2(name, capsys, monkeypatch):
+def test_a_user_error_is_printed_once_a_machine_with_status_2(name, capsys, monkeypatch):
     for kind, rank, printed in ((UserError, "0", "That cannot be.\n"), (UserError, "1", ""), (RankError, "1", "That cannot be.\n")):
 
-        def door(arguments, kind=kind):
+        def main(arguments, kind=kind):
             raise kind("That cannot be.")
 
+        for other in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
+            monkeypatch.delenv(other, raising=False)
         monkeypatch.setenv(name, rank)
         with pytest.raises(SystemExit) as ended:
-            run_script(door)
+            run_script(main)
         assert ended.value.code == 2
         assert capsys.readouterr() == ("", printed)
 
 
-def test_the_status_of_a_door_is_the_status_of_the_process():
+def test_the_status_of_main_is_the_exit_status():
     for returned, status in ((None, 0), (0, 0), (85, 85)):
         with pytest.raises(SystemExit) as ended:
             run_script(lambda arguments, returned=returned: returned)

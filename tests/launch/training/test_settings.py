@@ -1,4 +1,4 @@
-"""The settings of a run: who wins, what is refused, and the arithmetic of a batch."""
+"""Settings of a run: what overrides what, what is refused, and how ranks share a batch."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ from model.config import SIZES, ModelConfig
 
 
 def refusal(*words: str) -> list[str]:
-    """The lines of what read_run_settings refuses these words with."""
+    """Return the lines of the message that read_run_settings refuses these words with."""
     with pytest.raises(UserError) as refused:
         read_run_settings(words)
     return str(refused.value).splitlines()
@@ -29,12 +29,12 @@ def recipe(tmp_path):
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
-def test_micro_batches_of_all_ranks_add_up_to_the_global_batch(micro, ranks, steps):
+def test_micro_batches_of_all_ranks_make_up_the_global_batch(micro, ranks, steps):
     assert BatchSettings(micro * ranks * steps, micro).accumulation_steps(ranks) == steps
 
 
 @pytest.mark.parametrize("batch, ranks, nearest", [((500, 4), 8, "480 or 512"), ((3, 4), 1, "4"), ((33, 32), 1, "32 or 64")])
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(batch, ranks, nearest):
+def test_an_indivisible_batch_is_refused_with_the_nearest_divisible(batch, ranks, nearest):
     unit = batch[1] * ranks
     with pytest.raises(UserError) as refused:
         BatchSettings(*batch).accumulation_steps(ranks)
@@ -44,13 +44,13 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(batch,
     )
 
 
-def test_without_a_recipe_it_is_the_demo():
+def test_the_demo_recipe_is_the_default():
     settings = read_run_settings([])
     assert settings.output == "runs/demo"
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 4), (8, 1)])
-def test_without_a_micro_batch_size_each_rank_takes_its_whole_share(ranks, micro_batch):
+def test_the_default_micro_batch_is_the_whole_share_of_a_rank(ranks, micro_batch):
     batch = share_the_batch(read_run_settings([]), Layout(ranks)).batch
     assert (batch.micro_batch_size, batch.accumulation_steps(ranks)) == (micro_batch, 1)
 
@@ -67,20 +67,20 @@ def test_without_a_micro_batch_size_each_rank_takes_its_whole_share(ranks, micro
     ],
     ids=str,
 )
-def test_in_a_pipeline_the_share_is_cut_into_four_micro_batches_a_stage(layout, micro_batch):
+def test_a_pipeline_gets_four_micro_batches_a_stage_by_default(layout, micro_batch):
     settings = share_the_batch(read_run_settings(["--batch.global_batch_size", "48"]), layout)
     assert settings.batch.micro_batch_size == micro_batch
     assert settings.batch.accumulation_steps(layout.data_parallel_size) * micro_batch * layout.data_parallel_size == 48
     assert settings.pipeline_stages == layout.pipeline_stages
 
 
-def test_a_micro_batch_size_that_was_given_stays():
+def test_a_given_micro_batch_size_is_kept():
     words = ["--batch.global_batch_size", "48", "--batch.micro_batch_size", "12"]
     assert share_the_batch(read_run_settings(words), Layout(4, 2)).batch.micro_batch_size == 12
 
 
 @pytest.mark.parametrize(
-    ("words", "ranks", "sentence"),
+    ("words", "ranks", "message"),
     [
         ([], 4, "batch.global_batch_size 10 (command line) is not a multiple of data_parallel_size 4.\nNearest: 8 or 12."),
         ([], 16, "batch.global_batch_size 10 (command line) is not a multiple of data_parallel_size 16.\nNearest: 16."),
@@ -92,18 +92,18 @@ def test_a_micro_batch_size_that_was_given_stays():
         ),
     ],
 )
-def test_a_batch_that_the_ranks_cannot_share_is_refused_by_what_was_given(words, ranks, sentence):
+def test_a_batch_that_ranks_cannot_share_is_refused_with_its_origin(words, ranks, message):
     with pytest.raises(UserError) as refused:
         share_the_batch(read_run_settings(["--batch.global_batch_size", "10", *words]), Layout(ranks))
-    assert str(refused.value) == sentence
+    assert str(refused.value) == message
 
 
-def test_tokens_become_whole_steps(recipe):
+def test_train_tokens_are_rounded_down_to_whole_steps(recipe):
     tokens = recipe("train_tokens: 100000\nbatch: {global_batch_size: 10, micro_batch_size: 5}\nmodel: {sequence_length: 64}\n")
     assert read_run_settings(["--config", tokens, "--schedule.warmup_steps", "0"]).batch_plan.steps == 100000 // 640
 
 
-def test_the_length_is_given_in_steps_or_in_tokens_and_once(recipe):
+def test_the_length_is_given_once_in_steps_or_in_tokens(recipe):
     both = recipe("train_steps: 800\ntrain_tokens: 1.0e+6\n")
     assert refusal("--config", both) == [
         f"train_steps 800 ({both}) and train_tokens 1e+06 ({both}) both set the length of training; keep one and set the other to null."
@@ -115,7 +115,7 @@ def test_the_length_is_given_in_steps_or_in_tokens_and_once(recipe):
     assert "is less than one step" in refusal("--train_tokens=5")[0]
 
 
-def test_all_complaints_come_at_once():
+def test_all_complaints_are_raised_together():
     lines = refusal(
         *("--batch.global_batch_size", "0", "--train_steps", "null", "--train_tokens", "-1", "--optimizer.beta2", "1"),
         *("--optimizer.weight_decay", "-0.1", "--schedule.decay_fraction", "0", "--checkpoint.keep", "1", "--peak_tflops", "0"),
@@ -127,7 +127,7 @@ def test_all_complaints_come_at_once():
     assert len(lines) == len(begun)
 
 
-def test_a_warm_up_that_leaves_nothing_is_refused_with_the_nearest():
+def test_a_warm_up_as_long_as_the_run_is_refused_with_the_longest():
     assert refusal("--train_steps", "20", "--schedule.warmup_steps", "20") == [
         "schedule.warmup_steps 20 (command line) must be below train_steps 20 (command line). Use --schedule.warmup_steps 19 or less."
     ]
@@ -143,7 +143,7 @@ def test_a_number_that_is_not_finite_is_refused(recipe, value):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_named_size_on_the_command_line_is_that_model_whatever_the_recipe_says(size, recipe):
+def test_a_named_size_on_the_command_line_replaces_the_recipes_model(size, recipe):
     assert read_run_settings(["--size", size, "--train_steps", "200"]).model == ModelConfig(**SIZES[size])
     path = recipe(
         "train_steps: 200\nmodel: {hidden_size: 64, num_key_value_heads: 2, head_size: 8, vocab_size: 70, tie_embeddings: true}\n"
@@ -151,7 +151,7 @@ def test_a_named_size_on_the_command_line_is_that_model_whatever_the_recipe_says
     assert read_run_settings(["--config", path, f"--size={size}"]).model == ModelConfig(**SIZES[size])
 
 
-def test_settings_beside_a_size_win(recipe):
+def test_model_settings_next_to_a_size_override_it(recipe):
     path = recipe("size: llama-160m\nmodel: {num_layers: 3}\ntrain_steps: 200\n")
     in_recipe = SIZES["llama-160m"] | {"num_layers": 3}
     assert read_run_settings(["--config", path]).model == ModelConfig(**in_recipe)
@@ -161,7 +161,7 @@ def test_settings_beside_a_size_win(recipe):
         assert read_run_settings(["--config", path, *words]).model == ModelConfig(**both)
 
 
-def test_what_follows_from_a_width_follows_the_width_that_is_given(recipe):
+def test_derived_sizes_follow_a_given_width(recipe):
     path = recipe("train_steps: 200\n")
     settings = read_run_settings(["--config", path, "--model.hidden_size", "96", "--model.num_attention_heads", "12"])
     assert settings.model == ModelConfig(hidden_size=96, num_attention_heads=12)
@@ -173,7 +173,7 @@ def test_an_unknown_size_is_refused_with_the_nearest(recipe):
         assert refusal(*words)[0].startswith('Unknown size "gpt2-124". Did you mean "gpt2-124m"? There are: gpt2-124m, ')
 
 
-def test_the_models_own_complaints_come_as_sentences():
+def test_complaints_of_the_model_name_where_its_values_were_set():
     lines = refusal("--model.hidden_size", "100", "--model.num_attention_heads", "3")
     assert lines[0].startswith(
         "model.hidden_size 100 (command line) is not a multiple of model.num_attention_heads 3 (command line). Nearest number of heads: "
@@ -181,14 +181,26 @@ def test_the_models_own_complaints_come_as_sentences():
 
 
 @pytest.mark.parametrize("words", [["--local_rank=0"], ["--local-rank=3"], ["--local_rank", "1"]])
-def test_what_a_launcher_adds_is_taken_and_not_needed(words):
+def test_local_rank_from_a_launcher_is_ignored(words):
     plain = read_run_settings(["--train_steps", "200"])
     assert read_run_settings([*words, "--train_steps", "200"]) == read_run_settings(["--train_steps", "200", *words]) == plain
 
 
-def test_the_names_of_the_ecosystem_are_taken():
+def test_aliases_of_settings_are_accepted():
     for words in (["--deepspeed", "ours.json"], ["--deepspeed_config", "ours.json"], ["--deepspeed_config=ours.json"]):
         assert read_run_settings(words).deepspeed == "ours.json"
     assert read_run_settings(["--data", "tokens"]).data.path == read_run_settings(["--data=tokens"]).data.path == ("tokens",)
     assert read_run_settings(["--data", "a", "b", "--data.weights", "2", "0.5"]).data.weights == (2.0, 0.5)
     assert read_run_settings(["--data", "a", "b", "--seed", "3"]).data.path == ("a", "b")
+    assert refusal("--preserve_sparsity") == refusal("--hold_zeros")
+
+
+def test_complaints_of_ranges_model_length_and_objective_come_together(recipe):
+    path = recipe("train_steps: 20\ndata: {objective: prefix, fim_rate: 0.5}\noptimizer: {beta1: 2.0}\n")
+    assert refusal("--config", path, "--model.hidden_size=100", "--model.num_attention_heads=3") == [
+        f"optimizer.beta1 is 2; it must be at least 0 and below 1. Set in {path}.",
+        "model.hidden_size 100 (command line) is not a multiple of model.num_attention_heads 3 (command line). "
+        "Nearest number of heads: 2; or set model.head_size.",
+        f"schedule.warmup_steps 100 (default) must be below train_steps 20 ({path}). Use --schedule.warmup_steps 19 or less.",
+        f"data.fim_rate is 0.5 ({path}); it is for data.objective causal, and this is prefix.",
+    ]
