@@ -1,6 +1,7 @@
 """The training loss and token losses."""
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,27 @@ _CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # float32 logits in one chun
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the negative log-likelihood in nats at each position, 0 where the target is IGNORED.  [b, s, vocab], [b, s] -> [b, s]"""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
+
+
+class Labels(NamedTuple):
+    """What the outputs for a micro-batch are compared with.
+
+    A divisor is the number of targets in the whole global batch over its number of micro-batches. The mean over micro-batches, which
+    data parallelism and gradient accumulation take, is then the mean over all targets, however they are distributed.
+    """
+
+    targets: Tensor
+    """[batch, seq], IGNORED where a position is not a target"""
+    divisor: Tensor
+    """[]"""
+    classes: Tensor | None = None
+    """[batch], IGNORED where a sample has no class"""
+    class_divisor: Tensor | None = None
+    """[]"""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields that are not None, in their order."""
+        return tuple(tensor for tensor in self if tensor is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +55,14 @@ class Teaching:
 
 def training_loss(
     outputs: Tensor | tuple[Tensor, Tensor],
-    labels: tuple[Tensor, ...],
+    labels: Labels,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     teaching: Teaching | None = None,
 ) -> Tensor:
-    """Return the token losses summed and divided by a divisor, plus, with classes, the class losses summed and divided by another.
+    """Return the sum of the token losses over its divisor, plus, with classes, the sum of the class losses over their divisor.
 
-    `outputs` are the network's. `labels` are (targets [batch, seq], divisor), with classes also (classes [batch], class divisor). A
-    divisor is the number of targets in the whole global batch over its number of micro-batches. The mean over micro-batches, which
-    data parallelism and gradient accumulation take, is then the mean over all targets, however they are distributed.
+    `outputs` are the network's: token logits, with classes the pair of them and class logits.
 
     With `label_smoothing` e the target distribution is 1 - e on the target and e spread over the whole vocabulary (Szegedy et al.
     2015, arXiv 1512.00567, section 7). `z_loss` times the squared log of the softmax's denominator is added (Chowdhery et al. 2022,
@@ -50,13 +70,11 @@ def training_loss(
     target (Hinton et al. 2015, arXiv 1503.02531, section 2). None of these changes the loss of the classes.
     """
     logits, class_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
-    targets, divisor, *class_labels = labels
-    loss = _SummedLoss.apply(logits.flatten(0, 1), targets.flatten(), label_smoothing, z_loss, teaching) / divisor
-    if not class_labels:
+    loss = _SummedLoss.apply(logits.flatten(0, 1), labels.targets.flatten(), label_smoothing, z_loss, teaching) / labels.divisor
+    if labels.classes is None:
         return loss
-    assert class_logits is not None
-    classes, class_divisor = class_labels
-    return loss + F.cross_entropy(class_logits.float(), classes, ignore_index=IGNORED, reduction="sum") / class_divisor
+    assert class_logits is not None and labels.class_divisor is not None
+    return loss + F.cross_entropy(class_logits.float(), labels.classes, ignore_index=IGNORED, reduction="sum") / labels.class_divisor
 
 
 class _SummedLoss(torch.autograd.Function):

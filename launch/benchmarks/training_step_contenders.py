@@ -24,7 +24,7 @@ from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.pipeline import engine_for
 from launch.training.settings import RunSettings
 from model.config import ModelConfig
-from model.loss import training_loss
+from model.loss import Labels, training_loss
 from model.transformer import Transformer
 
 
@@ -148,7 +148,7 @@ def _ours_in_a_plain_loop(settings: TrainingStepSettings, compiled: bool) -> Cal
             drawn = _draw(settings)
             tokens, targets = drawn[:, :-1], drawn[:, 1:]
             divisor = torch.tensor(float(targets.numel() * settings.accumulation))
-            training_loss(model(tokens, torch.ones_like(tokens)), (targets, divisor)).backward()
+            training_loss(model(tokens, torch.ones_like(tokens)), Labels(targets, divisor)).backward()
             for weight, gradient in zip(weights, gradients, strict=True):
                 assert weight.grad is not None
                 gradient += weight.grad

@@ -39,7 +39,7 @@ from model.cache import KeyValueCache
 from model.compression.fake_quantization import fake_quantize
 from model.compression.grids import Grid
 from model.generation import generate
-from model.loss import Teaching
+from model.loss import Labels, Teaching
 from model.transformer import Block, Transformer
 
 
@@ -162,7 +162,7 @@ class Engine:
         for batch in micro_batches:
             batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
             with watch.measure("forward"):
-                loss = self._training_loss(engine(*batch.inputs), self._training_labels(batch, divisors))
+                loss = self._training_loss(engine(*batch.inputs), labels_of(batch, divisors), batch.inputs)
                 total += loss.detach()
             with watch.measure("backward"):
                 engine.backward(loss)
@@ -172,20 +172,15 @@ class Engine:
                 engine.step()
         return (float(total) / len(micro_batches), *self._norm_and_overflow())
 
-    def _training_loss(self, outputs: Tensor | tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
-        """Return the loss of a micro-batch. `labels` are those of _training_labels, with the inputs if there is a teacher."""
+    def _training_loss(self, outputs: Tensor | tuple[Tensor, Tensor], labels: Labels, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the loss of a micro-batch; a teacher reads its inputs."""
         teaching = None
         if self._teacher is not None:
-            labels, inputs = labels[:2], labels[2:]  # a model with a teacher has no classes
             with torch.no_grad():
                 logits = self._teacher(*inputs)
             weights = self._distillation.kl_weight, self._distillation.cross_entropy_weight
             teaching = Teaching(logits, *weights, self._distillation.temperature)
         return self.task.training_loss(outputs, labels, self._loss.label_smoothing, self._loss.z_loss, teaching)
-
-    def _training_labels(self, batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return labels_of a batch, followed by its inputs if a teacher needs them."""
-        return labels_of(batch, divisors) + (batch.inputs if self._distillation.teacher else ())
 
     def _norm_and_overflow(self) -> tuple[float, bool]:
         """Return the gradient norm of the last step, and True if it was not finite and the step was skipped."""
@@ -337,9 +332,10 @@ def _hold_zeros(model: nn.Module) -> None:
             weight.register_hook(lambda gradient, weight=weight: gradient.masked_fill(weight == 0, 0))
 
 
-def labels_of(batch: Batch, divisors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return targets and, if there are any, classes, each followed by the divisor of its summed loss."""
-    return (batch.targets, divisors[0]) + (() if batch.classes is None else (batch.classes, divisors[1]))
+def labels_of(batch: Batch, divisors: Sequence[Tensor]) -> Labels:
+    """Return the targets and classes of a batch with their divisors."""
+    divisor, *class_divisors = divisors
+    return Labels(batch.targets, divisor) if batch.classes is None else Labels(batch.targets, divisor, batch.classes, *class_divisors)
 
 
 def _seed_from(*numbers: int) -> int:

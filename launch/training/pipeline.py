@@ -21,7 +21,7 @@ from launch.training.engine import Engine, labels_of
 from launch.training.stopwatch import Stopwatch
 from model.cache import KeyValueCache
 from model.layers import Stream
-from model.loss import IGNORED
+from model.loss import IGNORED, Labels
 from model.transformer import layers, select_outputs
 
 _PLACEHOLDER = "placeholder_"
@@ -70,12 +70,16 @@ class PipelinedEngine(Engine):
             parallel.split_matrices(module, self.layout.tensor_parallel_size, module.mpu().get_slice_parallel_group())
         return module
 
-    def _loss_of(self, tensors: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
+    def _loss_of(self, tensors: tuple[Tensor, ...], label_tensors: tuple[Tensor, ...]) -> Tensor:
         """Return what the last stage computes for a micro-batch: in training its loss, otherwise its sums_of.  -> scalar or [3]"""
         outputs = select_outputs(self.config, Stream.from_tensors(tensors))
+        if torch.is_grad_enabled() and self._teacher is not None:  # its inputs come after the labels, which have no classes
+            targets, divisor, *inputs = label_tensors
+            return self._training_loss(outputs, Labels(targets, divisor), inputs)
+        labels = Labels(*label_tensors)
         if torch.is_grad_enabled():
-            return self._training_loss(outputs, labels)
-        return self.task.sums_of(outputs, *labels[::2])  # without the divisors
+            return self._training_loss(outputs, labels, ())
+        return self.task.sums_of(outputs, labels.targets, labels.classes)
 
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         engine, self._shaped_like = self._deepspeed, micro_batches[0]
@@ -84,7 +88,8 @@ class PipelinedEngine(Engine):
         for name, parameter in self._model.named_parameters():
             if name.startswith(_PLACEHOLDER):  # a stage of which no parameter has a gradient would have no norm
                 parameter.grad = torch.zeros_like(parameter)
-        data = ((batch.inputs, self._training_labels(batch, divisors)) for batch in micro_batches)
+        has_teacher = bool(self._distillation.teacher)
+        data = ((batch.inputs, labels_of(batch, divisors).tensors() + (batch.inputs if has_teacher else ())) for batch in micro_batches)
         return (float(engine.train_batch(data)), *self._norm_and_overflow())
 
     @torch.no_grad()
@@ -102,7 +107,7 @@ class PipelinedEngine(Engine):
         """Return the sums of each batch and, if asked for, the outputs of the last batch; on other stages than the last, nothing."""
         self._deepspeed.total_loss = None  # a scalar left by training, to which DeepSpeed would add
         evaluated = self._deepspeed.eval_batch(
-            ((batch.inputs, labels_of(batch, [torch.ones((), device=self.device)] * 2)) for batch in batches),
+            ((batch.inputs, labels_of(batch, [torch.ones((), device=self.device)] * 2).tensors()) for batch in batches),
             return_logits=keep_outputs,
             reduce_output=None,
             bcast_loss=False,
