@@ -108,6 +108,7 @@ def _source(folder: Path, output: Path, log: Callable[[str], None]) -> Path:
         raise UserError(f"--output {output} is inside {run}, which must not change. Give a folder outside it.")
 
     def complaint(candidate: Path) -> str | None:
+        """Return why a checkpoint is damaged, or None. Raises UserError if it cannot be converted for another reason."""
         try:
             manifest = checkpoint.read_manifest(candidate)
         except UserError as error:

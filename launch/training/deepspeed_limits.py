@@ -1,4 +1,4 @@
-"""What cannot be combined: limits of DeepSpeed and of the engine, found before a run starts and not in the middle of it."""
+"""Limits of DeepSpeed and of the engine: combinations that are refused before a run starts."""
 
 import importlib.metadata
 import json
@@ -34,10 +34,12 @@ def unsupported(merged: dict, path: str, settings: RunSettings, layout: Layout, 
 
 
 def _stage_of(merged: dict) -> int:
+    """Return the ZeRO stage."""
     return int(merged["zero_optimization"].get("stage", 0))
 
 
 def _offloads(zero: dict, section: str) -> bool:
+    """Return True if offload_optimizer or offload_param names a device."""
     return (zero.get(section) or {}).get("device", "none") != "none"
 
 
@@ -164,6 +166,7 @@ def _unsupported_sequence_size(settings: RunSettings, layout: Layout) -> list[st
     heads, key_heads, tokens = model.num_attention_heads // tensor, model.num_key_value_heads // tensor, model.sequence_length
 
     def divides_keys(size: int) -> bool:
+        """Return True if `size` ranks can share the key/value heads."""
         return key_heads % size == 0 or size % key_heads == 0
 
     complaints = []

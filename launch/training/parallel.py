@@ -76,6 +76,7 @@ def _mix_over_ranks(mix: Callable, size: int, group: dist.ProcessGroup) -> Calla
     exchange = DistributedAttention(mix, group, scatter_idx=2, gather_idx=1)
 
     def mixed(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache=None, relative_table=None) -> Tensor:
+        """Run the attention over whole sequences, with this rank's share of the heads."""
         assert relative_table is None, "a row of relative positions' table belongs to one head, and each rank has other heads"
         if cache is not None:  # generation: every rank has the whole text
             return mix(query, key, value, segments, cache)

@@ -65,7 +65,7 @@ class PipelinedEngine(Engine):
             for layer in layers(self.config, self._seed, recompute)
         ]
         topology = PipeModelDataParallelTopology(self.layout.pipeline_stages, self.layout.tensor_parallel_size, self.layout.zero_size)
-        module = kind(specs, topology=topology, loss_fn=self._loss_of, partition_method=section["partition"])
+        module: Any = kind(specs, topology=topology, loss_fn=self._loss_of, partition_method=section["partition"])
         if self.layout.tensor_parallel_size > 1:
             parallel.split_matrices(module, self.layout.tensor_parallel_size, module.mpu().get_slice_parallel_group())
         return module
@@ -94,6 +94,7 @@ class PipelinedEngine(Engine):
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> Score:
+        """Return the score over the batches of all data ranks, which have the same number of batches."""
         batches = [self._part_of(batch) for batch in batches]
         size = self._evaluation_batches or len(batches)
         total = Score()
@@ -239,6 +240,7 @@ def _timed(method: Callable, watch: Stopwatch, part: str) -> Callable:
     """Return a method that measures its time as `part`."""
 
     def instruction(*arguments, **keywords):
+        """Run the method."""
         with watch.measure(part):
             return method(*arguments, **keywords)
 

@@ -1,4 +1,4 @@
-"""What the engine, checkpoints, the plan and DeepSpeed's JSON need to know about an optimizer."""
+"""The base class of optimizers: all that the engine, checkpoints, the plan and DeepSpeed's JSON need to know about one."""
 
 import abc
 from collections.abc import Mapping
