@@ -1,10 +1,10 @@
-"""What a compression has done so far, on disk: the tensors of each layer in a file, published when it is whole, and read back one by one.
+"""The finished layers of a compression on disk: one file per layer, published when it is complete; tensors are read back one by one.
 
-OUTPUT.unfinished/plan.json       what is compressed, and how: another plan is not gone on with
-                  lock            held by the process that writes here
-                  NAME.json       what was found out before the first layer
-                  layer-00003.safetensors, .json    its tensors by our names, and what is told of it
-                  whole           what OUTPUT will be, until it was proven
+OUTPUT.unfinished/plan.json       what is compressed and how; a command with another plan does not resume
+                  lock            locked by the process that writes here
+                  NAME.json       results of the passes before the first layer
+                  layer-00003.safetensors, .json    the layer's tensors by our names, and its report
+                  whole           the folder that becomes OUTPUT when it has been checked
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from data.command_line import UserError
 from data.files import lock_file, publish_file, write_file
 from model.compression.grids import Grid, Quantized
 
-_OF_A_BEGINNING = {"lock", "plan.json.tmp"}  # what a start that was stopped at once has left
+_LEFT_BY_A_STOPPED_START = {"lock", "plan.json.tmp"}
 _PIECES = ("codes", "scale", "zero_point", "global_scale")
 
 
 def folder_for(output: Path) -> Path:
-    """Where the parts of an output lie until it is whole."""
+    """Return the folder of the finished layers until the output is complete."""
     return output.with_name(f"{output.name}.unfinished")
 
 
 class Parts(Mapping[str, "Tensor | Quantized"]):
-    """Parameters by our names, whole or as codes, each read when it is asked for."""
+    """Parameters by our names, as tensors or as codes, each read from disk when it is needed."""
 
     def __init__(self, output: Path, plan: dict[str, Any]) -> None:
         self.folder = folder_for(output)
@@ -45,18 +45,18 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
         self._grids: dict[str, Grid] = {}
 
     def open(self) -> None:
-        """Hold the folder for this process, until `close`. Raises UserError where another holds it, and where it is another plan's."""
+        """Lock the folder for this process until `close`. Raises UserError if another process has locked it, or if it has another plan."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._path("plan").is_file() and {path.name for path in self.folder.iterdir()} - _OF_A_BEGINNING:
-                raise UserError(f"{self.folder} is no unfinished compression. Remove the folder, or give another --output.")
+            if not self._path("plan").is_file() and {path.name for path in self.folder.iterdir()} - _LEFT_BY_A_STOPPED_START:
+                raise UserError(f"{self.folder} is not an unfinished compression. Remove the folder, or give another --output.")
             self._lock = lock_file(self.folder / "lock", warning="Make sure that no second process writes there.")
             if self._lock is None:
                 raise UserError(f"Another process is writing {self.folder}. Wait for it, or give another --output.")
             if self._path("plan").is_file() and self._read("plan") != json.loads(json.dumps(self._plan)):
                 raise UserError(
-                    f"{self.folder} holds what another command has begun, or the same of another model or text. Start that command "
-                    "again to go on with it, remove the folder, or give another --output."
+                    f"{self.folder} was begun by another command, or by this one with another model or text. Run that command again to "
+                    "resume it, remove the folder, or give another --output."
                 )
             self._note("plan", self._plan)
             for killed in [*self.folder.glob(f".{self.whole.name}.*"), *self.folder.glob(self.whole.name)]:  # .whole.*: earlier versions
@@ -65,11 +65,12 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
             raise UserError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
 
     def close(self) -> None:
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.close()
 
     def find(self) -> int:
-        """Look which layers are there, from the first on without a gap; how many."""
+        """Find the finished layers, from the first one without a gap, and return their number."""
         self._files, self._grids = {}, {}
         number = 0
         while self._path(_layer(number)).is_file():
@@ -80,7 +81,7 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
         return number
 
     def write(self, number: int, tensors: Mapping[str, "Tensor | Quantized"], told: dict[str, Any]) -> None:
-        """Publish a layer. Raises UserError, leaving what was there, where the disk is full."""
+        """Publish a layer with its report `told`. Raises UserError if the disk is full; the layers before it are kept."""
         pieces, grids = {}, {}
         for name, tensor in tensors.items():
             if isinstance(tensor, Quantized):
@@ -97,27 +98,28 @@ class Parts(Mapping[str, "Tensor | Quantized"]):
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise UserError(
-                f"{path} could not be written: {error}. The layers before it are kept; the same command goes on behind them."
+                f"{path} could not be written: {error}. The layers before it are kept; the same command resumes after them."
             ) from error
         self._files |= dict.fromkeys(tensors, path)
         self._grids |= {name: Grid(**grid) for name, grid in grids.items()}
 
     def told(self, number: int) -> dict[str, Any]:
-        """What was told of a layer."""
+        """Return the report of a layer."""
         return self._read(_layer(number))["told"]
 
     def known(self, name: str) -> Any:
-        """What was noted under a name, or None."""
+        """Return the result stored under a name, or None."""
         return self._read(name) if self._path(name).is_file() else None
 
     def note(self, name: str, found: Any) -> None:
-        """Keep what took long to find out. Raises UserError where the disk is full."""
+        """Store a result that took long to compute. Raises UserError if the disk is full."""
         try:
             self._note(name, found)
         except OSError as error:
             raise UserError(f"{self._path(name)} could not be written: {error.strerror or error}.") from error
 
     def remove(self) -> None:
+        """Delete the folder."""
         self.close()
         shutil.rmtree(self.folder)
 
@@ -150,7 +152,7 @@ def _layer(number: int) -> str:
 
 
 class Weights(Mapping[str, Tensor]):
-    """The same as tensors of numbers, which whoever loads the finished folder computes with."""
+    """The same parameters as float32 tensors: the numbers that software which loads the finished folder computes with."""
 
     def __init__(self, parts: Mapping[str, "Tensor | Quantized"]) -> None:
         self._parts = parts

@@ -1,6 +1,6 @@
-"""llama.cpp, where llama-cpp-python is installed: the second engine that reads a GGUF file, its K-quants, and its speed.
+"""llama.cpp, if llama-cpp-python is installed: a second engine that reads GGUF files, writes its K-quants, and shows its speed.
 
-It is no requirement, because it is compiled: seven minutes of a processor.
+It is not in requirements.txt, because it must be compiled, which takes seven minutes of one processor.
 """
 
 import ctypes
@@ -26,23 +26,24 @@ from model.loss import token_losses
 
 INSTALL = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install llama-cpp-python==0.3.36'
 K_QUANTS = {"q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M", "q5_k_m": "LLAMA_FTYPE_MOSTLY_Q5_K_M", "q6_k": "LLAMA_FTYPE_MOSTLY_Q6_K"}
-"""Types of a file that llama.cpp alone writes, by its names for them."""
-_SAMPLES, _SAMPLE_TOKENS = 8, 256  # whose perplexity is compared
+"""Types of GGUF files that only llama.cpp writes, with its names for them."""
+_SAMPLES, _SAMPLE_TOKENS = 8, 256  # size of the text whose perplexity is compared
 _ERROR = 4  # ggml_log_level
 
 
 def is_installed() -> bool:
+    """Return True if llama-cpp-python is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
 def refuse_missing(what: str) -> None:
-    """Raise UserError where it is not installed; `what` asks for it."""
+    """Raise UserError if llama-cpp-python is not installed; `what` says what needs it."""
     if not is_installed():
         raise UserError(f"{what}, and llama-cpp-python is not installed. Install it: {INSTALL}")
 
 
 def quantize(file: Path, kind: str, output: Path) -> None:
-    """Write the GGUF file `output` from one of floats, as one of K_QUANTS; raises UserError where llama.cpp is not installed."""
+    """Write the GGUF file `output` as one of K_QUANTS from a file of floats. Raises UserError if llama-cpp-python is not installed."""
     library = _library()
     parameters = library.llama_model_quantize_default_params()
     parameters.ftype = getattr(library, K_QUANTS[kind])
@@ -52,13 +53,13 @@ def quantize(file: Path, kind: str, output: Path) -> None:
 
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, special tokens in it being text, with nothing put before it."""
+    """Return the ids of each text. Special tokens in it are read as text, and none is put before it."""
     model = _model(file, vocab_only=True)
     return [model.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
 
 
 def logits(file: Path, tokens: Tensor) -> Iterator[Tensor]:
-    """Of each row, float32, computed with float32 keys and values.  [batch, seq] -> batch x [seq, vocab]"""
+    """Yield the float32 logits of each row, computed with float32 keys and values.  [batch, seq] -> batch x [seq, vocab]"""
     length = tokens.shape[1]
     model = _model(file, n_ctx=length, n_batch=length, n_ubatch=length, logits_all=True, type_k=0, type_v=0)
     for row in tokens.tolist():
@@ -68,25 +69,25 @@ def logits(file: Path, tokens: Tensor) -> Iterator[Tensor]:
 
 
 def perplexity(file: Path, tokens: Tensor) -> float:
-    """Of all ids of each row but the first, by those before them.  [batch, seq]"""
-    found = [token_losses(said[None, :-1], row[None, 1:]) for said, row in zip(logits(file, tokens), tokens, strict=True)]
-    return torch.cat(found).double().mean().exp().item()
+    """Return the perplexity of all ids of each row except the first, predicted from those before them.  [batch, seq]"""
+    losses = [token_losses(row_logits[None, :-1], row[None, 1:]) for row_logits, row in zip(logits(file, tokens), tokens, strict=True)]
+    return torch.cat(losses).double().mean().exp().item()
 
 
 def verify(file: Path, config: ModelConfig, tokenizer: Tokenizer, tolerance: float) -> float:
-    """Compare llama.cpp with us on texts of many kinds: their ids, and the perplexity of the weights that the file holds.
+    """Compare llama.cpp with our network on texts of many kinds: the ids, and the perplexity with the weights of the file.
 
-    Returns by how much the perplexities differ, relative; raises RuntimeError where it is more than `tolerance`, or an id differs.
+    Returns the relative difference of the perplexities. Raises RuntimeError if it is above `tolerance`, or if an id differs.
     """
-    texts = [text for text in texts_of_many_kinds(tokenizer) if SPACE not in text]  # which to llama.cpp is a space
+    texts = [text for text in texts_of_many_kinds(tokenizer) if SPACE not in text]  # llama.cpp reads it as a space
     for text, theirs in zip(texts, tokenize(file, texts), strict=True):
         if theirs != tokenizer.encode(text):
             raise RuntimeError(f"{file}: llama.cpp gives other ids than {tokenizer.path} for {text[:80]!r}.")
     ids = tokenizer.encode("\n".join(texts))
     length = min(config.sequence_length, _SAMPLE_TOKENS)
     tokens = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:_SAMPLES]
-    said = gguf_file.logits(config, gguf_file.GGUFState(file, config), tokens)
-    ours = token_losses(said[:, :-1], tokens[:, 1:]).double().mean().exp().item()
+    our_logits = gguf_file.logits(config, gguf_file.GGUFState(file, config), tokens)
+    ours = token_losses(our_logits[:, :-1], tokens[:, 1:]).double().mean().exp().item()
     difference = abs(perplexity(file, tokens) / ours - 1)
     if not difference <= tolerance:
         raise RuntimeError(f"{file}: llama.cpp's perplexity differs from ours by {difference:.2%}; {tolerance:.2%} is allowed.")
@@ -94,7 +95,7 @@ def verify(file: Path, config: ModelConfig, tokenizer: Tokenizer, tolerance: flo
 
 
 def tokens_per_second(file: Path, new_tokens: int = 64, prompt_tokens: int = 16, threads: int | None = None) -> float:
-    """Of writing token by token behind a prompt, which is not counted; on as many threads as torch has, unless it is said."""
+    """Return the speed of generating token by token after a prompt, whose time is not counted. Default for `threads`: torch's number."""
     threads = threads or torch.get_num_threads()
     model = _model(file, n_ctx=prompt_tokens + new_tokens, n_threads=threads, n_threads_batch=threads)
     model.eval(list(range(prompt_tokens)))
@@ -106,7 +107,7 @@ def tokens_per_second(file: Path, new_tokens: int = 64, prompt_tokens: int = 16,
 
 @functools.cache
 def _library() -> Any:
-    """The package, saying nothing but errors."""
+    """Return the package, which then prints only errors."""
     refuse_missing("This needs llama.cpp")
     library = importlib.import_module("llama_cpp")
     library.llama_log_set(_print_errors(library), ctypes.c_void_p(0))

@@ -1,4 +1,4 @@
-"""What a compression will need, worked out before it starts: memory, disk and time of each process."""
+"""Estimate of what a compression needs, before it starts: memory, disk and time of each process."""
 
 import dataclasses
 
@@ -9,23 +9,24 @@ from launch.training.peak import measured_flops
 from model.compression.statistics import Matrix, matrices
 from model.config import ModelConfig, count_parameters
 
-_PROCESS_BYTES = 0.45e9  # of Python with torch and what a door imports
-_OF_A_PRODUCT = 0.7  # of the speed of a large matrix product, all in all: what GPTQ and Wanda of hidden 1,024 reached on a CPU core
+_PROCESS_BYTES = 0.45e9  # Python with torch and the other imports of the script
+_OF_A_PRODUCT = 0.7  # share of the speed of a large matrix product that GPTQ and Wanda reach overall (hidden size 1,024, one CPU core)
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Of a process."""
+    """Memory and time that one process needs."""
 
     memory_bytes: float
     seconds: float
 
 
 def need(config: ModelConfig, tokens: int, is_swept: bool, flops_a_second: float, world_size: int = 1) -> Need:
-    """Of one walk with so many calibration tokens over all ranks; `is_swept`: a method that inverts second moments (GPTQ, SparseGPT).
+    """Return the need of one pass over the blocks. `tokens`: calibration tokens of all ranks; `is_swept`: GPTQ or SparseGPT.
 
-    A block twice in float32; the hidden states; second moments of a block's inputs in float64 and what inverts the largest; or, where
-    that is more, the embedding. Time: two forward passes, the second moments, and for each matrix its sweep.
+    Memory: a block twice in float32, the hidden states, second moments of a block's inputs in float64 and the workspace that inverts the
+    largest; or the embedding, if that is more. Time: two forward passes, the second moments, and the sweep of each matrix, in which
+    swept methods invert second moments.
     """
     all_of_them = list(matrices(config).values())
     groups = _distinct_inputs(all_of_them)
@@ -45,7 +46,7 @@ def need(config: ModelConfig, tokens: int, is_swept: bool, flops_a_second: float
 
 
 def need_of(config: ModelConfig, settings: CompressionSettings, is_swept: bool) -> str:
-    """Of a compression, as lines to print."""
+    """Return the need of a compression as lines to print."""
     device, world_size = device_name(), find_process().world_size
     length = settings.sequence_length or min(config.sequence_length, LONGEST)
     tokens = settings.calibration_samples * length
@@ -56,13 +57,13 @@ def need_of(config: ModelConfig, settings: CompressionSettings, is_swept: bool) 
     return (
         f"{settings.model}: {parameters:,} parameters, {len(matrices(config))} matrices in {config.total_blocks} blocks; "
         f"{tokens:,} calibration tokens.\nNeeds about {needed.memory_bytes / 1e9:.1f} GB of memory{ranks}, up to "
-        f"{2 * item_bytes * parameters / 1e9:.1f} GB of disk beside the model, and {f'{hours} h ' if hours else ''}{minutes} min "
+        f"{2 * item_bytes * parameters / 1e9:.1f} GB of disk in addition to the model, and {f'{hours} h ' if hours else ''}{minutes} min "
         f"to compress on this machine ({device}; an estimate from one matrix product). Transformers, which checks the result at the "
-        f"end, holds all of it: {4 * parameters / 1e9:.1f} GB."
+        f"end, needs the whole model in memory: {4 * parameters / 1e9:.1f} GB."
     )
 
 
 def _distinct_inputs(all_of_them: list[Matrix]) -> list[int]:
-    """How many inputs each group of matrices of one block has: queries, keys and values share theirs, gate and up too."""
+    """Return the number of inputs of each group of matrices of one block; queries, keys and values share theirs, as gate and up do."""
     shared = ("key", "value", "gate")
     return [matrix.shape[1] for matrix in all_of_them if matrix.block == 0 and matrix.linear.split(".")[-1] not in shared]

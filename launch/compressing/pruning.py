@@ -1,4 +1,4 @@
-"""What launch/prune.py does: weights become zero, or whole parts of the network go."""
+"""Body of launch/prune.py: weights become zero, or whole parts of the network are removed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,14 @@ _NAMES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 
 @dataclasses.dataclass(frozen=True)
 class _Mask:
-    """Which weights become zero."""
+    """The sparsity, and the matrices that get it."""
 
     sparsity: pruning.Sparsity
     chosen: Mapping[str, Matrix]
 
 
 def prune(settings: PruneSettings, arguments: Sequence[str]) -> int:
-    """The whole of the door; its status. Raises UserError."""
+    """Prune the model; return the exit status. Raises UserError if the settings do not fit the model or the text."""
     config, opened = source_of(settings)
     is_structured = settings.method == "structured"
     try:
@@ -58,12 +58,12 @@ def _mask_for(config: ModelConfig, settings: PruneSettings) -> _Mask:
         try:
             sparsity.check(matrix.shape[1])
         except ValueError as error:
-            raise UserError(f"{matrix}: {error}. --ignore '*.{matrix.linear}' leaves it as it is.") from error
+            raise UserError(f"{matrix}: {error}. --ignore '*.{matrix.linear}' leaves it unchanged.") from error
     return _Mask(sparsity, chosen)
 
 
 def _masked(job: Job[PruneSettings], mask: _Mask, parts: Parts) -> Result:
-    """Weights become zero."""
+    """Set weights to zero."""
     settings, sparsities = job.settings, _allocated(job, mask, parts)
     places = {str(matrix) for matrix in mask.chosen.values()}
 
@@ -89,7 +89,7 @@ def _masked(job: Job[PruneSettings], mask: _Mask, parts: Parts) -> Result:
 
 
 def _allocated(job: Job[PruneSettings], mask: _Mask, parts: Parts) -> list[pruning.Sparsity]:
-    """Of each block."""
+    """Return the sparsity of each block."""
     blocks = range(job.config.total_blocks)
     if job.settings.allocation == "uniform":
         return [mask.sparsity for _ in blocks]
@@ -100,7 +100,7 @@ def _allocated(job: Job[PruneSettings], mask: _Mask, parts: Parts) -> list[pruni
 
 
 def _cut(job: Job[PruneSettings], smaller: ModelConfig, parts: Parts) -> Result:
-    """What is left is a smaller dense network: blocks go first, then heads and neurons of the others, then channels."""
+    """Make a smaller dense network: remove blocks first, then heads and neurons of the others, then channels."""
     config, state = job.config, job.opened.state
     shallow = dataclasses.replace(config, num_layers=smaller.num_layers, num_decoder_layers=smaller.num_decoder_layers)
     if shallow != config:

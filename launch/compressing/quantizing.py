@@ -1,4 +1,4 @@
-"""What launch/quantize.py does: the matrices of the blocks become codes on a grid."""
+"""Body of launch/quantize.py: the matrices of the blocks become codes on a grid."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,13 @@ from model.compression.sweep import Changed
 from model.config import ModelConfig
 
 MIXED_BITS = (3, 4, 8)
-"""What a block may get where the average is given."""
+"""Bits that a block may get if --average_bits is given."""
 
 _DEFAULTS = {"int": (4, 128), "fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits and group size of each kind
 
 
 def quantize(settings: QuantizeSettings, arguments: Sequence[str]) -> int:
-    """The whole of the door; its status. Raises UserError."""
+    """Quantize the model; return the exit status. Raises UserError if the settings do not fit the model or the text."""
     config, opened = source_of(settings)
     try:
         schemes = _schemes_for(config, settings)
@@ -48,7 +48,10 @@ def quantize(settings: QuantizeSettings, arguments: Sequence[str]) -> int:
 
 
 def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, Scheme]:
-    """By the names of weights, all the same. Raises ValueError for what grid, format or architecture has no place for."""
+    """Return the scheme of each weight by its name; it is the same for all.
+
+    Raises ValueError if the grid, the format or the architecture does not support it.
+    """
     bits, group_size = _DEFAULTS[settings.kind]
     bits = bits if settings.bits is None else settings.bits
     if settings.kind == "int" and bits == 8:
@@ -64,7 +67,7 @@ def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, S
         least = 8 * sum(min(sizes.values()) for sizes in _bytes_of_blocks(config, chosen, scheme.grid, settings)) / weights
         if settings.average_bits < least:
             raise UserError(
-                f"average_bits {settings.average_bits:g} is below {least:.4g}, what {MIXED_BITS[0]} bits take with their scales."
+                f"average_bits {settings.average_bits:g} is below {least:.4g}, the size of {MIXED_BITS[0]} bits with their scales."
             )
     schemes = dict.fromkeys(chosen, scheme)
     huggingface.quantization_config(config, schemes, DTYPES[settings.precision], _kind_of_cache(settings))
@@ -78,10 +81,10 @@ def _refuse_torn_groups(grid: Grid, chosen: Mapping[str, Matrix]) -> None:
     if torn:
         named = ", ".join(f"{linear} ({inputs})" for linear, inputs in torn.items())
         fitting = [str(size) for size in (128, 64, 32, 16) if not any(matrix.shape[1] % size for matrix in chosen.values())]
-        sizes = "" if grid.kind != "int" else f"--group_size {', '.join([*fitting, '0'])} would do (0: a scale a row); "
+        sizes = "" if grid.kind != "int" else f"--group_size {', '.join([*fitting, '0'])} would divide them (0: one scale per row); "
         patterns = " ".join(f"'*.{linear}'" for linear in torn)
         raise UserError(
-            f"Groups of {grid.group_size} do not divide the inputs of {named}: {sizes}--ignore {patterns} leaves these as they are."
+            f"Groups of {grid.group_size} do not divide the inputs of {named}: {sizes}--ignore {patterns} leaves these unchanged."
         )
 
 
@@ -104,7 +107,7 @@ def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts:
         if group.producer is None or not all(f"{block}.{linear}" in grids for linear in group.linears):
             return None
         if not group.producer.endswith("_norm") and f"{block}.{group.producer}" not in grids:
-            return None  # a matrix that stays as it is
+            return None  # this matrix stays unchanged
         if settings.scaling == "smoothquant" and group.producer.endswith("_norm"):
             return scaling.smoothquant_scales(weights, statistics, settings.smoothing_strength)
         if settings.scaling == "awq":
@@ -121,7 +124,7 @@ def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts:
         of_blocks = scale_of(largest.sizes, grid_of(kind), job.dtype).tolist()
         kv_cache = CacheScheme(kind, tuple((keys, values) for keys, values in of_blocks))
     artefact = cast(report.Artefact, next(iter(schemes.values())).format)
-    scaled = "" if settings.scaling == "none" else f" behind {settings.scaling}"
+    scaled = "" if settings.scaling == "none" else f" after {settings.scaling}"
     method = f"{settings.method.upper()}{scaled}, {in_words(schemes.values(), kv_cache)}"
     return Result(job.config, parts, artefact, method, schemes, kv_cache, divergences)
 
@@ -133,7 +136,7 @@ def _kind_of_cache(settings: QuantizeSettings) -> Byte | None:
 def _sensitivity(
     job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts: Parts
 ) -> tuple[list[float] | None, Mapping[str, Scheme]]:
-    """What each block costs alone, mean nats a token; and the schemes, which follow from it where an average is given."""
+    """Return what quantizing each block alone costs, nats per token, and the schemes, which depend on it if --average_bits is given."""
     average, plain = job.settings.average_bits, next(iter(schemes.values())).grid
     grids = [plain] if average is None else [dataclasses.replace(plain, bits=bits) for bits in MIXED_BITS]
     chosen = {name: matrix for name, matrix in matrices(job.config).items() if name in schemes}
@@ -148,14 +151,14 @@ def _sensitivity(
     costs_of_bits = [dict(zip(MIXED_BITS, costs, strict=True)) for costs in found]
     weights = sum(rows * columns for rows, columns in (matrix.shape for matrix in chosen.values()))
     bits = allocation.choose(costs_of_bits, _bytes_of_blocks(job.config, chosen, plain, job.settings), int(average * weights / 8))
-    job.say("Bits of the blocks, by what each costs alone: " + " ".join(map(str, bits)))
+    job.say("Bits of the blocks, chosen by what each costs alone: " + " ".join(map(str, bits)))
     grid_of = dict(zip(MIXED_BITS, grids, strict=True))
     mixed = {name: dataclasses.replace(schemes[name], grid=grid_of[bits[chosen[name].block]]) for name in schemes}
     return [costs[bits[block]] for block, costs in enumerate(costs_of_bits)], mixed
 
 
 def _bytes_of_blocks(config: ModelConfig, chosen: Mapping[str, Matrix], grid: Grid, settings: QuantizeSettings) -> list[dict[int, int]]:
-    """What the chosen matrices of each block take with their scales, by bits."""
+    """Return the bytes of the chosen matrices of each block with their scales, by number of bits."""
     per_scale = DTYPES[settings.precision].itemsize + (0 if grid.symmetric else 1)
     sizes: list[dict[int, int]] = [dict.fromkeys(MIXED_BITS, 0) for _ in range(config.total_blocks)]
     for matrix in chosen.values():

@@ -1,4 +1,4 @@
-"""What a walk over the model as it is tells of its blocks. It is noted beside the parts: an earlier start's is not found out again."""
+"""Passes over the unchanged model that measure its blocks. Results are stored next to the layers and reused when a run resumes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -19,9 +19,9 @@ Found = TypeVar("Found")
 
 
 def divergences(job: Job, parts: Parts, changes: Sequence[Change]) -> list[list[float]] | None:
-    """Mean KL to the model as it is, where one block alone is changed: nats a token.  -> [blocks][changes]
+    """Return the mean KL to the unchanged model when one block alone is changed, nats per token.  -> [blocks][changes]
 
-    None where no samples are given for it.
+    None if sensitivity_samples or the calibration text are missing.
     """
     if job.calibration is None or not job.settings.sensitivity_samples:
         return None
@@ -30,7 +30,7 @@ def divergences(job: Job, parts: Parts, changes: Sequence[Change]) -> list[list[
     batches = job.calibration.beginning(wanted)
 
     def find() -> list[list[float]]:
-        job.say(f"Each block alone: {wanted} of the calibration samples.")
+        job.say(f"Measuring each block alone on {wanted} of the calibration samples.")
         samples = first_inputs(job.workers.share(batches), job.workers.device)
         sums, tokens = sensitivity.divergences(job.config, job.opened.state, samples, changes, job.workers.device)
         counted = torch.tensor(float(tokens), dtype=torch.float64, device=job.workers.device)
@@ -41,10 +41,10 @@ def divergences(job: Job, parts: Parts, changes: Sequence[Change]) -> list[list[
 
 
 def outlier_ratios(job: Job, parts: Parts, chosen: Mapping[str, Matrix]) -> list[float]:
-    """Of the chosen matrices of each block, as model.compression.allocation has it."""
+    """Return the outlier ratio of the chosen matrices of each block; model.compression.allocation defines it."""
 
     def find() -> list[float]:
-        job.say("Outliers of each block: a walk over the model as it is.")
+        job.say("Measuring the outliers of each block: a pass over the unchanged model.")
         ratios = []
         for step, statistics in gathered(job.config, job.opened.state, job.samples, job.workers):
             here = [(linear, group) for group in statistics for linear in group.linears if f"{step.name}.{linear}.weight" in chosen]
@@ -56,7 +56,7 @@ def outlier_ratios(job: Job, parts: Parts, chosen: Mapping[str, Matrix]) -> list
 
 
 def importance(job: Job, parts: Parts, by: str) -> Tensor:
-    """What is lost without each block: its influence, or how much the calibration text's loss rises.  -> [blocks]"""
+    """Return the importance of each block: its influence, or the rise of the calibration loss without it.  -> [blocks]"""
     device, state = job.workers.device, job.opened.state
 
     def influences() -> list[float]:
@@ -66,13 +66,13 @@ def importance(job: Job, parts: Parts, by: str) -> Tensor:
 
     def rises() -> list[float]:
         assert job.calibration is not None
-        # Their hidden states are kept once for each block.
+        # The hidden states of these samples are kept once for each block.
         batches = job.workers.share(job.calibration.beginning(max(1, job.calibration.num_samples // job.config.total_blocks)))
         samples, task = first_inputs(batches, device), job.calibration.task
 
-        def loss(said: Tensor | tuple[Tensor, Tensor], number: int) -> Tensor:
+        def loss(outputs: Tensor | tuple[Tensor, Tensor], number: int) -> Tensor:
             batch = batches[number].map(lambda tensor: tensor.to(device))
-            return task.sums_of(said, batch.targets, batch.classes)[:2].sum()
+            return task.sums_of(outputs, batch.targets, batch.classes)[:2].sum()
 
         losses = structured.losses_without_each_block(job.config, state, samples, loss, device)
         job.workers.sum_in_place([losses])
@@ -82,7 +82,7 @@ def importance(job: Job, parts: Parts, by: str) -> Tensor:
 
 
 def _noted(job: Job, parts: Parts, name: str, find: Callable[[], Found]) -> Found:
-    """What an earlier start has found, or what is found now; on all ranks the same."""
+    """Return the stored result of an earlier start, or compute and store it. It is the same on all ranks."""
     known = job.workers.run_on_rank0(lambda: parts.known(name))
     if known is None:
         known = find()

@@ -172,10 +172,10 @@ def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_pat
         (prune, ["--method=structured"], "Nothing would be removed"),
         (prune, ["--max_perplexity_ratio=2", "--test_samples=0"], "max_perplexity_ratio 2 .* needs a measurement"),
         (prune, ["--data=nowhere"], "nowhere"),
-        (quantize, ["--group_size=48"], r"Groups of 48 do not divide .* attention\.query \(32\).*--group_size 32, 16, 0 would do"),
+        (quantize, ["--group_size=48"], r"Groups of 48 do not divide .* attention\.query \(32\).*--group_size 32, 16, 0 would divide them"),
         (quantize, ["--kind=nvfp4", "--bits=8"], "nvfp4 has 4 bits"),
         (quantize, ["--activations=int8"], "activations int8 go with kind int, 8 bits"),
-        (quantize, ["--average_bits=3", "--group_size=32", "--sensitivity_samples=1"], r"average_bits 3 is below 3\.5, what 3 bits take"),
+        (quantize, ["--average_bits=3", "--group_size=32", "--sensitivity_samples=1"], r"average_bits 3 is below 3\.5, the size of 3 bits"),
         (quantize, ["--average_bits=4", "--bits=4"],
             "(?s)average_bits 4 .* both set the bits.*average_bits 4 .* needs the loss that each block costs"),
         (quantize, ["--method=rtn", "--act_order"], "act_order true .* applies only to method gptq"),
@@ -315,9 +315,9 @@ def test_a_disk_that_is_full_at_every_write_in_turn_costs_nothing_that_was_done(
             quantized(model("dense"), *AWQ)
         assert not list(unfinished.glob("*.tmp"))
         if layer == 1:
-            with pytest.raises(UserError, match=r"out\.unfinished holds what another command has begun"):
+            with pytest.raises(UserError, match=r"out\.unfinished was begun by another command"):
                 quantized(model("dense"), *AWQ, "--damping", "0.02")
-            with pytest.raises(UserError, match="holds what another command has begun, or the same of another model or text"):
+            with pytest.raises(UserError, match="was begun by another command, or by this one with another model or text"):
                 quantized(model("outliers", lambda name, weight: weight + 0.01), *AWQ)
 
     def full(*_, **__):
@@ -342,7 +342,7 @@ def test_a_disk_that_will_be_full_is_named_at_the_start_and_what_is_done_needs_n
     assert not list(tmp_path.iterdir())
     (tmp_path / "out.unfinished").mkdir()
     (tmp_path / "out.unfinished" / "layer-00000.safetensors").write_bytes(b"done")
-    with pytest.raises(UserError, match="is no unfinished compression"):  # the next thing that is looked at
+    with pytest.raises(UserError, match="is not an unfinished compression"):  # the next thing that is looked at
         quantized(model("dense"), *INT4)
 
 
@@ -359,7 +359,7 @@ def test_one_process_at_a_time_writes_an_output_and_no_other_folder_is_taken_for
     held.close()
     (tmp_path / "mine.unfinished").mkdir()
     (tmp_path / "mine.unfinished" / "thesis.txt").write_text("of years")
-    with pytest.raises(UserError, match=r"mine\.unfinished is no unfinished compression"):
+    with pytest.raises(UserError, match=r"mine\.unfinished is not an unfinished compression"):
         quantized(model("dense"), *INT4, output="mine")
     assert [path.name for path in (tmp_path / "mine.unfinished").iterdir()] == ["thesis.txt"]
 
