@@ -138,7 +138,7 @@ def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], curre
     folder = checkpoint.newest_undamaged(
         Path(ready.settings.output) / "checkpoints",
         verify=lambda folder: engine.ranks.first_error_of_any_rank(checkpoint.find_damage(folder, process.rank, process.world_size)),
-        say=lambda line: print(line, flush=True) if process.is_first else None,
+        report=lambda line: print(line, flush=True) if process.is_first else None,
         may_rename=process.is_first,
         candidates=candidates,
     )

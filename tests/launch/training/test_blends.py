@@ -15,6 +15,7 @@ from data.command_line import UserError, flatten
 from data.preparation.driver import prepare
 from data.preparation.settings import PrepareSettings
 from data.sampling.batches import evaluation_batches
+from data.sampling.show_settings import ShowSettings
 from data.tokenization.tiktoken_tokenizer import published_pattern
 from launch import evaluate, pretrain
 from launch.checkpoints.opening import load_model
@@ -160,7 +161,7 @@ def test_fingerprint_depends_on_all_sources_and_their_order(tiny, prepared, othe
 
 def test_show_settings_have_the_names_and_defaults_of_a_recipe():
     recipe = flatten(dataclasses.asdict(RunSettings()))
-    for name, default in flatten(dataclasses.asdict(show.ShowSettings())).items():
+    for name, default in flatten(dataclasses.asdict(ShowSettings())).items():
         if name not in ("run", "step", "rank", "world_size", "characters"):
             assert recipe[name] == default, name
 
