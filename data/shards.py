@@ -1,4 +1,4 @@
-"""The file format: token shards as Megatron writes them, and a prepared folder of them.
+"""The file format: token shards in Megatron's format, and a prepared folder of them.
 
 PREFIX.bin holds the tokens, little-endian, without a header. PREFIX.idx, packed: the magic, u64 version 1, u8 dtype,
 u64 sequences S, u64 documents + 1 D, S x i32 tokens in each sequence, S x i64 byte offset of each sequence,
@@ -28,27 +28,27 @@ VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 2
 PLACE = np.dtype([("source", "<u4"), ("position", "<u8")])
-"""Beside each shard PREFIX.places holds one for each document: number in the manifest's sources, place in that source."""
+"""Entry of PREFIX.places, which is next to each shard: for each document its source (index in the manifest) and position in it."""
 
 _HEADER = struct.Struct("<9sQBQQ")
 _WRITTEN_CODES = {np.dtype("<u2"): 8, np.dtype("<i4"): 4}
 # Megatron numbers 6 f64, 7 f32, 8 u16; gpt-neox 6 f32, 7 f64, 8 u16; DeepSpeed 6 u16, 7 u32, 8 u64. Tokens are integers, and
-# the size of the .bin tells which of the integers it is.
+# the size of the .bin decides between the integers of a code.
 _READ_CODES = {1: ["u1"], 2: ["i1"], 3: ["<i2"], 4: ["<i4"], 5: ["<i8"], 6: ["<u2"], 7: ["<u4"], 8: ["<u2", "<u8"]}
-_UINT16_VOCAB_SIZE = 65_500  # Megatron's own border
+_UINT16_VOCAB_SIZE = 65_500  # Megatron's own bound
 _CHECKED_AT_ONCE = 1 << 20
 _WRITTEN_AT_ONCE = 1 << 16
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """What a token is stored as: two bytes where the ids fit Megatron's bound for it, else four."""
+    """Return the type that tokens are stored as: two bytes if the vocabulary is below Megatron's bound, else four."""
     return np.dtype("<u2") if vocab_size < _UINT16_VOCAB_SIZE else np.dtype("<i4")
 
 
 class ShardWriter:
-    """Writes PREFIX.bin and PREFIX.idx, documents at a time; they appear when it is closed, .idx last.
+    """A writer of PREFIX.bin and PREFIX.idx. Both files appear when it is closed, the .idx last.
 
-    Memory: 4 bytes a sequence; where a document is one sequence, that is 4 bytes a document.
+    Memory: 4 bytes a sequence, which is 4 bytes a document if a document is one sequence.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype, sequences_per_document: int = 1) -> None:
@@ -56,20 +56,21 @@ class ShardWriter:
         self.dtype = np.dtype(dtype)
         self.sequences_per_document = sequences_per_document
         self.lengths = array.array("i")
-        """Of each sequence, in tokens."""
+        """Length of each sequence in tokens."""
         self.tokens = 0
         self.sha256: dict[str, str] = {}
-        """Of the two files, by "bin" and "idx", once they are closed."""
+        """Hashes of the two files, by "bin" and "idx"; empty until the writer is closed."""
         self._digest = hashlib.sha256()
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(f"{self.prefix}.bin.{os.getpid()}.partial", "wb")  # noqa: SIM115  closed by close
+        self._file = open(f"{self.prefix}.bin.{os.getpid()}.partial", "wb")  # noqa: SIM115  closed by close()
 
     @property
     def documents(self) -> int:
+        """Number of documents written so far."""
         return len(self.lengths) // self.sequences_per_document
 
     def add(self, tokens: NDArray, lengths: Sequence[int] | NDArray[np.int32] | None = None) -> None:
-        """One document, or the sequences of several joined, in the shard's dtype.  [tokens], [sequences]"""
+        """Write one document, or the joined sequences of several with their lengths, in the shard's dtype.  [tokens], [sequences]"""
         assert tokens.dtype == self.dtype, tokens.dtype
         stored = np.ascontiguousarray(tokens).data.cast("B")
         self._file.write(stored)
@@ -78,6 +79,7 @@ class ShardWriter:
         self.tokens += len(tokens)
 
     def close(self) -> None:
+        """Publish the .bin, and then write and publish the .idx."""
         publish_file(self._file, f"{self.prefix}.bin", sync_folder=False)
         digest = hashlib.sha256()
         with open(f"{self.prefix}.idx.{os.getpid()}.partial", "wb") as file:
@@ -98,7 +100,7 @@ class ShardWriter:
             os.unlink(self._file.name)
 
     def _index(self) -> Iterator[bytes]:
-        """The bytes of the .idx, a piece at a time."""
+        """Yield the bytes of the .idx in parts."""
         lengths = np.frombuffer(self.lengths, "<i4")
         yield _HEADER.pack(MAGIC, VERSION, _WRITTEN_CODES[self.dtype], len(lengths), self.documents + 1)
         yield from (lengths[start : start + _WRITTEN_AT_ONCE].tobytes() for start in range(0, len(lengths), _WRITTEN_AT_ONCE))
@@ -113,37 +115,38 @@ class ShardWriter:
 
 
 class Shard:
-    """A .bin/.idx pair, ours or another's, opened by memory map and checked; a failed check raises UserError with its own sentence."""
+    """A .bin/.idx pair of ours or of another tool, memory-mapped. Opening checks the index and the file sizes and raises UserError."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self._index = _map_file(f"{prefix}.idx")
         self._read_index(f"{prefix}.idx")
         stored = _map_file(f"{prefix}.bin")
-        self.tokens = stored.view(self._told_dtype(len(stored)))
+        self.tokens = stored.view(self._stored_dtype(len(stored)))
         self._check_offsets(f"{prefix}.idx")
 
     @property
     def num_documents(self) -> int:
+        """Number of documents."""
         return len(self._boundaries) - 1
 
     def document_start(self, document: int) -> int:
-        """The place of a document's first token; one past the last token for the number one past the last document."""
+        """Return the index of a document's first token. For `document` equal to num_documents it is the number of tokens."""
         sequence = self._searched_boundaries[document]
         return self._searched_offsets[sequence] // self.tokens.itemsize if sequence < len(self._offsets) else len(self.tokens)
 
     def documents_before(self, place: int) -> int:
-        """How many documents start before a token's place. Two bisections, so that nothing but the map is held in memory."""
+        """Return how many documents start before the token at index `place`. Two bisections of the map: no array is built in memory."""
         sequence = bisect.bisect_left(self._searched_offsets, place * self.tokens.itemsize)
         return bisect.bisect_left(self._searched_boundaries, sequence, hi=self.num_documents)
 
     def document_starts(self, first: int, last: int) -> NDArray[np.int64]:
-        """The places where documents start, of those with first <= place < last.  -> [documents]"""
+        """Return the token indices in [first, last) at which documents start.  -> [documents]"""
         sequences = self._boundaries[self.documents_before(first) : self.documents_before(last)]
         return self._offsets[sequences[sequences < len(self._offsets)]] // self.tokens.itemsize
 
     def document_lengths(self, first: int = 0, last: int | None = None) -> NDArray[np.int64]:
-        """The tokens of each document, of those with first <= number < last.  -> [documents]"""
+        """Return the number of tokens of each document in [first, last).  -> [documents]"""
         sequences = self._boundaries[first : None if last is None else last + 1]
         starts = np.full(len(sequences), self.tokens.nbytes, np.int64)
         inside = sequences < len(self._offsets)
@@ -151,57 +154,61 @@ class Shard:
         return np.diff(starts) // self.tokens.itemsize
 
     def sequences(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First token and number of tokens of both sequences of documents, each of which has two.  [n] -> [n, 2], [n, 2]"""
+        """Return first token and number of tokens of both sequences of documents, each of which has two.  [n] -> [n, 2], [n, 2]"""
         numbers = self._boundaries[documents][:, None] + np.arange(2)
         return self._offsets[numbers] // self.tokens.itemsize, self._lengths[numbers].astype(np.int64)
 
     @property
     def sequence_lengths(self) -> NDArray[np.int32]:
-        """Tokens of both sequences of documents, each of which has two.  -> [documents, 2]"""
+        """Number of tokens of both sequences of all documents, each of which has two.  [documents, 2]"""
         return self._lengths.reshape(-1, 2)
 
     @property
     def holds_pairs(self) -> bool:
-        """Whether each document has two sequences."""
+        """True if each document has two sequences."""
         return all((np.diff(part) == 2).all() for part in _overlapping(self._boundaries))
 
     def _read_index(self, path: str) -> None:
         if len(self._index) < _HEADER.size:
-            raise UserError(f"{path} is {len(self._index)} bytes long; the header alone has {_HEADER.size}: it is cut off.")
+            raise UserError(f"{path} is {len(self._index)} bytes long; the header alone has {_HEADER.size}. The file is truncated.")
         magic, version, self._code, sequences, boundaries = _HEADER.unpack(self._index[: _HEADER.size].tobytes())
         if magic != MAGIC:
-            raise UserError(f"{path} begins with {magic!r}, not with {MAGIC!r}: it is no Megatron index.")
+            raise UserError(f"{path} is not a Megatron index: it begins with {magic!r}, not with {MAGIC!r}.")
         if version != VERSION:
-            raise UserError(f"{path} has version {version}; version {VERSION} is the one that is read here.")
+            raise UserError(f"{path} has version {version}; only version {VERSION} is supported.")
         if self._code not in _READ_CODES:
-            raise UserError(f"{path} has dtype {self._code}; the codes are 1 to 8.")
+            raise UserError(f"{path} has dtype code {self._code}; valid codes are 1 to 8.")
         whole = _HEADER.size + 12 * sequences + 8 * boundaries
         if len(self._index) != whole:
             raise UserError(
-                f"{path} is {len(self._index)} bytes long; with {sequences} sequences and {boundaries} document boundaries it has {whole}."
+                f"{path} is {len(self._index)} bytes long; with {sequences} sequences and {boundaries} document boundaries it must have "
+                f"{whole}."
             )
         fields = np.split(self._index, [_HEADER.size, _HEADER.size + 4 * sequences, _HEADER.size + 12 * sequences])
         self._lengths, self._offsets, self._boundaries = fields[1].view("<i4"), fields[2].view("<i8"), fields[3].view("<i8")
-        # The same again for bisections: one number of a memoryview is read ten times faster than one of an array.
+        # The same data for bisections: reading one number of a memoryview is ten times as fast as of an array.
         self._searched_offsets, self._searched_boundaries = fields[2].data.cast("q"), fields[3].data.cast("q")
         if sequences == 0:
             raise UserError(f"{path} has no sequences.")
         if boundaries < 2 or self._boundaries[0] != 0 or self._boundaries[-1] != sequences:
-            raise UserError(f"{path}: the document boundaries do not go from 0 to {sequences}, the number of sequences.")
+            raise UserError(f"{path}: the document boundaries must go from 0 to {sequences}, the number of sequences.")
         if any((np.diff(part) < 0).any() for part in _overlapping(self._boundaries)):
-            raise UserError(f"{path}: the document boundaries go backwards.")
+            raise UserError(f"{path}: the document boundaries are not in ascending order.")
         if self._lengths.min() < 0:
             raise UserError(f"{path}: a sequence has a negative length.")
 
-    def _told_dtype(self, num_bytes: int) -> np.dtype:
-        """The integer that dtype code and size of the .bin agree on."""
+    def _stored_dtype(self, num_bytes: int) -> np.dtype:
+        """Return the integer type that fits both the dtype code and the size of the .bin."""
         num_tokens = int(self._lengths.sum(dtype=np.int64))
         dtypes = [np.dtype(name) for name in _READ_CODES[self._code]]
         for dtype in dtypes:
             if num_bytes == num_tokens * dtype.itemsize:
                 return dtype
-        meant = " or ".join(f"{num_tokens * dtype.itemsize} as {dtype.name}" for dtype in dtypes)
-        raise UserError(f"{self.prefix}.bin is {num_bytes} bytes long; {num_tokens} tokens, dtype {self._code} of its .idx, are {meant}.")
+        expected = " or ".join(f"{num_tokens * dtype.itemsize} ({dtype.name})" for dtype in dtypes)
+        raise UserError(
+            f"{self.prefix}.bin is {num_bytes} bytes long; for the {num_tokens} tokens and dtype code {self._code} of its .idx "
+            f"it must have {expected}."
+        )
 
     def _check_offsets(self, path: str) -> None:
         expected = 0
@@ -215,26 +222,27 @@ class Shard:
 
 
 class TokenStream:
-    """All shards of a split as one row of tokens, with the places where its documents start."""
+    """All shards of a split as one row of tokens, with the starts of its documents."""
 
     def __init__(self, shards: list[Shard], num_bytes: int, vocab_size: int | None = None) -> None:
         self.shards = shards
         self._vocab_size = vocab_size
         self.num_bytes = num_bytes
-        """The text that the tokens were, in UTF-8 bytes: what bits per byte divides by."""
+        """UTF-8 bytes of the text of all tokens, the divisor of bits per byte."""
         self._starts = [0, *itertools.accumulate(len(shard.tokens) for shard in shards)]
         self.first_documents = [0, *itertools.accumulate(shard.num_documents for shard in shards)]
-        """The number in the stream of each shard's first document, and how many documents there are."""
+        """Index in the stream of each shard's first document, and at the end the number of documents."""
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     @property
     def num_documents(self) -> int:
+        """Number of documents."""
         return self.first_documents[-1]
 
     def read(self, start: int, count: int) -> NDArray:
-        """Tokens of the stream; one shard's where they lie in one, joined where they lie in several.  -> [count]"""
+        """Return `count` tokens from index `start`: a view if they are in one shard, joined if they are in several.  -> [count]"""
         assert start >= 0 and start + count <= len(self), f"tokens {start} to {start + count} of {len(self)}"
         parts = [shard.tokens[first:last] for shard, first, last, _ in self._touched(start, count)]
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -242,19 +250,19 @@ class TokenStream:
         return tokens
 
     def document_starts(self, start: int, count: int) -> NDArray[np.int64]:
-        """Which of these `count` tokens are the first of a document, counted from `start`.  -> [documents]"""
+        """Return which of the `count` tokens from `start` are the first of a document, counted from `start`.  -> [documents]"""
         parts = [shard.document_starts(first, last) + (base - start) for shard, first, last, base in self._touched(start, count)]
         return np.unique(np.concatenate(parts))  # a document without tokens starts where the next one does
 
     def document_start(self, document: int) -> int:
-        """The place of the first token of a document, counted from 0; one past the last token for the number of documents."""
+        """Return the index of a document's first token. For `document` equal to num_documents it is the number of tokens."""
         if document == self.num_documents:
             return len(self)
         number = bisect.bisect_right(self.first_documents, document) - 1
         return self._starts[number] + self.shards[number].document_start(document - self.first_documents[number])
 
     def document_lengths(self, first: int, last: int) -> NDArray[np.int64]:
-        """The tokens of each document, of those with first <= number < last.  -> [documents]"""
+        """Return the number of tokens of each document in [first, last).  -> [documents]"""
         parts = [np.zeros(0, np.int64)]
         number = bisect.bisect_right(self.first_documents, first) - 1
         while first < min(last, self.num_documents):
@@ -265,16 +273,16 @@ class TokenStream:
 
     @property
     def holds_pairs(self) -> bool:
-        """Whether each document has two sequences, as data/prepare.py writes them with --pair_field."""
+        """True if each document has two sequences, as data/prepare.py --pair_field writes them."""
         return all(shard.holds_pairs for shard in self.shards)
 
     @property
     def sequence_lengths(self) -> NDArray[np.int32]:
-        """Tokens of both sequences of all documents of pairs.  -> [documents, 2]"""
+        """Number of tokens of both sequences of all documents of pairs.  [documents, 2]"""
         return np.concatenate([shard.sequence_lengths for shard in self.shards])
 
     def sequences(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First token and number of tokens of both sequences of documents of pairs.  [n] -> [n, 2], [n, 2]"""
+        """Return first token and number of tokens of both sequences of documents of pairs.  [n] -> [n, 2], [n, 2]"""
         numbers = np.searchsorted(self.first_documents, documents, side="right") - 1
         starts, lengths = np.empty((2, len(documents), 2), np.int64)
         for number in np.unique(numbers).tolist():
@@ -284,7 +292,7 @@ class TokenStream:
         return starts, lengths
 
     def gather(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The tokens at any places.  [n] -> [n]"""
+        """Return the tokens at these indices.  [n] -> [n]"""
         numbers = np.searchsorted(self._starts, places, side="right") - 1
         tokens = np.empty(len(places), np.int64)
         for number in np.unique(numbers).tolist():
@@ -294,19 +302,19 @@ class TokenStream:
         return tokens
 
     def document_at(self, place: int) -> int:
-        """Which document, counted from 0, the token at this place belongs to."""
+        """Return the index of the document that the token at index `place` belongs to."""
         number = bisect.bisect_right(self._starts, place) - 1
         return self.first_documents[number] + self.shards[number].documents_before(place - self._starts[number] + 1) - 1
 
     def _check(self, tokens: NDArray, prefixes: Callable[[], Iterable[str]]) -> None:
-        """Raise UserError where a token is none of the vocabulary."""
+        """Raise UserError if a token is not in the vocabulary."""
         if self._vocab_size is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
             raise UserError(
-                f"{', '.join(sorted(prefixes()))}.bin is damaged: it holds a token outside the {self._vocab_size} ids of the tokenizer."
+                f"{', '.join(sorted(prefixes()))}.bin is damaged: it contains a token outside the {self._vocab_size} ids of the tokenizer."
             )
 
     def _touched(self, start: int, count: int) -> Iterator[tuple[Shard, int, int, int]]:
-        """(shard, first and one past the last token in it, its own place in the stream) of each shard that these tokens lie in."""
+        """Yield each shard that holds some of these tokens, the first and one past the last token in it, and its start in the stream."""
         number = bisect.bisect_right(self._starts, start) - 1
         end = start + count
         while start < end:
@@ -316,7 +324,7 @@ class TokenStream:
 
 
 class PreparedData:
-    """A folder that data/prepare.py wrote: a TokenStream a split, the tokenizer's file, and the manifest.
+    """A folder that data/prepare.py wrote: one TokenStream a split, the tokenizer's file, and the manifest.
 
     Opening checks the sizes of all files and the indexes; `verify` reads every byte.
     """
@@ -331,35 +339,37 @@ class PreparedData:
             self.end_of_text: int = tokenizer["end_of_text"]
             self.splits = {name: self._open_split(split) for name, split in self.manifest["splits"].items()}
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.folder / MANIFEST} is not as data/prepare.py writes it: {type(error).__name__}, {error}.") from error
+            raise UserError(
+                f"{self.folder / MANIFEST} does not have the content that data/prepare.py writes: {type(error).__name__}, {error}."
+            ) from error
         if not self.tokenizer_path.is_file():
-            raise UserError(f"{self.tokenizer_path} is missing; {self.folder / MANIFEST} names it.")
+            raise UserError(f"{self.tokenizer_path} is missing; {self.folder / MANIFEST} lists it as the tokenizer.")
 
     @property
     def fingerprint(self) -> str:
-        """One hash for all tokens in their order."""
+        """One hash of all tokens in their order."""
         shards = [(name, shard["sha256"]) for name, split in self.manifest["splits"].items() for shard in split["shards"]]
         return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
 
     @property
     def stored_bytes(self) -> int:
-        """Of all tokens on the disk."""
+        """Bytes of all tokens on the disk."""
         return sum(shard.tokens.nbytes for stream in self.splits.values() for shard in stream.shards)
 
     def place_of(self, split: str, document: int) -> str:
-        """Where a document of a split came from: "a.jsonl, byte 1234"."""
+        """Return the origin of a document of a split, such as "a.jsonl, byte 1234"."""
         for shard in self.manifest["splits"][split]["shards"]:
             if document < shard["documents"]:
                 break
             document -= shard["documents"]
         path = self.folder / f"{shard['prefix']}.places"
         if not path.exists():
-            return "not recorded"  # by an earlier version
+            return "not recorded"  # prepared by an earlier version
         source, position = np.memmap(path, PLACE, "r")[document].tolist()
         return describe_place(self.manifest["sources"][source], self.manifest["position_unit"][source], position)
 
     def verify(self) -> None:
-        """Hash every file; UserError names the first whose bytes are not those that were written."""
+        """Hash every file. Raises UserError with the first file whose bytes have changed."""
         tokenizer = self.manifest["tokenizer"]
         expected = {self.tokenizer_path: tokenizer["sha256"]}
         if "configuration_sha256" in tokenizer:  # earlier versions did not record it
@@ -369,7 +379,7 @@ class PreparedData:
                 expected |= {self.folder / f"{shard['prefix']}.{kind}": digest for kind, digest in shard["sha256"].items()}
         for path, digest in expected.items():
             if sha256_of(path) != digest:
-                raise UserError(f"{path} was changed after it was written: its sha256 is not that of {self.folder / MANIFEST}.")
+                raise UserError(f"{path} was changed after it was written: its sha256 is not the one in {self.folder / MANIFEST}.")
 
     def _open_split(self, split: dict) -> TokenStream:
         shards = []
@@ -379,29 +389,29 @@ class PreparedData:
             if found != (entry["documents"], entry["tokens"]):
                 raise UserError(
                     f"{shard.prefix}.idx has {found[0]} documents and {found[1]} tokens; "
-                    f"{self.folder / MANIFEST} says {entry['documents']} and {entry['tokens']}."
+                    f"{self.folder / MANIFEST} lists {entry['documents']} and {entry['tokens']}."
                 )
             shards.append(shard)
         return TokenStream(shards, split["bytes"], self.vocab_size)
 
 
 def describe_place(source: str, unit: str, position: int) -> str:
-    """A document's place in words: "a.jsonl, byte 1234"."""
+    """Return a document's origin as text: "a.jsonl, byte 1234"."""
     return source if unit == "file" else f"{source}, {unit} {position:,}"
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a prepared folder."""
+    """Return the manifest of a prepared folder. Raises UserError if it is missing or invalid."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder} is no prepared folder: it has no {MANIFEST}. data/prepare.py makes one.") from error
+        raise UserError(f"{folder} is not a prepared data folder: {MANIFEST} is missing. Create one with data/prepare.py.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not as data/prepare.py writes it: {type(error).__name__}, {error}.") from error
+        raise UserError(f"{path} does not have the content that data/prepare.py writes: {type(error).__name__}, {error}.") from error
     if found not in (1, MANIFEST_FORMAT):
-        raise UserError(f"{path} has format {found}; formats 1 and {MANIFEST_FORMAT} are read here.")
+        raise UserError(f"{path} has format {found}; supported formats are 1 and {MANIFEST_FORMAT}.")
     return manifest
 
 
@@ -415,6 +425,6 @@ def _map_file(path: str) -> NDArray[np.uint8]:
 
 
 def _overlapping(values: NDArray) -> Iterator[NDArray]:
-    """Parts of an array that share one value with their neighbour, so that every step from value to value is in one of them."""
+    """Yield parts of an array. Neighbouring parts share one value, so that each pair of consecutive values is in one part."""
     for start in range(0, len(values) - 1, _CHECKED_AT_ONCE):
         yield values[start : start + _CHECKED_AT_ONCE + 1]

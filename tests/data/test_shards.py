@@ -71,19 +71,19 @@ GOOD = {"lengths": [2, 3], "offsets": [0, 4], "boundaries": [0, 1, 2]}
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"magic": b"TNTIDX\0\0\0"}, "it is no Megatron index"),
+        ({"magic": b"TNTIDX\0\0\0"}, "is not a Megatron index"),
         ({"version": 2}, "version 2"),
-        ({"code": 9}, "dtype 9"),
+        ({"code": 9}, "dtype code 9"),
         ({"lengths": [], "offsets": [], "boundaries": [0]}, "no sequences"),
         ({"lengths": [6, -1]}, "negative length"),
-        ({"lengths": [2, 4]}, r"10 bytes long; 6 tokens, dtype 8 of its .idx, are 12 as uint16 or 48 as uint64"),
-        ({"code": 4}, "20 as int32"),
-        ({"code": 6, "lengths": [1, 0], "offsets": [0, 8]}, "2 as uint16"),
+        ({"lengths": [2, 4]}, r"10 bytes long; for the 6 tokens and dtype code 8 of its .idx it must have 12 \(uint16\) or 48 \(uint64\)"),
+        ({"code": 4}, r"20 \(int32\)"),
+        ({"code": 6, "lengths": [1, 0], "offsets": [0, 8]}, r"2 \(uint16\)"),
         ({"offsets": [0, 2]}, "offset of sequence 1"),
         ({"offsets": [4, 0]}, "offset of sequence 0"),
         ({"boundaries": [1, 1, 2]}, "from 0 to 2"),
         ({"boundaries": [0, 1, 1]}, "from 0 to 2"),
-        ({"boundaries": [0, 2, 1, 2]}, "backwards"),
+        ({"boundaries": [0, 2, 1, 2]}, "not in ascending order"),
     ],
 )
 def test_a_wrong_index_is_refused_by_its_own_sentence(tmp_path, change, sentence):
@@ -195,10 +195,10 @@ def test_the_fingerprint_is_that_of_the_tokens_and_not_of_the_folder(prepared, t
 @pytest.mark.parametrize(
     "old, new, sentence",
     [
-        ('"format": 1', '"format": 3', "format 3; formats 1 and 2 are read"),
-        ('"tokens": 5', '"tokens": 6', "has 2 documents and 5 tokens; .* says 2 and 6"),
-        ("{", "", "not as data/prepare.py writes it"),
-        ('"splits"', '"parts"', "not as .* writes it: KeyError, 'splits'"),
+        ('"format": 1', '"format": 3', "format 3; supported formats are 1 and 2"),
+        ('"tokens": 5', '"tokens": 6', "has 2 documents and 5 tokens; .* lists 2 and 6"),
+        ("{", "", "not have the content that data/prepare.py writes"),
+        ('"splits"', '"parts"', "not have the content .* writes: KeyError, 'splits'"),
         ("tokenizer.model", "other.model", r"other\.model is missing"),
         ("train/00000", "train/00001", "No such file"),
     ],
@@ -211,5 +211,5 @@ def test_a_wrong_manifest_is_refused(prepared, old, new, sentence):
 
 
 def test_another_folder_is_no_prepared_folder(tmp_path):
-    with pytest.raises(UserError, match=r"no manifest\.json.*data/prepare\.py makes one"):
+    with pytest.raises(UserError, match=r"manifest\.json is missing\. Create one with data/prepare\.py"):
         PreparedData(tmp_path)
