@@ -1,4 +1,4 @@
-"""The walk that compresses: block by block gather statistics, change weights, write them, and pass on what the changed block says."""
+"""The pass that compresses: for each block gather statistics, change weights, write them, and run the changed block for the next one."""
 
 import contextlib
 import dataclasses
@@ -26,14 +26,14 @@ from model.walk import Step, walk
 
 @dataclasses.dataclass(frozen=True)
 class Treatment:
-    """What is done to the linear layers of a block."""
+    """The changes to make in the linear layers of a block."""
 
     change: Callable[[int, str, Tensor, InputStatistics | None], Changed | None]
-    """(number of the block, name in it, weight [out, in], statistics of its inputs) -> what it becomes; None: it stays."""
+    """(index of the block, name in it, weight [out, in], statistics of its inputs) -> the changed weight; None: it stays unchanged."""
     scales: Callable[[int, Group, list[Tensor], InputStatistics], Tensor | None] = lambda block, group, weights, statistics: None
-    """What a group's inputs are divided by, and its weights' columns multiplied, before that.  -> [in], or None for nothing"""
+    """Divisors of a group's inputs, by which the columns of its weights are multiplied before the change.  -> [in], or None for none"""
     watch: Callable[[Step], contextlib.AbstractContextManager] | None = None
-    """Entered for each layer before the head while the calibration samples pass through it, changed."""
+    """Context that is entered for each changed layer before the head while the calibration samples pass through it."""
 
 
 def compress(
@@ -46,15 +46,15 @@ def compress(
     stored_as: torch.dtype,
     say: Callable[[str], object],
 ) -> None:
-    """Walk the network with this rank's calibration samples, and write every layer to `parts`, behind what is there already.
+    """Pass this rank's calibration samples through the network, and write every layer to `parts`, after those that are there already.
 
-    All weights are rounded to `stored_as` first: one that was trained rounded in that type is then written as it was trained. One layer
-    is in memory at a time, beside the samples' hidden states. Raises UserError where the disk is full, or is not the same one for
-    all ranks: what was done is kept, and the same call goes on.
+    All weights are rounded to `stored_as` first: a weight that was trained rounded in that type is then written as it was trained. One
+    layer and the samples' hidden states are in memory at a time. Raises UserError if the disk is full, or if the ranks do not see the
+    same disk; finished layers are kept, and the same call resumes.
     """
     done = _layers_in(parts, workers)
     if done:
-        say(f"Going on behind layer {done} of an earlier start, from {parts.folder}.")
+        say(f"Resuming after layer {done} of an earlier start, from {parts.folder}.")
     watch, is_calibrated = treatment.watch or contextlib.nullcontext, any(workers.all_gather(bool(samples)))
     passed, begun, blocks_done, written = list(samples), time.perf_counter(), 0, set(parts)
     place = -1
@@ -86,24 +86,24 @@ def compress(
 
 
 def _put(step: Step, tensors: Mapping[str, "Tensor | Quantized"]) -> None:
-    """What was written, as whoever loads it computes with it, into the layer."""
+    """Put the written weights into the layer, as software that loads them computes with them."""
     for name, tensor in tensors.items():
         parameter = step.module.get_parameter(name.removeprefix(f"{step.name}."))
         parameter.data = (tensor.weight() if isinstance(tensor, Quantized) else tensor.float()).to(parameter.device)
 
 
 def _layers_in(parts: Parts, workers: Workers) -> int:
-    """How many are written, seen by every rank."""
+    """Return the number of finished layers. Raises UserError if a rank sees another number."""
     count = workers.run_on_rank0(parts.find)
     if count and any(seen != count for seen in workers.all_gather(parts.find())):
-        raise UserError(f"{parts.folder} is not the same folder for all ranks: --output must lie on a disk that all machines share.")
+        raise UserError(f"{parts.folder} is not the same folder for all ranks. --output must be on a disk that all machines share.")
     return count
 
 
 def gathered(
     config: ModelConfig, state: Mapping[str, Tensor], samples: Sequence[Stream], workers: Workers
 ) -> Iterator[tuple[Step, dict[Group, InputStatistics]]]:
-    """Each block of the network as it is, with the statistics of all ranks' samples."""
+    """Yield each block of the unchanged network with the statistics of all ranks' samples."""
     passed = list(samples)
     for step in walk(config, state, workers.device):
         if step.block is not None:
@@ -115,7 +115,7 @@ def gathered(
 
 
 class _Continued(Mapping[str, Tensor]):
-    """What an earlier start has changed, and behind it the model's own, rounded as they will be stored."""
+    """Weights that an earlier start has changed, and else the model's own, rounded as they will be stored."""
 
     def __init__(self, parts: Parts, state: Mapping[str, Tensor], stored_as: torch.dtype) -> None:
         self._changed, self._state, self._stored_as = Weights(parts), state, stored_as
@@ -131,7 +131,7 @@ class _Continued(Mapping[str, Tensor]):
 
 
 def _gather(step: Step, samples: Sequence[Stream], workers: Workers) -> dict[Group, InputStatistics]:
-    """Of all ranks' samples, on every rank."""
+    """Return the statistics of all ranks' samples, on every rank."""
     assert isinstance(step.module, Block)
     with Gatherer(step.module) as gatherer:
         for sample in samples:
@@ -149,12 +149,12 @@ def _gather(step: Step, samples: Sequence[Stream], workers: Workers) -> dict[Gro
 def _treat(
     step: Step, treatment: Treatment, statistics: dict[Group, InputStatistics], workers: Workers, stored_as: torch.dtype
 ) -> tuple[dict[str, "Tensor | Quantized"], list[LinearReport]]:
-    """The block's changed matrices by their whole names, and what is told of them. Each rank changes some, and uses up the statistics."""
+    """Return the block's changed matrices by full name, and their reports. Each rank changes some of them; `statistics` is emptied."""
     block, number = step.module, step.block
     assert isinstance(block, Block) and number is not None
     for group, known in statistics.items():
         scales = treatment.scales(number, group, [block.get_submodule(linear).weight.data for linear in group.linears], known)
-        scales = workers.broadcast(None if scales is None else scales.cpu())  # a search may end elsewhere on another machine
+        scales = workers.broadcast(None if scales is None else scales.cpu())  # a search may have another result on another machine
         if scales is not None:
             scales = scales.to(workers.device)
             _fold(block, group, scales)
@@ -178,7 +178,7 @@ def _treat(
 def _changed(
     step: Step, linear: str, treatment: Treatment, statistics: InputStatistics | None, stored_as: torch.dtype
 ) -> tuple["Tensor | Quantized", LinearReport] | None:
-    """A matrix as it is to be stored, on the CPU, and what is told of it; None where it stays."""
+    """Return a matrix as it will be stored, on the CPU, and its report; None if it stays unchanged."""
     assert step.block is not None
     weight = step.module.get_submodule(linear).weight.data
     changed = treatment.change(step.block, linear, weight, statistics)
@@ -195,7 +195,7 @@ def _on_cpu(quantized: Quantized) -> Quantized:
 
 
 def _fold(block: Block, group: Group, scales: Tensor) -> None:
-    """Divide the outputs of what comes before by the scales and multiply columns by them: the same network."""
+    """Divide the outputs of the layer before by the scales and multiply columns by them; the network computes the same."""
     assert group.producer is not None
     for parameter in block.get_submodule(group.producer).parameters():
         parameter.data = parameter.data / (scales if parameter.ndim == 1 else scales[:, None])

@@ -1,4 +1,4 @@
-"""What compressing a model did and what it cost: report.json for programs, report.md and pictures for people."""
+"""Report on a compression and its cost: report.json for programs, report.md and pictures for people."""
 
 import dataclasses
 import json
@@ -28,31 +28,31 @@ Artefact = Literal[
     "nvfp4-pack-quantized",
     "mxfp4-pack-quantized",
 ]
-"""What was written: masks without a pattern that hardware knows, and with one; a smaller dense model; a format of
+"""Kinds of written models: zeros without a pattern that hardware supports, and with one; a smaller dense model; a format of
 compressed-tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorReport:
-    """A parameter as it lies on disk."""
+    """A parameter on disk."""
 
     name: str
-    """Ours."""
+    """Our name."""
     kind: str
-    """As kinds_of_tensors has it."""
+    """Kind, as kinds_of_tensors returns it."""
     parameters: int
     zeros: int
-    """Of its parameters, those that are exactly 0."""
+    """Number of its parameters that are exactly 0."""
     bytes: int
-    """With scales and zero points."""
+    """Size with scales and zero points."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model's parameters, tied ones once."""
+    """A model's parameters; tied ones are counted once."""
 
     bytes: int
-    """As launch.checkpoints.opening.weights_bytes counts them."""
+    """Size as launch.checkpoints.opening.weights_bytes counts it."""
     tensors: tuple[TensorReport, ...]
 
     @property
@@ -65,7 +65,7 @@ class Weights:
 
     @property
     def by_kind(self) -> dict[str, "Weights"]:
-        """Those of each kind; their bytes are the tensors' own."""
+        """The parameters of each kind; their bytes are the tensors' own."""
         groups = defaultdict(list)
         for tensor in self.tensors:
             groups[tensor.kind].append(tensor)
@@ -77,17 +77,17 @@ class LinearReport:
     """A linear layer whose weight was changed."""
 
     name: str
-    """Its weight's, ours without ".weight"."""
+    """Our name of its weight, without ".weight"."""
     block: int
-    """Counted from 0."""
+    """Index of the block, from 0."""
     linear: str
     """Its name in the block."""
     error: float | None = None
-    """||change X|| / ||weight X||, Frobenius, over the calibration tokens; None without any."""
+    """||change X|| / ||weight X||, Frobenius norm, over the calibration tokens; None without any."""
     damping: float | None = None
-    """Share of the mean diagonal that was added to the Hessian's diagonal; None where none was needed."""
+    """Share of the mean diagonal that was added to the Hessian's diagonal; None if none was needed."""
     notes: tuple[str, ...] = ()
-    """What went otherwise than asked."""
+    """Differences from what was asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,100 +97,100 @@ class BlockReport:
     block: int
     seconds: float
     divergence: float | None = None
-    """Mean KL to the dense model with this block alone rounded to nearest, or pruned by magnitude: nats a token; None: not measured."""
+    """Mean KL to the dense model with only this block rounded to nearest or pruned by magnitude, nats per token; None: not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Basis:
-    """What perplexities were measured on. Only numbers of one basis can be compared."""
+    """The text on which perplexities were measured. Only numbers with the same basis can be compared."""
 
     text: str
     """Split and prepared folders."""
     fingerprint: str
-    """Hash of all that was read of it."""
+    """Hash of all samples."""
     objective: str
     sequence_length: int
-    """Tokens of a window, or of a sample."""
+    """Length of a window or sample, tokens."""
     stride: int | None
-    """Tokens that a window moves on; None where samples are no windows."""
+    """Distance between the starts of two windows, tokens; None if the samples are not windows."""
     tokenizer: str
-    """SHA-256 of its file."""
+    """SHA-256 of the tokenizer's file."""
     bytes_per_token: float | None
-    """UTF-8; None where the model is not asked for all of its text."""
+    """UTF-8 bytes per token; None if the model does not predict all of its text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What statistics were taken from."""
+    """The text of the statistics."""
 
     text: str
     """Split and prepared folders."""
     samples: int
     tokens: int
     fingerprint: str
-    """Hash of all that was read of it."""
+    """Hash of all samples."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Generation by one engine on the machine that the report was made on."""
+    """Speed of generation with one engine on the machine of the report."""
 
     engine: str
-    """With its version, type of weights and threads."""
+    """Name of the engine with its version, type of weights and number of threads."""
     before: float | None
-    """Tokens a second of the dense model; None where the engine has not run it."""
+    """Speed of the dense model, tokens per second; None if the engine has not run it."""
     after: float
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheReport:
-    """Keys and values that are kept as codes."""
+    """Keys and values that are stored as codes."""
 
     kind: Byte
     bytes_before: int
-    """Of a token, in the type of what is not quantized."""
+    """Bytes per token in the type of weights that are not quantized."""
     bytes_after: int
-    """As our own generation keeps them."""
+    """Bytes per token as our own generation stores them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """What was written, read again by an engine that is not ours, which missed no tensor and found none too many."""
+    """The check of the written model by other software, which found no missing and no unexpected tensor."""
 
     engine: str
     version: str
     measure: str
-    """What was compared: "perplexity", "logits"."""
+    """The compared quantity: "perplexity" or "logits"."""
     difference: float
-    """Of perplexities relative to ours; of logits the largest."""
+    """Difference of perplexities relative to ours; of logits the largest difference."""
     bound: float
-    """What difference passes; of logits times the largest of them."""
+    """Largest allowed difference; for logits it is multiplied by the largest of them."""
     theirs: float | None = None
-    """Perplexity."""
+    """Perplexity by the other software."""
     ours: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Everything that was measured; None and empty for what this compression does not have."""
+    """All measurements; None or empty if a compression does not have them."""
 
     name: str
     model: str
-    """What was compressed."""
+    """The compressed model, as given."""
     artefact: Artefact
     bits: tuple[int, ...]
-    """Widths of the codes of quantized weights, each once."""
+    """Different widths of the codes of quantized weights."""
     method: str
-    """In words: "GPTQ, int4, groups of 128"."""
+    """Description such as "GPTQ, int4, groups of 128"."""
     settings: Mapping[str, Any]
-    """Of the door, flat."""
+    """Settings of the script by dotted name."""
     command: str
     before: Weights
     after: Weights
     seconds: float
-    """In all, of work, measuring and checking."""
+    """Total time of compressing, measuring and checking."""
     peak_memory_bytes: int
-    """Largest resident set of a process."""
+    """Largest resident set of one process."""
     device: str
     versions: Mapping[str, str]
     linears: tuple[LinearReport, ...] = ()
@@ -204,7 +204,7 @@ class Report:
 
 
 def kinds_of_tensors(config: ModelConfig) -> dict[str, str]:
-    """Parameter name -> "embedding", "attention", "feed-forward", "norm" or "head", as a report groups them."""
+    """Return the group of each parameter by name: "embedding", "attention", "feed-forward", "norm" or "head"."""
     with torch.device("meta"):
         network = Transformer(config)
     kinds = {}
@@ -222,9 +222,9 @@ def kinds_of_tensors(config: ModelConfig) -> dict[str, str]:
 
 
 def served(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None = None) -> str:
-    """Where an artefact can be served and where not, in a sentence; of keys and values that are kept as codes in another.
+    """Return a sentence that says which software can serve a model, and another one for keys and values stored as codes.
 
-    What is here run by ourselves is transformers and llama.cpp. Of vLLM and of kernels on GPUs we have its documentation alone.
+    We run transformers and llama.cpp ourselves. For vLLM and for kernels on GPUs we have only their documentation.
     """
     has_kernels = artefact != "pack-quantized" or set(bits) <= {4, 8}
     if kv_cache is not None:
@@ -271,7 +271,7 @@ def write(report: Report, folder: Path) -> None:
 
 
 def bits_per_weight(weights: Weights) -> str:
-    """8 x bytes / parameters."""
+    """Return 8 x bytes / parameters as text."""
     return f"{8 * weights.bytes / weights.parameters:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""How a compression ends: what was made is measured, written, read by an engine that is not ours, and reported."""
+"""End of a compression: the result is measured, written, read by other software, and reported."""
 
 import contextlib
 import dataclasses
@@ -34,29 +34,29 @@ from model.transformer import Transformer
 
 _PROOF_TOKENS = 16_384
 _PROOF_BOUND = 1e-5
-# Where inputs, or keys and values, are rounded, the last bit of float32 decides between two codes; transformers multiplies zero points
-# out in the type of the scales, and E2M1 in bf16.
+# If activations, or keys and values, are rounded, the last bit of float32 decides between two codes. transformers computes zero points in
+# the type of the scales, and E2M1 in bf16.
 _PROOF_BOUND_OF_ROUNDED = 1e-4
 _SPEED_TOKENS, _SPEED_ROUNDS = 24, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was made of a model."""
+    """A compressed model."""
 
     config: ModelConfig
     state: Mapping[str, Tensor | Quantized]
     artefact: report.Artefact
     method: str
-    """In words."""
+    """Description of the method."""
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
     kv_cache: CacheScheme | None = None
     divergences: Sequence[float] | None = None
-    """As report.BlockReport has it, of each block."""
+    """KL of each block compressed alone; report.BlockReport describes it."""
 
 
 def finish(job: Job, result: Result, parts: Parts) -> int:
-    """Compare with the dense model, write the folder, have transformers read it, report; the status of the door.
+    """Compare with the dense model, write the folder, read it with transformers, and report; return the exit status.
 
     Raises UserError where the disk is full, and RuntimeError where transformers does not find in the folder what we wrote: there is no
     folder then, but `parts` is kept.
@@ -87,7 +87,7 @@ def finish(job: Job, result: Result, parts: Parts) -> int:
     except (ValueError, OSError) as error:
         kept = f"What was compressed is kept in {parts.folder}; the same command goes on with it."
         raise UserError(f"{job.output} could not be written: {getattr(error, 'strerror', None) or error}. {kept}") from error
-    with contextlib.suppress(OSError):  # what is left of them is in no one's way
+    with contextlib.suppress(OSError):  # a folder that cannot be deleted does no harm
         parts.remove()
     print("\n" + (job.output / "report.md").read_text(encoding="utf-8").split("\n## ")[0].rstrip())
     print(f"\n{job.output}: transformers loads it with no missing or unexpected key. {job.output}/report.md has the rest.")
@@ -106,7 +106,7 @@ def _status(job: Job, made: report.Report) -> int:
 
 
 def _proof(job: Job, result: Result, after: Side, folder: Path) -> report.Proof:
-    """transformers reads the folder: no key missing or unexpected, and the perplexity that we find, or, without text, the logits."""
+    """Read the folder with transformers: no missing or unexpected key, and our perplexity or, without text, our logits."""
     import transformers
 
     version, device = transformers.__version__, job.workers.device
@@ -188,7 +188,7 @@ def _cache_report(result: Result, dtype: torch.dtype) -> report.CacheReport:
 
 
 def _speeds(job: Job, result: Result, after: Side) -> tuple[report.Speed, ...]:
-    """Of our own generation, of what is only smaller; codes and zeros no engine here runs as such but llama.cpp."""
+    """Return the speed of our generation for a smaller model. Only llama.cpp can compute with codes and zeros as such."""
     if result.artefact != "structured" or result.config.architecture != "decoder":
         return ()
     new_tokens = min(_SPEED_TOKENS, result.config.sequence_length // 2)

@@ -1,4 +1,4 @@
-"""The text that a compression looks at: calibration from the training split, and other text on which it is measured."""
+"""The text of a compression: calibration samples from the training split, and test samples on which the model is measured."""
 
 import dataclasses
 import hashlib
@@ -21,33 +21,33 @@ from launch.evaluation.tasks.task import Task
 from model.layers import Stream
 
 LONGEST = 2048
-"""Tokens of a sample where no length is given, at most."""
+"""Maximum length of a sample, tokens, if no length is given."""
 
 _TOKENS_AT_ONCE = 2048
-_LEAST_BATCHES = 32  # where there are so many samples: what ranks share
-_LOGITS_BYTES = 64 << 20  # of the float32 logits of a micro-batch, of which measuring holds a few
-_MOST_SHARED = 0.1  # of the test's runs; a licence at the head of each file is less
+_LEAST_BATCHES = 32  # if there are enough samples, so that ranks can share them
+_LOGITS_BYTES = 64 << 20  # float32 logits of a micro-batch; measuring holds a few of them
+_MOST_SHARED = 0.1  # share of the test's runs of tokens; a licence at the head of each file is less
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Samples of a split, as micro-batches that are the same whatever the number of ranks."""
+    """Samples of a split, in micro-batches that do not depend on the number of ranks."""
 
     what: str
-    """Split and folders, for people."""
+    """Split and folders, as text."""
     task: Task
-    """The task whose samples they are."""
+    """Task whose samples they are."""
     batches: list[Batch]
     num_samples: int
     tokens: int
-    """That are no padding."""
+    """Number of tokens that are not padding."""
     fingerprint: str
-    """sha256 of all that is read, in order."""
+    """SHA-256 of all samples in order."""
     bytes_per_token: float | None
-    """UTF-8, of the split; None where the model is not asked for all of its text."""
+    """UTF-8 bytes per token of the split; None if the model does not predict all of its text."""
 
     def beginning(self, num_samples: int) -> list[Batch]:
-        """Its first so many samples, as micro-batches that are cut where they end."""
+        """Return the first samples, in micro-batches; the last one is cut to the number."""
         left, found = num_samples, []
         for batch in self.batches:
             if left > 0:
@@ -57,17 +57,17 @@ class Text:
 
 
 def calibration_text(opened: OpenedModel, name: str, paths: Sequence[str], num_samples: int, length: int | None) -> Text:
-    """So many samples of the training split, evenly spread over each folder. Raises UserError where there are none or they do not fit."""
+    """Return samples of the training split, evenly spread over each folder. Raises UserError if there are none or they do not fit."""
     return _text(opened, name, paths, "train", num_samples, length)
 
 
 def test_text(opened: OpenedModel, name: str, paths: Sequence[str], num_samples: int, length: int | None) -> Text:
-    """Of the validation split; 0 samples: all of it."""
+    """Return samples of the validation split, evenly spread over each folder; 0 samples: all of them."""
     return _text(opened, name, paths, "validation", num_samples, length)
 
 
 def paths_for(opened: OpenedModel, data: str | None, name: str) -> list[str]:
-    """Where the text lies: what was given, else what the run was trained on."""
+    """Return the folders of the text: the given one, else those that the run was trained on."""
     if data:
         return [data]
     if not opened.recipe:
@@ -107,7 +107,7 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
 
 
 def refuse_the_same_text(calibration: Text, test: Text) -> None:
-    """Raise UserError where the test holds what the calibration has seen: its result would say nothing."""
+    """Raise UserError if the test text also stands in the calibration text, which would make the result meaningless."""
     seen, asked = (_runs(text) for text in (calibration, test))
     shared = float(np.isin(asked, seen).mean()) if len(asked) else 0.0
     if shared > _MOST_SHARED:
@@ -118,7 +118,7 @@ def refuse_the_same_text(calibration: Text, test: Text) -> None:
 
 
 def _runs(text: Text) -> NDArray[np.uint64]:
-    """A hash of every run of neighbouring tokens in every sample, with what was masked in its place."""
+    """Return a hash of every run of consecutive tokens in every sample, with masked tokens restored."""
     hashes = []
     for batch in text.batches:
         tokens, segments = text.task.original_tokens(batch), Stream.from_tensors(batch.inputs).segments

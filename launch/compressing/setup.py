@@ -1,4 +1,4 @@
-"""What launch/prune.py and launch/quantize.py begin with: the model, the text and the ranks, and what is refused before any work."""
+"""Preparation of launch/prune.py and launch/quantize.py: the model, the text, the ranks, and the checks before any long work."""
 
 import contextlib
 import dataclasses
@@ -29,22 +29,22 @@ from model.layers import Stream
 
 Settings = TypeVar("Settings", bound=CompressionSettings)
 
-_MOST_ZEROS = 0.05  # of a matrix that was trained and not pruned: there are none at all
+_MOST_ZEROS = 0.05  # share of a matrix; one that was trained and not pruned has no zeros
 _NOT_IN_THE_WEIGHTS = (
-    *("model", "output", "data", "calibration_data"),  # of these the folder and the text itself are compared
+    *("model", "output", "data", "calibration_data"),  # in their place the weights and the text itself are compared
     *("kv_cache", "test_samples", "max_shard_gib", "max_perplexity_ratio", "strict", "force", "dry_run"),
 )
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names that --precision has for them."""
+"""Types by their names in --precision."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job(Generic[Settings]):
-    """A model that is to be compressed, and the text for it; everything that could be refused has been."""
+    """A model to compress and the text for it, after all checks."""
 
     settings: Settings
     door: str
-    """Its file's name, without .py."""
+    """File name of the script, without .py."""
     arguments: Sequence[str]
     opened: OpenedModel
     workers: Workers
@@ -54,7 +54,7 @@ class Job(Generic[Settings]):
     fingerprint: str
     """Hash of the model's weights."""
     begun: float
-    """By time.perf_counter."""
+    """Start time by time.perf_counter, seconds."""
 
     @property
     def config(self) -> ModelConfig:
@@ -67,18 +67,18 @@ class Job(Generic[Settings]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is written and not quantized."""
+        """Type of written weights that are not quantized."""
         return DTYPES[self.settings.precision]
 
     @property
     def samples(self) -> list[Stream]:
-        """This rank's share of the calibration text, as the first layer takes it."""
+        """This rank's share of the calibration text, as the first layer reads it."""
         batches = self.workers.share(self.calibration.batches) if self.calibration else []
         return first_inputs(batches, self.workers.device)
 
     @contextlib.contextmanager
     def parts(self) -> Iterator[Parts]:
-        """What has been done of this job before, and will be, held for this process."""
+        """Lock the folder of finished layers for this process while the context lasts."""
         parts = Parts(self.output, self._plan())
         try:
             self.workers.run_on_rank0(parts.open)
@@ -87,7 +87,7 @@ class Job(Generic[Settings]):
             parts.close()
 
     def _plan(self) -> dict[str, Any]:
-        """What tells this compression from another one: an earlier start is gone on with where it is the same."""
+        """Return what identifies this compression; an earlier start is resumed if it has the same plan."""
         settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in _NOT_IN_THE_WEIGHTS}
         calibration = self.calibration.fingerprint if self.calibration else None
         return {"door": self.door, "model": self.fingerprint, "calibration": calibration} | flatten(settings)
@@ -98,7 +98,7 @@ class Job(Generic[Settings]):
 
 
 def source_of(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel | None]:
-    """The model's shape, and itself where it is more than a name. Raises UserError for what cannot be compressed or written."""
+    """Return the model's shape, and the model unless only a size is named. Raises UserError if it cannot be compressed or written."""
     if settings.output is not None and Path(settings.output).exists():
         raise UserError(f"--output {settings.output} is there already; nothing is overwritten. Give another name.")
     if settings.dry_run and settings.model in SIZES and not Path(settings.model).exists():
@@ -116,7 +116,7 @@ def source_of(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel |
 
 
 def open_job(settings: Settings, opened: OpenedModel, door: str, arguments: Sequence[str], needs_calibration: bool) -> Job[Settings]:
-    """Find the text and the ranks, and look at every weight. Raises UserError, before any long work, for whatever cannot be."""
+    """Find the text and the ranks, and check every weight. Raises UserError, before any long work, if something is wrong."""
     begun = time.perf_counter()
     if needs_calibration and not settings.calibration_samples:
         raise UserError("calibration_samples is 0; this method looks at what goes into each matrix. Give some, 128 for example.")
@@ -146,7 +146,7 @@ def open_job(settings: Settings, opened: OpenedModel, door: str, arguments: Sequ
 
 
 def chosen_matrices(config: ModelConfig, ignore: Sequence[str]) -> dict[str, Matrix]:
-    """Those of all blocks but what patterns such as "0.*" or "*.down" name. Raises UserError for a pattern that names none."""
+    """Return the matrices of all blocks but those that patterns such as "0.*" and "*.down" match. Raises UserError if one matches none."""
     there = matrices(config)
     names = [str(matrix) for matrix in there.values()]
     for pattern in ignore:
@@ -160,7 +160,7 @@ def chosen_matrices(config: ModelConfig, ignore: Sequence[str]) -> dict[str, Mat
 
 
 def _looked_at(opened: OpenedModel, workers: Workers, dtype: torch.dtype, force: bool) -> tuple[report.Weights, str]:
-    """Every weight, and a hash of all. Raises UserError for one that is not finite, and for a model that is pruned already."""
+    """Return a report of every weight, and a hash of all. Raises UserError for a weight that is not finite, and for a pruned model."""
     kinds, linears = report.kinds_of_tensors(opened.config), matrices(opened.config)
     tensors, complaints = {}, []
     for name in workers.share(list(kinds)):
@@ -190,12 +190,12 @@ def _looked_at(opened: OpenedModel, workers: Workers, dtype: torch.dtype, force:
 
 
 def _place(opened: OpenedModel, name: str) -> Path:
-    """The file that holds a tensor, or the checkpoint whose files share it."""
+    """Return the file that holds a tensor, or the checkpoint whose files share it."""
     return opened.state.file_of(name) if isinstance(opened.state, huggingface.State) else opened.folder
 
 
 def _refuse_full_disk(output: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-    """The layers as they are done, and then the folder: twice the weights at most, less what an earlier start has done."""
+    """Raise UserError if the finished layers and the folder, at most twice the weights less what an earlier start wrote, do not fit."""
     ground = nearest_existing(output.parent)
     done = sum(path.stat().st_size for path in folder_for(output).glob("*.safetensors"))
     needed, free = 2 * dtype.itemsize * count_parameters(config) - done, shutil.disk_usage(ground).free

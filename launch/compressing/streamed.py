@@ -1,4 +1,4 @@
-"""Two networks on the same text, each streamed through memory layer by layer."""
+"""Comparison of two networks on the same text, each read into memory layer by layer."""
 
 import dataclasses
 import functools
@@ -16,8 +16,8 @@ from model.config import ModelConfig
 from model.loss import IGNORED, token_losses
 from model.walk import Step, outputs
 
-# Hidden states of a network that are in memory at a time. Behind so many tokens, reading a block's weights again for the next ones
-# takes a small part of the time that they take to pass through it.
+# Hidden states of a network in memory at a time. With this many tokens, reading a block's weights again for the next tokens takes a small
+# part of the time that the tokens take to pass through it.
 _HIDDEN_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
@@ -28,25 +28,25 @@ class Side:
     config: ModelConfig
     state: Mapping[str, Tensor]
     prepare: Callable[[Step], object] = lambda step: None
-    """As model.walk.outputs has it."""
+    """Called with each step before it runs, as model.walk.outputs does."""
 
     def outputs(self, batches: Sequence[Batch], device: torch.device) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        """What it says of each batch."""
+        """Yield the network's outputs for each batch."""
         return outputs(self.config, self.state, first_inputs(batches, device), device, prepare=self.prepare)
 
 
 def compare(before: Side, after: Side, batches: Sequence[Batch], workers: Workers) -> Comparison:
-    """Two networks on this rank's share of the batches, summed over the ranks."""
+    """Compare two networks on this rank's share of the batches, and return the sum over the ranks."""
     total = Comparison()
     for some in _rounds(batches, before.config.hidden_size, workers.device):
         sides = (side.outputs(some, workers.device) for side in (before, after))
         for batch, old, new in zip(some, *sides, strict=True):
-            total += compared(*_asked(old, new, batch.map(lambda tensor: tensor.to(workers.device))))
+            total += compared(*_logits_and_targets(old, new, batch.map(lambda tensor: tensor.to(workers.device))))
     return functools.reduce(Comparison.__add__, workers.all_gather(total))
 
 
 def perplexity_of(side: Side, batches: Sequence[Batch], device: torch.device) -> float:
-    """Of a network that predicts tokens: exp of the mean loss of a target."""
+    """Return the perplexity per target of a network that predicts tokens."""
     total = 0.0
     for some in _rounds(batches, side.config.hidden_size, device):
         for batch, said in zip(some, side.outputs(some, device), strict=True):
@@ -62,8 +62,10 @@ def _rounds(batches: Sequence[Batch], hidden_size: int, device: torch.device) ->
         yield from (batches[start : start + count] for start in range(0, len(batches), count))
 
 
-def _asked(old: Tensor | tuple[Tensor, Tensor], new: Tensor | tuple[Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of both and what was asked for: of tokens, or, where none are predicted, of classes.  -> 2 x [.., choices], [..]"""
+def _logits_and_targets(
+    old: Tensor | tuple[Tensor, Tensor], new: Tensor | tuple[Tensor, Tensor], batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both logits and the targets: of tokens, or, if no token is a target, of classes.  -> 2 x [.., choices], [..]"""
     if isinstance(old, tuple) and isinstance(new, tuple):
         if batch.classes is not None and not (batch.targets != IGNORED).any():
             return old[1], new[1], batch.classes

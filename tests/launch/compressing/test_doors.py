@@ -393,6 +393,6 @@ def test_killed_in_the_middle_of_a_write_two_ranks_go_on_to_the_same_bytes(texts
     died = subprocess.run([sys.executable, "-c", KILLED, *words], env=environment, cwd=REPOSITORY, capture_output=True, timeout=120)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     first, second = finish(start_ranks(2, REPOSITORY / "launch" / "quantize.py", *words, OMP_NUM_THREADS="1"))
-    assert "Going on behind layer 2 of an earlier start" in first and second.strip() == ""
+    assert "Resuming after layer 2 of an earlier start" in first and second.strip() == ""
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
     assert Path(tmp_path / "out" / "report.md").is_file() and not (tmp_path / "out.unfinished").exists()
