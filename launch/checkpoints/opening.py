@@ -17,7 +17,7 @@ from launch.checkpoints.run_record import find_tokenizer
 from launch.checkpoints.state import SavedState
 from model import huggingface
 from model.compression.activations import round_activations
-from model.compression.packed import CacheScheme, Scheme, in_words
+from model.compression.packed import CacheScheme, Scheme, describe_schemes
 from model.config import ModelConfig, count_parameters
 from model.transformer import Transformer
 
@@ -53,7 +53,7 @@ class OpenedModel:
     def refuse_quantized(self, reason: str) -> None:
         """Raise UserError, with the reason, if the model is quantized."""
         if self.schemes or self.kv_cache:
-            kinds = in_words(self.schemes.values(), self.kv_cache)
+            kinds = describe_schemes(self.schemes.values(), self.kv_cache)
             raise UserError(f"{self.folder} is quantized ({kinds}): {reason}. Give the model that it was made from.")
 
     def start_token(self, tokenizer: Tokenizer) -> int:

@@ -16,7 +16,7 @@ from launch.compressing.setup import DTYPES, Job, chosen_matrices, open_job, sou
 from model import huggingface
 from model.compression import allocation, quantization, scaling
 from model.compression.grids import Byte, Grid, grid_of, round_to, scale_of
-from model.compression.packed import CacheScheme, Scheme, in_words
+from model.compression.packed import CacheScheme, Scheme, describe_schemes
 from model.compression.statistics import Group, InputStatistics, LargestKept, Matrix, matrices
 from model.compression.sweep import Changed
 from model.config import ModelConfig
@@ -125,7 +125,7 @@ def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts:
         kv_cache = CacheScheme(kind, tuple((keys, values) for keys, values in of_blocks))
     artefact = cast(report.Artefact, next(iter(schemes.values())).format)
     scaled = "" if settings.scaling == "none" else f" after {settings.scaling}"
-    method = f"{settings.method.upper()}{scaled}, {in_words(schemes.values(), kv_cache)}"
+    method = f"{settings.method.upper()}{scaled}, {describe_schemes(schemes.values(), kv_cache)}"
     return Result(job.config, parts, artefact, method, schemes, kv_cache, divergences)
 
 

@@ -23,7 +23,7 @@ from launch.evaluation.tables import size_text, table
 from launch.evaluation.tasks.table import task_of
 from launch.ranks.processes import device_name, keep_freed_memory
 from model.compression.gguf_file import GGUFState, types
-from model.compression.packed import in_words
+from model.compression.packed import describe_schemes
 from model.config import count_parameters
 
 
@@ -139,7 +139,7 @@ def _kind(opened: OpenedModel) -> str:
     if opened.folder.is_file():
         return f"gguf {types(opened.folder).most_common(1)[0][0]}"
     if opened.schemes:
-        return in_words(opened.schemes.values(), opened.kv_cache)
+        return describe_schemes(opened.schemes.values(), opened.kv_cache)
     return str(next(iter(opened.state.values())).dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training: linear layers that compute with rounded numbers and learn as if nothing were rounded."""
+"""Quantization-aware training: linear layers compute with rounded numbers; gradients ignore the rounding."""
 
 import functools
 from typing import Literal
@@ -11,7 +11,7 @@ from model.layers import Linear
 
 
 def fake_quantize(block: nn.Module, grid: Grid, activations: Literal["none", "int8"] = "none") -> None:
-    """Let the linear layers of a block use their weights rounded to the grid, and, if asked, their inputs rounded token by token.
+    """Make the linear layers of a block compute with weights rounded to the grid and, with `activations`, with inputs rounded per token.
 
     The scales have the weights' type, so that rounding the trained weights in that type gives the numbers that were trained with.
     Gradients pass the rounding unchanged: the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432.
@@ -30,7 +30,7 @@ def _rounded_linear(linear: Linear, grid: Grid, activations: str, x: Tensor) -> 
 class _RoundedProduct(torch.autograd.Function):
     """round(x) round(W)^T.  [..., in], [out, in] -> [..., out]
 
-    It keeps x and W and rounds again on the way back: rounded copies of all weights would outlive those that ZeRO-3 gathers.
+    It saves x and W and rounds them again in the backward pass: rounded copies of all weights would stay in memory under ZeRO-3.
     """
 
     @staticmethod
@@ -40,10 +40,10 @@ class _RoundedProduct(torch.autograd.Function):
         return _rounded_inputs(x, activations) @ _rounded_weight(weight, grid).T
 
     @staticmethod
-    def backward(context, slope: Tensor):  # type: ignore[override]
+    def backward(context, gradient: Tensor):  # type: ignore[override]
         x, weight = context.saved_tensors
-        of_weight = slope.flatten(0, -2).T @ _rounded_inputs(x, context.activations).flatten(0, -2)
-        return slope @ _rounded_weight(weight, context.grid), of_weight, None, None
+        weight_gradient = gradient.flatten(0, -2).T @ _rounded_inputs(x, context.activations).flatten(0, -2)
+        return gradient @ _rounded_weight(weight, context.grid), weight_gradient, None, None
 
 
 def _rounded_weight(weight: Tensor, grid: Grid) -> Tensor:

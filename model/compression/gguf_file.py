@@ -1,7 +1,7 @@
-"""A decoder as one GGUF file, the format of llama.cpp, and that file read back.
+"""GGUF, the file format of llama.cpp: writing a decoder and reading it back.
 
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; block types Q8_0 and Q4_0: 32 entries of a row that share a float16 scale.
-Tensors have the names that the `gguf` package gives to those of their Hugging Face architecture, and lie there [out, in], as ours do.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; in the block types Q8_0 and Q4_0, 32 entries
+of a row share a float16 scale. Tensors have the names that the `gguf` package gives to those of Hugging Face, in the shape [out, in].
 """
 
 import dataclasses
@@ -37,23 +37,23 @@ _FILE_TYPES = {
 }
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3, "gpt2": gguf.MODEL_ARCH.GPT2}
 _ROTARY_FACTORS = "rope_freqs.weight"
-_MOST_TOKENS = 512  # of the sequence that is compared
-# Keys of config.json that transformers does not find in a GGUF file; what it finds there is not told to it again.
+_MOST_TOKENS = 512  # length of the sequence that is compared
+# Keys of config.json that transformers does not read from a GGUF file; it gets them from us.
 _NOT_READ = ("head_dim", "rope_parameters", "attention_bias", "mlp_bias", "n_positions", "n_inner", "activation_function")
 
 
 def architecture(config: ModelConfig) -> str:
-    """llama.cpp's name for a network of ours; raises ValueError naming every option that it cannot express."""
+    """Return llama.cpp's name for an architecture. Raises ValueError that names every option that llama.cpp cannot express."""
     name = huggingface.architecture(config)
     if name not in _ARCHITECTURES:
-        raise ValueError(f'GGUF holds decoders here; this is an {config.architecture.replace("_", "-")} ("{name}").')
+        raise ValueError(f'GGUF supports decoders only; this is an {config.architecture.replace("_", "-")} ("{name}").')
     complaints = []
     if config.sliding_window is not None:
-        complaints.append(f"model.sliding_window {config.sliding_window} is not in llama.cpp's {name}; it must be null.")
+        complaints.append(f"model.sliding_window {config.sliding_window} is not supported by llama.cpp's {name}; it must be null.")
     if name == "gpt2" and config.activation != "gelu_tanh":
-        complaints.append(f'model.activation "{config.activation}" is not in llama.cpp\'s gpt2; it must be "gelu_tanh".')
+        complaints.append(f'model.activation "{config.activation}" is not supported by llama.cpp\'s gpt2; it must be "gelu_tanh".')
     if name == "qwen3" and config.rope_scaling == "llama3":
-        complaints.append('model.rope_scaling "llama3" is not in llama.cpp\'s qwen3; it must be none, linear, ntk or yarn.')
+        complaints.append('model.rope_scaling "llama3" is not supported by llama.cpp\'s qwen3; it must be none, linear, ntk or yarn.')
     if complaints:
         raise ValueError("llama.cpp cannot express this model.\n" + "\n".join(complaints))
     return name
@@ -68,7 +68,7 @@ class _Stored:
     shape: tuple[int, ...]
     kind: gguf.GGMLQuantizationType
     heads: int = 0
-    """Whose rows lie there in rotary's pairs (i, i + head/2) side by side; 0: of none."""
+    """Number of heads whose rows are stored with the rotary pairs (i, i + head/2) next to each other; 0: none."""
 
     @property
     def num_bytes(self) -> int:
@@ -77,21 +77,21 @@ class _Stored:
 
 
 def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[str, Any], path: Path, kind: Kind) -> None:
-    """Write `state`, by our names, into the new file `path`; one tensor of `state` is asked for at a time.
+    """Write `state`, by our names, into the new file `path`; one tensor of `state` is read at a time.
 
-    Norms, biases and positions are float32 in every `kind`. With q4_0 the head (or the embedding that it is tied to) is q8_0, as
-    llama.cpp keeps it finer too. A matrix whose rows are no multiple of 32 is f16 with either.
-    `tokenizer`: its entries of the file's metadata, by their keys there. Raises ValueError where llama.cpp has not this model, where
-    `state` is not the model's, where the disk has too little room, and where a weight is not finite or does not fit.
+    Norms, biases and positions are float32 in every `kind`. With q4_0 the head (or the embedding tied to it) is q8_0, because
+    llama.cpp also keeps it more precise. A matrix whose rows are not a multiple of 32 is f16 with both.
+    `tokenizer` holds the metadata entries of the tokenizer. Raises ValueError if llama.cpp does not support the model, if `state` does not
+    belong to it, if the disk has too little space, or if a weight is not finite or too large.
     """
     name = architecture(config)
     tensors = _tensors(config, kind)
     wanted = {ours for tensor in tensors for ours in tensor.source.ours}
     if wrong := sorted(wanted ^ set(state)):
-        raise ValueError(f"The model's state lacks, or has too many: {', '.join(wrong[:8])}.")
+        raise ValueError(f"The state lacks these tensors, or has them in addition: {', '.join(wrong[:8])}.")
     needed, free = sum(tensor.num_bytes for tensor in tensors), shutil.disk_usage(path.parent).free
     if free < needed:
-        raise ValueError(f"{path.name} takes {needed:,} bytes; the disk of {path.parent} has {free:,} left.")
+        raise ValueError(f"{path.name} needs {needed:,} bytes; the disk of {path.parent} has {free:,} free.")
     writer = gguf.GGUFWriter(path, name)
     stated: dict[str, Any] = {"general.name": path.stem, "general.file_type": int(_FILE_TYPES[kind])}
     if kind in ("q8_0", "q4_0"):
@@ -118,10 +118,10 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
 
 
 class GGUFState(Mapping[str, Tensor]):
-    """The weights of a GGUF file by our names, float32, each read and taken out of its blocks when it is asked for.
+    """The weights of a GGUF file by our names, float32; each is read and dequantized when it is used.
 
-    Any type of blocks that the `gguf` package can read will do, K-quants among them. Raises ValueError where a tensor is missing,
-    unknown, or of another shape than `config` says.
+    All block types that the `gguf` package reads are supported, K-quants too. Raises ValueError if a tensor is missing, unknown, or has
+    another shape than in `config`.
     """
 
     def __init__(self, path: Path, config: ModelConfig):
@@ -129,10 +129,10 @@ class GGUFState(Mapping[str, Tensor]):
         self._read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name != _ROTARY_FACTORS}
         self._entries = {ours: (tensor, place) for tensor in stored for place, ours in enumerate(tensor.source.ours)}
         if wrong := sorted(set(self._read) ^ {tensor.name for tensor in stored}):
-            raise ValueError(f"{path} lacks, or has too many: {', '.join(wrong[:8])}.")
+            raise ValueError(f"{path} lacks these tensors, or has them in addition: {', '.join(wrong[:8])}.")
         for tensor in stored:
             if (shape := tuple(map(int, reversed(self._read[tensor.name].shape)))) != tensor.shape:
-                raise ValueError(f"{path}: {tensor.name} is {list(shape)}; the configuration says {list(tensor.shape)}.")
+                raise ValueError(f"{path}: {tensor.name} has shape {list(shape)}; by the configuration it is {list(tensor.shape)}.")
 
     def __getitem__(self, name: str) -> Tensor:
         tensor, place = self._entries[name]
@@ -150,21 +150,21 @@ class GGUFState(Mapping[str, Tensor]):
 
 
 def indivisible(config: ModelConfig, multiple: int) -> list[str]:
-    """Matrices of a file whose rows are no multiple of so many entries, by their names there."""
+    """Return the names of matrices whose rows are not a multiple of `multiple` entries."""
     return [tensor.name for tensor in _tensors(config, "f16") if tensor.kind == _TYPE.F16 and tensor.shape[-1] % multiple]
 
 
 def types(path: Path) -> Counter[str]:
-    """How many tensors of a file are stored as what."""
+    """Return the number of tensors of each type in a file."""
     return Counter(tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors)
 
 
 def verify(path: Path, config: ModelConfig, tolerance: float = 1e-4) -> float:
-    """Compare a file, as transformers reads it, with our network of the weights that it holds, in float32 on a random sequence.
+    """Compare a file, as transformers reads it, with our network with the weights of the file, in float32 on a random sequence.
 
-    Returns the largest difference of a logit; raises RuntimeError where it is above `tolerance` x the largest logit (at least 1), and
-    where transformers misses a tensor or leaves one unread. Scaled rotary wavelengths, biases and the width of heads it does not look
-    for in a GGUF file: these it is told.
+    Returns the largest difference of a logit. Raises RuntimeError if it is above `tolerance` x the largest logit (at least 1), or if
+    transformers misses a tensor or leaves one unread. transformers does not read scaled rotary wavelengths, biases and the head width
+    from a GGUF file; it gets them from us.
     """
     tokens = torch.randint(config.vocab_size, (1, min(config.sequence_length, _MOST_TOKENS)), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -174,13 +174,13 @@ def verify(path: Path, config: ModelConfig, tolerance: float = 1e-4) -> float:
     if not difference.abs().max().item() <= tolerance * largest:
         raise RuntimeError(
             f"{path}: logits of transformers differ from ours by up to {difference.abs().max().item():.3g}, "
-            f"more than {tolerance:g} x {largest:.3g}, the largest of them."
+            f"more than {tolerance:g} x the largest logit {largest:.3g}."
         )
     return difference.abs().max().item()
 
 
 def logits(config: ModelConfig, state: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """Of a decoder, with one layer of it in memory at a time.  [batch, seq] -> [batch, seq, vocab]"""
+    """Return the logits of a decoder, with one layer in memory at a time.  [batch, seq] -> [batch, seq, vocab]"""
     [said] = outputs(dataclasses.replace(config, document_mask=False), state, [Stream(tokens, torch.ones_like(tokens))])
     assert isinstance(said, Tensor)
     return said
@@ -199,8 +199,8 @@ def _theirs(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
         model, report = loader.from_pretrained(path.parent, config=theirs, dtype=torch.float32, output_loading_info=True, **where)
     refuse_incomplete(report, path)
     held = types(path).total() - (_rotary_factors(config) is not None)
-    if held != (taken := len(list(model.parameters()))):  # of what it does not know it says nothing
-        raise RuntimeError(f"{path} holds {held} tensors; transformers has taken {taken}.")
+    if held != (taken := len(list(model.parameters()))):  # transformers ignores unknown tensors without a message
+        raise RuntimeError(f"{path} holds {held} tensors; transformers has read {taken}.")
     return model.eval()(tokens).logits
 
 
@@ -234,17 +234,21 @@ def _encoded(tensor: _Stored, state: Mapping[str, Tensor]) -> NDArray:
         return np.zeros(tensor.shape, np.float32)
     weight = torch.cat([state[ours].detach().to("cpu", torch.float32) for ours in tensor.source.ours])
     if tuple(weight.shape) != tensor.shape:
-        raise ValueError(f"{' + '.join(tensor.source.ours)} would be {list(weight.shape)}; the configuration says {list(tensor.shape)}.")
+        raise ValueError(
+            f"{' + '.join(tensor.source.ours)} has shape {list(weight.shape)}; by the configuration it is {list(tensor.shape)}."
+        )
     most = torch.finfo(torch.float32 if tensor.kind == _TYPE.F32 else torch.float16).max
     if not (largest := weight.abs().max().item()) <= most:
-        raise ValueError(f"{' + '.join(tensor.source.ours)}: its largest weight is {largest:g}; {tensor.kind.name} ends at {most:g}.")
+        raise ValueError(
+            f"{' + '.join(tensor.source.ours)}: its largest weight is {largest:g}; the largest number of {tensor.kind.name} is {most:g}."
+        )
     if tensor.heads:
         weight = weight.unflatten(0, (tensor.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
     return gguf.quantize(weight.contiguous().numpy(), tensor.kind)
 
 
 def _shape(config: ModelConfig, name: str) -> dict[str, int | float | str]:
-    """The entries that say what the network is, without the architecture's name before them."""
+    """Return the metadata entries of the network's shape, without the architecture's name before them."""
     assert config.num_key_value_heads and config.head_size and config.intermediate_size
     shape: dict[str, int | float | str] = {
         "vocab_size": config.vocab_size,
@@ -273,7 +277,7 @@ def _shape(config: ModelConfig, name: str) -> dict[str, int | float | str]:
 
 
 def _rotary_factors(config: ModelConfig) -> NDArray[np.float32] | None:
-    """By how much each wavelength of Llama 3.1 is stretched, which llama.cpp reads as a tensor.  -> [head / 2]"""
+    """Return the factor of each wavelength of Llama 3.1, which llama.cpp reads as a tensor.  -> [head / 2]"""
     if config.rope_scaling != "llama3":
         return None
     assert config.rope_original_length and config.head_size

@@ -1,19 +1,19 @@
 """Quantized weights as tensors of a safetensors file, and back, as compressed-tensors stores them.
 
-https://github.com/vllm-project/compressed-tensors, version 0.20.0, whose compressors are the only statement of these formats.
-What a linear layer M has beside its bias, in place of M.weight [out, in]:
+https://github.com/vllm-project/compressed-tensors, version 0.20.0; its compressors are the only definition of these formats.
+A linear layer M has these tensors in place of M.weight [out, in]:
 
-pack-quantized         weight_packed int32 [out, in bits / 32], weight_scale [out, groups], weight_shape int64 [2]; where zero is no
-                       code's middle weight_zero_point int32 [out bits / 32, groups]
+pack-quantized         weight_packed int32 [out, in bits / 32], weight_scale [out, groups], weight_shape int64 [2]; if asymmetric
+                       also weight_zero_point int32 [out bits / 32, groups]
 int-quantized          weight int8 [out, in], weight_scale [out, 1]
 float-quantized        weight E4M3 [out, in], weight_scale [out, 1]
 nvfp4-pack-quantized   weight_packed uint8 [out, in / 2], weight_scale E4M3 [out, in / 16], weight_global_scale float32 [1]
 mxfp4-pack-quantized   weight_packed uint8 [out, in / 2], weight_scale E8M0 as uint8 [out, in / 32]
 
-Where keys and values are kept as codes, an attention A has beside its layers A.k_scale and A.v_scale [1].
+If keys and values are kept as codes, an attention layer A also has A.k_scale and A.v_scale [1].
 
-An int32 holds codes side by side from its lowest bit on, plus 2^(bits-1) so that none is negative, and a code may begin in one and
-end in the next; an uint8 holds an even column in its low half. Scales of the first three have the type of the file's other weights.
+An int32 holds consecutive codes from its lowest bit on, plus 2^(bits-1) so that none is negative; a code may begin in one int32 and end in
+the next. A uint8 holds an even column in its low half. Scales of the first three have the type of the other weights in the file.
 """
 
 import dataclasses
@@ -36,34 +36,33 @@ _SCALE_TYPES = {"nvfp4": torch.float8_e4m3fn, "mxfp4": torch.uint8}
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How a linear layer is quantized; raises ValueError for what the format has no place for."""
+    """The quantization of a linear layer. Raises ValueError for a combination that the format cannot store."""
 
     grid: Grid
     activations: Activations = "none"
-    """What its inputs are rounded to, each token with a scale of its own that is worked out while the network runs."""
+    """Type to which the inputs are rounded, each token with its own scale, computed while the network runs."""
 
     def __post_init__(self) -> None:
         if self.activations == "int8" and self.grid != Grid("int", 8, None):
-            raise ValueError(
-                f"activations int8 go with kind int, 8 bits, one scale a row (no group_size), symmetric; given is {self.grid}."
-            )
+            raise ValueError(f"activations int8 need kind int, 8 bits, one scale per row (no group_size) and symmetric; got {self.grid}.")
         if self.activations == "fp8" and self.grid.kind != "fp8":
-            raise ValueError(f"activations fp8 go with kind fp8; given is {self.grid}.")
+            raise ValueError(f"activations fp8 need kind fp8; got {self.grid}.")
 
     @property
     def format(self) -> str:
+        """Name of the format in compressed-tensors."""
         if self.grid.kind != "int":
             return "float-quantized" if self.grid.kind == "fp8" else f"{self.grid.kind}-pack-quantized"
         return "pack-quantized" if self.activations == "none" else "int-quantized"
 
     @property
     def is_packed(self) -> bool:
-        """Several codes to an entry of a tensor that has another name than the weight."""
+        """True if several codes share an entry of a tensor whose name is not that of the weight."""
         return self.format.endswith("pack-quantized")
 
     @property
     def is_unpacked_to_bfloat16(self) -> bool:
-        """By compressed-tensors, whatever the rest of the network is: such layers run in a network of bfloat16 alone."""
+        """True if compressed-tensors always unpacks the weight to bfloat16: such layers only run in a bfloat16 network."""
         return self.grid.kind in ("nvfp4", "mxfp4")
 
     def __str__(self) -> str:
@@ -75,25 +74,25 @@ class Scheme:
 
 @dataclasses.dataclass(frozen=True)
 class CacheScheme:
-    """How a decoder quantizes the keys, rotated, and the values that it keeps: symmetric, by scales that were fixed beforehand."""
+    """The quantization of a decoder's cached keys, rotated, and values: symmetric, with fixed scales."""
 
     kind: Byte
     scales: tuple[tuple[float, float], ...]
-    """Of each block what all of its keys' codes, and what all of its values', are multiplied by."""
+    """For each block the factor of the codes of its keys, and that of its values."""
 
     def __str__(self) -> str:
         return f"keys and values {self.kind}"
 
 
-def in_words(schemes: Iterable[Scheme], kv_cache: CacheScheme | None) -> str:
-    """Each that there is, once."""
+def describe_schemes(schemes: Iterable[Scheme], kv_cache: CacheScheme | None) -> str:
+    """Return the distinct schemes as text."""
     return "; ".join(dict.fromkeys(map(str, [*schemes, *([kv_cache] if kv_cache else [])])))
 
 
 def layout(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of each tensor of a weight [out, in], by its name behind that of the layer, beside others of `dtype`.
+    """Return type and shape of each tensor that stores a weight [out, in], by its name after that of the layer. `dtype`: type of scales.
 
-    Raises ValueError for groups that do not divide a row.
+    Raises ValueError if groups do not divide a row.
     """
     grid, (rows, columns) = scheme.grid, shape
     groups = grid.num_groups(columns)
@@ -109,8 +108,8 @@ def layout(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype) -> dict[s
 
 
 def packed(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors that `layout` names."""
-    assert quantized.grid == scheme.grid, f"a weight on {quantized.grid} was to be {scheme}"
+    """Return the tensors that `layout` names."""
+    assert quantized.grid == scheme.grid, f"a weight on {quantized.grid} cannot be stored as {scheme}"
     codes, bits = quantized.codes, quantized.grid.bits
     tensors = {"weight_scale": quantized.scale}
     if scheme.is_unpacked_to_bfloat16:
@@ -127,7 +126,7 @@ def packed(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
 
 
 def unpacked(tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
-    """What `packed` was given."""
+    """Return the weight that `packed` stored."""
     grid, scale = scheme.grid, tensors["weight_scale"]
     if scheme.is_unpacked_to_bfloat16:
         pairs = tensors["weight_packed"]
@@ -170,15 +169,15 @@ def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def configuration(schemes: Mapping[str, Scheme], others: Iterable[str], kv_cache: Byte | None = None) -> dict[str, Any]:
-    """What config.json says under quantization_config: of each linear layer of theirs its scheme, which others have none, and as what
-    keys and values are kept.
+    """Return the quantization_config of config.json: the scheme of each linear layer, by Hugging Face's names, the layers without a
+    scheme, and the type of cached keys and values.
 
-    Where all have one scheme it is "Linear"'s, as llm-compressor writes it. Else the layers of a block that are alike stand as one
-    pattern: engines that join query, key and value look all three up.
+    One scheme for all layers is written for "Linear", as llm-compressor does. Otherwise the layers of a block with the same scheme are
+    one pattern, because engines that join query, key and value look up all three.
     """
     kinds = list(dict.fromkeys(schemes.values()))
     if len(kinds) > 1 and not all(kind.grid.symmetric for kind in kinds):
-        raise ValueError(f"{'; '.join(map(str, kinds))}: asymmetric is for all or for none; transformers reads no mixture with it.")
+        raise ValueError(f"{'; '.join(map(str, kinds))}: either all or no layers can be asymmetric; transformers does not read a mixture.")
     groups = {}
     for number, kind in enumerate(kinds):
         targets = ["Linear"] if len(kinds) == 1 else list(_patterns(schemes, kind))
@@ -227,23 +226,24 @@ def _stated_weights(grid: Grid) -> dict[str, Any]:
 
 
 def _stated_bytes(kind: Byte, strategy: str, dynamic: bool) -> dict[str, Any]:
-    """Of what is rounded while the network runs."""
+    """Return the entry for numbers that are rounded while the network runs."""
     number = "int" if kind == "int8" else "float"
     return {"num_bits": 8, "type": number, "symmetric": True, "strategy": strategy, "group_size": None, "dynamic": dynamic}
 
 
 @dataclasses.dataclass(frozen=True)
-class Stated:
-    """A quantization_config that was understood."""
+class ParsedConfiguration:
+    """A quantization_config that was parsed."""
 
     schemes: tuple[tuple[tuple[str, ...], Scheme], ...]
-    """Each with its targets: "Linear", names of linear layers, or patterns behind "re:"."""
+    """Each scheme with its targets: "Linear", names of linear layers, or patterns after "re:"."""
     ignore: tuple[str, ...]
+    """Linear layers without a scheme, as targets."""
     kv_cache: Byte | None
-    """What keys and values are kept as."""
+    """Type of cached keys and values; None if they are not quantized."""
 
-    def of(self, layer: str) -> Scheme | None:
-        """The scheme of a linear layer by their name for it."""
+    def scheme_of(self, layer: str) -> Scheme | None:
+        """Return the scheme of a linear layer, by Hugging Face's name; None if it has none."""
         if any(_matches(layer, name) for name in self.ignore):
             return None
         return next((scheme for targets, scheme in self.schemes if any(_matches(layer, target) for target in targets)), None)
@@ -253,8 +253,8 @@ def _matches(layer: str, target: str) -> bool:
     return re.match(target[3:], layer) is not None if target.startswith("re:") else target in ("Linear", layer)
 
 
-def understood(stated: Mapping[str, Any]) -> Stated:
-    """Of a config.json's quantization_config, ours or that of whoever writes the same; raises ValueError naming what we do not have."""
+def parse_configuration(stated: Mapping[str, Any]) -> ParsedConfiguration:
+    """Parse the quantization_config of a config.json. Raises ValueError that names what is not supported."""
     if (method := stated.get("quant_method")) != "compressed-tensors":
         raise ValueError(f'quantization_config: quant_method "{method}" is not supported, only "compressed-tensors".')
     if (status := stated.get("quantization_status", "compressed")) != "compressed":
@@ -276,7 +276,7 @@ def understood(stated: Mapping[str, Any]) -> Stated:
     if said := stated.get("kv_cache_scheme"):
         kv_cache = _kind_of_bytes(said)
         _refuse_others("kv_cache_scheme", said, _stated_bytes(kv_cache, "tensor", dynamic=False))
-    return Stated(tuple(schemes), tuple(stated.get("ignore") or ()), kv_cache)
+    return ParsedConfiguration(tuple(schemes), tuple(stated.get("ignore") or ()), kv_cache)
 
 
 def _kind_of_bytes(stated: Mapping[str, Any]) -> Byte:
@@ -317,5 +317,5 @@ def _refuse_others(where: str, stated: Mapping[str, Any], supported: Mapping[str
         given = stated.get(key, defaults.get(key))
         if given != value and not (key == "group_size" and given == -1) and not (key == "scale_dtype" and given is None):
             raise ValueError(
-                f"quantization_config: {key} of {where} is {json.dumps(given)}; beside the rest only {json.dumps(value)} is supported."
+                f"quantization_config: {key} of {where} is {json.dumps(given)}; with the other keys only {json.dumps(value)} is supported."
             )

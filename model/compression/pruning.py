@@ -1,4 +1,4 @@
-"""Which weights become zero: by their size, by what they contribute, or so that the others can make up for them."""
+"""Pruning methods: weights become zero by their size, by their contribution, or so that the other weights can compensate."""
 
 import dataclasses
 import re
@@ -12,16 +12,16 @@ from model.compression.sweep import BATCH, Changed, sweep
 
 @dataclasses.dataclass(frozen=True)
 class Sparsity:
-    """How many weights become zero."""
+    """The share of weights that become zero, and its pattern."""
 
     fraction: float
-    """Of all."""
+    """Share of all weights."""
     pattern: tuple[int, int] | None = None
-    """(zeros, each): so many of each so many neighbours in a row; None: wherever they are."""
+    """(zeros, each): this many zeros in every `each` neighbours of a row; None: anywhere."""
 
     @classmethod
     def parse(cls, text: str) -> "Sparsity":
-        """ "0.5", or "2:4" for 2 zeros of each 4 neighbours. Raises ValueError for what is neither."""
+        """Parse "0.5", or "2:4" for 2 zeros in every 4 neighbours. Raises ValueError for anything else."""
         if found := re.fullmatch(r"(\d+):(\d+)", text):
             zeros, each = map(int, found.groups())
             if 0 < zeros < each and BATCH % each == 0:
@@ -37,13 +37,13 @@ class Sparsity:
         return f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else f"{self.fraction:g}"
 
     def check(self, in_size: int) -> None:
-        """Raises ValueError where a row of so many entries is no whole number of patterns."""
+        """Raise ValueError if the pattern does not divide a row of `in_size` entries."""
         if self.pattern and in_size % self.pattern[1]:
-            raise ValueError(f"sparsity {self}: a row of {in_size} entries is no multiple of {self.pattern[1]}")
+            raise ValueError(f"sparsity {self}: a row of {in_size} entries is not a multiple of {self.pattern[1]}")
 
 
 def magnitude(weight: Tensor, sparsity: Sparsity) -> Changed:
-    """The smallest of the matrix, or of each pattern, become zero.  [out, in]"""
+    """Set the smallest weights of the matrix, or of each pattern, to zero.  [out, in]"""
     return Changed(weight.masked_fill(_mask(weight.abs(), sparsity, by_row=False), 0))
 
 
@@ -56,10 +56,11 @@ def wanda(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity) -> Ch
 
 
 def sparsegpt(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity, damping: float = 0.01) -> Changed:
-    """Those that cost least become zero, and the weights to their right make up for them.  [out, in]
+    """Set the weights that cost least to zero; the weights to their right compensate.  [out, in]
 
     Frantar and Alistarh 2023, arXiv 2301.00774: each batch of columns, or each pattern, has its share of the zeros.
-    `damping`: share of the Hessian's mean diagonal that is added to it. Wanda, with a note, where the Hessian cannot be inverted.
+    `damping` is the share of the Hessian's mean diagonal that is added to it. Falls back to Wanda, with a note, if the Hessian cannot be
+    inverted.
     """
     sparsity.check(weight.shape[1])
     each = sparsity.pattern[1] if sparsity.pattern else BATCH
@@ -71,7 +72,7 @@ def sparsegpt(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity, d
             costs = (batch[:each] / diagonal[:each, None]).square()
             if sparsity.pattern:
                 mask = _lowest(costs.T, sparsity.pattern[0]).T
-            else:  # a share that leaves the whole exact
+            else:  # this share keeps the total exact
                 before, after = (round(sparsity.fraction * end * len(weight)) for end in (column, column + len(costs)))
                 mask = _lowest(costs.reshape(1, -1), after - before).view_as(costs)
         return batch[0].masked_fill(mask[column % each], 0)
@@ -84,7 +85,7 @@ def sparsegpt(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity, d
 
 
 def _mask(scores: Tensor, sparsity: Sparsity, by_row: bool) -> Tensor:
-    """True for what becomes zero.  [out, in] -> same"""
+    """True for weights that become zero.  [out, in] -> same"""
     if sparsity.pattern:
         sparsity.check(scores.shape[1])
         zeros, each = sparsity.pattern
@@ -94,6 +95,6 @@ def _mask(scores: Tensor, sparsity: Sparsity, by_row: bool) -> Tensor:
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """True for so many of each row, exactly.  [rows, entries] -> same"""
+    """True for exactly `count` entries of each row, the lowest.  [rows, entries] -> same"""
     places = scores.topk(count, dim=1, largest=False, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, places, True)

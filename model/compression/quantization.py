@@ -1,4 +1,4 @@
-"""A weight on a grid: rounded, or so that the errors of its columns cancel."""
+"""Quantization methods: round to nearest, or GPTQ, where later columns compensate the errors of earlier ones."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from model.compression.sweep import Changed, sweep
 
 
 def rtn(weight: Tensor, grid: Grid, scale_dtype: torch.dtype = torch.float32) -> Changed:
-    """Each weight on its nearest code.  [out, in]"""
+    """Round each weight to its nearest code.  [out, in]"""
     rounded = round_to(weight, grid, scale_dtype)
     return Changed(rounded.weight(), rounded)
 
@@ -22,11 +22,11 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = False,
 ) -> Changed:
-    """Each column on its nearest codes, its error made up for by those that come after it.  [out, in]
+    """Round each column to its nearest codes; the columns after it compensate its error.  [out, in]
 
-    Frantar et al. 2022, arXiv 2210.17323. The scales are rounding's, computed before the sweep: with `act_order`, which takes the
-    columns with the largest inputs first, a group is still of neighbours. `damping`: share of the Hessian's mean diagonal that is
-    added to it. Rounded to nearest, with a note, where the Hessian cannot be inverted or rounding's output error is smaller.
+    Frantar et al. 2022, arXiv 2210.17323. The scales are those of rounding, computed before the sweep: with `act_order`, which takes
+    the columns with the largest inputs first, a group still consists of neighbours. `damping` is the share of the Hessian's mean diagonal
+    that is added to it. Falls back to rounding, with a note, if the Hessian cannot be inverted or rounding has the smaller output error.
     """
     rounded = round_to(weight, grid, scale_dtype)
     plain = rounded.weight()
@@ -43,7 +43,7 @@ def gptq(
     if swept is None:
         note = "the Hessian could not be inverted even with a thousand times the damping: rounded to nearest"
         return Changed(plain, rounded, notes=(note,))
-    quantized = rounded.holding(swept[0])
+    quantized = rounded.with_codes_of(swept[0])
     changed = quantized.weight()
     # The difference of the two squared errors, of changes A and B: tr(A H A^T) - tr(B H B^T) = tr((A - B) H (A + B)^T).
     worse = ((changed - plain) @ statistics.second_moment * (changed + plain - 2 * weight)).sum(dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Factors between a layer's inputs and its weights: inputs are divided, columns multiplied, the product stays; rounding it does not."""
+"""Scales moved from a layer's inputs to its weights: inputs are divided, columns multiplied, so that rounding loses less."""
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ _ROWS = 256
 
 
 def smoothquant_scales(weights: list[Tensor], statistics: InputStatistics, strength: float = 0.5) -> Tensor:
-    """largest |input|^strength / largest |weight|^(1 - strength) of each input: what is hard to round moves into the weights.  -> [in]
+    """Return largest |input|^strength / largest |weight|^(1 - strength) of each input, which moves outliers into the weights.  -> [in]
 
-    Xiao et al. 2022, arXiv 2211.10438, equation 4. weights: those that read the input, each [out, in].
+    Xiao et al. 2022, arXiv 2211.10438, equation 4. `weights` are those that read the input, each [out, in].
     """
     columns = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
     return _usable(statistics.largest**strength / columns ** (1 - strength))
 
 
 def awq_scales(weights: list[Tensor], statistics: InputStatistics, grid: Grid, scale_dtype: torch.dtype = torch.float32) -> Tensor:
-    """(mean |input|)^exponent with the exponent, 0 ... 0.95, whose rounded weights' outputs differ least.  -> [in]
+    """Return (mean |input|)^exponent with the exponent, 0 to 0.95, that has the smallest output error after rounding.  -> [in]
 
-    Lin et al. 2023, arXiv 2306.00978, equations 4 and 5. weights: those that read the input, each [out, in]. The error is measured by
-    the inputs' second moment, on some 256 of each weight's rows.
+    Lin et al. 2023, arXiv 2306.00978, equations 4 and 5. `weights` are those that read the input, each [out, in]. The error is computed
+    with the second moment of the inputs, on about 256 rows of each weight.
     """
     rows = torch.cat([weight[:: max(1, len(weight) // _ROWS)] for weight in weights])
     best, least = torch.ones_like(statistics.magnitude), float("inf")
@@ -38,5 +38,5 @@ def awq_scales(weights: list[Tensor], statistics: InputStatistics, grid: Grid, s
 
 
 def _usable(scales: Tensor) -> Tensor:
-    """1 where a scale could not divide or multiply, as of an input that is always zero."""
+    """Replace scales that cannot divide or multiply, such as that of an input that is always zero, by 1."""
     return torch.where(scales.isfinite() & (scales > 0), scales, 1.0)

@@ -1,4 +1,4 @@
-"""What each block costs when it alone is compressed."""
+"""The cost of compressing each block alone."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from model.transformer import select_outputs
 from model.walk import Step, walk
 
 Change = Callable[[int, str, Tensor], Tensor]
-"""(number of a block, name of a linear layer in it, its weight [out, in]) -> what it would be"""
+"""(index of a block, name of a linear layer in it, its weight [out, in]) -> the changed weight"""
 
 _CHUNK_ENTRIES = 1 << 20
 
@@ -26,11 +26,11 @@ def divergences(
     changes: Sequence[Change],
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, int]:
-    """Kullback-Leibler divergence from the network as it is, of the network with one block changed, summed over what it says anything of:
-    tokens that are no padding, or, where none are predicted, samples.  -> [blocks, changes], nats, float64; how many these are
+    """Return the KL divergence from the unchanged network to the network with one block changed, and the number of predictions.
 
-    One walk: behind each block further variants are under way, so it costs the forward passes of some changes x blocks^2 / 2 blocks,
-    and keeps the samples' hidden states once for each variant.
+    The divergence is summed over tokens that are not padding or, if no tokens are predicted, over samples.  -> [blocks, changes], nats,
+    float64. It takes one walk, which carries one more variant per change after each block: the cost is that of about
+    changes x blocks^2 / 2 blocks' forward passes, and the hidden states of the samples are kept once per variant.
     """
     plain = list(samples)
     variants: dict[tuple[int, int], list[Stream]] = {}
@@ -44,7 +44,7 @@ def divergences(
             for number, sample in enumerate(variant):
                 variant[number] = step(sample)
         for number, change in enumerate(changes) if step.block is not None else ():
-            is_last = number == len(changes) - 1  # the block itself is not needed any more
+            is_last = number == len(changes) - 1  # the block itself is no longer needed
             changed = step if is_last else dataclasses.replace(step, module=copy.deepcopy(step.module))
             for linear in (linear for group in groups_of(changed.module) for linear in group.linears):
                 weight = changed.module.get_submodule(linear).weight
@@ -62,7 +62,7 @@ def divergences(
 
 
 def _logits(config: ModelConfig, behind: Sequence[Step], passed: Stream) -> Tensor:
-    """Of tokens that are no padding, or, where none are predicted, of classes.  -> [tokens, vocab] or [batch, classes]"""
+    """Return the logits of tokens that are not padding or, if none are predicted, of classes.  -> [tokens, vocab] or [batch, classes]"""
     counted = passed.segments != 0
     for step in behind:
         passed = step(passed)
@@ -73,7 +73,7 @@ def _logits(config: ModelConfig, behind: Sequence[Step], passed: Stream) -> Tens
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """Summed over rows, so many at a time that it needs no copy of the logits.  [rows, choices] both -> []"""
+    """Return the divergence summed over rows, a few at a time so that the logits are not copied.  [rows, choices] both -> []"""
     total = torch.zeros((), dtype=torch.float64, device=wanted.device)
     rows = max(1, _CHUNK_ENTRIES // wanted.shape[1])
     for old, new in zip(wanted.split(rows), found.split(rows), strict=True):

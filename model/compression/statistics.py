@@ -1,4 +1,4 @@
-"""What passes through a block, over all tokens: all that a calibrated method knows of the data."""
+"""Statistics of the inputs of a block over all tokens: all that a calibrated method knows about the data."""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,15 @@ from model.layers import Stream
 from model.transformer import Block, first_uses
 from model.walk import Step
 
-_ROWS = 512  # of a second moment that are added at a time
+_ROWS = 512  # rows of a second moment that are added at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class InputStatistics:
-    """Of the inputs [tokens, in] of linear layers, over all calibration tokens."""
+    """Statistics of the inputs [tokens, in] of linear layers, over all calibration tokens."""
 
     tokens: int
+    """Number of tokens."""
     second_moment: Tensor
     """Sum of x x^T: half the Hessian of the layer's squared output error.  [in, in] float32"""
     magnitude: Tensor
@@ -31,17 +32,17 @@ class InputStatistics:
 
     @property
     def norms(self) -> Tensor:
-        """Of each input over the tokens, ||x||_2.  [in]"""
+        """Norm of each input over the tokens, ||x||_2.  [in]"""
         return self.second_moment.diagonal().sqrt()
 
     def divided_by(self, scales: Tensor) -> "InputStatistics":
-        """Of inputs each of which is divided by its scale.  scales [in] > 0"""
+        """Return the statistics of the inputs divided by their scales.  scales [in] > 0"""
         moment = self.second_moment / scales / scales[:, None]
         return InputStatistics(self.tokens, moment, self.magnitude / scales, self.largest / scales)
 
 
 def output_error(change: Tensor, weight: Tensor, statistics: InputStatistics) -> float:
-    """||change X|| / ||weight X||, Frobenius: the relative error of a layer's outputs.  [out, in], [out, in]"""
+    """Return ||change X|| / ||weight X|| (Frobenius norms), the relative error of a layer's outputs.  [out, in], [out, in]"""
     squared = lambda matrix: ((matrix @ statistics.second_moment) * matrix).sum(dtype=torch.float64).clamp(min=0).item()  # noqa: E731
     whole = squared(weight)
     return (squared(change) / whole) ** 0.5 if whole else 0.0
@@ -49,15 +50,16 @@ def output_error(change: Tensor, weight: Tensor, statistics: InputStatistics) ->
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Linear layers of a block that read the same input, by their names in it."""
+    """Linear layers of a block that read the same input."""
 
     linears: tuple[str, ...]
+    """Names of the layers in the block."""
     producer: str | None
-    """The norm or linear layer whose outputs are this input, one for one and times any positive factor: scales can move into it."""
+    """Norm or linear layer whose outputs are this input, entry by entry, so that positive scales can be moved into it; None: none."""
 
 
 def groups_of(block: Block) -> list[Group]:
-    """In the order in which the block runs them."""
+    """Return the groups of a block in the order in which the block runs them."""
     groups = _of_attention("attention", block.attention, "attention_norm" if block.norm_first else None)
     if block.cross_attention is not None:
         groups += _of_attention("cross_attention", block.cross_attention, "cross_attention_norm" if block.norm_first else None)
@@ -73,7 +75,7 @@ def groups_of(block: Block) -> list[Group]:
 
 
 def _of_attention(name: str, attention: AttentionWeights, norm: str | None) -> list[Group]:
-    own_heads = attention.query.weight.shape[0] == attention.value.weight.shape[0]  # else several heads read one value
+    own_heads = attention.query.weight.shape[0] == attention.value.weight.shape[0]  # otherwise several heads read one value
     output = Group((f"{name}.output",), f"{name}.value" if own_heads else None)
     if name == "cross_attention":
         return [Group((f"{name}.query",), norm), Group((f"{name}.key", f"{name}.value"), None), output]
@@ -81,11 +83,11 @@ def _of_attention(name: str, attention: AttentionWeights, norm: str | None) -> l
 
 
 class Gatherer:
-    """Watches the inputs of a block's groups while samples pass through it.
+    """Collects statistics of the inputs of a block's groups while samples pass through the block.
 
     with Gatherer(block) as gatherer:
         for passed in samples:
-            gatherer.counted = ...   # which of its tokens count
+            gatherer.counted = ...   # which tokens count
             step(passed)
     """
 
@@ -95,7 +97,7 @@ class Gatherer:
         self._sums: dict[str, Sums] = {}
         self._hooks: list = []
         self.counted: Tensor | None = None
-        """[batch, seq] True for tokens that count; of cross-attention's keys and values `counted_in_source` says it."""
+        """[batch, seq] True for tokens that count. `counted_in_source` is the same for the keys and values of cross-attention."""
         self.counted_in_source: Tensor | None = None
 
     def __enter__(self) -> "Gatherer":
@@ -118,16 +120,16 @@ class Gatherer:
         return see
 
     def sums(self) -> Iterator[tuple[Group, "Sums"]]:
-        """Each group with what was seen of it; taking them one by one frees them one by one."""
+        """Yield each group with its sums; each is freed when the next one is taken."""
         for group in self._groups:
             weight = self._block.get_submodule(group.linears[0]).weight
             yield group, self._sums.pop(group.linears[0], None) or Sums(weight.shape[1], weight.device)
 
 
 class Sums:
-    """Of one group's inputs; they add up over ranks.
+    """Sums over the inputs of one group; they can be added over ranks.
 
-    Each sample's are float32 and added in float64, so that the whole does not depend on which rank had which sample.
+    Each sample is summed in float32 and added in float64, so that the total does not depend on which rank had which sample.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -137,22 +139,23 @@ class Sums:
         self.largest = torch.zeros(size, dtype=torch.float32, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """[tokens, in]"""
+        """Add inputs.  [tokens, in]"""
         self.tokens += len(rows)
         for columns, part in zip(rows.T.split(_ROWS), self.second_moment.split(_ROWS), strict=True):
-            part += columns @ rows  # of which float64 is no copy of the whole
+            part += columns @ rows  # in parts, so that no float64 copy of the whole is needed
         self.magnitude += rows.abs().sum(dim=0)
         if len(rows):
             self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
 
     def statistics(self) -> InputStatistics:
+        """Return the statistics of all inputs that were added."""
         count = int(self.tokens)
         return InputStatistics(count, self.second_moment.float(), (self.magnitude / max(1, count)).float(), self.largest)
 
 
 @contextlib.contextmanager
 def counting(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """While a sample passes through a layer, the list's one entry says which of its tokens count: padding does not.  [batch, seq]"""
+    """List with one entry: which tokens of the sample that passes through the layer count (padding does not).  [batch, seq]"""
     counted: list[Tensor] = []
 
     def begin(module: nn.Module, inputs: tuple[Stream]) -> None:
@@ -166,7 +169,7 @@ def counting(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class LargestKept:
-    """The largest key, rotated, and the largest value of each block of a decoder.
+    """Finds the largest key, rotated, and the largest value of each block of a decoder.
 
     with largest.watching(step):   # each layer of a walk
         for passed in samples:
@@ -175,11 +178,11 @@ class LargestKept:
 
     def __init__(self, num_blocks: int, device: torch.device) -> None:
         self.sizes = torch.zeros(num_blocks, 2, device=device)
-        """[blocks, 2]; of several ranks the largest is that of all."""
+        """[blocks, 2]; for several ranks, take the largest over all."""
 
     @contextlib.contextmanager
     def watching(self, step: Step) -> Iterator[None]:
-        """Tokens that pass through the step count, padding does not."""
+        """Within the block, tokens that pass through the step are measured; padding is not."""
         if step.block is None:
             yield
             return
@@ -205,9 +208,9 @@ class Matrix:
     """The weight of a linear layer in a block."""
 
     block: int
-    """The block's number, from 0."""
+    """Index of the block, from 0."""
     linear: str
-    """The layer's name in the block."""
+    """Name of the layer in the block."""
     shape: tuple[int, int]
     """[out, in]"""
 
@@ -216,7 +219,7 @@ class Matrix:
 
 
 def matrices(config: ModelConfig) -> dict[str, Matrix]:
-    """Of all blocks, in the order in which they run, by their names in the network."""
+    """Return the matrices of all blocks by their parameter names, in the order in which they run."""
     found: dict[str, Matrix] = {}
     for name, layer in first_uses(config):
         if layer.module is Block:

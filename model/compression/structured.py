@@ -1,8 +1,9 @@
-"""Structured pruning: what is left is an ordinary network with smaller sizes, the same ones in every block.
+"""Structured pruning: the result is an ordinary network with smaller sizes, the same in every block.
 
-In order: blocks go by `influences` or by `losses_without_each_block`, then `shallower`. Feed-forward neurons and groups of heads go one
-weight at a time, by `without_inputs` of feed_forward.down and of attention.output: the columns that go become zero. Channels of the
-hidden width go by the sums of `Channels`. `narrower` then cuts all of them out. Every sum is float64 and additive over samples and ranks.
+The order is this. Blocks are chosen by `influences` or `losses_without_each_block` and removed by `shallower`. Feed-forward neurons and
+groups of heads are chosen one weight at a time by `without_inputs` of feed_forward.down and attention.output, which sets their columns to
+zero. Channels of the hidden width are chosen by the sums of `Channels`. Then `narrower` removes all of them. Every sum is float64 and
+additive over samples and ranks.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from model.layers import LayerNorm, RMSNorm, Stream
 from model.transformer import Block, Layer, first_uses, select_outputs
 from model.walk import Step, walk
 
-# What each axis of a weight counts; a bias has its weight's first. Layers with a weight of their own stand under their class.
+# The meaning of each axis of a weight; a bias has the first axis of its weight. Layers with their own weight are listed by class.
 _AXES: dict[str, tuple[str | None, ...]] = {
     "query": ("queries", "hidden"),
     "key": ("keys", "hidden"),
@@ -58,10 +59,10 @@ def sizes_for(
     num_layers: int | None = None,
     num_decoder_layers: int | None = None,
 ) -> ModelConfig:
-    """The smaller network: with the sizes that are given, and, for the share `parameters`, so narrow a feed-forward that it is reached.
+    """Return the configuration of the smaller network: with the given sizes or, for a share `parameters`, with a narrower feed-forward.
 
-    Heads keep their width, and key/value heads the number of query heads that read them. Raises ValueError where a size is not below
-    the network's or nothing is left, where the share cannot be reached, and where no Hugging Face architecture has such a network.
+    Heads keep their width, and key/value heads keep their number of query heads. Raises ValueError if a size is not below that of the
+    network or leaves nothing, if the share cannot be reached, or if no Hugging Face architecture has such a network.
     """
     given = {
         "intermediate_size": intermediate_size,
@@ -72,19 +73,21 @@ def sizes_for(
     }
     sizes = {name: size for name, size in given.items() if size is not None}
     complaints = [
-        f"{name} {size} is not possible: this model has {getattr(config, name)}, of which 1 or more are left."
+        f"{name} {size} is not possible: this model has {getattr(config, name)}; give 1 to {getattr(config, name) or 0}."
         for name, size in sizes.items()
         if not 1 <= size <= (getattr(config, name) or 0)
     ]
     if parameters is not None and not 0 < parameters < 1:
-        complaints.append(f"parameters is {parameters:g}; it is the share of the parameters that is left, above 0 and below 1.")
+        complaints.append(f"parameters is {parameters:g}; it is the share of the parameters to keep, above 0 and below 1.")
     if parameters is not None and intermediate_size is not None:
-        complaints.append("parameters chooses intermediate_size: give one of them.")
+        complaints.append("parameters sets intermediate_size; give only one of them.")
     depends_on_width = config.positions == "sinusoidal" or (config.positions == "relative" and config.tie_embeddings)
     if hidden_size not in (None, config.hidden_size) and depends_on_width:
-        complaints.append(f'hidden_size cannot be changed beside model.positions "{config.positions}": waves or scales depend on it.')
+        complaints.append(f'hidden_size cannot be changed with model.positions "{config.positions}", whose tables or scales depend on it.')
     if num_key_value_heads not in (None, config.num_key_value_heads) and config.positions in ("relative", "alibi"):
-        complaints.append(f'num_key_value_heads cannot be changed beside model.positions "{config.positions}": they number the heads.')
+        complaints.append(
+            f'num_key_value_heads cannot be changed with model.positions "{config.positions}", which depend on the index of a head.'
+        )
     if complaints:
         raise ValueError("\n".join(complaints))
     if num_key_value_heads is not None:
@@ -93,30 +96,30 @@ def sizes_for(
     if parameters is not None:
         smaller = _with_fewer_neurons(smaller, parameters, count_parameters(config))
     if smaller == config:
-        raise ValueError("Nothing would be removed: give parameters, the share that is left, or a size below the model's.")
+        raise ValueError("Nothing would be removed. Give parameters (the share to keep) or a size below that of the model.")
     architecture(smaller)
     return smaller
 
 
 def _with_fewer_neurons(config: ModelConfig, share: float, whole: int) -> ModelConfig:
-    # Round widths, for kernels, and for groups of 32 codes where they are no more than a sixteenth of it.
+    # Round widths suit kernels, and groups of 32 codes if 32 is at most a sixteenth of the width.
     multiple = 2 ** max(5 if config.intermediate_size >= 512 else 3, (config.intermediate_size // 64).bit_length() - 1)
     with_neurons = lambda number: dataclasses.replace(config, intermediate_size=number)  # noqa: E731
     least = count_parameters(with_neurons(multiple))
     further = int(share * whole - least) // (count_parameters(with_neurons(2 * multiple)) - least)
     if further < 0:
         raise ValueError(
-            f"parameters {share:g} cannot be reached by the feed-forward's width: at intermediate_size {multiple} "
-            f"{least / whole:.3f} of them are left. Give hidden_size, num_key_value_heads or num_layers beside it."
+            f"parameters {share:g} cannot be reached with the feed-forward width alone: intermediate_size {multiple} "
+            f"leaves {least / whole:.3f} of them. Also give hidden_size, num_key_value_heads or num_layers."
         )
     return with_neurons(min(config.intermediate_size, multiple * (1 + further)))
 
 
 def without_inputs(weight: Tensor, statistics: InputStatistics, keep: int, unit: int = 1, damping: float = 0.01) -> Changed:
-    """The weight [out, in] with zero columns but for the `keep` units of its inputs, `unit` neighbours each, that count most.
+    """Return the weight [out, in] with zero columns except for the `keep` most important units of its inputs, `unit` neighbours each.
 
-    A unit counts as much as what it adds to the outputs, ||W_u X_u||. The columns that stay take over what can be had of the others
-    from their inputs, by least squares (Hassibi and Stork 1992, "optimal brain surgeon", a set of columns at once).
+    The importance of a unit is what it adds to the outputs, ||W_u X_u||. The columns that are kept compensate the removed ones by least
+    squares (Hassibi and Stork 1992, "optimal brain surgeon", for a set of columns at once).
     """
     moment = statistics.second_moment.double()
     by_unit = weight.double().unflatten(1, (-1, unit))
@@ -127,14 +130,14 @@ def without_inputs(weight: Tensor, statistics: InputStatistics, keep: int, unit:
     removed = torch.ones(len(moment), dtype=torch.bool, device=weight.device).index_fill(0, kept, False)
     ridge = damping * moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     factor = torch.linalg.cholesky(moment[kept][:, kept] + ridge * torch.eye(len(kept), dtype=moment.dtype, device=moment.device))
-    taken_over = torch.cholesky_solve(moment[kept][:, removed] @ weight[:, removed].double().T, factor).T
+    compensation = torch.cholesky_solve(moment[kept][:, removed] @ weight[:, removed].double().T, factor).T
     changed = torch.zeros_like(weight)
-    changed[:, kept] = (weight[:, kept].double() + taken_over).to(weight.dtype)
+    changed[:, kept] = (weight[:, kept].double() + compensation).to(weight.dtype)
     return Changed(changed, damping=damping)
 
 
 class Channels:
-    """Sums over tokens at a network's norms, which choose channels of the hidden width.
+    """Sums over tokens at the norms of a network, by which channels of the hidden width are chosen.
 
     with channels.watching(step):   # each layer before the head
         for passed in samples:
@@ -143,11 +146,11 @@ class Channels:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        """Norm by name -> of |its outputs|, and of its inputs' squares, about their mean where it takes that away.  [2, hidden] float64"""
+        """Norm by name -> sums of |outputs| and of squared inputs (about their mean, if the norm subtracts it).  [2, hidden] float64"""
 
     @contextlib.contextmanager
     def watching(self, step: Step) -> Iterator[None]:
-        """Tokens that pass through the step count, padding does not."""
+        """Within the block, tokens that pass through the step are added; padding is not."""
         with counting(step.module) as counted:
 
             def see(sums: Tensor, module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
@@ -167,19 +170,19 @@ class Channels:
                     hook.remove()
 
     def kept(self, hidden_size: int) -> Tensor:
-        """Those with the largest mean output of all norms (Muralidharan et al. 2024, arXiv 2407.14679), in order.  -> [hidden_size]"""
+        """Channels with the largest mean output of all norms (Muralidharan et al. 2024, arXiv 2407.14679).  -> [hidden_size]"""
         return torch.stack([sums[0] for sums in self.sums.values()]).sum(dim=0).topk(hidden_size).indices.sort().values
 
     def gain(self, norm: str, kept: Tensor) -> float:
-        """What makes up for a norm's dividing by the root mean square of these channels instead of all."""
+        """Return the factor that compensates a norm for dividing by the root mean square of the kept channels instead of all."""
         squares = self.sums[norm][1]
         return (squares[kept].mean() / squares.mean()).sqrt().item() if squares.any() else 1.0
 
 
 def influences(config: ModelConfig, state: Mapping[str, Tensor], samples: Sequence[Stream], device: torch.device | str = "cpu") -> Tensor:
-    """Each block's influence, 1 - cos(hidden before it, hidden behind it), summed over tokens.  -> [blocks]
+    """Return the influence of each block, 1 - cos(hidden before it, hidden after it), summed over tokens.  -> [blocks]
 
-    Men et al. 2024, "ShortGPT", arXiv 2403.03853, equation 1. A sample is the tuple that the list's first layer takes.
+    Men et al. 2024, "ShortGPT", arXiv 2403.03853, equation 1. A sample is the input of the first layer of the list.
     """
     sums = torch.zeros(config.total_blocks, dtype=torch.float64, device=device)
     passed = list(samples)
@@ -189,8 +192,8 @@ def influences(config: ModelConfig, state: Mapping[str, Tensor], samples: Sequen
         for number, before in enumerate(passed):
             passed[number] = behind = step(before)
             if step.block is not None:
-                likeness = F.cosine_similarity(before[0], behind[0], dim=-1)
-                sums[step.block] += (1 - likeness.double())[before[1] != 0].sum()
+                similarity = F.cosine_similarity(before[0], behind[0], dim=-1)
+                sums[step.block] += (1 - similarity.double())[before[1] != 0].sum()
     return sums
 
 
@@ -201,10 +204,10 @@ def losses_without_each_block(
     loss: Callable[[Tensor | tuple[Tensor, Tensor], int], Tensor],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The summed loss of the whole network, then of it without block 0, without block 1, ...  -> [1 + blocks]
+    """Return the summed loss of the whole network, then without block 0, without block 1, ...  -> [1 + blocks]
 
-    `loss` takes the network's outputs and the sample's number. One walk: behind each block one more variant is under way, so it
-    costs some blocks^2 / 2 blocks' forward passes, and keeps the samples' hidden states once for each block.
+    `loss` takes the network's outputs and the index of the sample. It takes one walk, which carries one more variant after each block:
+    the cost is that of about blocks^2 / 2 blocks' forward passes, and the hidden states of the samples are kept once per block.
     """
     variants: list[list[Stream]] = [list(samples)]
     behind: list[Step] = []
@@ -227,20 +230,20 @@ def losses_without_each_block(
 
 
 def shallower(config: ModelConfig, state: Mapping[str, Tensor], smaller: ModelConfig, importance: Tensor) -> Mapping[str, Tensor]:
-    """`state` without blocks: as many as `smaller` has fewer, of each stack the least important.  importance [blocks]
+    """Return `state` without the least important blocks of each stack, so that it fits `smaller`.  importance [blocks]
 
-    Both configurations differ in their numbers of blocks alone. Tensors are read when they are asked for.
+    The configurations differ only in their numbers of blocks. Tensors are read when they are used.
     """
     encoder, decoder = importance[: config.num_layers], importance[config.num_layers :]
     kept = set(encoder.topk(smaller.num_layers).indices.tolist())
     kept |= {config.num_layers + block for block in decoder.topk(smaller.num_decoder_layers or 0).indices.tolist()}
-    staying, blocks = [], 0
+    kept_names, blocks = [], 0
     for name, layer in first_uses(config):
         if layer.module is not Block or blocks in kept:
-            staying.append(name)
+            kept_names.append(name)
         blocks += layer.module is Block
     names = {}
-    for (name, layer), old in zip(first_uses(smaller), staying, strict=True):
+    for (name, layer), old in zip(first_uses(smaller), kept_names, strict=True):
         names |= {f"{name}.{own}": f"{old}.{own}" for own in _parameters(layer)}
     return _Read({new: functools.partial(state.__getitem__, old) for new, old in names.items()})
 
@@ -248,13 +251,13 @@ def shallower(config: ModelConfig, state: Mapping[str, Tensor], smaller: ModelCo
 def narrower(
     config: ModelConfig, state: Mapping[str, Tensor], smaller: ModelConfig, channels: Channels | None = None
 ) -> Mapping[str, Tensor]:
-    """`state` cut down to the widths of `smaller`; `channels` says of which hidden ones where these get fewer.
+    """Return `state` cut down to the widths of `smaller`; `channels` chooses hidden channels if their number is reduced.
 
-    Of a block's neurons and groups of heads go those whose columns of feed_forward.down and of attention.output are least: zero,
-    behind `without_inputs`. Tensors are read when they are asked for, and a block's choices are made then.
+    In a block, the neurons and groups of heads with the smallest columns of feed_forward.down and attention.output are removed: after
+    `without_inputs` these are zero. Tensors are read when they are used, and the choices of a block are made then.
     """
     is_narrower = smaller.hidden_size < config.hidden_size
-    assert channels is not None or not is_narrower, "which channels stay is not known"
+    assert channels is not None or not is_narrower, "the kept channels are unknown"
     hidden = channels.kept(smaller.hidden_size).cpu() if channels is not None and is_narrower else None
     group = config.num_attention_heads // config.num_key_value_heads * config.head_size
 
@@ -264,7 +267,7 @@ def narrower(
         return squares.topk(number).indices.sort().values
 
     def axis(kind: str | None, name: str) -> Tensor | None:
-        """Which indices stay, of a parameter's axis of this kind; None: all."""
+        """Return the indices to keep of a parameter's axis of this kind; None: all."""
         if kind == "hidden":
             return hidden
         if kind == "neurons" and smaller.intermediate_size < config.intermediate_size:
@@ -287,8 +290,8 @@ def narrower(
     made = {}
     for layer_name, layer in first_uses(config):
         for own in _parameters(layer):
-            of = own.split(".")[-2] if "." in own else layer.module.__name__
-            made[f"{layer_name}.{own}"] = functools.partial(read, f"{layer_name}.{own}", _AXES[of])
+            kind = own.split(".")[-2] if "." in own else layer.module.__name__
+            made[f"{layer_name}.{own}"] = functools.partial(read, f"{layer_name}.{own}", _AXES[kind])
     return _Read(made)
 
 
@@ -298,12 +301,12 @@ def _parameters(layer: Layer) -> list[str]:
 
 
 def _members(units: Tensor, unit: int) -> Tensor:
-    """The indices in each of these runs of `unit` neighbours.  [units] -> [units * unit]"""
+    """Return the indices in each of these runs of `unit` neighbours.  [units] -> [units * unit]"""
     return (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()
 
 
 class _Read(Mapping[str, Tensor]):
-    """Tensors that are made when they are asked for."""
+    """Tensors that are computed when they are used."""
 
     def __init__(self, made: Mapping[str, Callable[[], Tensor]]):
         self._made = made

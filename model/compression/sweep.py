@@ -1,4 +1,4 @@
-"""The sweep over a weight's columns that GPTQ and SparseGPT share: change a column, let those to its right make up for it.
+"""The sweep over the columns of a weight that GPTQ and SparseGPT share: change a column; the columns to its right compensate.
 
 Frantar et al. 2022, arXiv 2210.17323, algorithm 1; Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
 """
@@ -12,31 +12,32 @@ from torch import Tensor
 from model.compression.grids import Quantized
 
 BATCH = 128
-"""Columns within which errors are passed on at once; those behind get them together."""
+"""Columns within which errors are passed on at once; later columns get them in one product."""
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
-"""(a column's number, it and those behind it in its batch [columns, out], the factor's diagonal there [columns]) -> its new values [out]"""
+"""(index of a column, it and the later columns of its batch [columns, out], the factor's diagonal there [columns]) -> new values [out]"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """What a method made of a weight."""
+    """The result of a method for one weight."""
 
     weight: Tensor
     """[out, in] float32"""
     quantized: Quantized | None = None
+    """The weight as codes; None if the method does not quantize."""
     damping: float | None = None
-    """Share of the Hessian's mean diagonal that was added to it; None where nothing was inverted."""
+    """Share of the Hessian's mean diagonal that was added to it; None if nothing was inverted."""
     notes: tuple[str, ...] = ()
-    """What went another way than was asked."""
+    """Deviations from the requested method."""
 
 
 def sweep(
     weight: Tensor, second_moment: Tensor, damping: float, change: Change, order: Tensor | None = None
 ) -> tuple[Tensor, float] | None:
-    """The changed weight [out, in] and the damping that it took; None where none up to a thousandfold made the Hessian invertible.
+    """Return the changed weight [out, in] and the damping used; None if a thousand times the damping did not make the Hessian invertible.
 
-    Columns of inputs that were always zero become zero. `order` [in]: the columns as they are to be taken.
+    Columns of inputs that were always zero become zero. `order` [in] is the order of the columns.
     """
     order = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     columns = order.tolist()
@@ -45,7 +46,7 @@ def sweep(
         factor = _inverse_factor(second_moment, taken, order)
         if factor is None:
             continue
-        values = weight.T.index_select(0, order)  # a column lies together
+        values = weight.T.index_select(0, order)  # the entries of a column are contiguous
         values[second_moment.diagonal()[order] == 0] = 0
         _sweep(values, factor, columns, change)
         if values.isfinite().all():
@@ -56,7 +57,7 @@ def sweep(
 
 
 def _sweep(values: Tensor, factor: Tensor, columns: list[int], change: Change) -> None:
-    """values [in, out], in place"""
+    """Change `values` [in, out] in place."""
     for start in range(0, len(values), BATCH):
         batch = values[start : start + BATCH]
         end = start + len(batch)
@@ -72,9 +73,9 @@ def _sweep(values: Tensor, factor: Tensor, columns: list[int], change: Change) -
 
 
 def _inverse_factor(second_moment: Tensor, damping: float, order: Tensor) -> Tensor | None:
-    """The upper triangle U with U^T U = (H + damping mean(diag H))^-1, H in this order; None where H is not positive.  [in, in]
+    """Return the upper triangle U with U^T U = (H + damping mean(diag H))^-1, H in this order; None if H is not positive.  [in, in]
 
-    With all reversed the lower Cholesky factor of H is the upper one of its inverse, inverted: one inversion less.
+    In reversed order, the inverted lower Cholesky factor of H is the upper factor of its inverse, which saves one inversion.
     """
     backwards = order.flip(0)
     hessian = second_moment[backwards[:, None], backwards]
@@ -92,7 +93,7 @@ def _inverse_factor(second_moment: Tensor, damping: float, order: Tensor) -> Ten
 
 
 def _invert(lower: Tensor) -> None:
-    """A lower triangle, in place, by halves: solving for the unit matrix would take two more of its size.  [n, n]"""
+    """Invert a lower triangle in place, by halves: solving for the unit matrix would need two more matrices of its size.  [n, n]"""
     half = len(lower) // 2
     if half < BATCH:
         lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False))

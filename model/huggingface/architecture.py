@@ -106,7 +106,7 @@ class Architecture:
             yield '"auto_map" is not supported.'
         if quantization := stated.get("quantization_config"):
             try:
-                packed.understood(quantization)
+                packed.parse_configuration(quantization)
             except ValueError as error:
                 yield str(error)
         if len(classes := stated.get("architectures") or [self.classes[0]]) != 1 or classes[0] not in self.classes:

@@ -135,7 +135,7 @@ class State(Mapping[str, Tensor]):
     Raises ValueError where a tensor is missing, unknown, not what it is said to be a copy of, or of another shape than `config` says.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, quantization: packed.Stated | None = None):
+    def __init__(self, folder: Path, config: ModelConfig, quantization: packed.ParsedConfiguration | None = None):
         theirs = ARCHITECTURES[architecture(config)]
         self._files = {theirs.current_name(name): (path, name) for name, path in _files_of_tensors(folder).items()}
         self._entries = {ours: (entry, place) for entry in counterparts(config) for place, ours in enumerate(entry.ours)}
@@ -143,7 +143,7 @@ class State(Mapping[str, Tensor]):
         """Of the weights that are quantized."""
         if quantization is not None:
             for ours, (entry, _) in self._entries.items():
-                scheme = quantization.of(entry.module)
+                scheme = quantization.scheme_of(entry.module)
                 if scheme is not None and f"{entry.module}.weight_scale" in self._files and entry.theirs.endswith(".weight"):
                     self.schemes[ours] = scheme
         shapes = parameter_shapes(config)
@@ -227,7 +227,7 @@ def load(folder: str | os.PathLike) -> tuple[ModelConfig, State]:
         theirs = ARCHITECTURES[model_type(stated)]
         tensors = {theirs.current_name(name): path for name, path in files.items()}
         config = from_huggingface(theirs.seen_with(stated, tensors))
-        quantization = packed.understood(stated["quantization_config"]) if stated.get("quantization_config") else None
+        quantization = packed.parse_configuration(stated["quantization_config"]) if stated.get("quantization_config") else None
     except (ValueError, TypeError, AttributeError) as error:  # the last two: values of other types than these keys have
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     return config, State(folder, config, quantization)

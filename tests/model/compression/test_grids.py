@@ -57,7 +57,7 @@ def test_rounding_is_that_of_compressed_tensors_bit_for_bit(grid):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_weight_on_the_grid_stays_and_its_codes_are_found_again(grid):
     rounded = round_to(_weight(), grid, torch.bfloat16)
-    again = rounded.holding(rounded.weight())
+    again = rounded.with_codes_of(rounded.weight())
     assert torch.equal(again.weight(), rounded.weight())
     assert torch.equal(again.codes.float(), rounded.codes.float())
     by_column = [

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from model.cache import KeyValueCache
 from model.compression.activations import round_activations
 from model.compression.grids import Grid, Quantized, round_to
-from model.compression.packed import CacheScheme, Scheme, layout, packed, understood, unpacked
+from model.compression.packed import CacheScheme, Scheme, layout, packed, parse_configuration, unpacked
 from model.compression.statistics import LargestKept
 from model.config import ModelConfig
 from model.huggingface import export, load, perplexity_by_transformers, quantization_config, verify
@@ -271,8 +271,8 @@ def test_what_llm_compressor_states_is_what_we_state(llama, name):
     whole = QuantizationConfig(
         config_groups={"group_0": theirs}, format=scheme.format, quantization_status="compressed", ignore=["lm_head"]
     ).model_dump()
-    stated = understood(json.loads(json.dumps(whole, default=str)))
-    assert (stated.of("model.layers.0.mlp.up_proj"), stated.of("lm_head")) == (scheme, None)
+    stated = parse_configuration(json.loads(json.dumps(whole, default=str)))
+    assert (stated.scheme_of("model.layers.0.mlp.up_proj"), stated.scheme_of("lm_head")) == (scheme, None)
     if scheme.grid.group_size != 128:
         ours = quantization_config(llama.config, dict.fromkeys(linears(llama), scheme), torch.bfloat16)
         read = QuantizationConfig.model_validate(ours).config_groups["group_0"]
@@ -311,9 +311,9 @@ TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
 )
 def test_a_quantization_that_we_do_not_have_is_refused_by_name(changes, sentence):
     stated = {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}}
-    assert understood(stated).of("model.layers.0.mlp.up_proj") == INT4
+    assert parse_configuration(stated).scheme_of("model.layers.0.mlp.up_proj") == INT4
     with pytest.raises(ValueError) as refusal:
-        understood(stated | changes)
+        parse_configuration(stated | changes)
     assert sentence in str(refusal.value)
 
 
@@ -339,5 +339,5 @@ def test_a_mixture_that_transformers_does_not_read_is_refused(llama):
     with pytest.raises(ValueError, match="asymmetric is for all or for none"):
         quantization_config(llama.config, {first: ASYMMETRIC} | dict.fromkeys(others, INT4))
     for grid, activations in ((Grid("int", 4, None), "int8"), (Grid("int", 8, None), "fp8"), (Grid("mxfp4", 4, 32), "fp8")):
-        with pytest.raises(ValueError, match=f"activations {activations} go with"):
+        with pytest.raises(ValueError, match=f"activations {activations} need"):
             Scheme(grid, activations)
