@@ -34,7 +34,7 @@ def test_every_installed_engine_has_a_row_and_ours_is_1(tmp_path, capsys):
     ("options", "arguments", "message"),
     [
         ({}, ["--new_tokens", "16"], "new_tokens 16 and a prompt make 33 tokens; the model's context is 32"),
-        (BERT, [], "GGUF holds decoders here"),
+        (BERT, [], "GGUF supports decoders only"),
         ({}, ["--rounds", "0"], "rounds is 0; it must be at least 1"),
     ],
 )

@@ -157,7 +157,7 @@ def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_pat
 @pytest.mark.parametrize(
     ("door", "words", "said"),
     [
-        (prune, ["--sparsity=1:128"], r"^0\.attention\.query: sparsity 1:128: a row of 32 entries is no multiple of 128.*--ignore '"),
+        (prune, ["--sparsity=1:128"], r"^0\.attention\.query: sparsity 1:128: a row of 32 entries is not a multiple of 128.*--ignore '"),
         (prune, ["--sparsity=1.5"], "sparsity '1.5' is neither"),
         (prune, ["--ignore", "0.*", "1.atention.*"], r"--ignore 1\.atention\.\* names no matrix\. Did you mean \"1\.attention\.\w+\"\?"),
         (prune, ["--ignore", "*"], r"--ignore \* leaves no matrix"),
@@ -174,7 +174,7 @@ def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_pat
         (prune, ["--data=nowhere"], "nowhere"),
         (quantize, ["--group_size=48"], r"Groups of 48 do not divide .* attention\.query \(32\).*--group_size 32, 16, 0 would divide them"),
         (quantize, ["--kind=nvfp4", "--bits=8"], "nvfp4 has 4 bits"),
-        (quantize, ["--activations=int8"], "activations int8 go with kind int, 8 bits"),
+        (quantize, ["--activations=int8"], "activations int8 need kind int, 8 bits"),
         (quantize, ["--average_bits=3", "--group_size=32", "--sensitivity_samples=1"], r"average_bits 3 is below 3\.5, the size of 3 bits"),
         (quantize, ["--average_bits=4", "--bits=4"],
             "(?s)average_bits 4 .* both set the bits.*average_bits 4 .* needs the loss that each block costs"),

@@ -83,12 +83,12 @@ def test_rows_that_no_block_divides_stay_float16(written):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (BERT, "GGUF holds decoders here"),
-        ({"qk_norm": True, "sliding_window": 8}, "model.sliding_window 8 is not in llama.cpp's qwen3"),
-        (GPT2 | {"activation": "relu"}, 'model.activation "relu" is not in llama.cpp\'s gpt2'),
+        (BERT, "GGUF supports decoders only"),
+        ({"qk_norm": True, "sliding_window": 8}, "model.sliding_window 8 is not supported by llama.cpp's qwen3"),
+        (GPT2 | {"activation": "relu"}, 'model.activation "relu" is not supported by llama.cpp\'s gpt2'),
         (
             {"qk_norm": True, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_length": 16},
-            'model.rope_scaling "llama3" is not in',
+            'model.rope_scaling "llama3" is not supported by',
         ),
     ],
 )
@@ -114,7 +114,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(tiny, network, t
     config = tiny()
     state = {name: weight.detach() for name, weight in network(config).named_parameters()}
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5))
-    with pytest.raises(ValueError, match=r"model\.gguf takes [\d,]+ bytes; the disk of .* has 5 left"):
+    with pytest.raises(ValueError, match=r"model\.gguf needs [\d,]+ bytes; the disk of .* has 5 free"):
         gguf_file.write(config, state, WORDS, tmp_path / "model.gguf", "f32")
     assert not list(tmp_path.iterdir())
 

@@ -93,9 +93,9 @@ def test_activations_are_rounded_by_token_as_compressed_tensors_does(kind):
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
-    with pytest.raises(ValueError, match=r"group_size 128 does not divide a row of 96 entries; what would do: 16, 32, 96 or none"):
+    with pytest.raises(ValueError, match=r"group_size 128 does not divide a row of 96 entries; allowed: 16, 32, 96 or none"):
         round_to(torch.ones(2, 96), Grid("int", 4, 128))
-    with pytest.raises(ValueError, match="nvfp4 has 4 bits, a scale for each 16 entries"):
+    with pytest.raises(ValueError, match="nvfp4 has 4 bits, one scale per 16 entries"):
         Grid("nvfp4", 4, 128)
-    with pytest.raises(ValueError, match="bits is 1; integers have 2 to 8"):
+    with pytest.raises(ValueError, match="bits is 1; integers need 2 to 8"):
         Grid("int", 1)

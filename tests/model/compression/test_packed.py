@@ -304,7 +304,7 @@ TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
         ({"config_groups": {"g": GROUP | {"weights": {"num_bits": 12, "strategy": "group", "group_size": 32}}}}, "bits is 12"),
         ({"config_groups": {"g": GROUP | {"weights": GROUP["weights"] | {"strategy": "block"}}}}, 'strategy of g.weights is "block"'),
         ({"config_groups": {"g": GROUP | {"weights": GROUP["weights"] | {"actorder": "group"}}}}, 'actorder "group"'),
-        ({"config_groups": {"g": GROUP | {"input_activations": TOKENS}}}, "activations int8 go with"),
+        ({"config_groups": {"g": GROUP | {"input_activations": TOKENS}}}, "activations int8 need"),
         ({"config_groups": {"g": ROWS | {"input_activations": TOKENS | {"dynamic": False}}}}, "dynamic of g.input_activations is false"),
         ({"config_groups": {"g": ROWS | {"output_activations": TOKENS}}}, "g.output_activations is not"),
     ],
@@ -336,7 +336,7 @@ def test_what_the_format_has_no_place_for_is_refused_before_anything_is_written(
 
 def test_a_mixture_that_transformers_does_not_read_is_refused(llama):
     first, *others = linears(llama)
-    with pytest.raises(ValueError, match="asymmetric is for all or for none"):
+    with pytest.raises(ValueError, match="either all or no layers can be asymmetric"):
         quantization_config(llama.config, {first: ASYMMETRIC} | dict.fromkeys(others, INT4))
     for grid, activations in ((Grid("int", 4, None), "int8"), (Grid("int", 8, None), "fp8"), (Grid("mxfp4", 4, 32), "fp8")):
         with pytest.raises(ValueError, match=f"activations {activations} need"):

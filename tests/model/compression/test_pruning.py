@@ -110,5 +110,5 @@ def test_what_is_no_sparsity_is_refused(text):
 
 
 def test_a_row_that_is_no_whole_number_of_patterns_is_refused():
-    with pytest.raises(ValueError, match="sparsity 2:4: a row of 6 entries is no multiple of 4"):
+    with pytest.raises(ValueError, match="sparsity 2:4: a row of 6 entries is not a multiple of 4"):
         magnitude(torch.ones(2, 6), Sparsity.parse("2:4"))

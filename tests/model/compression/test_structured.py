@@ -251,12 +251,12 @@ def test_sizes_are_what_was_asked_and_query_heads_follow_theirs(tiny):
         ({}, {"hidden_size": 0}, "hidden_size 0 is not possible"),
         ({}, {"num_decoder_layers": 1}, "num_decoder_layers 1 is not possible: this model has None"),
         ({}, {"parameters": 1.5}, "above 0 and below 1"),
-        ({}, {"parameters": 0.2}, "cannot be reached by the feed-forward's width: at intermediate_size 8 0."),
-        ({}, {"parameters": 0.5, "intermediate_size": 8}, "give one of them"),
+        ({}, {"parameters": 0.2}, "cannot be reached with the feed-forward width alone: intermediate_size 8 leaves 0."),
+        ({}, {"parameters": 0.5, "intermediate_size": 8}, "give only one of them"),
         ({}, {"hidden_size": 30}, "no multiple of num_attention_heads"),
         (GPT2 | {"num_key_value_heads": 4}, {"num_key_value_heads": 3}, "no counterpart in GPT-2"),
-        (MARIAN | {"num_key_value_heads": 4}, {"hidden_size": 16}, 'beside model.positions "sinusoidal"'),
-        (T5 | {"num_key_value_heads": 4}, {"num_key_value_heads": 2}, 'beside model.positions "relative"'),
+        (MARIAN | {"num_key_value_heads": 4}, {"hidden_size": 16}, 'with model.positions "sinusoidal"'),
+        (T5 | {"num_key_value_heads": 4}, {"num_key_value_heads": 2}, 'with model.positions "relative"'),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_by_name(tiny, options, asked, sentence):
