@@ -73,7 +73,7 @@ def sizes_for(
     }
     sizes = {name: size for name, size in given.items() if size is not None}
     complaints = [
-        f"{name} {size} is not possible: this model has {getattr(config, name)}{'; give 1 or more, and less' if getattr(config, name) else ''}."
+        f"{name} {size} is not possible: this model has {getattr(config, name)}, and at least 1 must be left."
         for name, size in sizes.items()
         if not 1 <= size <= (getattr(config, name) or 0)
     ]
