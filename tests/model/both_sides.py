@@ -1,4 +1,4 @@
-"""One network on both sides: inputs that ours reads, and the logits that transformers gives for them."""
+"""Inputs for a network of ours, and the logits that transformers gives for them."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ T5 = {"architecture": "encoder_decoder", "positions": "relative", "activation": 
 
 
 def random_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
-    """Three rows; those that an encoder reads have 0, 5 and 9 places of padding behind them."""
+    """Return three rows of inputs; rows for an encoder end with 0, 5 and 9 positions of padding."""
     generator = torch.Generator().manual_seed(0)
     shape = 3, config.sequence_length
     tokens, segments = torch.randint(config.vocab_size, shape, generator=generator), torch.ones(shape, dtype=torch.long)
@@ -44,12 +44,12 @@ def random_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
 
 
 def samples_of(inputs: tuple[Tensor, ...]) -> list[Stream]:
-    """Each row of a network's inputs as the input of its first layer."""
+    """Return each row of a network's inputs as the input of its first layer."""
     return [Stream.from_tensors([tensor[row : row + 1] for tensor in inputs]) for row in range(len(inputs[0]))]
 
 
 def our_logits(outputs: Tensor | tuple[Tensor, Tensor], config: ModelConfig) -> list[Tensor]:
-    """Those of tokens, those of classes, or both, of what our network gives."""
+    """Return the token logits, the class logits, or both, from our network's outputs."""
     if not config.num_classes:
         return [outputs]
     return list(outputs) if config.token_head else [outputs[1]]
@@ -67,6 +67,6 @@ def their_logits(model: torch.nn.Module, config: ModelConfig, inputs: tuple[Tens
 
 
 def without_padding(logits: list[Tensor], config: ModelConfig, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """What is said of padding is nothing."""
+    """Return the logits without those of padding tokens, which have no meaning."""
     segments = inputs[3 if config.architecture == "encoder_decoder" else 1]
     return [one[segments != 0] if one.ndim == 3 else one for one in logits]

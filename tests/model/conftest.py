@@ -8,7 +8,7 @@ from model.transformer import Transformer
 
 @pytest.fixture
 def tiny():
-    """A small configuration; keywords change it."""
+    """A function that returns a small configuration; keywords change it."""
 
     def build(**changes) -> ModelConfig:
         settings = {"vocab_size": 61, "sequence_length": 24, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4}
@@ -19,7 +19,7 @@ def tiny():
 
 @pytest.fixture
 def randomise():
-    """Moves every parameter off its initial value: zeros and ones would hide a forgotten bias or gain."""
+    """A function that changes every parameter: initial zeros and ones would hide a forgotten bias or gain."""
 
     def move(module: nn.Module, seed: int = 0) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -33,5 +33,5 @@ def randomise():
 
 @pytest.fixture
 def network(randomise):
-    """A plain network of a configuration, in its eval mode, with no parameter left at zero or one."""
+    """A function that returns the network of a configuration in eval mode, with no parameter at its initial value."""
     return lambda config: randomise(Transformer(config))

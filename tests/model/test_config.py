@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import SIZES, ModelConfig, count_parameters, flops_per_token, named_size
 from model.transformer import Transformer
 
-# Of the released checkpoints; of GPT-3, ModernBERT and the Transformer what follows from the papers' shapes. GPT-3's table D.1 says
-# 174,600M. ModernBERT's own first block lacks a norm, 768 numbers. Table 3 of arXiv 1706.03762 says 65M and 213M, of a vocabulary of
-# "about 37000": 213M fits 35,800 entries, 65M would need 40,700, so no one vocabulary gives both.
+# Numbers of the released checkpoints; for GPT-3, ModernBERT and the Transformer, the numbers that follow from the papers' shapes.
+# GPT-3's table D.1 has 174,600M. ModernBERT's first block has no norm, 768 numbers fewer. Table 3 of arXiv 1706.03762 has 65M and
+# 213M with a vocabulary of "about 37000": 213M needs 35,800 entries and 65M needs 40,700, so no single vocabulary gives both.
 PUBLISHED = {
     "gpt2-124m": 124_439_808,
     "gpt2-355m": 354_823_168,

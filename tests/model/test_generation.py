@@ -12,7 +12,7 @@ from model.generation import beam_search, fill_mask, generate, sample
 
 
 class Counting:
-    """A stand-in for a network: after token n comes n + 1; it keeps what it was shown."""
+    """A replacement for a network that predicts n + 1 after token n, and records its inputs."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -59,7 +59,7 @@ def test_generated_tokens_depend_on_the_seed_only(tiny, network):
     model, tokens = network(tiny()), torch.tensor([[1, 2, 3]])
     torch.manual_seed(0)
     first = drawn(model, tokens, 15, sequence_length=24, seed=1)
-    torch.manual_seed(1)  # the global generator has no say
+    torch.manual_seed(1)  # the global generator has no effect
     assert torch.equal(first, drawn(model, tokens, 15, sequence_length=24, seed=1))
     assert not torch.equal(first, drawn(model, tokens, 15, sequence_length=24, seed=2))
 
@@ -95,7 +95,7 @@ def test_network_generates_beyond_its_context(tiny, network, positions):
     model, tokens = network(tiny(positions=positions, sequence_length=8)), torch.tensor([[1, 2, 3]])
     ids = drawn(model, tokens, 30, sequence_length=8, temperature=0)
     assert ids.shape == (1, 30)
-    window = torch.cat((tokens, ids), dim=1)[:, 5:9]  # the first window behind the roll-over
+    window = torch.cat((tokens, ids), dim=1)[:, 5:9]  # the first window after the context was full
     assert model(window, torch.ones_like(window))[0, -1].argmax() == ids[0, 6]
 
 
@@ -153,7 +153,7 @@ def test_top_k_keeps_exactly_k_of_equal_logits():
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "sentence"),
+    ("setting", "value", "message"),
     [
         ("temperature", -0.1, "temperature is -0.1; it must be at least 0"),
         ("temperature", float("nan"), "temperature is nan; it must be at least 0"),
@@ -164,14 +164,14 @@ def test_top_k_keeps_exactly_k_of_equal_logits():
         ("tokens", torch.zeros(1, 0, dtype=torch.long), "with at least one token"),
     ],
 )
-def test_invalid_value_is_refused_before_the_first_token(setting, value, sentence):
+def test_invalid_value_is_refused_before_the_first_token(setting, value, message):
     arguments = {"model": Counting(9), "tokens": torch.tensor([[1]]), "max_new_tokens": 3, "sequence_length": 8}
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         generate(**(arguments | {setting: value}))
 
 
 class Dice:
-    """A stand-in for an encoder-decoder: logits that depend on the source and on every token so far, which the cache holds for it."""
+    """A replacement for an encoder-decoder. Its logits depend on the source and on all tokens so far, which it keeps in the cache."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -190,7 +190,7 @@ class Dice:
         return 2 * torch.randn(self.vocab_size, generator=torch.Generator().manual_seed(seed))
 
     def log_probability(self, source: list[int], target: list[int]) -> float:
-        """Of a target behind the start token 0."""
+        """Return log P of a target after the start token 0."""
         steps = [
             self.logits(torch.tensor(source), torch.tensor([0, *target[:at]])).log_softmax(dim=0)[token] for at, token in enumerate(target)
         ]
@@ -198,7 +198,7 @@ class Dice:
 
 
 class Chain(Dice):
-    """Each token's probabilities depend on the one before it alone, and come from a table."""
+    """A table of each token's probabilities, which depend on the previous token only."""
 
     def __init__(self, table: list[list[float]]):
         super().__init__(len(table))
@@ -214,7 +214,7 @@ def so_far(tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
 
 
 def padded(*rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sources of different lengths and their segments."""
+    """Return sources of different lengths, padded, and their segments."""
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     segments = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     return tokens, segments
@@ -266,21 +266,23 @@ def test_beam_search_is_the_same_without_cache_and_for_single_sources(tiny, netw
         seen = so_far(tokens, cache)
         return model(source, source_segments, seen, torch.ones_like(seen))
 
-    for road in (alone, searched(without_cache, *sources, max_new_tokens=12)):
-        assert [found.tokens for found in road] == [found.tokens for found in together]
-        assert [found.score for found in road] == pytest.approx([found.score for found in together], abs=1e-5)
+    for others in (alone, searched(without_cache, *sources, max_new_tokens=12)):
+        assert [found.tokens for found in others] == [found.tokens for found in together]
+        assert [found.score for found in others] == pytest.approx([found.score for found in together], abs=1e-5)
 
 
 @pytest.mark.parametrize(("length_penalty", "tokens", "score"), [(0, [], math.log(0.4)), (0.6, [1, 2, 3], math.log(0.36) / 1.5**0.6)])
 def test_length_penalty_by_hand(length_penalty, tokens, score):
-    """Nothing at all has 0.4; 1, 2, 3 has 0.6 x 0.6, and four tokens with its stop: ((5 + 4) / 6) ** 0.6."""
+    """The empty target has probability 0.4. Target 1, 2, 3 has 0.6 x 0.6, and with its stop token a length of 4."""
     chain = Chain([[0.4, 0.6, 0, 0], [0.2, 0, 0.6, 0.2], [0, 0, 0, 1], [1, 0, 0, 0]])
     (found,) = searched(chain, [5], length_penalty=length_penalty)
     assert found == (tokens, pytest.approx(score))
 
 
 def test_finished_source_is_removed_from_the_batch():
-    sure = Chain([[0.9, 0.1], [0.1, 0.9]])  # behind 0.9 for nothing at all, 0.1 can reach log(0.1) / (30 / 6) ** 0.6 = -0.88
+    sure = Chain(
+        [[0.9, 0.1], [0.1, 0.9]]
+    )  # after the empty target with 0.9, a target with 0.1 can reach log(0.1) / (30 / 6) ** 0.6 = -0.88
     assert searched(sure, [5], [6], max_new_tokens=25) == [([], pytest.approx(math.log(0.9)))] * 2
     assert sure.rows_shown == [2]
     lengths_differ = Chain([[0, 1], [0.5, 0.5]])
@@ -302,7 +304,7 @@ def test_ids_outside_the_tokenizer_are_never_in_a_target():
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "sentence"),
+    ("setting", "value", "message"),
     [
         ("beam_size", 0, "beam_size is 0; it must be at least 1"),
         ("length_penalty", -0.5, "length_penalty is -0.5; it must be at least 0"),
@@ -310,15 +312,15 @@ def test_ids_outside_the_tokenizer_are_never_in_a_target():
         ("max_new_tokens", 0, "max_new_tokens is 0; it must be at least 1."),
     ],
 )
-def test_invalid_beam_search_settings_are_refused(setting, value, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_invalid_beam_search_settings_are_refused(setting, value, message):
+    with pytest.raises(ValueError, match=message):
         searched(Dice(4), [5], **{setting: value})
 
 
 def test_each_mask_has_its_likeliest_ids_in_order():
     probabilities = torch.tensor([[0.1, 0.2, 0.7, 0.0], [0.5, 0.3, 0.1, 0.1], [0.0, 0.1, 0.2, 0.7]])
     with_classes = lambda tokens, segments: (probabilities.log()[tokens.cumsum(dim=1) % 3], torch.zeros(len(tokens), 2))  # noqa: E731
-    tokens = torch.tensor([[3, 1, 3], [1, 3, 1]])  # places of the table: 0 1 1, 1 1 2
+    tokens = torch.tensor([[3, 1, 3], [1, 3, 1]])  # rows of the table: 0 1 1, 1 1 2
     filled = fill_mask(with_classes, tokens, torch.ones_like(tokens), mask=3, top_k=2)
     assert filled.ids.tolist() == [[2, 1], [0, 1], [0, 1]]
     torch.testing.assert_close(filled.probabilities, torch.tensor([[0.7, 0.2], [0.5, 0.3], [0.5, 0.3]]))

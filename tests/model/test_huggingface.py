@@ -75,14 +75,14 @@ def read_by_transformers(folder, config, **more):
 
 
 def rewrite(folder, **changes):
-    """config.json with other values; None takes a key out."""
+    """Change values in config.json; None removes a key."""
     path = folder / "config.json"
     stated = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in stated.items() if value is not None}))
 
 
 @pytest.mark.parametrize(("dtype", "max_shard_bytes"), [(torch.float32, 10**9), (torch.bfloat16, 10_000)])
-def test_transformers_loads_what_we_export(model, tmp_path, dtype, max_shard_bytes):
+def test_transformers_loads_an_exported_folder(model, tmp_path, dtype, max_shard_bytes):
     config, network = model
     export(config, network.state_dict(), tmp_path / "out", SpecialTokens(3, 2), dtype, max_shard_bytes)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1 or max_shard_bytes == 10_000
@@ -100,7 +100,7 @@ def test_transformers_loads_what_we_export(model, tmp_path, dtype, max_shard_byt
             torch.testing.assert_close(*(without_padding([one], config, inputs) for one in (ours, wanted)), rtol=0, atol=1e-5)
 
 
-def test_there_and_back_is_the_identity(model, tmp_path):
+def test_export_and_load_give_the_same_model(model, tmp_path):
     config, network = model
     export(config, network.state_dict(), tmp_path / "out", max_shard_bytes=10_000)
     same_config, state = load(tmp_path / "out")
@@ -109,7 +109,7 @@ def test_there_and_back_is_the_identity(model, tmp_path):
     assert same_config == config == from_huggingface(to_huggingface(config))
 
 
-def test_every_named_size_has_a_counterpart_but_the_modern_encoder():
+def test_every_size_but_modern_bert_has_a_counterpart():
     for name in SIZES:
         config = ModelConfig(**named_size(name))
         if name.startswith("modern-bert"):
@@ -119,7 +119,7 @@ def test_every_named_size_has_a_counterpart_but_the_modern_encoder():
             assert from_huggingface(to_huggingface(config)) == config, name
 
 
-def test_what_we_export_transformers_writes_again_for_us(model, tmp_path):
+def test_folder_saved_by_transformers_loads_the_same_weights(model, tmp_path):
     config, network = model
     export(config, network.state_dict(), tmp_path / "ours")
     read_by_transformers(tmp_path / "ours", config).save_pretrained(tmp_path / "theirs")
@@ -128,7 +128,7 @@ def test_what_we_export_transformers_writes_again_for_us(model, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_transformers_generates_what_we_do(speaking, tmp_path):
+def test_transformers_generates_the_same_tokens(speaking, tmp_path):
     config, network = speaking
     export(config, network.state_dict(), tmp_path / "out", SpecialTokens(3, 0))
     theirs = read_by_transformers(tmp_path / "out", config)
@@ -144,7 +144,7 @@ def test_transformers_generates_what_we_do(speaking, tmp_path):
     assert torch.equal(continued, torch.stack(list(steps), dim=1))
 
 
-def test_a_cache_changes_no_logit(speaking):
+def test_logits_with_a_cache_match_those_without(speaking):
     config, network = speaking
     *source, tokens, segments = random_inputs(config)
     cache = KeyValueCache()
@@ -155,7 +155,7 @@ def test_a_cache_changes_no_logit(speaking):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, :18], rtol=0, atol=1e-5)
 
 
-def test_the_larger_base_of_ntk_is_that_of_the_exported_llama(tiny, network, tmp_path):
+def test_ntk_scaling_is_exported_as_a_larger_rope_base(tiny, network, tmp_path):
     config = tiny(rope_scaling="ntk", rope_factor=4.0)
     state = network(config).state_dict()
     export(config, state, tmp_path / "out")
@@ -164,14 +164,14 @@ def test_the_larger_base_of_ntk_is_that_of_the_exported_llama(tiny, network, tmp
 
 
 @pytest.mark.parametrize("options", [BERT | {"token_types": 0, "biases": False}, MARIAN | {"biases": False}], ids=["bert", "marian"])
-def test_what_we_leave_out_is_zeros_in_theirs(tiny, network, tmp_path, options):
+def test_missing_biases_are_exported_as_zeros(tiny, network, tmp_path, options):
     config = tiny(**options)
     state = network(config).state_dict()
     export(config, state, tmp_path / "out")
     assert verify(tmp_path / "out", config, state) < 1e-5
 
 
-def test_a_gpt2_without_biases_is_one_with_zeros(tiny, network, tmp_path):
+def test_gpt2_without_biases_is_exported_with_zeros(tiny, network, tmp_path):
     config = tiny(**(GPT2 | {"biases": False}))
     state = network(config).state_dict()
     export(config, state, tmp_path / "out")
@@ -180,7 +180,7 @@ def test_a_gpt2_without_biases_is_one_with_zeros(tiny, network, tmp_path):
     assert with_biases.biases and all(torch.equal(read[name], tensor) for name, tensor in state.items())
 
 
-def test_our_file_is_the_librarys_own(llama, tmp_path):
+def test_written_file_equals_that_of_the_safetensors_library(llama, tmp_path):
     export(*llama, tmp_path / "out")
     ours = tmp_path / "out" / "model.safetensors"
     tensors = load_file(ours)
@@ -191,7 +191,7 @@ def test_our_file_is_the_librarys_own(llama, tmp_path):
     assert ours.stat().st_size == 8 + header_bytes + sum(tensor.nbytes for tensor in tensors.values())
 
 
-def test_an_export_asks_for_one_tensor_at_a_time(tiny, tmp_path):
+def test_export_reads_one_tensor_at_a_time(tiny, tmp_path):
     config = tiny(**GPT2)
     whole, asked = Transformer(config).state_dict(), []
 
@@ -244,7 +244,7 @@ def test_an_export_asks_for_one_tensor_at_a_time(tiny, tmp_path):
         ),
     ],
 )
-def test_an_option_without_a_counterpart_is_refused_by_name(tiny, tmp_path, options, sentences):
+def test_option_without_counterpart_is_refused_by_name(tiny, tmp_path, options, sentences):
     config = tiny(**options)
     with pytest.raises(ValueError) as refusal:
         export(config, Transformer(config).state_dict(), tmp_path / "out")
@@ -252,14 +252,14 @@ def test_an_option_without_a_counterpart_is_refused_by_name(tiny, tmp_path, opti
     assert not list(tmp_path.iterdir())
 
 
-def test_the_document_mask_and_dropout_stand_in_no_ones_way(tiny, network, tmp_path):
+def test_document_mask_and_dropout_do_not_prevent_export(tiny, network, tmp_path):
     config = tiny(document_mask=True, dropout=0.2)
     state = network(config).state_dict()
     export(config, state, tmp_path / "out")
     assert verify(tmp_path / "out", config, state) < 1e-5
 
 
-def test_an_existing_folder_is_refused(llama, tmp_path):
+def test_existing_output_folder_is_refused(llama, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     with pytest.raises(ValueError, match="out exists already"):
@@ -267,7 +267,7 @@ def test_an_existing_folder_is_refused(llama, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
-def test_an_export_that_fails_leaves_nothing(llama, tmp_path):
+def test_failed_export_leaves_no_files(llama, tmp_path):
     with pytest.raises(RuntimeError, match="the tokenizer"), new_folder(tmp_path / "out") as folder:
         export(*llama, folder)
         assert (folder / "config.json").exists()
@@ -276,7 +276,7 @@ def test_an_export_that_fails_leaves_nothing(llama, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
-def test_a_state_of_another_model_is_refused(llama, tmp_path, change):
+def test_state_of_another_model_is_refused(llama, tmp_path, change):
     config, state = llama
     if change == "missing":
         del state["1.attention.key.weight"]
@@ -301,7 +301,7 @@ def test_verification_finds_one_changed_weight(model, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "kind"), [("missing", "missing_keys"), ("unknown", "unexpected_keys")])
-def test_verification_finds_a_tensor_missing_or_too_many(llama, tmp_path, change, kind):
+def test_verification_finds_missing_and_unexpected_tensors(llama, tmp_path, change, kind):
     export(*llama, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     if change == "missing":
@@ -341,7 +341,7 @@ def test_verification_finds_a_tensor_missing_or_too_many(llama, tmp_path, change
         ({"intermediate_size": 64}, "is [128, 32]; config.json says [64, 32]."),
     ],
 )
-def test_a_llama_folder_that_is_not_ours_is_refused_by_name(llama, tmp_path, changes, sentence):
+def test_unsupported_llama_feature_is_refused_by_name(llama, tmp_path, changes, sentence):
     export(*llama, tmp_path / "out")
     rewrite(tmp_path / "out", **changes)
     with pytest.raises(ValueError) as refusal:
@@ -358,7 +358,7 @@ def test_a_llama_folder_that_is_not_ours_is_refused_by_name(llama, tmp_path, cha
         ({"attn_pdrop": 0.5}, "only one dropout for all is supported."),
     ],
 )
-def test_a_gpt2_folder_that_is_not_ours_is_refused_by_name(tiny, tmp_path, changes, sentence):
+def test_unsupported_gpt2_feature_is_refused_by_name(tiny, tmp_path, changes, sentence):
     config = tiny(**GPT2)
     export(config, Transformer(config).state_dict(), tmp_path / "out")
     rewrite(tmp_path / "out", **changes)
@@ -389,7 +389,7 @@ def test_a_gpt2_folder_that_is_not_ours_is_refused_by_name(tiny, tmp_path, chang
         (T5, {"tie_word_embeddings": True}, "lm_head.weight differs from shared.weight"),
     ],
 )
-def test_a_feature_that_we_do_not_have_is_refused_by_name(tiny, tmp_path, options, changes, sentence):
+def test_unsupported_feature_is_refused_by_name(tiny, tmp_path, options, changes, sentence):
     config = tiny(**options)
     export(config, Transformer(config).state_dict(), tmp_path / "out")
     rewrite(tmp_path / "out", **changes)
@@ -398,7 +398,7 @@ def test_a_feature_that_we_do_not_have_is_refused_by_name(tiny, tmp_path, option
     assert sentence in str(refusal.value)
 
 
-def test_what_files_hold_twice_or_by_old_names_is_read(tiny, network, tmp_path):
+def test_duplicate_tensors_and_old_names_are_read(tiny, network, tmp_path):
     """Copies of tied weights, constants, zeros; BERT's first files, which also held next-sentence prediction without saying so."""
     config = tiny(**BERT, num_classes=2)
     state = network(config).state_dict()
@@ -431,13 +431,13 @@ def test_what_files_hold_twice_or_by_old_names_is_read(tiny, network, tmp_path):
         load(tmp_path / "marian")
 
 
-def test_a_classifier_has_no_head_to_tie(tiny, tmp_path):
+def test_classifier_without_token_head_has_no_tied_head(tiny, tmp_path):
     config = tiny(**BERT, num_classes=2, token_head=False, tie_embeddings=False)
     export(config, Transformer(config).state_dict(), tmp_path / "out")
     assert load(tmp_path / "out")[0] == dataclasses.replace(config, tie_embeddings=True)
 
 
-def test_the_names_of_classes_are_written(tiny, tmp_path):
+def test_names_of_classes_are_written(tiny, tmp_path):
     config = tiny(**BERT, num_classes=2, token_head=False)
     export(config, Transformer(config).state_dict(), tmp_path / "out", SpecialTokens(labels=("bad", "good")))
     assert read_by_transformers(tmp_path / "out", config).config.id2label == {0: "bad", 1: "good"}
@@ -445,7 +445,7 @@ def test_the_names_of_classes_are_written(tiny, tmp_path):
         export(config, Transformer(config).state_dict(), tmp_path / "again", SpecialTokens(labels=("bad",)))
 
 
-def test_an_export_holds_a_few_tensors_and_not_the_model(tmp_path):
+def test_export_needs_memory_for_a_few_tensors_only(tmp_path):
     """In a process of its own: 24 blocks of 8 MB each are written with the memory of a few weights."""
     program = """
 import sys, torch
@@ -478,7 +478,7 @@ print(sum(shape.numel() * 4 for shape in shapes.values()), peak() - before)
     assert model_bytes > 300e6 and peak_bytes < 40e6, output
 
 
-def test_old_spellings_are_read(tiny, network, tmp_path):
+def test_old_tensor_names_and_config_keys_are_read(tiny, network, tmp_path):
     """The first GPT-2 files lack the outer name and hold masks; the first Llama files hold wavelengths and no rope_parameters."""
     config = tiny(**GPT2)
     state = network(config).state_dict()
@@ -520,7 +520,7 @@ def test_pickled_weights_are_refused(llama, tmp_path):
         ({"x": 3}, "names 3, which is not a file of"),
     ],
 )
-def test_a_bad_index_is_refused(llama, tmp_path, weight_map, sentence):
+def test_invalid_index_is_refused(llama, tmp_path, weight_map, sentence):
     export(*llama, tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").rename(tmp_path / "model.safetensors")
     (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -529,7 +529,7 @@ def test_a_bad_index_is_refused(llama, tmp_path, weight_map, sentence):
 
 
 @pytest.mark.parametrize("left", [0, 5, 100, -1])
-def test_a_truncated_file_is_refused(llama, tmp_path, left):
+def test_truncated_file_is_refused(llama, tmp_path, left):
     export(*llama, tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
@@ -538,7 +538,7 @@ def test_a_truncated_file_is_refused(llama, tmp_path, left):
 
 
 @pytest.mark.parametrize(("contents", "sentence"), [(None, "has no config.json"), ("{", "is not JSON"), ("[]", "no mapping")])
-def test_a_folder_without_a_configuration_is_refused(tmp_path, contents, sentence):
+def test_folder_without_valid_config_is_refused(tmp_path, contents, sentence):
     if contents is not None:
         (tmp_path / "config.json").write_text(contents)
     with pytest.raises(ValueError, match=sentence):

@@ -40,8 +40,8 @@ TARGET = torch.tensor([[1, 31, 32, 1, 41, 42, 43, 44, 0]])
 TARGET_SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2, 0]])
 
 
-def moved(model, inputs: tuple, which: int, place: int) -> list[int]:
-    """The places of the output that another token at one place of an input changes, in the first row."""
+def changed_positions(model, inputs: tuple, which: int, place: int) -> list[int]:
+    """Return the positions of the output's first row that change if one input has another token at one position."""
     changed = [tensor.clone() for tensor in inputs]
     changed[which][0, place] = 60
     return (model(*inputs) != model(*changed))[0].any(dim=1).nonzero().flatten().tolist()
@@ -196,27 +196,27 @@ def test_documents_of_a_packed_sample_do_not_mix(tiny, network, positions):
 @pytest.mark.parametrize("window", [1, 3, 20])
 def test_sliding_window_limits_the_visible_tokens(tiny, network, window):
     model, tokens = network(tiny(sliding_window=window, num_layers=1)), torch.arange(12)[None]
-    assert moved(model, (tokens, torch.ones_like(tokens)), 0, 4) == list(range(4, min(12, 4 + window)))
+    assert changed_positions(model, (tokens, torch.ones_like(tokens)), 0, 4) == list(range(4, min(12, 4 + window)))
 
 
 def test_encoder_window_has_half_on_each_side(tiny, network):
     model, tokens = network(tiny(**MODERN_BERT, sliding_window=5, num_layers=1)), torch.arange(12)[None]
-    assert moved(model, (tokens, torch.ones_like(tokens)), 0, 4) == [2, 3, 4, 5, 6]
+    assert changed_positions(model, (tokens, torch.ones_like(tokens)), 0, 4) == [2, 3, 4, 5, 6]
 
 
 def test_prefix_tokens_attend_to_one_another(tiny, network):
     model = network(tiny(prefix_attention=True, document_mask=True))
     tokens, segments = torch.arange(10)[None], torch.tensor([[-1, -1, -1, 1, 1, -2, -2, 2, 2, 0]])
-    assert moved(model, (tokens, segments), 0, 2) == [0, 1, 2, 3, 4]
-    assert moved(model, (tokens, segments), 0, 3) == [3, 4]
-    assert moved(model, (tokens, segments), 0, 6) == [5, 6, 7, 8]
+    assert changed_positions(model, (tokens, segments), 0, 2) == [0, 1, 2, 3, 4]
+    assert changed_positions(model, (tokens, segments), 0, 3) == [3, 4]
+    assert changed_positions(model, (tokens, segments), 0, 6) == [5, 6, 7, 8]
 
 
 def test_sliding_window_also_limits_a_prefix(tiny, network):
     model = network(tiny(prefix_attention=True, sliding_window=3, num_layers=1))
     tokens, segments = torch.arange(9)[None], torch.tensor([[-1, -1, -1, -1, -1, 1, 1, 1, 1]])
-    assert moved(model, (tokens, segments), 0, 4) == [0, 1, 2, 3, 4, 5, 6]
-    assert moved(model, (tokens, segments), 0, 1) == [0, 1, 2, 3]
+    assert changed_positions(model, (tokens, segments), 0, 4) == [0, 1, 2, 3, 4, 5, 6]
+    assert changed_positions(model, (tokens, segments), 0, 1) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -233,9 +233,9 @@ def test_encoder_token_attends_to_its_document_without_padding(tiny, network, op
     model = network(tiny(**options, document_mask=True))
     tokens, segments = torch.arange(10)[None], torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 0, 0]])
     inputs = (tokens, segments) + ((torch.zeros_like(tokens),) if "token_types" in options else ())
-    assert moved(model, inputs, 0, 1) == [0, 1, 2, 3]
-    assert moved(model, inputs, 0, 6) == [4, 5, 6, 7]
-    assert moved(model, inputs, 0, 8) == [8, 9]
+    assert changed_positions(model, inputs, 0, 1) == [0, 1, 2, 3]
+    assert changed_positions(model, inputs, 0, 6) == [4, 5, 6, 7]
+    assert changed_positions(model, inputs, 0, 8) == [8, 9]
 
 
 def test_token_types_change_logits_and_class_logits(tiny, network):
@@ -254,10 +254,10 @@ def test_token_types_change_logits_and_class_logits(tiny, network):
 def test_target_attends_to_its_past_and_its_own_source(tiny, network, options):
     model = network(tiny(**options))
     inputs = SOURCE, SOURCE_SEGMENTS, TARGET, TARGET_SEGMENTS
-    assert moved(model, inputs, 0, 2)[:3] == [0, 1, 2] and not set(moved(model, inputs, 0, 2)) & set(range(3, 8))
-    assert set(moved(model, inputs, 0, 3)) - {8} == set(range(3, 8))
-    assert not set(moved(model, inputs, 0, 6)) & set(range(8))  # padding
-    assert moved(model, inputs, 2, 4) == [4, 5, 6, 7]
+    assert changed_positions(model, inputs, 0, 2)[:3] == [0, 1, 2] and not set(changed_positions(model, inputs, 0, 2)) & set(range(3, 8))
+    assert set(changed_positions(model, inputs, 0, 3)) - {8} == set(range(3, 8))
+    assert not set(changed_positions(model, inputs, 0, 6)) & set(range(8))  # padding
+    assert changed_positions(model, inputs, 2, 4) == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("options", [TRANSFORMER, T5], ids=["transformer", "t5"])

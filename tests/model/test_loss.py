@@ -106,7 +106,7 @@ def test_classes_add_their_own_loss():
     labels = Labels(targets, torch.tensor(2.0), torch.tensor([4, IGNORED]), torch.tensor(1.0))
     loss = training_loss((logits, class_logits), labels, label_smoothing=0.1)
     assert loss.item() == pytest.approx(math.log(4) + math.log(5))
-    nothing = torch.full((2, 3), IGNORED)  # of a network without a head for tokens the first output says nothing
+    nothing = torch.full((2, 3), IGNORED)  # the token logits of a network without a token head have no meaning
     assert training_loss((torch.randn(2, 3, 8), class_logits), labels._replace(targets=nothing)).item() == pytest.approx(math.log(5))
 
 

@@ -1,4 +1,4 @@
-"""Our network and that of transformers, from folders that transformers wrote: the same logits and the same gradients."""
+"""Logits and gradients of our network match those of transformers, for folders that transformers wrote."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ MODELS = {
 
 
 def untied(model: torch.nn.Module) -> torch.nn.Module:
-    """T5's class ties its head whatever the configuration says; of version 1.1, which is not scaled, it is read from files untied."""
+    """T5's class always ties its head when it is built; version 1.1, which is not scaled, is read from files with an untied head."""
     if not getattr(model.config, "scale_decoder_outputs", True):
         model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(61, 32, generator=torch.Generator().manual_seed(1)))
         model.all_tied_weights_keys.pop("lm_head.weight")

@@ -1,4 +1,4 @@
-"""The walk over the list of layers: the network itself, with one layer in memory."""
+"""The walk over the list of layers gives the network's outputs with one layer in memory."""
 
 import gc
 import weakref
@@ -44,11 +44,11 @@ def test_walk_holds_one_layer_in_memory_at_a_time(tiny, network):
 
     class Read(dict):
         def __getitem__(self, name):
-            assert all(other() is None for other in alive), f"a layer was there still when {name} was read"
+            assert all(other() is None for other in alive), f"a layer was still in memory when {name} was read"
             read.append(name)
             return state[name].detach().clone()
 
-    gc.disable()  # what goes must go by itself
+    gc.disable()  # a layer must be freed without it
     try:
         for step in walk(config, Read(state)):
             assert {name.partition(".")[0] for name in read} == {step.name.partition(".")[0]}
