@@ -1,4 +1,4 @@
-"""The README's commands are ones that the doors take, and the files that it names are there."""
+"""The pages are true: their commands are valid, the files and links that they name exist, and they are short and plain enough."""
 
 import re
 import shlex
@@ -17,9 +17,16 @@ from launch.evaluation.settings import EvaluateSettings, GenerateSettings
 from launch.training.recipe import read_run_settings
 from tests.ranks import REPOSITORY
 
-README = (REPOSITORY / "README.md").read_text()
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted(REPOSITORY.rglob("*.md"))
+    if not any(part.startswith(".") for part in path.relative_to(REPOSITORY).parts)
+}
+ROOMS = ("model", "data", "ds_configs", "launch", "launch/recipes", "launch/compressing", "launch/benchmarks")
+MOST_BYTES_OF_THE_FRONT_PAGE = 12_000
+LONGEST_LINE = 300
 SCRIPTS = (".py", ".sbatch", ".sh")
-DOORS = {
+SETTINGS = {
     "launch/evaluate.py": (EvaluateSettings, "model"),
     "launch/generate.py": (GenerateSettings, "model"),
     "launch/export.py": (ExportSettings, "model"),
@@ -35,56 +42,97 @@ DOORS = {
 }
 
 
-def commands() -> list[list[str]]:
-    """Every command of the README, in a block or in the text, that starts a door, as words."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
+def commands(text: str) -> list[list[str]]:
+    """Every command of a page that starts a script, in a block or in the text, as words."""
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`((?:python|deepspeed|torchrun) [^`]*)`", README)
+    lines += re.findall(r"`((?:python|deepspeed|torchrun) [^`]*)`", text)
     lines = [line.removeprefix("$ ") for line in lines]
-    in_words = [
-        shlex.split(line, comments=True) for line in lines if re.match("python |deepspeed |torchrun |mpirun |sbatch |launch/slurm/", line)
-    ]
-    return [words for words in in_words if "..." not in words and any(word.endswith(SCRIPTS) for word in words)]
+    starts = re.compile("python |deepspeed |torchrun |mpirun |sbatch |bash launch|launch/slurm/")
+    in_words = [shlex.split(line, comments=True) for line in lines if starts.match(line)]
+    return [words for words in in_words if "--help" not in words and any(word.endswith(SCRIPTS) for word in words)]
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_a_command_of_the_readme_is_taken_by_its_door(words):
+COMMANDS = list({" ".join(words): words for text in PAGES.values() for words in commands(text)}.values())
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_is_accepted_by_its_script(words):
     place = next(number for number, word in enumerate(words) if word.endswith(SCRIPTS))
-    door, arguments = words[place], words[place + 1 :]
+    script, arguments = words[place], words[place + 1 :]
     for of_earlier in ("--init", "--hold_zeros") if "--init" in arguments else ():  # weights that a command before it would have made
         if of_earlier in arguments:
             start = arguments.index(of_earlier)
             del arguments[start : start + 2]
-    if door in ("launch/slurm/pretrain.sbatch", "launch/slurm/chain.sh"):
-        check_batch_script(door, arguments)
-    elif door in ("launch/pretrain.py", "launch/preflight.py"):
+    if script in ("launch/slurm/pretrain.sbatch", "launch/slurm/chain.sh"):
+        check_batch_script(script, arguments)
+    elif script in ("launch/pretrain.py", "launch/preflight.py"):
         read_run_settings(arguments)
-    elif door == "data/show.py":
+    elif script == "data/show.py":
         read_show_settings(arguments)
-    elif door == "launch/compare.py":
+    elif script == "launch/compare.py":
         read_compare_settings(arguments)
     else:
-        settings, positional = DOORS[door]
+        settings, positional = SETTINGS[script]
         read_settings(settings, arguments, "", positional)
 
 
 def check_batch_script(script: str, arguments: list[str]) -> None:
-    """It takes the words, and what it would run takes its own."""
+    """The script accepts the arguments, and each command that it would run accepts its own."""
     done = subprocess.run(["bash", script, "--dry_run", *arguments], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
-        words = shlex.split(line)
-        pretrain = [number for number, word in enumerate(words) if word.endswith(("pretrain.py", "pretrain.sbatch"))]
+        command = shlex.split(line)
+        pretrain = [number for number, word in enumerate(command) if word.endswith(("pretrain.py", "pretrain.sbatch"))]
         if pretrain:
-            read_run_settings(words[pretrain[0] + 1 :])
+            read_run_settings(command[pretrain[0] + 1 :])
 
 
-def test_nothing_waits_to_be_filled_in():
-    assert not re.findall(r"\b[A-Z]{6,}$", README, re.M)
+def test_every_room_has_a_page_with_commands_where_it_has_scripts():
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"{room}/README.md" for room in ROOMS)} <= PAGES.keys()
+    for page in ("README.md", "data/README.md", "launch/README.md", "launch/compressing/README.md", "launch/benchmarks/README.md"):
+        assert len(commands(PAGES[page])) > 3, page
 
 
-def test_there_are_commands_and_the_files_that_the_readme_names_are_there():
-    assert len(commands()) > 8
-    for name in re.findall(r"(?:launch|data|model|ds_configs|tests|\.readme)/[\w/.-]+\.\w+", README):
-        assert (REPOSITORY / name).exists(), name
-    assert {path.name for path in (REPOSITORY / "ds_configs").glob("*.json")} == set(re.findall(r"`((?:zero|pipeline_)\w+\.json)`", README))
+def test_no_page_has_a_placeholder():
+    for page, text in PAGES.items():
+        assert not re.findall(r"\b(?:TODO|FIXME|XXX|TBD)\b", text), page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_link_that_a_page_names_exists(page):
+    for name in re.findall(r"(?<![\w/.-])(?:launch|data|model|ds_configs|tests|\.readme)/[\w/.-]+\.\w+", PAGES[page]):
+        moved = page == "CHANGELOG.md"  # it names files that have moved
+        assert moved or (REPOSITORY / name).exists(), name
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        path, _, heading = link.partition("#")
+        if not link.startswith("http"):
+            target = (REPOSITORY / page).parent / path if path else REPOSITORY / page
+            assert target.exists(), link
+            assert not heading or heading in headings(target.read_text(encoding="utf-8")), link
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_ds_configs_are_listed_on_the_front_page_and_on_their_own():
+    files = {path.name for path in (REPOSITORY / "ds_configs").glob("*.json")}
+    for page in ("README.md", "ds_configs/README.md"):
+        assert files == set(re.findall(r"^\| `((?:zero|pipeline_)\w+\.json)`", PAGES[page], re.M)), page
+
+
+def test_recipes_are_listed_on_their_page():
+    files = {path.name for path in (REPOSITORY / "launch" / "recipes").glob("*.yaml")}
+    assert files == set(re.findall(r"^\| `([\w-]+\.yaml)`", PAGES["launch/recipes/README.md"], re.M))
+
+
+def test_the_front_page_is_short_and_no_line_is_long():
+    assert len(PAGES["README.md"].encode()) <= MOST_BYTES_OF_THE_FRONT_PAGE
+    for page, text in PAGES.items():
+        in_block = False
+        for line in text.splitlines():
+            in_block ^= line.startswith("```")
+            assert in_block or line.startswith("|") or len(line) <= LONGEST_LINE, f"{page}: {line[:80]}"
