@@ -1,7 +1,7 @@
-"""Two hosts on this machine: each has its own network, host name, processes and sshd; a cable between them can be cut.
+"""Two hosts on this machine, each with its own network, host name, processes and sshd. The network between them can be cut.
 
-A host is a set of namespaces under an init of its own, which the kernel ends with this process: nothing of it outlives the
-tests, and nothing that is done in it (a `pkill`, a mount, a firewall) reaches the machine. It takes root on Linux and Debian's
+A host is a set of Linux namespaces with its own first process, which the kernel ends together with this process: no part of it runs
+longer than the tests, and commands in it (a `pkill`, a mount, a firewall) do not affect the machine. This needs root and Debian's
 openssh-server, pdsh, iproute2 and iptables.
 """
 
@@ -50,17 +50,17 @@ wait
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """One of the two. Its files are the machine's: what a network disk would give."""
+    """One of the two hosts. It has the files of the machine, as on a network disk."""
 
     name: str
     address: str
     init: int
-    """Process id, on the machine, of the first process in it."""
+    """Process id of its first process, as the machine counts."""
     core: int
-    """It has one: two hosts that both believe in all cores of the machine would crowd each other out."""
+    """Its only core. Two hosts that both used all cores of the machine would slow each other down."""
 
     def start(self, *command: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
-        """Start a command in it, in the repository; standard output and error are one pipe of text."""
+        """Start a command on the host, in the repository; standard output and error are one pipe of text."""
         enter = ("nsenter", "--target", str(self.init), "--net", "--uts", "--mount", "--pid")
         return subprocess.Popen(
             ["taskset", "--cpu-list", str(self.core), *enter, "env", f"--chdir={REPOSITORY}", *command],
@@ -71,18 +71,18 @@ class Host:
         )
 
     def run(self, *command: str) -> str:
-        """What a short command printed. Fails where the command does."""
+        """Run a short command and return its output. Fails if the command fails."""
         process = self.start(*command)
         output = process.communicate(timeout=30)[0]
         assert process.returncode == 0, f"{self.name}: {' '.join(command)}: {output}"
         return output
 
     def processes(self) -> list[psutil.Process]:
-        """What was started in it and still runs, its init and sshd left out."""
+        """Processes on the host, without its first process and sshd."""
         namespace = os.readlink(f"/proc/{self.init}/ns/pid")
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(OSError, psutil.Error):  # gone meanwhile, or a zombie
+            with contextlib.suppress(OSError, psutil.Error):  # it has just ended, or is a zombie
                 inside = os.readlink(f"/proc/{process.pid}/ns/pid") == namespace
                 if inside and process.pid != self.init and process.name() != "sshd":
                     found.append(process)
@@ -91,21 +91,23 @@ class Host:
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
+    """Both hosts and the network between them."""
+
     alpha: Host
     beta: Host
 
     def cut(self) -> None:
-        """From now on each packet between them is lost without a word: no reset, no "unreachable"."""
+        """Drop each packet between the hosts from now on, without a reset or an "unreachable" reply."""
         for host in (self.alpha, self.beta):
             host.run("iptables", "--append", "INPUT", "--in-interface", "eth0", "--jump", "DROP")
 
     def mend(self) -> None:
-        """Packets flow again."""
+        """Let packets through again."""
         for host in (self.alpha, self.beta):
             host.run("iptables", "--flush", "INPUT")
 
     def running(self) -> list[str]:
-        """What was started in them and still runs: host and command line."""
+        """Processes on both hosts, each as host and command line."""
         found = []
         for host in (self.alpha, self.beta):
             for process in host.processes():
@@ -114,7 +116,7 @@ class Hosts:
         return found
 
     def end_all(self) -> None:
-        """Kill what was left running in them."""
+        """Kill all processes on both hosts."""
         for host in (self.alpha, self.beta):
             for process in host.processes():
                 with contextlib.suppress(psutil.Error):
@@ -123,16 +125,16 @@ class Hosts:
 
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[Hosts]:
-    """alpha (10.77.0.1) and beta (10.77.0.2), which reach each other by name and by ssh without a password.
+    """Start the hosts alpha (10.77.0.1) and beta (10.77.0.2), which reach each other by name and by ssh without a password.
 
-    Each name stands for 127.0.1.1 on its own host, as Debian and Ubuntu install it: a trap for what listens on its own name.
+    On its own host, each name is 127.0.1.1, as Debian and Ubuntu set it up: a server that listens on that address cannot be reached.
     """
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
     reason = f"{', '.join(missing)} not installed" if missing else "not root" if os.geteuid() else None
     if reason and "CI" in os.environ:
-        pytest.fail(f"two hosts cannot be made here: {reason}")
+        pytest.fail(f"two hosts cannot be started on this machine: {reason}")
     if reason:
-        pytest.skip(f"two hosts cannot be made here: {reason}")
+        pytest.skip(f"two hosts cannot be started on this machine: {reason}")
     addresses = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
     (folder / "ssh").mkdir()
     (folder / "ssh" / "ssh_config").write_text(_CLIENT.format(folder=folder))
@@ -160,7 +162,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
 
 @contextlib.contextmanager
 def _init(name: str, folder: Path, core: int) -> Iterator[int]:
-    """Process id of the first process of a host."""
+    """Start the first process of a host; yields its process id."""
     namespaces = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
     script = _INIT.format(name=name, folder=folder)
     outer = subprocess.Popen(
@@ -168,12 +170,12 @@ def _init(name: str, folder: Path, core: int) -> Iterator[int]:
     )
     try:
         until = time.monotonic() + 10
-        while not (folder / f"sshd.{name}.log").exists():  # the last thing that the script makes
+        while not (folder / f"sshd.{name}.log").exists():  # the last file that the script creates
             assert outer.poll() is None and time.monotonic() < until, f"host {name} did not start"
             time.sleep(0.02)
         yield psutil.Process(outer.pid).children()[0].pid
     finally:
-        outer.send_signal(signal.SIGKILL)  # and the kernel ends the rest
+        outer.send_signal(signal.SIGKILL)  # the kernel ends all others
         outer.wait()
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is published whole or not at all, and no damage to one goes unseen."""
+"""A checkpoint is published whole or not at all, and every damage to one is found."""
 
 import builtins
 import contextlib
@@ -23,12 +23,12 @@ ABOUT = {"model": {"hidden_size": 8}, "layout": {"world_size": 2}, "rates": (0.1
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """What fsync does to a disk cannot be seen from here; that it is called, and may fail, can."""
+    """Replace fsync: a test cannot see what it does to a disk, only that it is called and may fail."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def content(step: int, version: int = 0) -> dict[int, dict[str, bytes]]:
-    """What each of two ranks writes."""
+    """Files that each of two ranks writes, by rank and name."""
     return {
         rank: {f"rank_{rank}.pt": bytes([step, version, rank]) * 9, f"model_{rank}.pt": bytes([rank + 1, version, step]) * 4}
         for rank in (0, 1)
@@ -52,7 +52,7 @@ def read(folder: Path) -> dict[int, dict[str, bytes]]:
     return {rank: {name: (folder / name).read_bytes() for name in files} for rank, files in content(0).items()}
 
 
-def good(root: Path) -> Path | None:
+def newest_in(root: Path) -> Path | None:
     return newest_undamaged(root, find_damage, lambda line: None, may_rename=False)
 
 
@@ -60,10 +60,10 @@ def names(root: Path) -> set[str]:
     return {path.name for path in root.iterdir()}
 
 
-def test_what_is_written_is_published_and_is_the_newest_good(tmp_path):
+def test_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path):
     for step in (3, 12, 7):
         save(tmp_path, step)
-    newest = good(tmp_path)
+    newest = newest_in(tmp_path)
     assert newest == tmp_path / "step_00000012"
     assert read(newest) == content(12)
     manifest = checkpoint.read_manifest(newest)
@@ -73,12 +73,12 @@ def test_what_is_written_is_published_and_is_the_newest_good(tmp_path):
     assert (tmp_path / "latest").read_text() == "step_00000007\n"
 
 
-def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
-    assert good(tmp_path) is None
-    assert good(tmp_path / "nowhere") is None
+def test_empty_or_missing_folder_has_no_checkpoint(tmp_path):
+    assert newest_in(tmp_path) is None
+    assert newest_in(tmp_path / "nowhere") is None
 
 
-def test_a_rank_whose_files_are_not_seen_keeps_the_checkpoint_from_being_published(tmp_path):
+def test_checkpoint_without_the_files_of_every_rank_is_not_published(tmp_path):
     folder = checkpoint.begin(tmp_path, 1, "run1")
     checkpoint.write_part(folder, 0, {})
     with pytest.raises(OSError, match="1 of 2 ranks"):
@@ -86,7 +86,7 @@ def test_a_rank_whose_files_are_not_seen_keeps_the_checkpoint_from_being_publish
     assert checkpoint.published(tmp_path) == []
 
 
-def test_files_that_the_engine_wrote_by_itself_are_in_the_manifest_too(tmp_path):
+def test_manifest_includes_files_that_deepspeed_wrote(tmp_path):
     folder = checkpoint.begin(tmp_path, 1, "run1")
     (folder / "offloaded" / "rank0").mkdir(parents=True)
     (folder / "offloaded" / "rank0" / "moments.swp").write_bytes(b"12345678")
@@ -96,7 +96,7 @@ def test_files_that_the_engine_wrote_by_itself_are_in_the_manifest_too(tmp_path)
     assert "moments.swp is damaged" in find_damage(whole)
 
 
-def test_every_flipped_bit_and_every_truncation_of_every_file_is_found(tmp_path):
+def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
     folder = save(tmp_path, 5, num_ranks=1)
     assert find_damage(folder) is None
     for path in sorted(folder.iterdir()):
@@ -111,7 +111,7 @@ def test_every_flipped_bit_and_every_truncation_of_every_file_is_found(tmp_path)
     assert find_damage(folder) is None
 
 
-def test_every_missing_added_exchanged_or_unreadable_file_is_found_and_named(tmp_path):
+def test_missing_added_exchanged_or_unreadable_file_is_named(tmp_path):
     folder, earlier = save(tmp_path, 5), save(tmp_path, 4)
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
@@ -155,39 +155,39 @@ def test_readers_that_share_the_files_find_what_one_reader_finds(tmp_path_factor
         (folder / name).write_bytes(whole)
 
 
-def test_a_damaged_newest_is_named_and_set_aside_and_the_older_one_is_taken(tmp_path):
+def test_damaged_newest_checkpoint_is_renamed_and_the_older_one_used(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "step_00000003" / "rank_1.pt").write_bytes(b"zero")
     (tmp_path / "step_00000002" / "manifest.json").write_text('{"step": 2, "mod')
-    said: list[str] = []
-    assert newest_undamaged(tmp_path, find_damage, said.append) == tmp_path / "step_00000001"
-    assert "rank_1.pt has 4 bytes; 27 were written." in said[0]
-    assert "step_00000002 has no readable manifest.json" in said[1]
+    reported: list[str] = []
+    assert newest_undamaged(tmp_path, find_damage, reported.append) == tmp_path / "step_00000001"
+    assert "rank_1.pt has 4 bytes; 27 were written." in reported[0]
+    assert "step_00000002 has no readable manifest.json" in reported[1]
     assert names(tmp_path) == {"step_00000001", "step_00000002.corrupt", "step_00000003.corrupt", "latest"}
-    save(tmp_path, 3)  # the run comes there again, and again the disk fails
+    save(tmp_path, 3)  # the run reaches this step again, and the disk fails again
     (tmp_path / "step_00000003" / "rank_1.pt").unlink()
-    assert newest_undamaged(tmp_path, find_damage, said.append) == tmp_path / "step_00000001"
+    assert newest_undamaged(tmp_path, find_damage, reported.append) == tmp_path / "step_00000001"
     assert "step_00000003.corrupt" in names(tmp_path) and "step_00000003" not in names(tmp_path)
 
 
-def test_a_reader_that_may_not_rename_leaves_everything_as_it_is(tmp_path):
+def test_reader_that_may_not_rename_changes_nothing(tmp_path):
     save(tmp_path, 1)
     (save(tmp_path, 2) / "rank_0.pt").unlink()
     before = names(tmp_path)
-    assert good(tmp_path) == tmp_path / "step_00000001"
+    assert newest_in(tmp_path) == tmp_path / "step_00000001"
     assert names(tmp_path) == before
 
 
-def test_where_none_is_whole_nothing_starts(tmp_path):
+def test_run_does_not_start_if_every_checkpoint_is_damaged(tmp_path):
     for step in (1, 2):
         (save(tmp_path, step) / "rank_0.pt").unlink()
-    for _ in range(2):  # the second time only *.corrupt are left
+    for _ in range(2):  # the second time only *.corrupt folders are left
         with pytest.raises(UserError, match=r"has no undamaged checkpoint, .* will not start again from step 0 by itself"):
             newest_undamaged(tmp_path, find_damage, lambda line: None)
 
 
-def test_the_newest_are_kept_and_what_was_interrupted_goes(tmp_path):
+def test_retain_deletes_old_checkpoints_and_interrupted_writes(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step)
     for leftover in ("step_00000004.tmp-run0", "step_00000006.tmp-run1", "step_00000003.deleted", "step_00000006.old"):
@@ -195,27 +195,27 @@ def test_the_newest_are_kept_and_what_was_interrupted_goes(tmp_path):
     for kept in ("step_00000009.tmp-run1", "step_00000002.corrupt", "notes"):
         (tmp_path / kept).mkdir()
     retain(tmp_path, 2)
-    stays = {"step_00000005", "step_00000006", "latest", "step_00000009.tmp-run1", "step_00000002.corrupt", "notes"}
-    assert names(tmp_path) == stays
+    kept_names = {"step_00000005", "step_00000006", "latest", "step_00000009.tmp-run1", "step_00000002.corrupt", "notes"}
+    assert names(tmp_path) == kept_names
     retain(tmp_path, 2)
-    assert names(tmp_path) == stays
+    assert names(tmp_path) == kept_names
     assert find_damage(tmp_path / "step_00000005") is None and find_damage(tmp_path / "step_00000006") is None
 
 
-def test_a_step_that_is_saved_again_is_replaced(tmp_path):
+def test_step_that_is_saved_again_is_replaced(tmp_path):
     save(tmp_path, 2)
     save(tmp_path, 2, version=1)
-    assert read(good(tmp_path)) == content(2, version=1)
+    assert read(newest_in(tmp_path)) == content(2, version=1)
     assert names(tmp_path) == {"step_00000002", "latest"}
 
 
 class Stopped(BaseException):
-    """Not an Exception, as a power cut is none: nothing may catch it."""
+    """A power cut: not an Exception, so that no code catches it."""
 
 
 @contextlib.contextmanager
 def failing_at(number: int, failure: BaseException):
-    """Count every operation on files, and let the `number`-th and all later ones raise; gives the list of operations begun."""
+    """Count the file operations and let the `number`-th and all later ones raise; yields the list of operations begun."""
     begun: list[str] = []
     places = [(builtins, "open"), (io, "open"), (HashingFile, "write"), (shutil, "rmtree")]
     places += [(os, name) for name in ("replace", "rename", "fsync", "mkdir", "unlink")]
@@ -236,7 +236,7 @@ def failing_at(number: int, failure: BaseException):
 
 
 def every_interruption(failure: BaseException, prepare, act, tmp_path: Path):
-    """`act(root)` stopped at its first, second, ... operation, until one run is not stopped any more; gives each root after the stop."""
+    """Stop `act(root)` at its first, second, ... operation until it is not stopped any more; yields each root after the stop."""
     for number in itertools.count(1):
         root = tmp_path / str(number)
         prepare(root)
@@ -261,29 +261,29 @@ def assert_none_is_partial(root: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=["power cut", "full disk"])
-def test_a_write_stopped_at_any_operation_loses_nothing_and_the_next_one_works(failure, tmp_path):
+def test_write_stopped_at_any_operation_loses_no_checkpoint(failure, tmp_path):
     def two(root):
         save(root, 1)
         save(root, 2)
 
     for root in every_interruption(failure, two, lambda root: (save(root, 3), retain(root, 2)), tmp_path):
         assert_none_is_partial(root)
-        newest = good(root)
+        newest = newest_in(root)
         assert read(newest) == content(checkpoint.step_of(newest))
         assert checkpoint.step_of(newest) in (2, 3)
         save(root, 3, version=1)
         retain(root, 2)
         assert names(root) == {"step_00000002", "step_00000003", "latest"}
-        assert read(good(root)) == content(3, version=1)
+        assert read(newest_in(root)) == content(3, version=1)
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=["power cut", "full disk"])
-def test_saving_a_step_again_stopped_at_any_operation_leaves_the_old_or_the_new(failure, tmp_path):
+def test_saving_again_stopped_at_any_operation_leaves_old_or_new(failure, tmp_path):
     for root in every_interruption(failure, lambda root: save(root, 2), lambda root: save(root, 2, version=1), tmp_path):
         assert_none_is_partial(root)
-        assert read(good(root)) in (content(2), content(2, version=1))
+        assert read(newest_in(root)) in (content(2), content(2, version=1))
         retain(root, 2)
-        assert read(good(root)) in (content(2), content(2, version=1))
+        assert read(newest_in(root)) in (content(2), content(2, version=1))
         save(root, 2, version=2)
         save(root, 4)
         retain(root, 2)
@@ -291,7 +291,7 @@ def test_saving_a_step_again_stopped_at_any_operation_leaves_the_old_or_the_new(
         assert read(root / "step_00000002") == content(2, version=2)
 
 
-def test_a_small_file_is_replaced_whole_or_stays(tmp_path):
+def test_small_file_is_replaced_whole_or_not_at_all(tmp_path):
     def first(root):
         root.mkdir()
         (root / "latest").write_text("old")
@@ -304,13 +304,13 @@ def test_a_small_file_is_replaced_whole_or_stays(tmp_path):
         assert (root / "latest").read_text() in ("old", "new")
 
 
-def test_a_checkpoint_under_any_name_is_read(tmp_path):
+def test_checkpoint_folder_may_have_any_name(tmp_path):
     folder = save(tmp_path, 2).rename(tmp_path / "best")
     assert find_damage(folder) is None
     assert json.loads((folder / "manifest.json").read_text())["step"] == 2
 
 
-def test_a_checkpoint_with_the_waves_of_before_is_refused(tmp_path):
+def test_checkpoint_with_earlier_sinusoidal_positions_is_refused(tmp_path):
     model = {"positions": "sinusoidal", "hidden_size": 8}
     with pytest.raises(UserError, match="whose sinusoidal positions had sines and cosines in other columns"):
         checkpoint.refuse_earlier_format(tmp_path, {"checksums": {}, "model": model})

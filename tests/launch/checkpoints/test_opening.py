@@ -1,4 +1,4 @@
-"""Quantized folders at the doors: read as what they compute with, and refused where whole weights are asked for."""
+"""Quantized folders are loaded with dequantized weights, and refused where unquantized weights are needed."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ SCHEME = Scheme(Grid("int", 8, None), "int8")
 
 @pytest.fixture
 def quantized(tmp_path):
-    """A folder in which the last layer of the one block has eight bits, and its inputs too."""
+    """Path and state of an exported model in which one layer has weights and inputs of eight bits."""
     state = dict(Transformer(CONFIG).state_dict())
     state["1.feed_forward.down.weight"] = round_to(state["1.feed_forward.down.weight"], SCHEME.grid)
     export(CONFIG, state, tmp_path / "out", schemes={"1.feed_forward.down.weight": SCHEME})
     return str(tmp_path / "out"), state
 
 
-def test_a_quantized_folder_is_loaded_as_what_it_computes_with(quantized):
+def test_quantized_folder_is_loaded_with_dequantized_weights(quantized):
     folder, state = quantized
     model = load_model(folder).model
     weight = state["1.feed_forward.down.weight"].weight()
@@ -34,7 +34,7 @@ def test_a_quantized_folder_is_loaded_as_what_it_computes_with(quantized):
     assert torch.equal(model.get_submodule("1.feed_forward.up").weight, state["1.feed_forward.up.weight"])
 
 
-def test_a_run_does_not_start_from_quantized_weights(quantized):
+def test_run_does_not_start_from_quantized_weights(quantized):
     folder, _ = quantized
     assert open_model(folder).schemes == {"1.feed_forward.down.weight": SCHEME}
     with pytest.raises(UserError, match=r"is quantized \(int8, a scale a row, inputs int8\): a run starts from weights that are not"):

@@ -1,4 +1,4 @@
-"""Two hosts with ssh between them: one run on both, the cable cut in the middle of it, and the mistakes that networks invite."""
+"""Runs on two hosts that are connected by ssh: every launcher, a network that fails during a run, and wrong network settings."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 DOOR = "launch/pretrain.py"
 PORT = 29500
 PATIENCE_SECONDS = 10
-"""That a rank waits for the others here, once they train."""
+"""Seconds that a rank waits for the others during training (--communication_timeout)."""
 
 
 @pytest.fixture(scope="module")
@@ -39,53 +39,53 @@ def both(tmp_path_factory):
 
 @pytest.fixture
 def hosts(both):
-    """The two hosts; what a test leaves running in them is ended."""
+    """The two hosts; processes that a test leaves running in them are ended after it."""
     yield both
     both.mend()
     both.end_all()
 
 
 @pytest.fixture
-def words(tiny):
+def options(tiny):
     return [*tiny, "--deepspeed", "ds_configs/zero3.json", "--precision", "float32"]
 
 
 @pytest.fixture
-def many_steps(words):
-    """Long enough to be interrupted."""
-    words += ["--train_steps", "240", "--checkpoint.interval", "20", "--log.validation_interval", "60", "--log.sample_interval", "0"]
-    return [*words, "--communication_timeout", str(PATIENCE_SECONDS)]
+def many_steps(options):
+    """Options of a run that is long enough to be interrupted."""
+    options += ["--train_steps", "240", "--checkpoint.interval", "20", "--log.validation_interval", "60", "--log.sample_interval", "0"]
+    return [*options, "--communication_timeout", str(PATIENCE_SECONDS)]
 
 
 def environment(**more: str) -> dict[str, str]:
     found = clean_environment(**more)
-    del found["GLOO_SOCKET_IFNAME"]  # the product finds it
+    del found["GLOO_SOCKET_IFNAME"]  # launch/ranks/rendezvous.py sets it
     return found
 
 
-def of_one_machine(words: list[str], folder: Path) -> dict:
-    """Curves of the same words on two ranks of this machine."""
-    finish(start_ranks(2, REPOSITORY / DOOR, *words, "--output", str(folder), OMP_NUM_THREADS="1"))
+def of_one_machine(options: list[str], folder: Path) -> dict:
+    """Curves of a run with the same options on two ranks of this machine."""
+    finish(start_ranks(2, REPOSITORY / DOOR, *options, "--output", str(folder), OMP_NUM_THREADS="1"))
     return curves(folder)
 
 
-def deepspeed(hosts: Hosts, folder: Path, *words: str) -> subprocess.Popen:
-    """`deepspeed --hostfile`, typed on alpha: it starts a rank on each host by pdsh and ssh. What a rank prints is in folder/logs."""
+def deepspeed(hosts: Hosts, folder: Path, *options: str) -> subprocess.Popen:
+    """Run `deepspeed --hostfile` on alpha: it starts a rank on each host with pdsh and ssh. The output of each rank is in folder/logs."""
     (folder / "hostfile").write_text("alpha slots=1\nbeta slots=1\n")
     start = ["deepspeed", "--hostfile", str(folder / "hostfile"), "--enable_each_rank_log", str(folder / "logs"), DOOR]
-    # Without it ssh, and with it the launcher, waits for ever for a host that has gone silent.
+    # Without these options ssh, and so the launcher, waits for ever for a host that does not answer.
     alive = "-oServerAliveInterval=3 -oServerAliveCountMax=3"
-    return hosts.alpha.start(*start, *words, environment=environment(PDSH_SSH_ARGS_APPEND=alive))
+    return hosts.alpha.start(*start, *options, environment=environment(PDSH_SSH_ARGS_APPEND=alive))
 
 
 def logs(folder: Path) -> list[str]:
-    """What each rank printed in the newest start."""
+    """Output of each rank in the newest start."""
     return [max((folder / "logs").glob(f"*_rank{rank}.log"), key=os.path.getmtime).read_text() for rank in (0, 1)]
 
 
-def ends(hosts: Hosts, processes: list[subprocess.Popen], timeout_seconds: float = 120) -> list[tuple[int, str]]:
-    """Status and output of each. Fails, with all outputs, where they have not ended in time."""
-    too_late = threading.Timer(timeout_seconds, hosts.end_all)  # all pipes end with what is killed
+def wait_for_all(hosts: Hosts, processes: list[subprocess.Popen], timeout_seconds: float = 120) -> list[tuple[int, str]]:
+    """Exit status and output of each process. Fails, with all outputs, if they have not ended in time."""
+    too_late = threading.Timer(timeout_seconds, hosts.end_all)  # pipes end when their processes are killed
     too_late.start()
     with ThreadPoolExecutor(len(processes)) as readers:
         outputs = list(readers.map(lambda process: process.communicate()[0], processes))
@@ -95,25 +95,25 @@ def ends(hosts: Hosts, processes: list[subprocess.Popen], timeout_seconds: float
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def end_of(hosts: Hosts, launcher: subprocess.Popen, folder: Path) -> tuple[int, str]:
-    """Status of the launcher, and all that it and the ranks printed."""
-    [(status, output)] = ends(hosts, [launcher])
+def wait_for_launcher(hosts: Hosts, launcher: subprocess.Popen, folder: Path) -> tuple[int, str]:
+    """Exit status of the launcher, and the output of it and of the ranks."""
+    [(status, output)] = wait_for_all(hosts, [launcher])
     return status, "\n---\n".join([output, *logs(folder)])
 
 
-def by_hand(hosts: Hosts, words: list[str], address: str = "10.77.0.1", port: int = PORT) -> list[tuple[int, str]]:
-    """Status and output of a rank on each host, started as torchrun would."""
+def run_on_both(hosts: Hosts, options: list[str], address: str = "10.77.0.1", port: int = PORT) -> list[tuple[int, str]]:
+    """Exit status and output of one rank on each host, started as torchrun would."""
     whole = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
     ranks = [
-        host.start(sys.executable, DOOR, *words, environment=environment(RANK=str(rank), **whole))
+        host.start(sys.executable, DOOR, *options, environment=environment(RANK=str(rank), **whole))
         for rank, host in enumerate((hosts.alpha, hosts.beta))
     ]
-    return ends(hosts, ranks)
+    return wait_for_all(hosts, ranks)
 
 
 @contextlib.contextmanager
 def mounted(host: Host, place: Path, *what: str) -> Iterator[None]:
-    """Something else lies at a place, on one host alone."""
+    """Mount another file system at a path, on one host only."""
     host.run("mount", *what, str(place))
     try:
         yield
@@ -121,98 +121,100 @@ def mounted(host: Host, place: Path, *what: str) -> Iterator[None]:
         host.run("umount", str(place))
 
 
-def wait_until(condition, seconds: float, what: str) -> float:
-    """Seconds until it held."""
+def wait_until(condition, seconds: float, message: str) -> float:
+    """Wait until a condition is true; return the seconds that it took."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < seconds, what
+        assert time.monotonic() - start < seconds, message
         time.sleep(0.05)
     return time.monotonic() - start
 
 
-def test_every_launcher_gives_the_numbers_of_one_machine(hosts, words, tmp_path):
+def test_every_launcher_on_two_hosts_gives_the_numbers_of_one_machine(hosts, options, tmp_path):
     need("mpirun")
-    expected = of_one_machine(words, tmp_path / "one_machine")
+    expected = of_one_machine(options, tmp_path / "one_machine")
     torchrun = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1"]
     static = [[*torchrun, "--node_rank", node, "--master_addr", hosts.alpha.address] for node in "01"]
-    # Of the name: that 10.77.0.1 is its own, torchrun does not know on a host whose name stands for 127.0.1.1.
+    # The name and not the address: on a host whose name is 127.0.1.1, torchrun does not know that 10.77.0.1 is its own address.
     c10d = [[*torchrun, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"alpha:{PORT}", "--rdzv_id", "a-run"]] * 2
     exported = ["-x", f"MASTER_ADDR={hosts.alpha.address}", "-x", "PYTHONPATH", "-x", "HF_HUB_OFFLINE"]
     mpirun = ["mpirun", "--allow-run-as-root", "-n", "2", "--host", "alpha:1,beta:1", *exported, sys.executable]
     for name, commands in {"static": static, "c10d": c10d, "mpirun": [mpirun]}.items():
         run = tmp_path / name
         both = zip((hosts.alpha, hosts.beta), commands, strict=False)
-        started = [host.start(*command, DOOR, *words, "--output", str(run), environment=environment()) for host, command in both]
-        for status, output in ends(hosts, started):
+        started = [host.start(*command, DOOR, *options, "--output", str(run), environment=environment()) for host, command in both]
+        for status, output in wait_for_all(hosts, started):
             assert status == 0, output
         assert curves(run) == expected, name
-    for status, output in by_hand(hosts, [*words, "--output", str(tmp_path / "by_name")], address="alpha"):
+    for status, output in run_on_both(hosts, [*options, "--output", str(tmp_path / "by_name")], address="alpha"):
         assert status == 0, output
     assert curves(tmp_path / "by_name") == expected  # on alpha that name is 127.0.1.1
-    status, output = end_of(hosts, deepspeed(hosts, tmp_path, *words), tmp_path)
+    status, output = wait_for_launcher(hosts, deepspeed(hosts, tmp_path, *options), tmp_path)
     assert status == 0, output
     assert curves(tmp_path / "run") == expected
     assert hosts.running() == []
 
 
-def test_a_cut_cable_ends_both_sides_in_a_sentence_and_the_same_command_goes_on(hosts, many_steps, tmp_path):
+def test_lost_network_ends_both_hosts_with_a_message_and_resumes(hosts, many_steps, tmp_path):
     expected = of_one_machine(many_steps, tmp_path / "one_machine")
     launcher = deepspeed(hosts, tmp_path, *many_steps)
     root = tmp_path / "run" / "checkpoints"
     wait_until(lambda: launcher.poll() is not None or len(checkpoint.published(root)) >= 2, 120, "no checkpoint")
-    assert launcher.poll() is None, end_of(hosts, launcher, tmp_path)
+    assert launcher.poll() is None, wait_for_launcher(hosts, launcher, tmp_path)
     hosts.cut()
-    told = [
+    results = [
         wait_until(lambda rank=rank: "lost the other ranks" in logs(tmp_path)[rank], PATIENCE_SECONDS + 10, logs(tmp_path)[rank])
         for rank in (0, 1)
     ]
-    gone = wait_until(lambda: launcher.poll() is not None and not hosts.running(), 30, str(hosts.running()))
+    ended_after = wait_until(lambda: launcher.poll() is not None and not hosts.running(), 30, str(hosts.running()))
     newest = checkpoint.published(root)[0].name
     for rank, (host, log) in enumerate(zip(("alpha", "beta"), logs(tmp_path), strict=True)):
-        sentence = next(line for line in log.splitlines() if "lost the other ranks" in line)
-        print(f"{sum(told[: rank + 1]):.1f} s after the cut: {sentence}")
-        assert f"ank {rank} on {host}" in sentence
-        assert f"{PATIENCE_SECONDS} s" in sentence
-        assert newest in sentence
+        message = next(line for line in log.splitlines() if "lost the other ranks" in line)
+        print(f"{sum(results[: rank + 1]):.1f} s after the cut: {message}")
+        assert f"ank {rank} on {host}" in message
+        assert f"{PATIENCE_SECONDS} s" in message
+        assert newest in message
         assert "Traceback" not in log
-    print(f"{sum(told) + gone:.1f} s after the cut the launcher ended with status {launcher.returncode}, and nothing was left running")
+    print(
+        f"{sum(results) + ended_after:.1f} s after the cut the launcher ended with status {launcher.returncode}; nothing was left running"
+    )
     assert launcher.returncode not in (0, 2, SAVED_AND_UNFINISHED)
     hosts.mend()
-    status, output = end_of(hosts, deepspeed(hosts, tmp_path, *many_steps), tmp_path)
+    status, output = wait_for_launcher(hosts, deepspeed(hosts, tmp_path, *many_steps), tmp_path)
     assert status == 0, output
     assert f"Resuming from step {int(newest.removeprefix('step_'))} of 240" in output
     assert curves(tmp_path / "run") == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_saves_and_leaves_nothing_running(number, hosts, many_steps, tmp_path):
+def test_signal_to_the_launcher_saves_and_ends_all_processes(number, hosts, many_steps, tmp_path):
     launcher = deepspeed(hosts, tmp_path, *many_steps)
     root = tmp_path / "run" / "checkpoints"
     wait_until(lambda: launcher.poll() is not None or checkpoint.published(root), 120, "no checkpoint")
-    assert launcher.poll() is None, end_of(hosts, launcher, tmp_path)
+    assert launcher.poll() is None, wait_for_launcher(hosts, launcher, tmp_path)
     psutil.Process(launcher.pid).children()[0].send_signal(number)
-    status, output = end_of(hosts, launcher, tmp_path)
+    status, output = wait_for_launcher(hosts, launcher, tmp_path)
     wait_until(lambda: not hosts.running(), 30, str(hosts.running()))
-    assert status == 1, output  # DeepSpeed's own: it does not tell what its ranks said
+    assert status == 1, output  # of DeepSpeed's launcher, which does not pass on the status of its ranks
     saved = checkpoint.step_of(checkpoint.published(root)[0])
     assert f"after step {saved}; saved" in output
     assert saved % 20
 
 
-def test_a_stop_asked_of_one_rank_reaches_the_launcher_as_85(hosts, many_steps, tmp_path):
+def test_stop_signal_to_one_rank_gives_the_launcher_status_85(hosts, many_steps, tmp_path):
     launcher = deepspeed(hosts, tmp_path, *many_steps)
     root = tmp_path / "run" / "checkpoints"
     wait_until(lambda: launcher.poll() is not None or checkpoint.published(root), 120, "no checkpoint")
     rank = next(process for process in hosts.beta.processes() if process.cmdline()[2:3] == [DOOR])
     rank.send_signal(signal.SIGTERM)
-    status, output = end_of(hosts, launcher, tmp_path)
+    status, output = wait_for_launcher(hosts, launcher, tmp_path)
     assert status == SAVED_AND_UNFINISHED, output
     wait_until(lambda: not hosts.running(), 10, str(hosts.running()))
 
 
-def test_the_address_of_the_wrong_host_ends_in_a_sentence_within_30_seconds(hosts, words):
+def test_address_of_the_wrong_host_gives_a_message_within_30_seconds(hosts, options):
     start = time.monotonic()
-    alpha, beta = by_hand(hosts, words, address="10.77.0.2")
+    alpha, beta = run_on_both(hosts, options, address="10.77.0.2")
     assert time.monotonic() - start < 30 + 25  # Python and torch are imported first
     for (_, output), host in ((alpha, "alpha"), (beta, "beta")):
         print(output)
@@ -223,9 +225,9 @@ def test_the_address_of_the_wrong_host_ends_in_a_sentence_within_30_seconds(host
     assert beta[0] in (1, 2)
 
 
-def test_a_name_that_nobody_knows_ends_in_a_sentence(hosts, words):
+def test_unknown_host_name_gives_a_message(hosts, options):
     start = time.monotonic()
-    for (status, output), host in zip(by_hand(hosts, words, address="gamma"), ("alpha", "beta"), strict=True):
+    for (status, output), host in zip(run_on_both(hosts, options, address="gamma"), ("alpha", "beta"), strict=True):
         print(output)
         assert status == 2
         assert f'MASTER_ADDR "gamma" (port {PORT})' in output
@@ -241,11 +243,11 @@ HOLDERS = {
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
-def test_a_port_in_use_ends_in_a_sentence(holder, hosts, words):
+def test_port_in_use_gives_a_message(holder, hosts, options):
     process = hosts.alpha.start(sys.executable, "-c", HOLDERS[holder], environment=environment())
-    assert "held\n" in iter(process.stdout.readline, "")  # behind torch's warnings
+    assert "held\n" in iter(process.stdout.readline, "")  # after torch's warnings
     start = time.monotonic()
-    alpha, beta = by_hand(hosts, words)
+    alpha, beta = run_on_both(hosts, options)
     assert time.monotonic() - start < 30 + 25  # Python and torch are imported first
     print(alpha[1], beta[1], sep="\n")
     assert alpha[0] == 2
@@ -255,31 +257,31 @@ def test_a_port_in_use_ends_in_a_sentence(holder, hosts, words):
     assert "Traceback" not in alpha[1] + beta[1]
 
 
-def test_an_output_that_one_host_cannot_write_is_named_before_training(hosts, words, tmp_path):
+def test_output_that_one_host_cannot_write_is_refused_before_training(hosts, options, tmp_path):
     with mounted(hosts.beta, tmp_path, "-t", "tmpfs", "-o", "ro", "none"):
-        told = by_hand(hosts, words)
-    print(told[0][1], told[1][1], sep="\n")
-    assert [status for status, _ in told] == [2, 2]
-    assert f"Rank 1 on beta: output {tmp_path / 'run'}: {tmp_path} is not writable." in told[0][1]
-    assert "Traceback" not in told[0][1] + told[1][1]
+        results = run_on_both(hosts, options)
+    print(results[0][1], results[1][1], sep="\n")
+    assert [status for status, _ in results] == [2, 2]
+    assert f"Rank 1 on beta: output {tmp_path / 'run'}: {tmp_path} is not writable." in results[0][1]
+    assert "Traceback" not in results[0][1] + results[1][1]
 
 
-def test_an_output_that_the_hosts_do_not_share_is_named_before_training(hosts, words, tmp_path):
+def test_output_that_the_hosts_do_not_share_is_refused_before_training(hosts, options, tmp_path):
     with mounted(hosts.beta, tmp_path, "-t", "tmpfs", "none"):
-        told = by_hand(hosts, words)
-    assert [status for status, _ in told] == [2, 2]
-    assert f"Rank 1 on beta writes to another {tmp_path} than rank 0 does" in told[0][1]
+        results = run_on_both(hosts, options)
+    assert [status for status, _ in results] == [2, 2]
+    assert f"Rank 1 on beta writes to another {tmp_path} than rank 0 does" in results[0][1]
 
 
-def test_data_that_differ_on_the_second_host_are_named_before_training(hosts, words, prepared, tmp_path):
+def test_different_data_on_the_second_host_is_refused_before_training(hosts, options, prepared, tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(40):
         (tmp_path / "text" / f"{number}.txt").write_text(f"another corpus, document {number}: " + "lorem ipsum dolor sit amet " * number)
     other = tmp_path / "other"
     prepare(PrepareSettings(input=(str(tmp_path / "text"),), output=str(other), tokenizer=str(prepared / "tokenizer.model"), workers=1))
     with mounted(hosts.beta, prepared, "--bind", str(other)):
-        told = by_hand(hosts, words)
-    print(told[0][1], told[1][1], sep="\n")
-    assert [status for status, _ in told] == [2, 2]
-    assert f"Rank 1 on beta differs from rank 0 on alpha: the data: {prepared} is " in told[0][1]
+        results = run_on_both(hosts, options)
+    print(results[0][1], results[1][1], sep="\n")
+    assert [status for status, _ in results] == [2, 2]
+    assert f"Rank 1 on beta differs from rank 0 on alpha: the data: {prepared} is " in results[0][1]
     assert not (tmp_path / "run").exists()

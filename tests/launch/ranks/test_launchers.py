@@ -1,4 +1,4 @@
-"""Whatever starts the ranks, the numbers are the same: two ranks of every launcher, exactly; one process, to rounding."""
+"""Every launcher gives the same numbers: two ranks exactly those of any other launcher, one process the same up to rounding."""
 
 import os
 import shutil
@@ -17,23 +17,23 @@ DOOR = "launch/pretrain.py"
 
 
 @pytest.fixture
-def words(tiny):
+def options(tiny):
     return [*tiny, "--deepspeed", "ds_configs/zero3.json", "--precision", "float32"]
 
 
 @pytest.fixture
-def of_two_ranks(words, tmp_path_factory):
-    """Curves of two ranks that the tests started themselves; run once."""
+def of_two_ranks(options, tmp_path_factory):
+    """Curves of two ranks that the tests started without a launcher; run once."""
     folder = tmp_path_factory.getbasetemp() / "two_ranks"
     if not folder.exists():
-        finish(start_ranks(2, REPOSITORY / DOOR, *words, "--output", str(folder), OMP_NUM_THREADS="1"))
+        finish(start_ranks(2, REPOSITORY / DOOR, *options, "--output", str(folder), OMP_NUM_THREADS="1"))
     return curves(folder)
 
 
 def launch(*commands: list[str], **more: str) -> list[str]:
-    """Run launchers side by side, each as it is typed on its node; what each printed."""
+    """Run launcher commands at the same time, one for each node; return the output of each."""
     environment = clean_environment(OMP_NUM_THREADS="1", **more)
-    del environment["GLOO_SOCKET_IFNAME"]  # the product finds it
+    del environment["GLOO_SOCKET_IFNAME"]  # launch/ranks/rendezvous.py sets it
     return finish(
         [
             subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -42,8 +42,8 @@ def launch(*commands: list[str], **more: str) -> list[str]:
     )
 
 
-def run_folder(words: list[str]) -> Path:
-    return Path(words[words.index("--output") + 1])
+def run_folder(options: list[str]) -> Path:
+    return Path(options[options.index("--output") + 1])
 
 
 def on_two_nodes(commands) -> list[list[str]]:
@@ -57,53 +57,53 @@ def need(program: str) -> None:
         (pytest.fail if "CI" in os.environ else pytest.skip)(f"{program} is not installed")
 
 
-def test_deepspeed_on_one_machine(words, of_two_ranks):
-    launch(["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), DOOR, *words])
-    assert curves(run_folder(words)) == of_two_ranks
+def test_deepspeed_launcher_on_one_machine(options, of_two_ranks):
+    launch(["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), DOOR, *options])
+    assert curves(run_folder(options)) == of_two_ranks
 
 
-def test_torchrun_on_one_machine(words, of_two_ranks):
-    launch(["torchrun", "--standalone", "--nproc_per_node", "2", DOOR, *words])
-    assert curves(run_folder(words)) == of_two_ranks
+def test_torchrun_on_one_machine(options, of_two_ranks):
+    launch(["torchrun", "--standalone", "--nproc_per_node", "2", DOOR, *options])
+    assert curves(run_folder(options)) == of_two_ranks
 
 
-def test_mpirun_on_one_machine(words, of_two_ranks):
+def test_mpirun_on_one_machine(options, of_two_ranks):
     need("mpirun")
-    launch(["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, DOOR, *words])
-    assert curves(run_folder(words)) == of_two_ranks
+    launch(["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, DOOR, *options])
+    assert curves(run_folder(options)) == of_two_ranks
 
 
-def test_python_alone_gives_the_numbers_of_two_ranks_to_rounding(words, of_two_ranks):
-    launch([sys.executable, DOOR, *words])
-    alone = curves(run_folder(words))
+def test_one_process_gives_the_numbers_of_two_ranks_to_rounding(options, of_two_ranks):
+    launch([sys.executable, DOOR, *options])
+    alone = curves(run_folder(options))
     assert alone.keys() == of_two_ranks.keys()
     for name, curve in of_two_ranks.items():
         assert alone[name] == pytest.approx(curve, rel=1e-5), name  # gradients are summed in another order
 
 
 @pytest.mark.slow
-def test_deepspeed_without_ssh_on_each_of_two_nodes(words, of_two_ranks, tmp_path):
+def test_deepspeed_launcher_without_ssh_on_two_nodes(options, of_two_ranks, tmp_path):
     (tmp_path / "hosts").write_text("alpha slots=1\nbeta slots=1\n")
     start = ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "--no_ssh"]
-    meeting = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    launch(*on_two_nodes([*start, "--node_rank", node, *meeting, DOOR, *words] for node in "01"))
-    assert curves(run_folder(words)) == of_two_ranks
+    address_options = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    launch(*on_two_nodes([*start, "--node_rank", node, *address_options, DOOR, *options] for node in "01"))
+    assert curves(run_folder(options)) == of_two_ranks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_torchrun_on_each_of_two_nodes(rendezvous, words, of_two_ranks):
+def test_torchrun_on_two_nodes(rendezvous, options, of_two_ranks):
     port = str(free_port())
     if rendezvous == "static":
-        meeting = [["--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", port] for node in "01"]
+        address_options = [["--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", port] for node in "01"]
     else:
-        meeting = [["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "a-run"]] * 2
-    launch(*on_two_nodes(["torchrun", "--nnodes", "2", "--nproc_per_node", "1", *where, DOOR, *words] for where in meeting))
-    assert curves(run_folder(words)) == of_two_ranks
+        address_options = [["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "a-run"]] * 2
+    launch(*on_two_nodes(["torchrun", "--nnodes", "2", "--nproc_per_node", "1", *where, DOOR, *options] for where in address_options))
+    assert curves(run_folder(options)) == of_two_ranks
 
 
 @pytest.mark.slow
-def test_srun_and_deepspeed_through_slurm_on_two_nodes(words, of_two_ranks, tmp_path):
+def test_srun_and_deepspeeds_slurm_launcher_on_two_nodes(options, of_two_ranks, tmp_path):
     (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
     srun = ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, DOOR]
     # --master_addr spares it an ssh to n1; it does not tell the ranks.
@@ -116,5 +116,5 @@ def test_srun_and_deepspeed_through_slurm_on_two_nodes(words, of_two_ranks, tmp_
             run = tmp_path / command[0]
             # The ranks take the first node's name and a port by the job's number; these nodes' names are known to SLURM alone, and another
             # SLURM on this machine has the same numbers.
-            launch([*command, *words, "--output", str(run)], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **found)
+            launch([*command, *options, "--output", str(run)], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **found)
             assert curves(run) == of_two_ranks, command[0]

@@ -1,4 +1,4 @@
-"""Each launcher's variables make the same process; what is missing or cannot be is said."""
+"""The variables of every launcher give the same process; missing and invalid ones are refused."""
 
 import os
 
@@ -57,36 +57,36 @@ def launched_by(monkeypatch, launcher: str, **more: str) -> None:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHED)
-def test_every_launcher_makes_the_same_process(monkeypatch, launcher):
+def test_every_launcher_gives_the_same_process(monkeypatch, launcher):
     given = {} if launcher == "srun" else {"MASTER_ADDR": "h", "MASTER_PORT": "29500"}
     launched_by(monkeypatch, launcher, **given)
     assert find_process() == Process(5, 8, 1, 4)
     _, host, port = LAUNCHED[launcher]
-    said = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
-    assert said == ["5", "8", "1", host, port]
+    variables_of_torch = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+    assert variables_of_torch == ["5", "8", "1", host, port]
 
 
-def test_alone_it_is_rank_0_of_1_also_in_a_batch_script(monkeypatch):
+def test_process_without_launcher_is_rank_0_of_1_also_in_a_batch_script(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_LOCALID", "0")
     assert find_process() == Process(0, 1, 0, 1)
 
 
-def test_what_a_person_says_of_the_meeting_place_stands(monkeypatch):
+def test_master_address_and_port_of_the_user_are_kept(monkeypatch):
     launched_by(monkeypatch, "srun", MASTER_ADDR="10.0.0.1", MASTER_PORT="4242")
     find_process()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "4242")
 
 
-def test_mpirun_on_one_machine_finds_the_meeting_place_by_itself(monkeypatch):
+def test_mpirun_on_one_machine_needs_no_master_address(monkeypatch):
     launched_by(monkeypatch, "mpirun", OMPI_COMM_WORLD_LOCAL_SIZE="8", OMPI_COMM_WORLD_LOCAL_RANK="5")
     assert find_process() == Process(5, 8, 5, 8)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and 20000 <= int(os.environ["MASTER_PORT"]) < 30000
 
 
 @pytest.mark.parametrize(
-    ("launcher", "more", "words"),
+    ("launcher", "more", "message"),
     [
         ("torchrun", {}, "MASTER_ADDR, MASTER_PORT"),
         ("mpirun", {}, "-x MASTER_ADDR=HOST"),
@@ -99,20 +99,20 @@ def test_mpirun_on_one_machine_finds_the_meeting_place_by_itself(monkeypatch):
         ("torchrun", {"MASTER_ADDR": "h", "MASTER_PORT": "1", "WORLD_SIZE": "0"}, 'WORLD_SIZE is "0"'),
     ],
 )
-def test_what_is_missing_or_cannot_be_is_named(monkeypatch, launcher, more, words):
+def test_missing_or_invalid_variable_is_refused_by_name(monkeypatch, launcher, more, message):
     launched_by(monkeypatch, launcher, **more)
-    with pytest.raises(RankError, match=words):
+    with pytest.raises(RankError, match=message):
         find_process()
 
 
 @pytest.mark.parametrize(
     ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("n[01-04,7],m1", "n01"), ("rack[2-3]n[5,6]x", "rack2n5x"), ("a-b[9]", "a-b9")]
 )
-def test_the_first_host_of_a_node_list(nodes, first):
+def test_first_host_of_a_node_list(nodes, first):
     assert first_host(nodes) == first
 
 
-def test_tasks_a_node_may_differ(monkeypatch):
+def test_number_of_tasks_may_differ_between_nodes(monkeypatch):
     launched_by(monkeypatch, "srun", SLURM_STEP_TASKS_PER_NODE="3(x2),2", SLURM_NODEID="2")
     assert find_process().local_world_size == 2
 
@@ -121,7 +121,7 @@ def with_gpus(monkeypatch, number: int) -> None:
     monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: number)
 
 
-def test_fewer_gpus_than_ranks_are_refused_and_a_gpu_that_srun_bound_is_taken(monkeypatch):
+def test_fewer_gpus_than_ranks_are_refused_unless_srun_bound_each_rank(monkeypatch):
     with_gpus(monkeypatch, 4)
     assert processes.device_index(Process(5, 8, 1, 4)) == 1
     with_gpus(monkeypatch, 1)
@@ -131,7 +131,7 @@ def test_fewer_gpus_than_ranks_are_refused_and_a_gpu_that_srun_bound_is_taken(mo
     assert processes.device_index(Process(5, 8, 1, 4)) == 0 and os.environ["LOCAL_RANK"] == "0"
 
 
-def test_a_job_with_gpus_that_torch_does_not_see_does_not_go_on_on_the_cpu(monkeypatch):
+def test_job_whose_gpus_torch_does_not_find_is_refused(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(processes.torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("SLURM_JOB_ID", "1")
