@@ -18,7 +18,7 @@ DOCUMENTS = [[5, 4, 3], [2], [60_000, 1, 0, 7]]
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<i4"])
-def test_megatron_reads_what_we_write(write_shard, dtype):
+def test_megatron_reads_our_shards(write_shard, dtype):
     read = IndexedDataset(str(write_shard(DOCUMENTS, dtype)))
     assert [document.tolist() for document in read] == DOCUMENTS
     assert read[0].dtype == np.dtype(dtype)
@@ -27,7 +27,7 @@ def test_megatron_reads_what_we_write(write_shard, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<i4"])
-def test_we_write_the_bytes_that_megatron_writes(write_shard, tmp_path, dtype):
+def test_our_shards_have_the_bytes_of_megatrons(write_shard, tmp_path, dtype):
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.dtype(dtype).type)
     for document in DOCUMENTS:
         builder.add_document(document, [len(document)])
@@ -37,7 +37,7 @@ def test_we_write_the_bytes_that_megatron_writes(write_shard, tmp_path, dtype):
         assert ours.with_suffix(kind).read_bytes() == (tmp_path / f"theirs{kind}").read_bytes()
 
 
-def test_we_read_what_megatron_writes_sentence_by_sentence(tmp_path):
+def test_megatrons_shards_of_many_sequences_are_read(tmp_path):
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     builder.add_document([1, 2, 3, 4, 5], [2, 3])
     builder.add_document([6], [1])

@@ -30,35 +30,35 @@ def pack_pair(prefix: Path, stored: bytes, **index) -> Path:
 
 
 @pytest.mark.parametrize("dtype, letter, code", [("<u2", "H", 8), ("<i4", "i", 4)])
-def test_a_shard_is_these_bytes(write_shard, dtype, letter, code):
+def test_written_shard_has_the_documented_bytes(write_shard, dtype, letter, code):
     prefix = write_shard([[1, 2, 3], [4], [5, 6]], dtype)
     size = struct.calcsize(letter)
     assert prefix.with_suffix(".bin").read_bytes() == struct.pack(f"<6{letter}", 1, 2, 3, 4, 5, 6)
     assert prefix.with_suffix(".idx").read_bytes() == pack_index([3, 1, 2], [0, 3 * size, 4 * size], [0, 1, 2, 3], code)
 
 
-def test_two_bytes_hold_the_ids_below_megatrons_border():
+def test_tokens_below_megatrons_bound_take_two_bytes():
     assert token_dtype(65_499).itemsize == 2
     assert token_dtype(65_500).itemsize == 4
 
 
 @given(documents=st.lists(st.lists(st.integers(0, 65_535), max_size=20), min_size=1, max_size=20).filter(any))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_what_was_written_is_read(write_shard, documents):
+def test_written_shard_is_read_back_unchanged(write_shard, documents):
     shard = Shard(write_shard(documents))
     assert shard.tokens.tolist() == [token for document in documents for token in document]
     starts = [shard.document_start(number) for number in range(len(documents) + 1)]
     assert np.diff(starts).tolist() == [len(document) for document in documents]
 
 
-def test_the_hashes_are_those_of_the_files(tmp_path):
+def test_writers_hashes_are_those_of_the_files(tmp_path):
     with ShardWriter(tmp_path / "shard", np.dtype("<u2")) as writer:
         writer.add(np.array([1, 2], "<u2"))
     for kind, digest in writer.sha256.items():
         assert digest == hashlib.sha256((tmp_path / f"shard.{kind}").read_bytes()).hexdigest()
 
 
-def test_a_writer_that_fails_leaves_no_file(tmp_path):
+def test_failed_writer_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError), ShardWriter(tmp_path / "shard", np.dtype("<u2")) as writer:
         writer.add(np.array([1, 2], "<u2"))
         raise RuntimeError
@@ -86,14 +86,14 @@ GOOD = {"lengths": [2, 3], "offsets": [0, 4], "boundaries": [0, 1, 2]}
         ({"boundaries": [0, 2, 1, 2]}, "not in ascending order"),
     ],
 )
-def test_a_wrong_index_is_refused_by_its_own_sentence(tmp_path, change, sentence):
+def test_invalid_index_is_refused_with_its_own_message(tmp_path, change, sentence):
     prefix = pack_pair(tmp_path / "shard", bytes(10), **GOOD)
     Shard(prefix)
     with pytest.raises(UserError, match=sentence):
         Shard(pack_pair(tmp_path / "shard", bytes(10), **(GOOD | change)))
 
 
-def test_a_file_that_is_cut_off_is_refused_wherever_it_is_cut(tmp_path):
+def test_truncated_file_is_refused_at_every_length(tmp_path):
     prefix = pack_pair(tmp_path / "shard", bytes(10), **GOOD)
     for kind in (".idx", ".bin"):
         whole = prefix.with_suffix(kind).read_bytes()
@@ -104,20 +104,20 @@ def test_a_file_that_is_cut_off_is_refused_wherever_it_is_cut(tmp_path):
         prefix.with_suffix(kind).write_bytes(whole)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"shard\.idx: No such file"):
         Shard(tmp_path / "shard")
 
 
 @pytest.mark.parametrize("code, letter", [(1, "B"), (3, "h"), (4, "i"), (5, "q"), (6, "H"), (7, "I"), (8, "H"), (8, "Q")])
-def test_the_size_tells_whose_dtype_code_it_is(tmp_path, code, letter):
+def test_bin_size_decides_between_the_types_of_a_dtype_code(tmp_path, code, letter):
     stored = struct.pack(f"<5{letter}", *range(1, 6))
     size = struct.calcsize(letter)
     prefix = pack_pair(tmp_path / "shard", stored, code=code, lengths=[2, 3], offsets=[0, 2 * size], boundaries=[0, 1, 2])
     assert Shard(prefix).tokens.tolist() == [1, 2, 3, 4, 5]
 
 
-def test_documents_of_several_sequences_and_of_none_keep_their_places(tmp_path):
+def test_documents_of_several_sequences_or_none_keep_their_starts(tmp_path):
     index = {"lengths": [2, 1, 2], "offsets": [0, 4, 6], "boundaries": [0, 2, 2, 3, 3]}
     shard = Shard(pack_pair(tmp_path / "shard", bytes(10), **index))
     assert [shard.document_start(number) for number in range(5)] == [0, 3, 3, 5, 5]
@@ -125,7 +125,7 @@ def test_documents_of_several_sequences_and_of_none_keep_their_places(tmp_path):
 
 
 @pytest.mark.skipif(not FOREIGN.with_suffix(".idx").exists(), reason=f"{FOREIGN} is not here: a pair that Megatron's own tools wrote")
-def test_a_pair_that_megatron_wrote_is_read():
+def test_pairs_written_by_megatron_are_read():
     shard = Shard(FOREIGN)
     assert (shard.num_documents, len(shard.tokens)) == (1000, 1_361_845)
     ends = [shard.document_start(number + 1) - 1 for number in range(1000)]
@@ -137,7 +137,7 @@ SHARDS = st.lists(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), 
 
 @given(shards=SHARDS, data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
-def test_a_stream_is_its_shards_joined(stream, shards, data):
+def test_stream_equals_its_shards_joined(stream, shards, data):
     joined = stream(*shards)
     documents = [document for shard in shards for document in shard]
     tokens = [token for document in documents for token in document]
@@ -167,14 +167,14 @@ def prepared(tmp_path, write_shard):
     return tmp_path
 
 
-def test_a_prepared_folder_opens(prepared):
+def test_prepared_folder_opens(prepared):
     opened = PreparedData(prepared)
     assert [len(opened.splits[name]) for name in ("train", "validation")] == [5, 0]
     assert (opened.splits["train"].num_bytes, opened.vocab_size, opened.end_of_text) == (9, 6, 0)
     opened.verify()
 
 
-def test_a_flipped_byte_is_found_by_verify_and_changes_no_size(prepared):
+def test_verify_finds_a_changed_byte(prepared):
     opened, path = PreparedData(prepared), prepared / "train/00000.bin"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     with pytest.raises(UserError, match=r"00000\.bin was changed"):
@@ -182,7 +182,7 @@ def test_a_flipped_byte_is_found_by_verify_and_changes_no_size(prepared):
     PreparedData(prepared)
 
 
-def test_the_fingerprint_is_that_of_the_tokens_and_not_of_the_folder(prepared, tmp_path_factory):
+def test_fingerprint_depends_on_the_tokens_and_not_on_the_folder(prepared, tmp_path_factory):
     moved = tmp_path_factory.mktemp("moved") / "prepared"
     before = PreparedData(prepared).fingerprint
     prepared.rename(moved)
@@ -203,13 +203,13 @@ def test_the_fingerprint_is_that_of_the_tokens_and_not_of_the_folder(prepared, t
         ("train/00000", "train/00001", "No such file"),
     ],
 )
-def test_a_wrong_manifest_is_refused(prepared, old, new, sentence):
+def test_invalid_manifest_is_refused(prepared, old, new, sentence):
     path = prepared / "manifest.json"
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match=sentence):
         PreparedData(prepared)
 
 
-def test_another_folder_is_no_prepared_folder(tmp_path):
+def test_folder_without_a_manifest_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"manifest\.json is missing\. Create one with data/prepare\.py"):
         PreparedData(tmp_path)

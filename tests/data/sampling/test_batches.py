@@ -31,7 +31,7 @@ def test_data_and_model_ignore_the_same_target():
     assert data.sampling.batches.IGNORED == model.loss.IGNORED
 
 
-def test_an_epoch_of_one_source_comes_in_the_order_of_the_permutation(stream, counted):
+def test_epoch_of_one_source_follows_the_permutation(stream, counted):
     samples = PackedSamples(stream(counted(5, 6)), 5, END)
     (batch,) = training_batches([samples], 3, 3, seed=7).step(1)
     order = permute(np.arange(3), 3, seed=7, epoch=1)
@@ -45,7 +45,7 @@ def test_an_epoch_of_one_source_comes_in_the_order_of_the_permutation(stream, co
 
 @pytest.mark.parametrize("world, micro_batch_size", [(1, 2), (2, 2), (2, 1), (4, 1)])
 @pytest.mark.parametrize("kind", [PackedSamples, BestFitSamples])
-def test_an_epoch_reads_every_token_as_a_target_once(stream, counted, kind, world, micro_batch_size):
+def test_epoch_has_every_token_as_a_target_once(stream, counted, kind, world, micro_batch_size):
     text = stream(counted(27, 5), counted(28))  # tokens of the second shard begin at 0 again
     samples = kind(text, 8, END)
     assert samples.num_samples == 8
@@ -56,7 +56,7 @@ def test_an_epoch_reads_every_token_as_a_target_once(stream, counted, kind, worl
     assert sorted(targets) == sorted(text.read(0, 60).tolist())
 
 
-def test_ranks_together_read_what_one_rank_reads(stream, counted):
+def test_all_ranks_together_read_the_samples_of_one_rank(stream, counted):
     samples = PackedSamples(stream(counted(100)), 4, END)
     alone = training_batches([samples], 8, 8, seed=1).step(5)[0].tokens
     shares = [training_batches([samples], 8, 2, seed=1, rank=rank, world=2).step(5) for rank in range(2)]
@@ -64,7 +64,7 @@ def test_ranks_together_read_what_one_rank_reads(stream, counted):
     assert torch.equal(torch.cat(in_turn), alone)
 
 
-def test_a_blend_reads_its_sources_by_weight_and_says_which_row_is_whose(stream, counted):
+def test_blend_reads_by_weight_and_names_the_source_of_each_row(stream, counted):
     sources = [PackedSamples(stream(counted(40)), 4, END), BestFitSamples(stream([[1000, 1001, 1002]] * 7), 4, END)]
     batches = training_batches(sources, 8, 2, weights=[0.75, 0.25])
     for step in range(6):
@@ -102,7 +102,7 @@ def test_evaluation_has_every_token_as_a_target_once(stream, counted, lengths, s
         assert batch.tokens[kept].tolist() == [END if target in starts else target - 1 for target in batch.targets[kept].tolist()]
 
 
-def test_evaluation_keeps_documents_apart_too(stream, counted):
+def test_evaluation_applies_the_document_mask(stream, counted):
     (batch,) = evaluation_batches(stream(counted(2, 2)), 5, 1, END, document_mask=True)
     assert batch.tokens.tolist() == [[END, 0, END, 2, 0]]
     assert batch.segments.tolist() == [[1, 1, 2, 2, 0]]
@@ -111,7 +111,7 @@ def test_evaluation_keeps_documents_apart_too(stream, counted):
 
 @given(length=st.integers(1, 60), sequence_length=st.integers(1, 12), data=st.data())
 @settings(**ONE_FIXTURE)
-def test_where_samples_overlap_a_token_counts_once_with_the_longest_context(stream, counted, length, sequence_length, data):
+def test_overlapping_windows_count_each_token_once(stream, counted, length, sequence_length, data):
     stride = data.draw(st.integers(1, sequence_length))
     batches = list(evaluation_batches(stream(counted(length)), sequence_length, 1, END, stride=stride))
     assert kept_targets(batches) == list(range(length))
@@ -121,23 +121,23 @@ def test_where_samples_overlap_a_token_counts_once_with_the_longest_context(stre
         assert count == sequence_length or number == len(batches) - 1
 
 
-def test_a_limit_takes_samples_from_the_whole_split(stream, counted):
+def test_limit_spreads_samples_over_the_whole_split(stream, counted):
     batches = list(evaluation_batches(stream(counted(100)), 10, 2, END, limit_samples=5))
     starts = [int(row[0]) for batch in batches for row in batch.targets if row[0] != IGNORED]
     assert starts == [0, 20, 40, 60, 80]
 
 
-def test_a_split_without_tokens_is_no_evaluation(stream):
+def test_evaluation_of_an_empty_split_is_refused(stream):
     with pytest.raises(UserError, match="has 0 tokens: no document was held out"):
         next(evaluation_batches(stream(), 5, 1, END))
 
 
-def test_one_token_is_an_evaluation(stream):
+def test_evaluation_of_one_token_works(stream):
     (batch,) = evaluation_batches(stream([[7]]), 3, 1, END)
     assert [field.tolist() for field in batch[:3]] == [[[END, 0, 0]], [[1, 0, 0]], [[7, IGNORED, IGNORED]]]
 
 
-def test_a_batch_that_cannot_be_dealt_out_is_refused_with_the_nearest_that_can(stream, counted):
+def test_indivisible_batch_is_refused_with_the_nearest_size(stream, counted):
     samples = PackedSamples(stream(counted(9)), 4, END)
     with pytest.raises(
         UserError, match=r"500 is not a multiple of batch\.micro_batch_size 4 x data_parallel_size 8 = 32\.\nNearest: 480 or 512"

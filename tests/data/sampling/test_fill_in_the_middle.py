@@ -39,7 +39,7 @@ def put_back(tokens):
 
 @given(length=st.integers(1, 30), ends=st.booleans(), seed=st.integers(0, 1000))
 @settings(**ONE_FIXTURE)
-def test_a_transformed_piece_is_three_marks_longer_and_can_be_put_back(length, ends, seed):
+def test_transformed_piece_can_be_restored(length, ends, seed):
     piece = np.arange(1, length + 1)
     if ends:
         piece[-1] = END
@@ -48,14 +48,14 @@ def test_a_transformed_piece_is_three_marks_longer_and_can_be_put_back(length, e
     assert put_back(told) == piece.tolist()
 
 
-def test_prefix_first_and_suffix_first_come_equally_often():
+def test_prefix_first_and_suffix_first_are_equally_frequent():
     generator = np.random.default_rng(0)
     suffix_first = [fill().transform(np.arange(100), END, generator)[1] == SUFFIX for _ in range(2000)]
     # The prefix is empty in one of a hundred, which reads the same in both orders; the sampling error is 0.011.
     assert 0.46 < np.mean(suffix_first) < 0.55
 
 
-def test_the_two_orders_are_those_of_the_paper():
+def test_both_orders_are_those_of_the_paper():
     class Drawn:
         """Cuts behind the second and the fourth token."""
 
@@ -74,7 +74,7 @@ def test_the_two_orders_are_those_of_the_paper():
     assert fill().transform(piece, END, Drawn(0.9)).tolist() == [PREFIX, SUFFIX, 5, MIDDLE, 1, 2, 3, 4, END]
 
 
-def test_draws_belong_to_seed_epoch_sample_and_source():
+def test_draws_depend_on_seed_epoch_sample_and_source():
     draws = {
         (seed, epoch, sample, source): sample_generator(seed, epoch, sample, source).random(4).tobytes()
         for seed in (-1, 0, 1)
@@ -94,9 +94,7 @@ def test_draws_belong_to_seed_epoch_sample_and_source():
     kind=st.sampled_from([PackedSamples, BestFitSamples]),
 )
 @settings(**ONE_FIXTURE)
-def test_every_token_stays_a_target_once_and_the_marks_are_targets_too(
-    stream, counted, lengths, sequence_length, document_mask, rate, kind
-):
+def test_every_token_and_special_token_is_a_target_once(stream, counted, lengths, sequence_length, document_mask, rate, kind):
     text = stream(counted(*lengths))
     samples = kind(text, sequence_length, END, document_mask, fill(rate), seed=5)
     rows = [samples.sample(number, 1)[:3] for number in range(samples.num_samples)]
@@ -113,7 +111,7 @@ def test_every_token_stays_a_target_once_and_the_marks_are_targets_too(
         assert all(np.array_equal(one, other) for one, other in zip(again[:3], (tokens, segments, targets), strict=True))
 
 
-def test_all_are_chosen_at_rate_one_and_the_next_epoch_cuts_elsewhere(stream, counted):
+def test_rate_one_transforms_all_and_epochs_cut_differently(stream, counted):
     samples = PackedSamples(stream(counted(*[37] * 50)), 200, END, fill=fill(), seed=1)
     first, second = (samples.sample(3, epoch)[2] for epoch in (0, 1))
     pieces = samples.documents(3)
@@ -136,7 +134,7 @@ def mixed_lengths(name):
 @pytest.mark.parametrize("rate", [0.5, 1.0])
 @pytest.mark.parametrize("name", ["lognormal", "short and long", "short and long, mixed", "equal", "tiny"])
 @KINDS
-def test_the_rate_is_the_share_of_pieces_whatever_their_lengths(stream, kind, name, rate):
+def test_rate_is_the_share_of_pieces_of_any_length(stream, kind, name, rate):
     samples = kind(stream([[1] * (length - 1) + [END] for length in mixed_lengths(name)]), 512, END, fill=fill(rate))
     filled = sum((samples.sample(number, 0)[2] == PREFIX).sum() for number in range(samples.num_samples))
     pieces = sum(len(samples.documents(number)) for number in range(samples.num_samples))
@@ -148,7 +146,7 @@ def test_the_rate_is_the_share_of_pieces_whatever_their_lengths(stream, kind, na
         assert filled / pieces == pytest.approx(rate, abs=0.03)
 
 
-def test_where_room_lacks_long_and_short_pieces_are_told_out_of_order_equally_often(stream, counted):
+def test_scarce_room_is_given_to_long_and_short_pieces_equally(stream, counted):
     samples = BestFitSamples(stream(counted(12, 8, 6, 4, 3, 2, 1)), 48, END, document_mask=True, fill=fill())
     pieces = samples.documents(0)
     assert samples.num_samples == 1 and [piece.num_tokens for piece in pieces] == [12, 8, 6, 4, 3, 2, 1]
@@ -163,11 +161,11 @@ def test_where_room_lacks_long_and_short_pieces_are_told_out_of_order_equally_of
     assert samples.filled_share == pytest.approx(4 / 7)
 
 
-def test_without_fill_in_the_middle_nothing_is_filled(stream, counted):
+def test_without_fill_in_the_middle_nothing_is_transformed(stream, counted):
     assert PackedSamples(stream(counted(5, 9, 4)), 8, END).filled_share == 0.0
 
 
-def test_room_is_there_for_all_but_one_in_fifty_of_those_chosen():
+def test_room_suffices_for_98_percent_of_the_chosen_pieces():
     assert fill(1.0).spare(1000, np.array([3, 3, 3])) == 3
     assert fill(1.0).spare(1000, np.array([1] * 90 + [10])) == 8  # 98 of 100: 8 of the 10
     assert fill(1.0).spare(120, np.array([40])) == 10  # a quarter of the sample
@@ -204,7 +202,7 @@ def folders(tmp_path_factory):
     return open_folders([str(root / "one"), str(root / "two")])
 
 
-def test_two_sources_of_a_blend_are_cut_at_other_places(folders):
+def test_two_sources_of_a_blend_are_cut_differently(folders):
     sampling = open_sampling(folders, SamplingSettings(fim_rate=1.0), 64, False, seed=1)
     one, two = sampling.samples
     assert one.num_samples == two.num_samples and one.documents(2) == two.documents(2)
@@ -213,12 +211,12 @@ def test_two_sources_of_a_blend_are_cut_at_other_places(folders):
     assert np.array_equal(one.sample(2, 0)[2], alone.sample(2, 0)[2]), "the first source draws as one alone does"
 
 
-def test_the_rate_zero_is_no_fill_in_the_middle_and_needs_no_marks(folders):
+def test_rate_zero_needs_no_special_tokens(folders):
     sampling = open_sampling(folders, SamplingSettings(fim_rate=0.0, fim_tokens=("<|nowhere|>",)), 8, False, seed=1)
     assert sampling.objective.fill is None and all(samples.content == 8 and samples.filled_share == 0.0 for samples in sampling.samples)
 
 
-def test_marks_that_are_not_told_apart_are_refused(folders):
+def test_equal_special_tokens_are_refused(folders):
     prefix, suffix, middle = SamplingSettings.fim_tokens
     for tokens in ((prefix, suffix, suffix), (prefix, prefix, middle), (prefix, suffix, "<|endoftext|>")):
         with pytest.raises(UserError) as refused:
@@ -230,7 +228,7 @@ def test_marks_that_are_not_told_apart_are_refused(folders):
         )
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_rate_and_short_samples_are_refused():
     for rate in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match=f"rate of fill-in-the-middle is {rate}; it must be at least 0 and at most 1"):
             fill(rate)

@@ -89,7 +89,7 @@ def pairs(tmp_path):
     return make
 
 
-def test_a_prefix_is_negative_and_only_its_last_target_counts(stream, counted):
+def test_prefix_segments_are_negative_and_only_its_last_target_counts(stream, counted):
     samples = PrefixSamples(PackedSamples(stream(counted(3, 6, 3)), 12, END, document_mask=True, seed=4))
     causal = samples.sample(0, 0).tokens
     lengths = set()
@@ -107,7 +107,7 @@ def test_a_prefix_is_negative_and_only_its_last_target_counts(stream, counted):
     shards=SHARDS, sequence_length=st.integers(1, 20), document_mask=st.booleans(), kind=st.sampled_from([PackedSamples, BestFitSamples])
 )
 @settings(**ONE_FIXTURE)
-def test_every_segment_of_a_prefix_sample_has_a_target_and_padding_stays_padding(ended, shards, sequence_length, document_mask, kind):
+def test_every_segment_of_a_prefix_sample_has_a_target(ended, shards, sequence_length, document_mask, kind):
     causal = kind(ended(*shards), sequence_length, END, document_mask)
     for plain, sample in zip(rows(causal), rows(PrefixSamples(causal)), strict=True):
         assert np.array_equal(abs(sample.segments), plain.segments)
@@ -126,7 +126,7 @@ def test_every_segment_of_a_prefix_sample_has_a_target_and_padding_stays_padding
     whole_words=st.booleans(),
 )
 @settings(**ONE_FIXTURE)
-def test_masked_texts_stand_between_their_marks_and_no_token_is_lost(ended, shards, sequence_length, way, rate, whole_words):
+def test_masked_samples_frame_their_texts_and_lose_no_token(ended, shards, sequence_length, way, rate, whole_words):
     samples = MaskedSamples(ended(*shards), sequence_length, masking(rate, whole_words), *way, token_types=True, seed=2)
     read = []
     for number, sample in enumerate(rows(samples, epoch=1)):
@@ -148,7 +148,7 @@ def test_masked_texts_stand_between_their_marks_and_no_token_is_lost(ended, shar
     assert sorted(read) == list(range(sum(map(sum, shards))))
 
 
-def test_a_document_that_fits_is_not_cut_by_best_fit_and_a_longer_one_fills_samples(ended):
+def test_best_fit_masked_samples_cut_only_long_documents(ended):
     samples = MaskedSamples(ended([4, 13, 2]), 8, masking(), "best_fit", True)
     assert [told(sample).tolist() for sample in rows(samples)] == [
         [CLASS, 4, 5, 6, 7, 8, 9, END],
@@ -158,7 +158,7 @@ def test_a_document_that_fits_is_not_cut_by_best_fit_and_a_longer_one_fills_samp
     ]
 
 
-def test_of_hidden_tokens_eight_of_ten_become_the_mask_and_one_of_ten_another(ended):
+def test_hidden_tokens_become_mask_random_or_stay_80_10_10(ended):
     sample = MaskedSamples(ended([50_000]), 50_002, masking(0.3)).sample(0, 0)
     asked = sample.targets != IGNORED
     assert asked.sum() == round(0.3 * 50_000)
@@ -172,7 +172,7 @@ def test_of_hidden_tokens_eight_of_ten_become_the_mask_and_one_of_ten_another(en
 
 @given(number=st.integers(0, 10**6), length=st.integers(4, 200), rate=st.sampled_from([0.1, 0.15, 0.5]))
 @settings(**ONE_FIXTURE)
-def test_whole_words_are_hidden_whole_and_as_many_tokens_as_were_asked_for_at_most(ended, number, length, rate):
+def test_whole_words_are_hidden_whole_up_to_the_rate(ended, number, length, rate):
     samples = MaskedSamples(ended([length]), length + 2, masking(rate, whole_words=True), seed=number)
     asked = samples.sample(0, 0).targets[1 : length + 1] != IGNORED
     words = [asked[first : first + 3] for first in range(0, length, 3)]
@@ -182,7 +182,7 @@ def test_whole_words_are_hidden_whole_and_as_many_tokens_as_were_asked_for_at_mo
     assert asked.sum() == shortest > most or most - 2 <= asked.sum() <= most
 
 
-def test_a_word_begins_behind_a_mark_and_behind_a_space(stream):
+def test_word_begins_after_a_special_token_and_after_a_space(stream):
     inner, space = 1, 2  # neither begins a word of itself
     table = Masking(0.5, CLASS, MASK, END, IS_TEXT, (BEGINS, np.arange(END + 1) == space))
     samples = MaskedSamples(stream([[inner, inner, space, inner, inner, inner, END]]), 9, table)
@@ -190,7 +190,7 @@ def test_a_word_begins_behind_a_mark_and_behind_a_space(stream):
     assert chosen == {(1, 2, 3), (4, 5, 6)}
 
 
-def test_a_second_part_follows_or_is_of_another_document_and_the_class_says_which(ended):
+def test_class_is_whether_the_second_part_is_from_another_document(ended):
     samples = NextSentenceSamples(ended([9, 25], [7]), 13, masking(), seed=1)
     assert [samples.documents(number)[0] for number in range(5)] == [(0, 0, 9), (1, 0, 10), (1, 10, 10), (1, 20, 5), (2, 0, 7)]
     of_document = np.repeat([0, 1, 2], [9, 25, 7])
@@ -212,13 +212,13 @@ def test_a_second_part_follows_or_is_of_another_document_and_the_class_says_whic
     assert len(cuts) == 8 + 9 + 9 + 4 + 6, "every place comes"
 
 
-def test_a_piece_of_one_token_is_followed_by_another_document(ended):
+def test_piece_of_one_token_gets_another_document(ended):
     samples = NextSentenceSamples(ended([11, 3]), 13, masking())
     assert samples.documents(1) == [(0, 10, 1)]
     assert {int(samples.sample(1, epoch).classes) for epoch in range(20)} == {1}
 
 
-def test_the_first_part_has_the_first_type_where_it_ends_with_an_end_of_text_of_its_own(stream):
+def test_token_types_change_after_the_first_end_of_text(stream):
     samples = NextSentenceSamples(stream([[1, 2, END, 3, 4, END], [5, 6, END]]), 9, masking())
     for epoch in range(40):
         sample = samples.sample(0, epoch)
@@ -226,7 +226,7 @@ def test_the_first_part_has_the_first_type_where_it_ends_with_an_end_of_text_of_
         assert len(second) and (sample.tokens[[second[0] - 1, second[-1]]] == END).all()
 
 
-def test_next_sentences_of_one_document_are_refused(ended):
+def test_next_sentence_with_one_document_is_refused(ended):
     with pytest.raises(UserError, match=r"another document, but .* has 1 with text; prepare at least 2"):
         NextSentenceSamples(ended([30, 0]), 13, masking())
 
@@ -235,7 +235,7 @@ def test_next_sentences_of_one_document_are_refused(ended):
     ("source", "rate", "span", "text", "target"),
     [(512, 0.15, 3.0, 568, 114), (1024, 0.15, 3.0, 1137, 229), (2, 0.15, 3.0, 1, 1)],
 )
-def test_text_and_target_are_as_long_as_t5s(source, rate, span, text, target):
+def test_text_and_target_lengths_equal_t5s(source, rate, span, text, target):
     assert text_length(source, rate, span) == text
     assert lengths_of(text, rate, span) == (source, target)
 
@@ -247,7 +247,7 @@ def test_text_and_target_are_as_long_as_t5s(source, rate, span, text, target):
     span_length=st.sampled_from([1.0, 3.0, 8.0]),
 )
 @settings(**ONE_FIXTURE)
-def test_source_and_target_of_span_corruption_together_are_the_text(ended, shards, sequence_length, rate, span_length):
+def test_source_and_target_of_span_corruption_make_the_text(ended, shards, sequence_length, rate, span_length):
     text = ended(*shards)
     samples = SpanCorruptionSamples(text, sequence_length, rate, span_length, SENTINELS, END, START, seed=3)
     read = []
@@ -271,7 +271,7 @@ def test_source_and_target_of_span_corruption_together_are_the_text(ended, shard
     assert read == text.read(0, len(text)).tolist()
 
 
-def test_spans_have_the_lengths_that_were_asked_for(ended):
+def test_spans_have_the_requested_mean_length(ended):
     samples = SpanCorruptionSamples(ended([20_000]), 512, 0.15, 3.0, SENTINELS, END, START)
     spans = [np.diff(np.flatnonzero(np.isin(sample.targets, SENTINELS)), append=113) - 1 for sample in rows(samples)[:-1]]
     assert {len(lengths) for lengths in spans} == {28} and {int(lengths.sum()) for lengths in spans} == {85}
@@ -293,7 +293,7 @@ def test_pairs_share_a_sample_by_hand(pairs):
 
 @given(lengths=PAIRS, sequence_length=st.integers(2, 20), target_length=st.integers(2, 20))
 @settings(**ONE_FIXTURE)
-def test_each_pair_comes_once_an_epoch_its_sides_under_one_number(pairs, lengths, sequence_length, target_length):
+def test_each_pair_is_read_once_an_epoch_in_one_segment(pairs, lengths, sequence_length, target_length):
     """The tokens of a pair are its number."""
     sides = [list(side) for side in itertools.chain(*lengths)]
     numbers = iter(range(len(sides)))
@@ -322,7 +322,7 @@ def test_each_pair_comes_once_an_epoch_its_sides_under_one_number(pairs, lengths
     assert samples.padding_share == pytest.approx(np.sum(room) / (len(room) * (sequence_length + target_length)))
 
 
-def test_which_pairs_share_a_sample_depends_on_the_seed_and_not_on_their_neighbourhood(pairs):
+def test_pairs_of_a_sample_are_drawn_by_the_seed(pairs):
     stream = pairs([([number], [number]) for number in range(400)])
     one, other = (PairSamples(stream, 40, 40, END, START, seed) for seed in (1, 2))
     together = [[piece.document for piece in one.documents(number)] for number in range(20)]
@@ -330,7 +330,7 @@ def test_which_pairs_share_a_sample_depends_on_the_seed_and_not_on_their_neighbo
     assert np.mean([abs(a - b) == 1 for sample in together for a, b in itertools.pairwise(sample)]) < 0.05
 
 
-def test_a_million_pairs_are_packed_in_a_second_or_so():
+def test_a_million_pairs_are_packed_quickly():
     generator = np.random.default_rng(0)
     lengths = generator.integers(2, 40, (10**6, 2))
 
@@ -343,7 +343,7 @@ def test_a_million_pairs_are_packed_in_a_second_or_so():
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "relative"])
-def test_a_pair_has_the_logits_that_it_has_alone(pairs, positions):
+def test_packed_pair_has_the_logits_of_the_pair_alone(pairs, positions):
     config = ModelConfig(
         vocab_size=64,
         sequence_length=24,
@@ -373,7 +373,7 @@ def test_a_pair_has_the_logits_that_it_has_alone(pairs, positions):
         torch.testing.assert_close(found, apart[document], atol=1e-4, rtol=1e-5)
 
 
-def test_little_of_multi30k_is_padding(pairs):
+def test_multi30k_needs_little_padding(pairs):
     folder = REPOSITORY.parent / "shared/corpora/multi30k-en-de"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
@@ -383,7 +383,7 @@ def test_little_of_multi30k_is_padding(pairs):
     assert samples.num_cut == 0 and samples.padding_share < 0.12
 
 
-def test_a_text_and_the_place_of_its_label(pairs):
+def test_class_is_the_index_of_the_label(pairs):
     stream = pairs([([1, 2, 3], [7, 7]), ([4], [8])], [([5, 6, 9, 9, 9], [7])])
     classes = classes_of(stream, [[8], [7, 7], [9]])
     assert classes.tolist() == [1, 0, -1]
@@ -414,7 +414,7 @@ def kinds(ended, pairs):
     }
 
 
-def test_a_resume_draws_the_same_and_another_epoch_and_another_source_other_things(ended, pairs):
+def test_draws_repeat_and_differ_by_epoch_and_source(ended, pairs):
     text = ended([200])
     for make in (
         lambda source: PrefixSamples(PackedSamples(text, 64, END, seed=1, source=source)),
@@ -429,7 +429,7 @@ def test_a_resume_draws_the_same_and_another_epoch_and_another_source_other_thin
         assert not same(before, samples.sample(0, 4)) and not same(before, make(1).sample(0, 3))
 
 
-def test_every_kind_of_sample_becomes_batches_of_one_shape(ended, pairs):
+def test_every_objective_makes_batches_of_one_shape(ended, pairs):
     fields = {
         "causal": ("tokens", "segments"),
         "masked": ("tokens", "segments"),
@@ -452,7 +452,7 @@ def test_every_kind_of_sample_becomes_batches_of_one_shape(ended, pairs):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_held_out_samples_come_once_in_order_and_padding_counts_for_nothing(ended, pairs, world):
+def test_held_out_batches_have_each_sample_once_in_order(ended, pairs, world):
     for name, samples in kinds(ended, pairs).items():
         ranks = [list(held_out_batches(samples, 2, rank, world)) for rank in range(world)]
         assert len({len(batches) for batches in ranks}) == 1, "ranks must call the model together"
@@ -466,7 +466,7 @@ def test_held_out_samples_come_once_in_order_and_padding_counts_for_nothing(ende
         assert target_classes(batches) == (len(expected) if expected[0].classes is not None else 0)
 
 
-def test_held_out_batches_of_the_causal_objective_are_the_evaluations(ended):
+def test_causal_held_out_batches_equal_evaluation_batches(ended):
     text = ended([40, 60, 35], [80])
     samples = PackedSamples(text, 16, END, document_mask=True)
     for limit, rank in itertools.product((None, 5), (0, 1)):
@@ -500,7 +500,7 @@ def opened(folder, architecture="decoder", sequence_length=24, document_mask=Fal
     return open_sampling(open_folders([folder]), SamplingSettings(**options), sequence_length, document_mask, 1, architecture, token_types)
 
 
-def test_the_objective_follows_the_architecture_and_only_causal_has_bytes_per_token(prepared):
+def test_default_objective_follows_the_architecture(prepared):
     for architecture, objective in {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}.items():
         sampling = opened(prepared["texts"], architecture, 14)
         assert sampling.objective.name == objective
@@ -508,14 +508,14 @@ def test_the_objective_follows_the_architecture_and_only_causal_has_bytes_per_to
         assert (sampling.target_length is not None) == (architecture == "encoder_decoder")
 
 
-def test_the_table_holds_each_objective_of_the_settings_under_its_name():
+def test_table_has_every_objective_of_the_settings():
     assert sorted(OBJECTIVES) == sorted(typing.get_args(ObjectiveName))
     assert all(objective.name == name for name, objective in OBJECTIVES.items())
     names = {field.name for field in dataclasses.fields(SamplingSettings)}
     assert all(names.issuperset(objective.own_settings) for objective in OBJECTIVES.values())
 
 
-def test_labels_are_found_in_training_and_held_out_text(prepared):
+def test_labels_become_classes_in_both_splits(prepared):
     options = {"objective": "classification", "labels": ("blue", "red")}
     sampling = opened(prepared["labels"], "encoder", **options)
     held_out = open_held_out(sampling.folders, SamplingSettings(**options), 24, False, "encoder")
@@ -527,7 +527,7 @@ def test_labels_are_found_in_training_and_held_out_text(prepared):
 
 
 @pytest.mark.parametrize("objective", ["pairs", "span_corruption"])
-def test_a_decoder_begins_with_the_start_token_that_was_named(prepared, objective):
+def test_decoder_reads_the_given_start_token_first(prepared, objective):
     folder, options = prepared["labels"], {"objective": objective, "start_token": "[CLS]"}
     sampling = opened(folder, "encoder_decoder", 14, **options)
     (held_out,) = open_held_out(sampling.folders, SamplingSettings(**options), 14, False, "encoder_decoder").values()
@@ -542,7 +542,7 @@ def test_a_decoder_begins_with_the_start_token_that_was_named(prepared, objectiv
         assert (sample.tokens[first] == start).all() and sample.targets[sample.segments > 0][-1] == sampling.end_of_text
 
 
-def test_labels_that_are_the_same_tokens_are_refused(tmp_path):
+def test_labels_with_the_same_tokens_are_refused(tmp_path):
     words = {word: number for number, word in enumerate(("[UNK]", "[SEP]", "[CLS]", "text", "good"))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.add_special_tokens(["[UNK]", "[SEP]", "[CLS]"])
@@ -561,7 +561,7 @@ def test_labels_that_are_the_same_tokens_are_refused(tmp_path):
         opened(str(tmp_path / "prepared"), "encoder", objective="classification", labels=("bad", "good", "worse"))
 
 
-def test_held_out_masks_do_not_depend_on_the_seed_and_cover_the_split(prepared):
+def test_held_out_masks_are_fixed_and_cover_the_split(prepared):
     folders = open_folders([prepared["texts"]])
     (samples,) = open_held_out(folders, SamplingSettings(mask_rate=0.3), 24, False, "encoder").values()
     assert samples.num_samples == -(-len(folders["texts"].splits["validation"]) // 22)
@@ -612,13 +612,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("sentence", WRONG)
-def test_what_does_not_fit_is_refused_with_its_sentence(prepared, sentence):
+def test_unfit_settings_are_refused_with_their_own_message(prepared, sentence):
     options = {"folder": "texts"} | WRONG[sentence]
     with pytest.raises(UserError, match=sentence):
         opened(prepared[options.pop("folder")], **options)
 
 
-def test_an_unknown_label_is_refused_with_its_place_and_missing_labels_with_what_there_are(prepared):
+def test_unknown_and_missing_labels_are_refused(prepared):
     with pytest.raises(UserError, match=r'labels.tsv, byte \d+: the label "blue" is not in data.labels \(red, green\); \d+ documents'):
         opened(prepared["labels"], "encoder", objective="classification", labels=("red", "green"))
     with pytest.raises(UserError, match=r"needs data.labels, each label once; the first documents of .* have: blue, red"):

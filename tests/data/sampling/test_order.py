@@ -17,32 +17,32 @@ SEEDS = st.integers(0, 2**32)
 
 
 @given(st.integers(1, 3000), SEEDS, st.integers(0, 100))
-def test_an_epoch_is_a_permutation(size, seed, epoch):
+def test_epoch_is_a_permutation(size, seed, epoch):
     assert sorted(permute(np.arange(size), size, seed, epoch)) == list(range(size))
 
 
 @given(st.integers(1, 2**62), SEEDS, st.data())
-def test_positions_of_a_huge_epoch_stay_inside_and_apart(size, seed, data):
+def test_positions_of_a_huge_epoch_stay_in_range_and_differ(size, seed, data):
     positions = data.draw(st.lists(st.integers(0, size - 1), unique=True, min_size=1, max_size=20))
     places = permute(np.array(positions, dtype=np.int64), size, seed, epoch=0)
     assert len(set(places.tolist())) == len(positions)
     assert all(0 <= place < size for place in places)
 
 
-def test_the_order_is_this_one():
+def test_order_equals_recorded_order():
     """Written down, because a run that goes on with a newer version must read what the older one would have read."""
     assert permute(np.arange(10), 10, seed=1, epoch=0).tolist() == [1, 5, 2, 9, 8, 7, 4, 0, 6, 3]
     assert permute(np.array([0, 2**61]), 2**62, seed=1, epoch=3).tolist() == [173165037345775332, 1660223906138117586]
 
 
-def test_orders_are_evenly_spread_over_seeds_and_epochs():
+def test_orders_are_uniform_over_seeds_and_epochs():
     """Each of the 6 orders of three samples comes 1,000 times in 6,000; five standard deviations are 144."""
     orders = [tuple(permute(np.arange(3), 3, seed, epoch)) for seed in range(60) for epoch in range(100)]
     counts = np.unique(orders, axis=0, return_counts=True)[1]
     assert len(counts) == 6 and np.abs(counts - 1000).max() < 144
 
 
-def test_neighbours_in_an_epoch_are_not_neighbours_in_the_text():
+def test_neighbours_in_an_epoch_are_apart_in_the_text():
     places = permute(np.arange(100_000), 100_000, seed=0, epoch=0)
     correlation = np.corrcoef(np.arange(100_000), places)[0, 1]
     assert abs(correlation) < 5 / 100_000**0.5
@@ -68,7 +68,7 @@ def test_every_sample_is_read_once_an_epoch_at_any_world_size(num_samples, micro
     assert sorted(read[:num_samples]) == sorted(read[num_samples : 2 * num_samples]) == list(range(num_samples))
 
 
-def test_one_source_is_read_epoch_behind_epoch_each_in_its_own_order():
+def test_each_epoch_of_one_source_has_its_own_order():
     epochs = np.array(row(Blend([10], None, seed=1), 30)).reshape(3, 10, 3)
     for epoch, order in enumerate(epochs):
         assert (order[:, :2] == [0, epoch]).all()
@@ -97,7 +97,7 @@ def common_denominator(shares: list[Fraction]) -> int:
 
 @given(blends())
 @settings(max_examples=40, deadline=None)
-def test_shares_are_those_that_were_asked_for(blend_and_shares):
+def test_shares_equal_the_requested_shares(blend_and_shares):
     """Exactly where a period of at most 65,536 samples has them, else up to a 10**12th for two sources."""
     blend, shares = blend_and_shares
     period = common_denominator(shares)
@@ -136,12 +136,12 @@ def test_at_every_position_each_source_is_close_to_its_share(blend_and_shares, f
 
 @given(st.lists(st.floats(0, 9).map(lambda power: int(10**power)), min_size=2, max_size=6))
 @settings(max_examples=25, deadline=None)
-def test_without_weights_each_source_is_read_once_while_all_are(sizes):
+def test_without_weights_all_sources_finish_an_epoch_together(sizes):
     blend = Blend(sizes, None, seed=1)
     assert all(abs(times - 1) <= 2 / size for times, size in zip(blend.epochs(sum(sizes)).tolist(), sizes, strict=True))
 
 
-def test_a_small_source_beside_a_huge_one_is_read_as_often():
+def test_small_source_next_to_a_huge_one_is_read_as_often():
     """Rounded to parts of one period the first was read 1.9 times as often as the other, and the second could not be had."""
     assert Blend([3_000_001, 24], None, 1).epochs(3_000_025).tolist() == [1, 1]
     assert Blend([9_999_991, 1000, 77], None, 1).epochs(10 * 10_001_068).tolist() == [10, 10, 10]
@@ -150,7 +150,7 @@ def test_a_small_source_beside_a_huge_one_is_read_as_often():
 
 @given(blends())
 @settings(max_examples=40, deadline=None)
-def test_every_sample_of_a_source_comes_once_in_each_epoch_of_it(blend_and_shares):
+def test_each_epoch_of_a_source_has_every_sample_once(blend_and_shares):
     blend, _ = blend_and_shares
     read = row(blend, 400)
     for source, size in enumerate(blend.sizes.tolist()):
@@ -161,7 +161,7 @@ def test_every_sample_of_a_source_comes_once_in_each_epoch_of_it(blend_and_share
         assert blend.epochs(400)[source] == len(came) / size
 
 
-def test_samples_of_the_parts_left_over_come_once_too():
+def test_samples_at_left_over_positions_are_read_once():
     """Of six sources a few places in 65,536, which no short row has."""
     sizes, count = [5000, 3000, 2000, 700, 41, 1], 3 * LONGEST_PERIOD + 1000
     blend = Blend(sizes, (0.31831, 0.27183, 0.14142, 0.1732, 0.0577215, 0.0377), seed=1)
@@ -176,7 +176,7 @@ def test_samples_of_the_parts_left_over_come_once_too():
 
 @given(blends(), st.integers(0, 10**12))
 @settings(max_examples=40, deadline=None)
-def test_a_position_says_the_same_alone_as_in_the_row(blend_and_shares, first):
+def test_position_drawn_alone_equals_position_in_the_row(blend_and_shares, first):
     blend, _ = blend_and_shares
     whole = row(blend, 20, first)
     assert [row(blend, 1, first + number)[0] for number in range(20)] == whole
@@ -184,18 +184,18 @@ def test_a_position_says_the_same_alone_as_in_the_row(blend_and_shares, first):
     assert list(zip(*(column.tolist() for column in backwards), strict=True)) == whole[::-1]
 
 
-def test_the_blend_is_this_one():
+def test_blend_equals_recorded_blend():
     """Written down, because a run that goes on with a newer version must read what the older one would have read."""
     assert row(Blend([4, 3], (2, 1), seed=1), 8) == [(0, 0, 3), (1, 0, 0), (0, 0, 1), (0, 0, 0), (1, 0, 2), (0, 0, 2), (0, 1, 3), (1, 0, 1)]
     assert [source for source, _, _ in row(Blend([9, 9, 9], (0.5, 0.3, 0.2), seed=1), 10)] == [0, 1, 2, 0, 0, 1, 0, 2, 1, 0]
 
 
-def test_sources_of_one_size_have_orders_of_their_own():
+def test_sources_of_equal_size_have_different_orders():
     read = np.array(row(Blend([50, 50], (1, 1), seed=3), 100))
     assert read[read[:, 0] == 0, 2].tolist() != read[read[:, 0] == 1, 2].tolist()
 
 
-def test_weights_are_the_decimals_that_were_written():
+def test_weights_are_exact_decimals():
     """In float64 0.1 + 0.2 is not 0.3; in float32 a share of 1e-4 loses samples of a long run."""
     assert Blend([5, 5, 5], (0.1, 0.2, 0.3), 0).shares == [Fraction(1, 6), Fraction(1, 3), Fraction(1, 2)]
     extreme = Blend([10**9, 10**9], (1, 1e-4), 0)
@@ -204,7 +204,7 @@ def test_weights_are_the_decimals_that_were_written():
     assert Blend([5, 5], (1e300, 1e300), 0).shares == [Fraction(1, 2)] * 2
 
 
-def test_a_billion_samples_take_no_more_time_and_memory_than_a_few():
+def test_blend_of_a_billion_samples_is_as_cheap_as_a_few():
     start = time.perf_counter()
     tracemalloc.start()
     blend = Blend([10**9, 10**9 + 7, 123], (0.6180339, 0.3819660, 0.01), seed=1)
@@ -233,14 +233,14 @@ def test_a_billion_samples_take_no_more_time_and_memory_than_a_few():
         ),
     ],
 )
-def test_weights_that_cannot_be_kept_are_refused(sizes, weights, sentence):
+def test_invalid_and_too_small_weights_are_refused(sizes, weights, sentence):
     with pytest.raises(UserError) as refused:
         Blend(sizes, weights, seed=0)
     assert str(refused.value) == sentence
 
 
 @pytest.mark.parametrize("others", [(2,), (2, 0.3), (0.7, 1 / 3, 0.11, 1e-5, 9)])
-def test_the_least_weight_that_is_named_is_taken(others):
+def test_smallest_weight_named_in_the_message_is_accepted(others):
     with pytest.raises(UserError) as refused:
         Blend([5] * (1 + len(others)), (1e-20, *others), 0)
     least = float(str(refused.value).split()[-1].rstrip("."))

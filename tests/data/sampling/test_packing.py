@@ -40,7 +40,7 @@ def textbook_best_fit_decreasing(pieces, size):
     return rooms
 
 
-def test_packed_samples_are_cuts_of_the_row_of_tokens(stream, counted):
+def test_packed_samples_cut_the_stream_evenly(stream, counted):
     samples = PackedSamples(stream(counted(5, 6)), 4, END)
     assert samples.num_samples == 3
     tokens, segments, targets = (np.stack(field) for field in zip(*rows(samples), strict=True))
@@ -50,7 +50,7 @@ def test_packed_samples_are_cuts_of_the_row_of_tokens(stream, counted):
     assert tokens.dtype == segments.dtype == targets.dtype == np.int64
 
 
-def test_a_document_mask_begins_each_document_with_end_of_text(stream, counted):
+def test_document_mask_starts_each_document_with_end_of_text(stream, counted):
     samples = PackedSamples(stream(counted(3, 4, 2)), 8, END, document_mask=True)
     tokens, segments, targets = (np.stack(field) for field in zip(*rows(samples), strict=True))
     assert tokens.tolist() == [[END, 0, 1, END, 3, 4, 5, END], [7, 0, 0, 0, 0, 0, 0, 0]]
@@ -58,12 +58,12 @@ def test_a_document_mask_begins_each_document_with_end_of_text(stream, counted):
     assert targets.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7], [8] + [IGNORED] * 7]
 
 
-def test_a_shards_end_is_a_documents_end(stream, counted):
+def test_end_of_a_shard_is_the_end_of_a_document(stream, counted):
     (row,) = rows(PackedSamples(stream(counted(3), counted(3)), 6, END, document_mask=True))
     assert [field.tolist() for field in row] == [[END, 0, 1, END, 0, 1], [1, 1, 1, 2, 2, 2], [0, 1, 2, 0, 1, 2]]
 
 
-def test_best_fit_puts_the_longest_first_and_never_cuts_what_fits(stream, counted):
+def test_best_fit_never_cuts_a_document_that_fits(stream, counted):
     samples = BestFitSamples(stream(counted(3, 11, 5, 2)), 8, END, document_mask=True)
     tokens, segments, targets = (np.stack(field) for field in zip(*rows(samples), strict=True))
     assert targets.tolist() == [[3, 4, 5, 6, 7, 8, 9, 10], [14, 15, 16, 17, 18, 0, 1, 2], [11, 12, 13, 19, 20] + [IGNORED] * 3]
@@ -76,7 +76,7 @@ def test_best_fit_puts_the_longest_first_and_never_cuts_what_fits(stream, counte
     shards=SHARDS, sequence_length=st.integers(1, 24), document_mask=st.booleans(), kind=st.sampled_from([PackedSamples, BestFitSamples])
 )
 @settings(**ONE_FIXTURE)
-def test_every_token_is_a_target_once_an_epoch_behind_what_precedes_it(stream, counted, shards, sequence_length, document_mask, kind):
+def test_every_token_is_a_target_after_the_token_before_it(stream, counted, shards, sequence_length, document_mask, kind):
     documents = counted(*[length for shard in shards for length in shard])
     before = {document[0]: END for document in documents if document}
     before |= {token: token - 1 for document in documents for token in document[1:]}
@@ -109,7 +109,7 @@ def test_every_token_is_a_target_once_an_epoch_behind_what_precedes_it(stream, c
 
 @given(counts=st.lists(st.integers(0, 12), min_size=2, max_size=40))
 @settings(deadline=None)
-def test_best_fit_decreasing_by_length_is_that_of_the_textbook(counts):
+def test_best_fit_decreasing_equals_the_textbook_algorithm(counts):
     size = len(counts)
     pieces = [length for length, count in enumerate(counts) for _ in range(count) if length]
     groups = best_fit_decreasing(np.array(counts))
@@ -121,13 +121,13 @@ def test_best_fit_decreasing_by_length_is_that_of_the_textbook(counts):
 
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any), sequence_length=st.integers(1, 20))
 @settings(**ONE_FIXTURE)
-def test_best_fit_has_as_many_samples_as_the_textbook_has_bins(stream, counted, lengths, sequence_length):
+def test_best_fit_has_as_many_samples_as_textbook_bins(stream, counted, lengths, sequence_length):
     pieces = [min(sequence_length, length - first) for length in lengths for first in range(0, length, sequence_length)]
     samples = BestFitSamples(stream(counted(*lengths)), sequence_length, END)
     assert samples.num_samples == len(textbook_best_fit_decreasing(pieces, sequence_length))
 
 
-def test_the_work_of_best_fit_is_in_the_lengths_not_in_the_pieces():
+def test_best_fit_time_depends_on_lengths_not_on_pieces():
     lengths = np.random.default_rng(0).geometric(1 / 600, 10**7)
     groups = best_fit_decreasing(np.bincount(lengths % 2048, minlength=2048))
     assert sum(bins for bins, _ in groups) > 10**6
@@ -135,7 +135,7 @@ def test_the_work_of_best_fit_is_in_the_lengths_not_in_the_pieces():
     assert max(len(inside) for _, inside in groups) <= 11, "the room halves with every length: 2**11 = 2048"
 
 
-def test_full_samples_of_long_documents_are_found_across_many_documents(stream, counted):
+def test_full_samples_are_found_among_many_documents(stream, counted):
     lengths = [(7 * number) % 45 for number in range(300)]
     samples = BestFitSamples(stream(counted(*lengths)), 10, END)
     read = [token for _, _, targets in rows(samples) for token in targets[targets != IGNORED].tolist()]
@@ -146,13 +146,13 @@ def test_full_samples_of_long_documents_are_found_across_many_documents(stream, 
 
 
 @KINDS
-def test_a_split_without_tokens_is_refused(stream, kind):
+def test_empty_training_split_is_refused(stream, kind):
     with pytest.raises(UserError, match="no tokens to train on"):
         kind(stream(), 8, END)
 
 
 @KINDS
-def test_one_token_is_enough(stream, kind):
+def test_one_token_makes_a_sample(stream, kind):
     (row,) = rows(kind(stream([[7]]), 4, END))
     assert [field.tolist() for field in row] == [[END, 0, 0, 0], [1, 0, 0, 0], [7, IGNORED, IGNORED, IGNORED]]
 
@@ -186,7 +186,7 @@ def logits_of_documents(model, samples):
 
 
 @KINDS
-def test_a_documents_neighbours_do_not_feel_that_it_changes(stream, model, kind):
+def test_masked_document_does_not_affect_its_neighbours(stream, model, kind):
     generator = np.random.default_rng(0)
     documents = [generator.integers(1, 64, length).tolist() for length in (5, 9, 4, 7, 30, 6, 3)]  # not one ends with end-of-text
     before = logits_of_documents(model, kind(stream(documents), 24, 0, document_mask=True))
@@ -198,7 +198,7 @@ def test_a_documents_neighbours_do_not_feel_that_it_changes(stream, model, kind)
 
 
 @KINDS
-def test_a_document_has_the_logits_that_it_has_alone(stream, model, kind):
+def test_packed_document_has_the_logits_of_the_document_alone(stream, model, kind):
     generator = np.random.default_rng(1)
     documents = [generator.integers(1, 64, length).tolist() for length in (5, 9, 4, 3, 8, 10)]
     samples = kind(stream(documents), 24, 0, document_mask=True)

@@ -23,7 +23,7 @@ def entries_of(path: Path, vocab_size: int = 0) -> dict:
     return {key.removeprefix(prefix): value for key, value in gguf_tokenizer(load_tokenizer(path), vocab_size).items()}
 
 
-def test_pieces_keep_their_scores_and_kinds_and_spare_ids_are_unused(tmp_path):
+def test_pieces_keep_scores_and_types_and_extra_ids_are_unused(tmp_path):
     path = tmp_path / "tokenizer.model"
     train_sentencepiece([TEXT], path, vocab_size=600, special_tokens=["[MASK]"])
     entries = entries_of(path, vocab_size=610)
@@ -64,7 +64,7 @@ def test_byte_level_bpe_is_read_by_transformers_with_the_same_ids(tmp_path):
     [(published_pattern("o200k_base"), "gpt-4o"), (r"\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+", None)],
     ids=["known", "unknown"],
 )
-def test_how_words_are_cut_has_a_name_or_is_refused(tmp_path, pattern, name):
+def test_pattern_of_words_is_named_or_refused(tmp_path, pattern, name):
     path = tmp_path / "words.tiktoken"
     rank_file(path, [TEXT], pattern)
     if name is None:
@@ -75,7 +75,7 @@ def test_how_words_are_cut_has_a_name_or_is_refused(tmp_path, pattern, name):
         assert entries["pre"] == name and entries["tokens"][load_tokenizer(path).end_of_text] == "<|endoftext|>"
 
 
-def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
+def test_unsupported_kind_of_tokenizer_is_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
     model = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     model.add_special_tokens(["[SEP]"])

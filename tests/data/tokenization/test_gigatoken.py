@@ -106,7 +106,7 @@ def pairs(folder):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_gigatoken_is_taken_where_it_gives_the_same_ids_and_it_is_said(folder, name):
+def test_gigatoken_is_used_and_named_if_it_gives_the_same_ids(folder, name):
     given_tokenizer = load_tokenizer(folder / name / name)
     fast, sentence = fastest(given_tokenizer, SOURCES)
     assert isinstance(fast, GigatokenTokenizer)
@@ -116,7 +116,7 @@ def test_gigatoken_is_taken_where_it_gives_the_same_ids_and_it_is_said(folder, n
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_the_given_tokenizer_stays_where_gigatoken_cannot_do_it_and_why_is_said(folder, name):
+def test_given_tokenizer_is_kept_if_gigatoken_cannot_replace_it(folder, name):
     given_tokenizer = load_tokenizer(folder / name / name)
     kept, sentence = fastest(given_tokenizer, SOURCES)
     assert kept is given_tokenizer and given_tokenizer.engine in sentence
@@ -128,7 +128,7 @@ def test_the_given_tokenizer_stays_where_gigatoken_cannot_do_it_and_why_is_said(
 @given(text=ANY_TEXT)
 @example(text="".join(PARTS) * 3)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_text_has_the_same_ids_and_stays_text(pairs, name, text):
+def test_gigatoken_gives_the_same_ids_for_any_text(pairs, name, text):
     reference, fast = pairs[name]
     ids = fast.encode(text)
     assert ids == reference.encode(text)
@@ -139,7 +139,7 @@ def test_any_text_has_the_same_ids_and_stays_text(pairs, name, text):
 @pytest.mark.parametrize("name", FAST)
 @given(texts=st.lists(ANY_TEXT, max_size=5))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
-def test_documents_are_the_same(pairs, name, texts):
+def test_gigatoken_encodes_documents_the_same(pairs, name, texts):
     reference, fast = pairs[name]
     for dtype in (np.dtype("<u2"), np.dtype("<i4")):
         for ours, theirs in zip(fast.encode_documents(texts, dtype), reference.encode_documents(texts, dtype), strict=True):
@@ -148,14 +148,14 @@ def test_documents_are_the_same(pairs, name, texts):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_characters_that_are_newer_than_this_python_have_the_same_ids(pairs, name):
+def test_characters_newer_than_this_python_have_the_same_ids(pairs, name):
     """They are letters or not, and composed or not, by the version of Unicode that a library knows."""
     reference, fast = pairs[name]
     for text in ("\u088f's", "\u0c5c's N", "\ua7ce's", "\U00032c9f's N", "\U000105d2\u0307", "\U00011382\U000113c9", "a\U000113c9's"):
         assert fast.encode(text) == reference.encode(text), text
 
 
-def test_the_mark_for_a_space_stays_itself_where_no_space_is_put_before_a_text(tmp_path):
+def test_space_character_of_sentencepiece_in_a_text_is_kept(tmp_path):
     sentencepiece_file(tmp_path / "tokenizer.model", "identity", add_dummy_prefix=False)
     reference = load_tokenizer(tmp_path / "tokenizer.model")
     fast = GigatokenTokenizer(reference)
@@ -163,7 +163,7 @@ def test_the_mark_for_a_space_stays_itself_where_no_space_is_put_before_a_text(t
         assert fast.encode(text) == reference.encode(text), text
 
 
-def test_other_ids_are_noticed(folder, monkeypatch):
+def test_different_ids_are_detected(folder, monkeypatch):
     other = (folder / "byte_level.json/byte_level.json").read_bytes().replace(b'"in"', b'"iN"')
     monkeypatch.setattr(
         gigatoken.Tokenizer, "from_json", classmethod(lambda cls, contents: cls(gigatoken.gigatoken_rs.load_hf_json(other)))
@@ -173,7 +173,7 @@ def test_other_ids_are_noticed(folder, monkeypatch):
     assert kept is given_tokenizer and "gigatoken gives other ids, for " in sentence
 
 
-def test_what_gigatoken_remembers_is_forgotten_again(folder, monkeypatch):
+def test_gigatokens_cache_is_emptied_when_full(folder, monkeypatch):
     loaded = []
     from_json = gigatoken.Tokenizer.from_json
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda contents: loaded.append(1) or from_json(contents))
@@ -187,7 +187,7 @@ def test_what_gigatoken_remembers_is_forgotten_again(folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
-def test_every_character_is_read_alike(pairs, name):
+def test_gigatoken_encodes_every_character_the_same(pairs, name):
     reference, fast = pairs[name]
     for code in [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 16)]:  # behind 0x20000 in blocks of one kind
         text = "a{0}b1{0}{0} {0}.{0}{0}S'{0}\n".format(chr(code))

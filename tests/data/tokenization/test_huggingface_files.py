@@ -64,7 +64,7 @@ def test_auto_tokenizer_gives_our_ids_and_our_text(model_file, tmp_path, model_t
     assert theirs.decode([*ours.encode("a b"), ours.end_of_text], skip_special_tokens=True) == "a b"
 
 
-def test_what_is_written_reads_as_ours_again(model_file, tmp_path):
+def test_written_files_load_as_the_same_tokenizer(model_file, tmp_path):
     write_tokenizer(model_file, tmp_path, model_max_length=77)
     ours, again = load_tokenizer(model_file), load_tokenizer(tmp_path / "tokenizer.json")
     assert (again.vocab_size, again.end_of_text) == (ours.vocab_size, ours.end_of_text)
@@ -72,7 +72,7 @@ def test_what_is_written_reads_as_ours_again(model_file, tmp_path):
     assert (tmp_path / "tokenizer.model").read_bytes() == model_file.read_bytes()
 
 
-def test_runs_of_one_character_are_joined_in_the_same_order(model_file):
+def test_runs_of_one_character_are_merged_in_the_same_order(model_file):
     ours = load_tokenizer(model_file)
     theirs = convert(ours)
     theirs.encode_special_tokens = True
@@ -102,7 +102,7 @@ def sentencepiece_file(path, **options):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_model_with_a_space_before_every_text_is_rewritten_too(tmp_path, kind):
+def test_model_that_puts_a_space_before_a_text_is_converted(tmp_path, kind):
     model_file = sentencepiece_file(tmp_path / "llama2.model", model_type=kind)  # Llama 2's settings
     write_tokenizer(model_file, tmp_path, model_max_length=77)
     ours, theirs = load_tokenizer(model_file), their_tokenizer(tmp_path)
@@ -123,7 +123,7 @@ def test_a_model_with_a_space_before_every_text_is_rewritten_too(tmp_path, kind)
         ({"model_type": "char"}, "is neither bpe nor unigram"),
     ],
 )
-def test_what_a_tokenizer_json_cannot_do_is_refused_by_name(tmp_path, options, sentence):
+def test_features_without_a_counterpart_are_refused_by_name(tmp_path, options, sentence):
     model_file = sentencepiece_file(tmp_path / "other.model", **options)
     with pytest.raises(UserError) as refusal:
         write_tokenizer(model_file, tmp_path, model_max_length=77)
@@ -131,7 +131,7 @@ def test_what_a_tokenizer_json_cannot_do_is_refused_by_name(tmp_path, options, s
     assert not (tmp_path / "tokenizer_config.json").exists()
 
 
-def test_a_tokenizer_json_is_copied(tmp_path):
+def test_tokenizer_json_is_copied(tmp_path):
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.decoder = tokenizers.decoders.ByteLevel()
@@ -150,7 +150,7 @@ def test_a_tokenizer_json_is_copied(tmp_path):
     assert all(read(text)["input_ids"] == ours.encode(text) for text in [*HARD, "a <eos> in the text"])
 
 
-def test_gpt2s_two_files_become_one(tmp_path):
+def test_gpt2s_two_files_become_one_tokenizer_json(tmp_path):
     for folder in ("from", "to"):
         (tmp_path / folder).mkdir()
     theirs = tokenizers.ByteLevelBPETokenizer()
@@ -162,7 +162,7 @@ def test_gpt2s_two_files_become_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
-def test_a_tiktoken_vocabulary_is_rewritten_with_its_ids(tmp_path, name):
+def test_tiktoken_vocabulary_is_converted_with_its_ids(tmp_path, name):
     rank_file(tmp_path / "own.tiktoken", TEXTS, published_pattern(name))
     (tmp_path / "to").mkdir()
     write_tokenizer(tmp_path / "own.tiktoken", tmp_path / "to", model_max_length=77)
@@ -174,7 +174,7 @@ def test_a_tiktoken_vocabulary_is_rewritten_with_its_ids(tmp_path, name):
         assert theirs.decode(ours.encode(text)) == text
 
 
-def test_a_tiktoken_vocabulary_whose_special_token_is_a_word_is_refused(tmp_path):
+def test_tiktoken_special_token_that_is_a_word_is_refused(tmp_path):
     rank_file(tmp_path / "own.tiktoken", TEXTS)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(path.read_text().replace("[MASK]", "mask"))

@@ -61,7 +61,7 @@ KINDS = ["bpe", "unigram", "tokenizer", "tiktoken"]
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=ANY_TEXT)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_text_returns_as_it_was_and_stays_text(trained, kind, text):
+def test_decoding_restores_any_text(trained, kind, text):
     tokenizer = trained[kind]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -73,7 +73,7 @@ def test_any_text_returns_as_it_was_and_stays_text(trained, kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 @given(texts=st.lists(ANY_TEXT, max_size=5))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
-def test_documents_are_their_texts_ids_each_ended(trained, kind, threads, texts):
+def test_encoded_documents_end_with_end_of_text(trained, kind, threads, texts):
     tokenizer = load_tokenizer(trained[kind].path, threads=threads)
     expected = [[*trained[kind].encode(text), tokenizer.end_of_text] for text in texts]
     for dtype in (np.dtype("<u2"), np.dtype("<i4")):
@@ -84,7 +84,7 @@ def test_documents_are_their_texts_ids_each_ended(trained, kind, threads, texts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_are_found_by_name_and_decode_to_nothing(trained, kind):
+def test_special_tokens_have_ids_and_no_text(trained, kind):
     tokenizer = trained[kind]
     ids = [tokenizer.special_token_id(token) for token in ("<|endoftext|>", "<|im_end|>", "[MASK]")]
     assert ids[0] == tokenizer.end_of_text and len(set(ids)) == 3
@@ -96,22 +96,22 @@ def test_special_tokens_are_found_by_name_and_decode_to_nothing(trained, kind):
 @pytest.mark.parametrize(
     ("kind", "library"), [("bpe", "sentencepiece"), ("unigram", "sentencepiece"), ("tokenizer", "tokenizers"), ("tiktoken", "tiktoken")]
 )
-def test_the_engine_is_a_library_and_its_version(trained, kind, library):
+def test_engine_names_the_library_and_its_version(trained, kind, library):
     assert trained[kind].engine == f"{library} {importlib.metadata.version(library)}"
 
 
-def test_learnt_special_tokens_come_behind_end_of_text(trained):
+def test_learnt_special_tokens_follow_end_of_text(trained):
     assert trained["bpe"].special_tokens == {"<|endoftext|>": 1, "<|im_end|>": 2, "[MASK]": 3}
 
 
 @pytest.mark.parametrize("names", [["<a>", "<a>"], ["<|endoftext|>"], [""]])
-def test_special_tokens_to_learn_have_names_of_their_own(tmp_path, names):
+def test_special_tokens_to_learn_must_be_unique(tmp_path, names):
     with pytest.raises(UserError, match="each name must be non-empty, unique and not"):
         train_sentencepiece(SOURCES, tmp_path / "tokenizer.model", 600, special_tokens=names)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_learnt_vocabulary_has_the_size_asked_for_and_bytes_for_what_it_never_saw(trained, kind):
+def test_learnt_vocabulary_has_its_size_and_bytes_for_unseen_text(trained, kind):
     tokenizer = trained[kind]
     assert tokenizer.vocab_size == 600
     assert len(tokenizer.encode("語")) == 3
@@ -119,23 +119,23 @@ def test_a_learnt_vocabulary_has_the_size_asked_for_and_bytes_for_what_it_never_
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_learning_twice_gives_the_same_bytes(trained, kind, tmp_path):
+def test_learning_twice_gives_the_same_file(trained, kind, tmp_path):
     train_sentencepiece(SOURCES, tmp_path / "again.model", 600, kind, special_tokens=["<|im_end|>", "[MASK]"])
     assert (tmp_path / "again.model").read_bytes() == trained[kind].path.read_bytes()
 
 
-def test_a_newline_and_the_indentation_behind_it_can_be_one_piece(trained):
+def test_newline_and_indentation_after_it_can_be_one_piece(trained):
     assert len(trained["bpe"].encode(":\n        ")) <= 2
 
 
-def test_a_text_of_more_characters_than_pieces_can_be_learnt_from(tmp_path):
+def test_text_with_more_characters_than_pieces_can_be_learnt(tmp_path):
     text = "".join(chr(0x4E00 + number) * 3 for number in range(3000))
     train_sentencepiece([text], tmp_path / "chinese.model", 700)
     tokenizer = load_tokenizer(tmp_path / "chinese.model")
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_text_too_short_for_the_vocabulary_is_refused(tmp_path):
+def test_text_too_short_for_the_vocabulary_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"too short to learn 4096 pieces from it\. Use a vocab_size of at most 261"):
         train_sentencepiece(["hi\n"], tmp_path / "short.model", 4096)
     with pytest.raises(UserError, match="it is empty"):
@@ -143,7 +143,7 @@ def test_a_text_too_short_for_the_vocabulary_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "tokenizer", "tiktoken"])
-def test_a_copy_is_the_same_tokenizer(trained, kind, tmp_path):
+def test_copied_tokenizer_is_the_same(trained, kind, tmp_path):
     copy = copy_tokenizer(trained[kind], tmp_path)
     assert copy.read_bytes() == trained[kind].path.read_bytes()
     for again in (load_tokenizer(tmp_path), load_tokenizer(copy)):
@@ -152,7 +152,7 @@ def test_a_copy_is_the_same_tokenizer(trained, kind, tmp_path):
         assert copy_tokenizer(again, tmp_path) == copy
 
 
-def test_the_end_of_text_that_was_chosen_stays_with_the_copy(tmp_path):
+def test_copied_tokenizer_keeps_the_chosen_end_of_text(tmp_path):
     bytes_alone(["[END]", "<|im_end|>"]).save(str(tmp_path / "own.json"))
     with pytest.raises(UserError, match=r"Give the .* with --end_of_text"):
         load_tokenizer(tmp_path / "own.json")
@@ -163,14 +163,14 @@ def test_the_end_of_text_that_was_chosen_stays_with_the_copy(tmp_path):
     assert load_tokenizer(tmp_path / "copy").end_of_text == 256
 
 
-def test_the_configuration_beside_a_tokenizer_says_what_ends_a_text(tmp_path):
+def test_configuration_file_sets_the_end_of_text(tmp_path):
     bytes_alone(["<|endoftext|>", "<|im_end|>"]).save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).end_of_text == 256
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
     assert load_tokenizer(tmp_path).end_of_text == 257
 
 
-def test_padding_and_truncation_written_into_a_tokenizer_do_not_cut_documents(tmp_path):
+def test_padding_and_truncation_of_a_tokenizer_json_are_ignored(tmp_path):
     model = bytes_alone(["</s>"])
     model.enable_truncation(4)
     model.enable_padding(length=16)
@@ -178,7 +178,7 @@ def test_padding_and_truncation_written_into_a_tokenizer_do_not_cut_documents(tm
     assert len(load_tokenizer(tmp_path).encode("eight by")) == 8
 
 
-def test_a_model_of_others_that_puts_a_space_before_each_text_is_used_as_it_is(tmp_path):
+def test_model_that_puts_a_space_before_a_text_is_used_as_it_is(tmp_path):
     prefix = str(tmp_path / "llama")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SOURCES), model_prefix=prefix, vocab_size=600, model_type="bpe", byte_fallback=True, minloglevel=2
@@ -191,7 +191,7 @@ def test_a_model_of_others_that_puts_a_space_before_each_text_is_used_as_it_is(t
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-def test_what_is_no_tokenizer_is_refused(tmp_path, name):
+def test_file_that_is_not_a_tokenizer_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=r"contains no tokenizer: none of tokenizer\.json, tokenizer\.model,"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no such file"):
@@ -202,7 +202,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, name):
 
 
 @pytest.mark.skipif(not GPT2.exists(), reason=f"{GPT2} is not here: the vocabulary of GPT-2")
-def test_gpt2_gives_the_ids_it_is_known_for(tmp_path):
+def test_gpt2_gives_its_published_ids(tmp_path):
     vocabulary = json.loads((GPT2 / "gpt2-vocab.json").read_text())
     merges = [tuple(line.split()) for line in (GPT2 / "gpt2-merges.txt").read_text().splitlines()[1:] if line]
     byte_level(vocabulary, merges, ["<|endoftext|>"]).save(str(tmp_path / "tokenizer.json"))
@@ -213,14 +213,14 @@ def test_gpt2_gives_the_ids_it_is_known_for(tmp_path):
     assert tokenizer.decode(tokenizer.encode("<|endoftext|> ▁\n\té")) == "<|endoftext|> ▁\n\té"
 
 
-def test_a_tokenizer_that_cannot_encode_a_text_says_so(tmp_path):
+def test_text_that_cannot_be_encoded_is_refused(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.Unigram([("a", 0.0), ("</s>", 0.0)])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json cannot encode every text: .*unk"):
         load_tokenizer(tmp_path).encode_documents(["ab"], np.dtype("<u2"))
 
 
 @pytest.mark.skipif(not GPT2.exists(), reason=f"{GPT2} is not here: the vocabulary of GPT-2")
-def test_the_vocabulary_that_openai_publishes_needs_no_configuration(tmp_path):
+def test_openais_vocabulary_needs_no_configuration(tmp_path):
     vocabulary = json.loads((GPT2 / "gpt2-vocab.json").read_text())
     byte = {character: byte for byte, character in enumerate(byte_characters())}
     lines = [base64.b64encode(bytes(byte[character] for character in token)) + b" %d\n" % rank for token, rank in vocabulary.items()]
@@ -233,14 +233,14 @@ def test_the_vocabulary_that_openai_publishes_needs_no_configuration(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_the_patterns_that_openai_publishes_are_known_without_a_network():
+def test_openais_patterns_are_known_without_a_network():
     assert all(r"\p{N}{1,3}" in published_pattern(name) for name in ("cl100k_base", "o200k_base"))
     assert published_pattern("r50k_base") == published_pattern("p50k_base")
     assert published_pattern("gpt2") is None and published_pattern("own") is None
 
 
 @pytest.mark.parametrize("name", ["tiktoken.model", "tokenizer.model", "own.tiktoken"])
-def test_a_tiktoken_vocabulary_is_known_by_what_is_in_it(trained, tmp_path, name):
+def test_tiktoken_vocabulary_is_recognised_by_its_content(trained, tmp_path, name):
     """Kimi and Llama 3 call theirs .model."""
     rank_file(tmp_path / name, SOURCES)
     assert load_tokenizer(tmp_path).encode(SOURCES[0]) == trained["tiktoken"].encode(SOURCES[0])
@@ -256,7 +256,7 @@ def test_a_tiktoken_vocabulary_is_known_by_what_is_in_it(trained, tmp_path, name
         ({"eos_token": "[MUSK]"}, r'Did you mean "\[MASK\]"'),
     ],
 )
-def test_what_a_tiktoken_vocabulary_lacks_is_said(tmp_path, change, sentence):
+def test_incomplete_tiktoken_configuration_is_refused(tmp_path, change, sentence):
     rank_file(tmp_path / "own.tiktoken", SOURCES[:1])
     path = tmp_path / "tokenizer_config.json"
     configuration = json.loads(path.read_text()) | change
@@ -265,7 +265,7 @@ def test_what_a_tiktoken_vocabulary_lacks_is_said(tmp_path, change, sentence):
         load_tokenizer(tmp_path)
 
 
-def test_a_damaged_tiktoken_vocabulary_is_refused_with_its_line(tmp_path):
+def test_damaged_tiktoken_vocabulary_is_refused_with_its_line(tmp_path):
     rank_file(tmp_path / "own.tiktoken", SOURCES[:1])
     lines = (tmp_path / "own.tiktoken").read_bytes().splitlines()
     (tmp_path / "own.tiktoken").write_bytes(b"\n".join([*lines[:4], b"%%% 4", *lines[5:]]))
@@ -276,7 +276,7 @@ def test_a_damaged_tiktoken_vocabulary_is_refused_with_its_line(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_gpt2s_two_files_are_the_tokenizer_that_they_would_be_as_one(tmp_path):
+def test_gpt2s_two_files_equal_one_tokenizer_json(tmp_path):
     whole = learnt_byte_level(SOURCES, ["<|endoftext|>"])
     (tmp_path / "two").mkdir()
     whole.model.save(str(tmp_path / "two"), "mine")
@@ -293,7 +293,7 @@ def test_gpt2s_two_files_are_the_tokenizer_that_they_would_be_as_one(tmp_path):
     assert fastest(load_tokenizer(tmp_path / "two" / "mine-vocab.json"), SOURCES)[0].engine.startswith("gigatoken")
 
 
-def test_pieces_within_words_hold_a_space_at_their_beginning_alone(tmp_path):
+def test_pieces_within_words_only_begin_with_a_space(tmp_path):
     train_sentencepiece(SOURCES, tmp_path / "words.model", 600, within_words=True)
     tokenizer = load_tokenizer(tmp_path / "words.model")
     words = words_of(tokenizer, "return the first of them, 25 times")
@@ -310,7 +310,7 @@ def words_of(tokenizer, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_begin_at_spaces_and_line_ends_alone(trained, kind):
+def test_words_begin_only_at_spaces_and_line_ends(trained, kind):
     text = "return the whole naïve\nHaus, for x in 汉字 y"
     words = words_of(trained[kind], text)
     assert "".join(words) == text and len(words) > 3
@@ -319,7 +319,7 @@ def test_words_begin_at_spaces_and_line_ends_alone(trained, kind):
         assert [word.strip() for word in words if word.strip()] == text.split()
 
 
-def test_a_word_of_wordpiece_goes_on_where_it_says_so(tmp_path):
+def test_wordpiece_continuations_do_not_begin_a_word(tmp_path):
     pieces = ["[UNK]", "[SEP]", "play", "##ing", "##s", "the", ",", "dog"]
     model = tokenizers.Tokenizer(tokenizers.models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -329,7 +329,7 @@ def test_a_word_of_wordpiece_goes_on_where_it_says_so(tmp_path):
     assert words_of(load_tokenizer(tmp_path, "[SEP]"), "the dogs,playing") == ["the", "dogs", ",", "playing"]
 
 
-def test_a_letter_that_is_a_space_to_another_kind_of_tokenizer_is_a_letter(tmp_path):
+def test_space_characters_of_other_tokenizers_are_letters(tmp_path):
     """Byte-level BPE writes a carriage return as U+010D, which is a letter of Czech."""
     pieces = ["<unk>", "</s>", "<0x0A>", "\u2581pla", "\u010di", "ce\u010d", "ek", "\u2581"]
     model = tokenizers.Tokenizer(tokenizers.models.Unigram([(piece, -float(number)) for number, piece in enumerate(pieces)], 0, True))
