@@ -6,7 +6,7 @@ A ratio is a ratio of medians.
 
 from collections.abc import Sequence
 
-from data.command_line import UserError, read_settings, run_script
+from data.command_line import read_settings, run_script
 from launch.benchmarks.settings import GenerationSettings
 
 
@@ -14,9 +14,6 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table of tokens per second. Return the exit status."""
     description = "Measure how fast a decoder generates, next to transformers and llama.cpp."
     settings = read_settings(GenerationSettings, arguments, description)
-    for name in ("new_tokens", "rounds"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
     from launch.benchmarks import generation_engines  # torch and transformers take seconds, which --help does not need
 
     return generation_engines.measure(settings)

@@ -23,9 +23,6 @@ def main(arguments: Sequence[str]) -> None:
     for name in settings.only:
         if name not in ROWS:
             raise UserError(f'Unknown row "{name}".{nearest(name, list(ROWS))} Rows: {", ".join(ROWS)}.')
-    for name in ("megabytes", "rounds", "index_documents", "blend_samples", "set_tokens"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
     if settings.peer_python is not None and not shutil.which(settings.peer_python):
         raise UserError(f"--peer_python {settings.peer_python} is not a program.")
     from launch.benchmarks import preparation_rows  # numpy and tokenizers, which --help does not need

@@ -25,9 +25,6 @@ def main(arguments: Sequence[str]) -> int:
     for name in settings.only:
         if name not in PARTS:
             raise UserError(f'Unknown part "{name}".{nearest(name, list(PARTS))} Parts: {", ".join(PARTS)}.')
-    for name in ("calibration_samples", "rounds"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
     if settings.peer_python is not None and not shutil.which(settings.peer_python):
         raise UserError(f"--peer_python {settings.peer_python} is not a program.")
     from launch.benchmarks import compression_parts  # torch and transformers, which --help does not need

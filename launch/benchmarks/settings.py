@@ -1,7 +1,9 @@
 """Settings of the benchmarks."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +22,13 @@ class TrainingStepSettings:
     """Rows of the embedding and of the head, which are not tied."""
     sequence_length: int = 256
     """Tokens per sequence."""
-    micro_batch_size: int = 16
+    micro_batch_size: Annotated[int, Ge(1)] = 16
     """Sequences per forward pass."""
-    accumulation: int = 2
+    accumulation: Annotated[int, Ge(2)] = 2
     """Micro-batches per step, at least 2."""
-    rounds: int = 3
+    rounds: Annotated[int, Ge(1)] = 3
     """How many times each contender is started."""
-    steps: int = 4
+    steps: Annotated[int, Ge(1)] = 4
     """Steps that are measured in each round, after two warm-up steps."""
     only: tuple[str, ...] = ()
     """Contenders to measure (default: all)."""
@@ -40,17 +42,17 @@ class PreparationSettings:
 
     input: tuple[str, ...] = ()
     """JSON Lines files with the text in the field "text" (default: the source of Python's standard library, 3,000 characters each)."""
-    megabytes: float = 40.0
+    megabytes: Annotated[float, Gt(0)] = 40.0
     """Megabytes of JSON Lines to tokenize. A shorter input is repeated."""
     peer_python: str | None = None
     """Python of an environment that has datatrove (default: none, and data/prepare.py is measured alone)."""
-    rounds: int = 2
+    rounds: Annotated[int, Gt(0)] = 2
     """How many times each contender runs."""
-    index_documents: int = 1_000_000
+    index_documents: Annotated[int, Gt(0)] = 1_000_000
     """Documents of 300 tokens that are written as one shard."""
-    blend_samples: int = 1_000_000_000
+    blend_samples: Annotated[int, Gt(0)] = 1_000_000_000
     """Samples in the blend of two sources."""
-    set_tokens: int = 2_000_000_000
+    set_tokens: Annotated[int, Gt(0)] = 2_000_000_000
     """Tokens in the set from which random samples are read. Documents have 500 tokens on average; the file is sparse and uses no disk."""
     only: tuple[str, ...] = ()
     """Rows to measure (default: all)."""
@@ -64,11 +66,11 @@ class CompressionSettings:
     """Run folder, checkpoint in a run folder, or exported folder of a decoder. Its weights are used in float32."""
     data: str = "prepared"
     """Folder written by data/prepare.py. Its training split is the calibration text, its whole validation split is the test text."""
-    calibration_samples: int = 128
+    calibration_samples: Annotated[int, Ge(1)] = 128
     """Calibration samples for both contenders."""
     peer_python: str | None = None
     """Python of an environment that has llm-compressor (default: none, and ours is measured alone)."""
-    rounds: int = 5
+    rounds: Annotated[int, Ge(1)] = 5
     """How many times the speed of generation is measured."""
     only: tuple[str, ...] = ()
     """Parts to measure (default: all)."""
@@ -84,7 +86,7 @@ class GenerationSettings:
     """Named size of the random weights."""
     types: tuple[Literal["f32", "f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"], ...] = ("f16", "q8_0", "q4_0", "q4_k_m")
     """GGUF types to measure with llama.cpp, as --type of launch/export.py. Not used if llama-cpp-python is not installed."""
-    new_tokens: int = 64
+    new_tokens: Annotated[int, Ge(1)] = 64
     """Tokens that are generated in each round."""
-    rounds: int = 3
+    rounds: Annotated[int, Ge(1)] = 3
     """How many times each contender is measured."""

@@ -35,9 +35,6 @@ def main(arguments: Sequence[str]) -> int:
     for name in (settings.contender, *settings.only):
         if name is not None and name not in CONTENDERS:
             raise UserError(f'Unknown contender "{name}".{nearest(name, list(CONTENDERS))} Contenders: {", ".join(CONTENDERS)}.')
-    for name, least in {"rounds": 1, "steps": 1, "accumulation": 2, "micro_batch_size": 1}.items():
-        if getattr(settings, name) < least:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be at least {least}.")
     if settings.contender:
         from launch.benchmarks import training_step_contenders  # torch, transformers and DeepSpeed, which --help does not need
 

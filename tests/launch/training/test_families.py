@@ -172,7 +172,7 @@ REFUSED = {
     ),
     "a head that is not trained": (
         [*CLASSIFIER, "--model.token_head", "true"],
-        r"^model\.token_head is true; data\.objective classification trains none: set it false\.$",
+        r"^model\.token_head is true; data\.objective classification trains none: set it to false\.$",
     ),
     "classes without sentences": (
         ["--data.next_sentence", "false"],
@@ -180,7 +180,7 @@ REFUSED = {
     ),
     "a mask without a head": (
         ["--model.token_head", "false"],
-        r"^model\.token_head is false; data\.objective masked predicts tokens: set it true\.$",
+        r"^model\.token_head is false; data\.objective masked predicts tokens: set it to true\.$",
     ),
     "another width": (
         ["--model.hidden_size", "64"],
@@ -192,7 +192,8 @@ REFUSED = {
     ),
     "a size too": (
         ["--size", "gpt2-124m"],
-        r"^size gpt2-124m \(command line\) and init \S+ \(command line\) both set the model; keep one of them\.$",
+        r"^size gpt2-124m \(command line\) and init \S+ \(command line\) both set the model; keep one of them\.\n"
+        r"data\.next_sentence is true \(command line\); it is for data\.objective masked, and this is causal\.$",
     ),
     "nothing there": (["--init", "nowhere"], r"nowhere is not a folder"),
 }
