@@ -105,8 +105,8 @@ class UnitMerger:
         if rules.near_duplicates != "keep":
             before_near_duplicates()
             signatures = _MappedFiles([self.units_folder / f"{name}.signatures" for name in names], np.dtype("<u4"), NUM_PERMUTATIONS)
-            near = near_duplicates(signatures, dropped, held_out, rules.similarity, rules.near_duplicates)
-            for verdict, is_near in zip(verdicts, near, strict=True):
+            is_near_duplicate = near_duplicates(signatures, dropped, held_out, rules.similarity, rules.near_duplicates)
+            for verdict, is_near in zip(verdicts, is_near_duplicate, strict=True):
                 verdict[is_near] = _NEAR_DUPLICATE
         documents = DroppedDocuments()
         for name, verdict in zip(names, verdicts, strict=True):
