@@ -1,4 +1,4 @@
-"""What all ranks of a run do together: over the shared store before there is a process group, and with the process group after that."""
+"""Communication among all ranks of a run: over the shared store before there is a process group, and with the group after that."""
 
 import contextlib
 import dataclasses

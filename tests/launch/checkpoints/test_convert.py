@@ -280,7 +280,7 @@ def test_invalid_arguments_are_refused_before_any_file_is_read(change, output, m
 
 
 def test_file_gib_must_be_positive(run, tmp_path):
-    with pytest.raises(UserError, match=r"^--file_gib is 0\.0; it must be above 0"):
+    with pytest.raises(UserError, match=r"^file_gib is 0; it must be above 0\. Set on the command line\.$"):
         main([str(run), "--output", str(tmp_path / "whole"), "--file_gib", "0"])
     assert not (tmp_path / "whole").exists()
 
