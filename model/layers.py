@@ -17,7 +17,7 @@ from model.config import ModelConfig, is_gated
 
 
 class Stream(NamedTuple):
-    """What passes from layer to layer. Fields that a network, or a part of it, does not have are None.
+    """The tensors that pass from layer to layer. Fields that a network, or a part of it, does not have are None.
 
     An encoder-decoder first runs the encoder, with the target's tokens carried along; its decoder begins by moving the encoder's
     output to `encoding` and the target to `hidden`.

@@ -19,7 +19,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Labels(NamedTuple):
-    """What the outputs for a micro-batch are compared with.
+    """Targets and classes that the outputs for a micro-batch are compared with.
 
     A divisor is the number of targets in the whole global batch over its number of micro-batches. The mean over micro-batches, which
     data parallelism and gradient accumulation take, is then the mean over all targets, however they are distributed.

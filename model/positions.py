@@ -88,7 +88,7 @@ POSITION_LAYERS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPosition
 
 
 class AttentionPositions(nn.Module):
-    """What self-attention does about positions: nothing, because they were added to the embeddings. Base class of the other kinds."""
+    """Base class of the objects below; it does nothing, for kinds of position that are added to the embeddings."""
 
     score_scale: float | None = None
     """Factor of the attention scores; None: 1 / sqrt(head)."""
