@@ -6,7 +6,7 @@ from data.shards import Shard, ShardWriter, TokenStream
 
 @pytest.fixture
 def write_shard(tmp_path):
-    """Writes documents, lists of ids, as a shard and returns its prefix."""
+    """Return a function that writes documents, lists of ids, as a shard and returns its prefix."""
 
     def write(documents, dtype="<u2", name="shard"):
         with ShardWriter(tmp_path / name, np.dtype(dtype)) as writer:
@@ -25,7 +25,7 @@ def stream(write_shard):
 
 @pytest.fixture
 def counted():
-    """Documents of these lengths; each token is its own place in the stream."""
+    """Documents of these lengths; each token is its own index in the stream."""
 
     def count(*lengths):
         ends = np.cumsum(lengths)

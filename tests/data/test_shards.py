@@ -1,4 +1,4 @@
-"""The shard format, byte by byte; what is refused, each with its own sentence."""
+"""The shard format, byte by byte; each invalid file is refused with its own message."""
 
 import hashlib
 import json

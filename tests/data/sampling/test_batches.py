@@ -1,4 +1,4 @@
-"""Samples into batches: every token a target once at any world size, ranks read what one rank reads, padding counts for nothing."""
+"""Samples into batches: every token is a target once at any world size, and padding is not counted."""
 
 import numpy as np
 import pytest

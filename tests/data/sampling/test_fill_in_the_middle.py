@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: nothing is lost, the draws repeat, and the room for the marks is there."""
+"""Fill-in-the-middle: nothing is lost, the draws repeat, and samples have room for the special tokens."""
 
 import random
 
@@ -29,7 +29,7 @@ def fill(rate=1.0):
 
 
 def put_back(tokens):
-    """The text in its order again: of both orders the prefix is what precedes the suffix mark, or begins what follows the middle's."""
+    """Return the text in its original order, from either of the two orders."""
     tokens = tokens.tolist()
     end = [tokens.pop()] if tokens[-1] == END else []
     suffix, middle = tokens.index(SUFFIX), tokens.index(MIDDLE)
@@ -181,7 +181,7 @@ def test_room_suffices_for_98_percent_of_the_chosen_pieces():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two prepared folders of the same text, whose tokenizer has the marks."""
+    """Two prepared folders of the same text, whose tokenizer has the special tokens."""
     root = tmp_path_factory.mktemp("fill")
     (root / "text").mkdir()
     dice = random.Random(3)

@@ -1,4 +1,4 @@
-"""What each objective makes of documents: by hand, nothing lost, the same again after a resume and otherwise in another epoch."""
+"""Samples of each objective: by hand, nothing lost, repeated after a resume and different in another epoch."""
 
 import dataclasses
 import gzip
@@ -58,13 +58,13 @@ def same(one, other):
 
 
 def told(sample):
-    """What an encoder's sample hides, put back."""
+    """Return the tokens of an encoder's sample, with the hidden ones restored."""
     return np.where(sample.targets == IGNORED, sample.tokens, sample.targets)
 
 
 @pytest.fixture
 def ended(stream, counted):
-    """A stream of documents of these lengths, shard by shard, each with an end of text behind."""
+    """A stream of documents of these lengths, shard by shard, each followed by end of text."""
 
     def make(*shards):
         documents = iter(counted(*itertools.chain(*shards)))
@@ -75,7 +75,7 @@ def ended(stream, counted):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """A stream of shards of pairs of lists of ids, each list with an end of text behind."""
+    """A stream of shards of pairs of lists of ids, each list followed by end of text."""
 
     def make(*shards, end=END):
         opened = []
@@ -400,7 +400,7 @@ def test_class_is_the_index_of_the_label(pairs):
 
 
 def kinds(ended, pairs):
-    """One of each, on enough text for its draws to differ."""
+    """Return samples of each kind, with enough text for their draws to differ."""
     text = ended([40, 60, 35], [80])
     some = pairs([([1, 2, 3], [4]), ([5], [6, 7])])
     return {

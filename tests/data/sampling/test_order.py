@@ -30,7 +30,7 @@ def test_positions_of_a_huge_epoch_stay_in_range_and_differ(size, seed, data):
 
 
 def test_order_equals_recorded_order():
-    """Written down, because a run that goes on with a newer version must read what the older one would have read."""
+    """Recorded values: a run that is resumed with a newer version must read the samples that the older version would have read."""
     assert permute(np.arange(10), 10, seed=1, epoch=0).tolist() == [1, 5, 2, 9, 8, 7, 4, 0, 6, 3]
     assert permute(np.array([0, 2**61]), 2**62, seed=1, epoch=3).tolist() == [173165037345775332, 1660223906138117586]
 
@@ -50,7 +50,7 @@ def test_neighbours_in_an_epoch_are_apart_in_the_text():
 
 
 def row(blend: Blend, count: int, first: int = 0) -> list[tuple[int, int, int]]:
-    """(source, epoch, sample) of so many positions."""
+    """Return (source, epoch, sample) of the first positions."""
     return list(zip(*(column.tolist() for column in blend.draw(np.arange(first, first + count))), strict=True))
 
 
@@ -84,7 +84,7 @@ LONGEST_PERIOD, LEAST_DIFFERENCE = 2**16, Fraction(1, 2**44)
 
 @st.composite
 def blends(draw) -> tuple[Blend, list[Fraction]]:
-    """A blend and the shares that were asked for."""
+    """A blend and its requested shares."""
     sizes = draw(SIZES)
     weights = draw(st.one_of([st.none(), *(st.lists(kind, min_size=len(sizes), max_size=len(sizes)) for kind in (ROUND, UNEVEN))]))
     asked = [Fraction(str(weight)) for weight in weights or sizes]
@@ -124,7 +124,7 @@ def most_behind(sources: int, rows: int) -> Fraction:
 @given(blends(), st.sampled_from([0, 65_300, 10**12]))
 @settings(max_examples=40, deadline=None)
 def test_at_every_position_each_source_is_close_to_its_share(blend_and_shares, first):
-    """Of an exact period at most 1 - 1/k samples ahead of its share and 1/2 + ... + 1/k behind: for two sources half a sample."""
+    """With an exact period, at most 1 - 1/k samples ahead of the share and 1/2 + ... + 1/k behind it: for two sources half a sample."""
     blend, shares = blend_and_shares
     k, rows = len(shares), 1 if common_denominator(shares) <= LONGEST_PERIOD else 3
     counts = blend.counts(first) + np.cumsum(blend.draw(np.arange(first, first + 500))[0][:, None] == np.arange(k), axis=0)
@@ -162,7 +162,7 @@ def test_each_epoch_of_a_source_has_every_sample_once(blend_and_shares):
 
 
 def test_samples_at_left_over_positions_are_read_once():
-    """Of six sources a few places in 65,536, which no short row has."""
+    """Six sources leave over a few of 65,536 positions, which no short row has."""
     sizes, count = [5000, 3000, 2000, 700, 41, 1], 3 * LONGEST_PERIOD + 1000
     blend = Blend(sizes, (0.31831, 0.27183, 0.14142, 0.1732, 0.0577215, 0.0377), seed=1)
     sources, epochs, samples = blend.draw(np.arange(count))
@@ -185,7 +185,7 @@ def test_position_drawn_alone_equals_position_in_the_row(blend_and_shares, first
 
 
 def test_blend_equals_recorded_blend():
-    """Written down, because a run that goes on with a newer version must read what the older one would have read."""
+    """Recorded values: a run that is resumed with a newer version must read the samples that the older version would have read."""
     assert row(Blend([4, 3], (2, 1), seed=1), 8) == [(0, 0, 3), (1, 0, 0), (0, 0, 1), (0, 0, 0), (1, 0, 2), (0, 0, 2), (0, 1, 3), (1, 0, 1)]
     assert [source for source, _, _ in row(Blend([9, 9, 9], (0.5, 0.3, 0.2), seed=1), 10)] == [0, 1, 2, 0, 0, 1, 0, 2, 1, 0]
 

@@ -1,4 +1,4 @@
-"""Documents into samples: every token a target once an epoch, behind what precedes it, and no document seen from another."""
+"""Documents into samples: every token is a target once an epoch, after the token before it, and documents do not see one another."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def split_into_shards(documents, lengths_of_shards):
 
 
 def textbook_best_fit_decreasing(pieces, size):
-    """Each piece into the fullest bin with room.  -> room left in each bin"""
+    """Put each piece into the fullest bin with room.  -> room left in each bin"""
     rooms = []
     for piece in sorted(pieces, reverse=True):
         fitting = [room for room in rooms if room >= piece]

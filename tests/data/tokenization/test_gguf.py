@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF's entries; that llama.cpp gives its ids is in tests/launch/compressing/test_llama_engine.py."""
+"""A tokenizer as metadata of a GGUF file. tests/launch/compressing/test_llama_engine.py compares llama.cpp's ids."""
 
 import argparse
 from pathlib import Path

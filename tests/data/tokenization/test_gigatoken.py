@@ -1,4 +1,4 @@
-"""The fast path gives the ids of the tokenizer that it stands for, or is not taken."""
+"""gigatoken gives the ids of the tokenizer that it replaces, or is not used."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(folder):
-    """(the tokenizer, the same with gigatoken) of each kind that it can do."""
+    """Return pairs of a tokenizer and the same with gigatoken, of each kind that it supports."""
     return {name: (load_tokenizer(folder / name / name), load_tokenizer(folder / name / name, fast=True)) for name in FAST}
 
 
@@ -149,7 +149,7 @@ def test_gigatoken_encodes_documents_the_same(pairs, name, texts):
 
 @pytest.mark.parametrize("name", FAST)
 def test_characters_newer_than_this_python_have_the_same_ids(pairs, name):
-    """They are letters or not, and composed or not, by the version of Unicode that a library knows."""
+    """The version of Unicode in a library decides which characters are letters, and which are composed."""
     reference, fast = pairs[name]
     for text in ("\u088f's", "\u0c5c's N", "\ua7ce's", "\U00032c9f's N", "\U000105d2\u0307", "\U00011382\U000113c9", "a\U000113c9's"):
         assert fast.encode(text) == reference.encode(text), text

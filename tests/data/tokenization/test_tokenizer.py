@@ -1,4 +1,4 @@
-"""Text to ids and back: any text returns as it was, and nothing written in it becomes a special token."""
+"""Text to ids and back: any text is restored, and nothing written in it becomes a special token."""
 
 import base64
 import importlib.metadata

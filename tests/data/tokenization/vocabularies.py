@@ -1,4 +1,4 @@
-"""Small vocabularies of every kind, made on the spot."""
+"""Small vocabularies of every kind, built when they are needed."""
 
 import base64
 import json
@@ -34,14 +34,14 @@ def learnt_byte_level(texts: list[str], special: list[str], vocab_size: int = 60
 
 
 def byte_characters() -> list[str]:
-    """What GPT-2 writes for each byte: the printable ones of Latin-1 for themselves, the others from U+0100 on.  [256]"""
+    """Return GPT-2's character for each byte: printable Latin-1 characters stand for themselves, others start at U+0100.  -> [256]"""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def rank_file(path: Path, texts: list[str], pattern: str | None = None) -> None:
-    """A tiktoken vocabulary, and beside it what it does not say, with more special tokens behind a gap."""
+    """Write a tiktoken vocabulary with its configuration, which has more special tokens after a gap."""
     byte = {character: byte for byte, character in enumerate(byte_characters())}
     vocabulary = sorted(learnt_byte_level(texts, []).get_vocab().items(), key=lambda item: item[1])
     lines = [base64.b64encode(bytes(byte[character] for character in token)) + b" %d\n" % rank for token, rank in vocabulary]
