@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-from launch.ranks.processes import free_port
+from launch.ranks.launchers import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _ANSWER = "answer of this rank: "

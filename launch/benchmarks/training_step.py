@@ -8,6 +8,7 @@ Every contender runs in its own process, one after the other, in several rounds.
 from collections.abc import Sequence
 
 from data.command_line import UserError, nearest, read_settings, run_script
+from launch.benchmarks import training_step_rounds
 from launch.benchmarks.settings import TrainingStepSettings
 
 CONTENDERS = (
@@ -39,8 +40,6 @@ def main(arguments: Sequence[str]) -> int:
         from launch.benchmarks import training_step_contenders  # torch, transformers and DeepSpeed, which --help does not need
 
         return training_step_contenders.measure(settings.contender, settings)
-    from launch.benchmarks import training_step_rounds  # torch, through the search for a free port
-
     return training_step_rounds.run([name for name in CONTENDERS if name in (settings.only or CONTENDERS)], settings, arguments)
 
 

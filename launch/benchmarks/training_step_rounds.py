@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from launch import REPOSITORY
 from launch.benchmarks.settings import TrainingStepSettings
-from launch.ranks.processes import free_port
+from launch.ranks.launchers import free_port
 
 _SCRIPT = REPOSITORY / "launch" / "benchmarks" / "training_step.py"
 

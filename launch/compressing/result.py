@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
 from data.command_line import UserError, flatten
@@ -107,8 +108,6 @@ def _status(job: Job, made: report.Report) -> int:
 
 def _proof(job: Job, result: Result, after: Side, folder: Path) -> report.Proof:
     """Read the folder with transformers: no missing or unexpected key, and our perplexity or, without text, our logits."""
-    import transformers
-
     version, device = transformers.__version__, job.workers.device
     if job.test is None or result.config.architecture != "decoder" or result.config.document_mask:
         difference = huggingface.verify(folder, result.config, result.state, schemes=result.schemes, kv_cache=result.kv_cache)

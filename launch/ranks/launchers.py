@@ -1,5 +1,8 @@
-"""Arguments that launchers add to a command line."""
+"""What a launcher gives its ranks: arguments that it adds to a command line, and a port at which they connect."""
 
+import contextlib
+import random
+import socket
 from collections.abc import Sequence
 
 
@@ -13,3 +16,12 @@ def without_local_rank(arguments: Sequence[str]) -> list[str]:
         elif not argument.startswith(("--local_rank=", "--local-rank=")):
             kept.append(argument)
     return kept
+
+
+def free_port() -> int:
+    """Return a port of this machine that no program uses, below the range that the kernel gives to outgoing connections."""
+    for port in random.SystemRandom().sample(range(15000, 30000), 50):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise OSError("No free port between 15000 and 30000.")

@@ -1,18 +1,16 @@
 """Rank, device and threads of this process."""
 
-import contextlib
 import ctypes
 import dataclasses
 import os
 import platform
-import random
 import re
-import socket
 from pathlib import Path
 
 import torch
 
 from data.command_line import RankError
+from launch.ranks.launchers import free_port
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +39,6 @@ class Process:
 def host_name() -> str:
     """Name of this machine: its SLURM node name, or else its host name."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
-
-
-def free_port() -> int:
-    """Return a port of this machine that no program uses, below the range that the kernel gives to outgoing connections."""
-    for port in random.SystemRandom().sample(range(15000, 30000), 50):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("", port))
-            return port
-    raise OSError("No free port between 15000 and 30000.")
 
 
 # Variables for rank, world size, local rank and local world size. Other launchers (torchrun, deepspeed) set torch's names.

@@ -289,11 +289,11 @@ def _complaints_about_quantization(settings: RunSettings) -> list[str]:
 
 
 def _complaints_about_objective(settings: RunSettings) -> list[str]:
-    from data.sampling.objectives.table import ModelShape, objective_complaints  # imports numpy, which --help does not need
+    from data.sampling.objectives import table  # imports numpy, which --help does not need
 
     model = settings.model
-    shape = ModelShape(model.sequence_length, model.document_mask, model.architecture, model.token_types)
-    return [add_origins(complaint, settings) for complaint in objective_complaints(settings.data, shape)]
+    shape = table.ModelShape(model.sequence_length, model.document_mask, model.architecture, model.token_types)
+    return [add_origins(complaint, settings) for complaint in table.objective_complaints(settings.data, shape)]
 
 
 def _without_effect(settings: RunSettings, section: str, switch: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks.processes import free_port
+from launch.ranks.launchers import free_port
 from tests.ranks import REPOSITORY, clean_environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")

@@ -16,7 +16,7 @@ from launch import convert, export, generate, pretrain
 from launch.checkpoints import checkpoint
 from launch.evaluation import evaluating
 from launch.evaluation.settings import EvaluateSettings
-from launch.ranks.processes import free_port
+from launch.ranks.launchers import free_port
 from launch.training.loop import SAVED_AND_UNFINISHED
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 from tests.words import over

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks.processes import free_port
+from launch.ranks.launchers import free_port
 from tests.launch.slurm_cluster import cluster
 from tests.launch.training.test_resume import curves
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks

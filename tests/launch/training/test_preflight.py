@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from launch.ranks.processes import free_port
+from launch.ranks.launchers import free_port
 from launch.training import preflight
 from tests.ranks import REPOSITORY, clean_environment
 from tests.words import over
