@@ -16,8 +16,8 @@ from launch.compressing.report import LinearReport
 from launch.compressing.workers import Workers
 from launch.ranks.processes import peak_memory_bytes
 from model.compression.grids import Quantized
+from model.compression.quantization import Changed
 from model.compression.statistics import Gatherer, Group, InputStatistics, groups_of, output_error
-from model.compression.sweep import Changed
 from model.config import ModelConfig
 from model.layers import Head, Stream
 from model.transformer import Block, as_head

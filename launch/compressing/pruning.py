@@ -14,8 +14,8 @@ from launch.compressing.settings import PruneSettings
 from launch.compressing.setup import Job, chosen_matrices, open_job, source_of
 from model.compression import pruning, structured
 from model.compression.allocation import owl_sparsities
+from model.compression.quantization import Changed
 from model.compression.statistics import InputStatistics, Matrix
-from model.compression.sweep import Changed
 from model.config import ModelConfig, count_parameters
 
 _NAMES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}

@@ -17,8 +17,8 @@ from model import huggingface
 from model.compression import allocation, quantization, scaling
 from model.compression.grids import Byte, Grid, grid_of, round_to, scale_of
 from model.compression.packed import CacheScheme, Scheme, describe_schemes
+from model.compression.quantization import Changed
 from model.compression.statistics import Group, InputStatistics, LargestKept, Matrix, matrices
-from model.compression.sweep import Changed
 from model.config import ModelConfig
 
 MIXED_BITS = (3, 4, 8)

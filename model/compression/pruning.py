@@ -6,8 +6,8 @@ import re
 import torch
 from torch import Tensor
 
+from model.compression.quantization import BATCH, Changed, sweep
 from model.compression.statistics import InputStatistics
-from model.compression.sweep import BATCH, Changed, sweep
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,37 @@
-"""Quantization methods: round to nearest, or GPTQ, where later columns compensate the errors of earlier ones."""
+"""Quantization methods, round to nearest and GPTQ, and the sweep over columns that GPTQ shares with SparseGPT.
+
+The sweep changes one column of a weight at a time; the columns to its right compensate the error. Frantar et al. 2022, arXiv 2210.17323,
+algorithm 1; Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
+"""
+
+import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from model.compression.grids import Grid, nearest, round_to
+from model.compression.grids import Grid, Quantized, nearest, round_to
 from model.compression.statistics import InputStatistics
-from model.compression.sweep import Changed, sweep
+
+BATCH = 128
+"""Columns within which errors are passed on at once; later columns get them in one product."""
+
+Change = Callable[[int, Tensor, Tensor], Tensor]
+"""(index of a column, it and the later columns of its batch [columns, out], the factor's diagonal there [columns]) -> new values [out]"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """The result of a method for one weight."""
+
+    weight: Tensor
+    """[out, in] float32"""
+    quantized: Quantized | None = None
+    """The weight as codes; None if the method does not quantize."""
+    damping: float | None = None
+    """Share of the Hessian's mean diagonal that was added to it; None if nothing was inverted."""
+    notes: tuple[str, ...] = ()
+    """Deviations from the requested method."""
 
 
 def rtn(weight: Tensor, grid: Grid, scale_dtype: torch.dtype = torch.float32) -> Changed:
@@ -50,3 +76,75 @@ def gptq(
     if worse > 0:
         return Changed(plain, rounded, swept[1], ("rounding's output error is smaller than GPTQ's: rounded to nearest",))
     return Changed(changed, quantized, swept[1])
+
+
+def sweep(
+    weight: Tensor, second_moment: Tensor, damping: float, change: Change, order: Tensor | None = None
+) -> tuple[Tensor, float] | None:
+    """Return the changed weight [out, in] and the damping used; None if a thousand times the damping did not make the Hessian invertible.
+
+    Columns of inputs that were always zero become zero. `order` [in] is the order of the columns.
+    """
+    order = torch.arange(weight.shape[1], device=weight.device) if order is None else order
+    columns = order.tolist()
+    for attempt in range(4):
+        taken = damping * 10**attempt
+        factor = _inverse_factor(second_moment, taken, order)
+        if factor is None:
+            continue
+        values = weight.T.index_select(0, order)  # the entries of a column are contiguous
+        values[second_moment.diagonal()[order] == 0] = 0
+        _sweep(values, factor, columns, change)
+        if values.isfinite().all():
+            swept = torch.empty_like(values)
+            swept[order] = values
+            return swept.T.contiguous(), taken
+    return None
+
+
+def _sweep(values: Tensor, factor: Tensor, columns: list[int], change: Change) -> None:
+    """Change `values` [in, out] in place."""
+    for start in range(0, len(values), BATCH):
+        batch = values[start : start + BATCH]
+        end = start + len(batch)
+        within = factor[start:end, start:end]
+        diagonal = within.diagonal()
+        errors = torch.empty_like(batch)
+        for i in range(len(batch)):
+            changed = change(columns[start + i], batch[i:], diagonal[i:])
+            torch.div(batch[i] - changed, diagonal[i], out=errors[i])
+            batch[i] = changed
+            batch[i + 1 :].addmm_(within[i, i + 1 :, None], errors[i : i + 1], alpha=-1)
+        values[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+
+
+def _inverse_factor(second_moment: Tensor, damping: float, order: Tensor) -> Tensor | None:
+    """Return the upper triangle U with U^T U = (H + damping mean(diag H))^-1, H in this order; None if H is not positive.  [in, in]
+
+    In reversed order, the inverted lower Cholesky factor of H is the upper factor of its inverse, which saves one inversion.
+    """
+    backwards = order.flip(0)
+    hessian = second_moment[backwards[:, None], backwards]
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = diagonal[~dead].mean()
+    diagonal[dead] = mean
+    diagonal += damping * mean
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    del hessian, diagonal
+    if failed or not lower.diagonal().isfinite().all():
+        return None
+    _invert(lower)
+    return lower.flip((0, 1))
+
+
+def _invert(lower: Tensor) -> None:
+    """Invert a lower triangle in place, by halves: solving for the unit matrix would need two more matrices of its size.  [n, n]"""
+    half = len(lower) // 2
+    if half < BATCH:
+        lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False))
+        return
+    first, second, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert(first)
+    below.copy_(-torch.linalg.solve_triangular(second, below @ first, upper=False))
+    _invert(second)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.compression.quantization import Changed
 from model.compression.statistics import InputStatistics, counting
-from model.compression.sweep import Changed
 from model.config import ModelConfig, count_parameters
 from model.huggingface import architecture
 from model.layers import LayerNorm, RMSNorm, Stream

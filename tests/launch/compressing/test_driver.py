@@ -11,7 +11,7 @@ from launch.compressing.layer_store import Parts, Weights
 from launch.compressing.workers import find_workers
 from launch.ranks.processes import Process
 from model.compression.grids import Grid, Quantized, round_to
-from model.compression.sweep import Changed
+from model.compression.quantization import Changed
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.launch.compressing.conftest import SMALL

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from model.compression.pruning import Sparsity, magnitude, sparsegpt, wanda
+from model.compression.quantization import sweep
 from model.compression.statistics import InputStatistics, output_error
-from model.compression.sweep import sweep
 
 HALF = Sparsity(0.5)
 
