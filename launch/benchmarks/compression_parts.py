@@ -154,7 +154,7 @@ def _methods(settings: CompressionSettings, folder: Path) -> None:
 def _llm_compressor(settings: CompressionSettings, dense: Path, folder: Path) -> dict[str, float]:
     """Run llm-compressor and return its seconds by method. Its outputs are in folder/theirs, one folder per method."""
     text = calibration_text(open_model(str(dense)), str(dense), [settings.data], settings.calibration_samples, None)
-    tokens, segments = (torch.cat([batch.inputs[place] for batch in text.batches]) for place in (0, 1))
+    tokens, segments = (torch.cat([batch.inputs[index] for batch in text.batches]) for index in (0, 1))
     if (segments != 1).any():
         raise UserError(f"{settings.data}: {settings.calibration_samples} samples are all there are, and the last one is not full.")
     save_file({"tokens": tokens.long()}, folder / "calibration.safetensors")

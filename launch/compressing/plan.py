@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from launch.compressing.samples import LONGEST
+from launch.compressing.samples import MAX_SAMPLE_LENGTH
 from launch.compressing.settings import CompressionSettings
 from launch.ranks.processes import device_name, find_process
 from launch.training.peak import measured_flops
@@ -10,7 +10,9 @@ from model.compression.statistics import Matrix, matrices
 from model.config import ModelConfig, count_parameters
 
 _PROCESS_BYTES = 0.45e9  # Python with torch and the other imports of the script
-_OF_A_PRODUCT = 0.7  # share of the speed of a large matrix product that GPTQ and Wanda reach overall (hidden size 1,024, one CPU core)
+_SHARE_OF_PRODUCT_SPEED = (
+    0.7  # share of the speed of a large matrix product that GPTQ and Wanda reach overall (hidden size 1,024, one CPU core)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Need:
     seconds: float
 
 
-def need(config: ModelConfig, tokens: int, is_swept: bool, flops_a_second: float, world_size: int = 1) -> Need:
+def estimate_need(config: ModelConfig, tokens: int, is_swept: bool, flops_a_second: float, world_size: int = 1) -> Need:
     """Return the need of one pass over the blocks. `tokens`: calibration tokens of all ranks; `is_swept`: GPTQ or SparseGPT.
 
     Memory: a block twice in float32, the hidden states, second moments of a block's inputs in float64 and the workspace that inverts the
@@ -42,15 +44,15 @@ def need(config: ModelConfig, tokens: int, is_swept: bool, flops_a_second: float
     operations = 4 * tokens * parameters + 2 * tokens * config.total_blocks * sum(size**2 for size in groups)
     if is_swept:
         operations += sum(2 * rows * columns**2 + 2 * columns**3 for rows, columns in (matrix.shape for matrix in all_of_them))
-    return Need(memory, operations / world_size / (_OF_A_PRODUCT * flops_a_second))
+    return Need(memory, operations / world_size / (_SHARE_OF_PRODUCT_SPEED * flops_a_second))
 
 
-def need_of(config: ModelConfig, settings: CompressionSettings, is_swept: bool) -> str:
+def describe_need(config: ModelConfig, settings: CompressionSettings, is_swept: bool) -> str:
     """Return the need of a compression as lines to print."""
     device, world_size = device_name(), find_process().world_size
-    length = settings.sequence_length or min(config.sequence_length, LONGEST)
+    length = settings.sequence_length or min(config.sequence_length, MAX_SAMPLE_LENGTH)
     tokens = settings.calibration_samples * length
-    needed = need(config, tokens, is_swept, measured_flops("float32", device), world_size)
+    needed = estimate_need(config, tokens, is_swept, measured_flops("float32", device), world_size)
     hours, minutes = divmod(round(needed.seconds / 60), 60)
     ranks = "" if world_size == 1 else f" on each of {world_size} ranks"
     parameters, item_bytes = count_parameters(config), 4 if settings.precision == "float32" else 2

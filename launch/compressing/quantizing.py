@@ -8,11 +8,11 @@ from torch import Tensor
 
 from data.command_line import UserError
 from launch.compressing import plan, report, sensitivity_pass
-from launch.compressing.driver import Treatment, compress
-from launch.compressing.layer_store import Parts
+from launch.compressing.driver import BlockMethod, compress
+from launch.compressing.layer_store import LayerStore
 from launch.compressing.result import Result, finish
 from launch.compressing.settings import QuantizeSettings
-from launch.compressing.setup import DTYPES, Job, chosen_matrices, open_job, source_of
+from launch.compressing.setup import DTYPES, Job, chosen_matrices, open_job, open_source
 from model import huggingface
 from model.compression import allocation, quantization, scaling
 from model.compression.grids import Byte, Grid, grid_of, round_to, scale_of
@@ -29,22 +29,22 @@ _DEFAULTS = {"int": (4, 128), "fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 3
 
 def quantize(settings: QuantizeSettings, arguments: Sequence[str]) -> int:
     """Quantize the model; return the exit status. Raises UserError if the settings do not fit the model or the text."""
-    config, opened = source_of(settings)
+    config, opened = open_source(settings)
     try:
         schemes = _schemes_for(config, settings)
     except ValueError as error:
         raise UserError(str(error)) from error
     is_swept = settings.method == "gptq"
-    needs = plan.need_of(config, settings, is_swept)
+    needs = plan.describe_need(config, settings, is_swept)
     if opened is None:
         print(needs)
         return 0
     job = open_job(settings, opened, "quantize", arguments, is_swept or settings.scaling != "none")
-    job.say(needs)
+    job.log(needs)
     if settings.dry_run:
         return 0
-    with job.parts() as parts:
-        return finish(job, _quantized(job, schemes, parts), parts)
+    with job.layer_store() as store:
+        return finish(job, _quantize_blocks(job, schemes, store), store)
 
 
 def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, Scheme]:
@@ -61,7 +61,7 @@ def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, S
     activations = settings.activations or ("fp8" if settings.kind == "fp8" else "none")
     scheme = Scheme(Grid(settings.kind, bits, group_size, settings.symmetric), activations)
     chosen = chosen_matrices(config, settings.ignore)
-    _refuse_torn_groups(scheme.grid, chosen)
+    _refuse_indivisible_groups(scheme.grid, chosen)
     if settings.average_bits is not None:
         weights = sum(rows * columns for rows, columns in (matrix.shape for matrix in chosen.values()))
         least = 8 * sum(min(sizes.values()) for sizes in _bytes_of_blocks(config, chosen, scheme.grid, settings)) / weights
@@ -70,27 +70,27 @@ def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, S
                 f"average_bits {settings.average_bits:g} is below {least:.4g}, the size of {MIXED_BITS[0]} bits with their scales."
             )
     schemes = dict.fromkeys(chosen, scheme)
-    huggingface.quantization_config(config, schemes, DTYPES[settings.precision], _kind_of_cache(settings))
+    huggingface.quantization_config(config, schemes, DTYPES[settings.precision], _cache_kind(settings))
     return schemes
 
 
-def _refuse_torn_groups(grid: Grid, chosen: Mapping[str, Matrix]) -> None:
+def _refuse_indivisible_groups(grid: Grid, chosen: Mapping[str, Matrix]) -> None:
     if grid.group_size is None:
         return
-    torn = {matrix.linear: matrix.shape[1] for matrix in chosen.values() if matrix.shape[1] % grid.group_size}
-    if torn:
-        named = ", ".join(f"{linear} ({inputs})" for linear, inputs in torn.items())
+    indivisible = {matrix.linear: matrix.shape[1] for matrix in chosen.values() if matrix.shape[1] % grid.group_size}
+    if indivisible:
+        named = ", ".join(f"{linear} ({inputs})" for linear, inputs in indivisible.items())
         fitting = [str(size) for size in (128, 64, 32, 16) if not any(matrix.shape[1] % size for matrix in chosen.values())]
         sizes = "" if grid.kind != "int" else f"--group_size {', '.join([*fitting, '0'])} would divide them (0: one scale per row); "
-        patterns = " ".join(f"'*.{linear}'" for linear in torn)
+        patterns = " ".join(f"'*.{linear}'" for linear in indivisible)
         raise UserError(
             f"Groups of {grid.group_size} do not divide the inputs of {named}: {sizes}--ignore {patterns} leaves these unchanged."
         )
 
 
-def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts: Parts) -> Result:
+def _quantize_blocks(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], store: LayerStore) -> Result:
     settings = job.settings
-    divergences, schemes = _sensitivity(job, schemes, parts)
+    divergences, schemes = _sensitivity(job, schemes, store)
     places = {name: str(matrix) for name, matrix in matrices(job.config).items()}
     grids = {places[name]: scheme.grid for name, scheme in schemes.items()}
 
@@ -114,27 +114,27 @@ def _quantized(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts:
             return scaling.awq_scales(weights, statistics, grids[f"{block}.{group.linears[0]}"], job.dtype)
         return None
 
-    kind = _kind_of_cache(settings)
+    kind = _cache_kind(settings)
     largest = LargestKept(job.config.total_blocks, job.workers.device)
-    treatment = Treatment(change, scales, largest.watching if kind else None)
-    compress(job.config, job.opened.state, treatment, job.samples, parts, job.workers, job.dtype, job.say)
+    method = BlockMethod(change, scales, largest.watching if kind else None)
+    compress(job.config, job.opened.state, method, job.samples, store, job.workers, job.dtype, job.log)
     kv_cache = None
     if kind is not None:
         job.workers.max_in_place(largest.sizes)
-        of_blocks = scale_of(largest.sizes, grid_of(kind), job.dtype).tolist()
-        kv_cache = CacheScheme(kind, tuple((keys, values) for keys, values in of_blocks))
+        block_scales = scale_of(largest.sizes, grid_of(kind), job.dtype).tolist()
+        kv_cache = CacheScheme(kind, tuple((keys, values) for keys, values in block_scales))
     artefact = cast(report.Artefact, next(iter(schemes.values())).format)
     scaled = "" if settings.scaling == "none" else f" after {settings.scaling}"
     method = f"{settings.method.upper()}{scaled}, {describe_schemes(schemes.values(), kv_cache)}"
-    return Result(job.config, parts, artefact, method, schemes, kv_cache, divergences)
+    return Result(job.config, store, artefact, method, schemes, kv_cache, divergences)
 
 
-def _kind_of_cache(settings: QuantizeSettings) -> Byte | None:
+def _cache_kind(settings: QuantizeSettings) -> Byte | None:
     return None if settings.kv_cache == "none" else settings.kv_cache
 
 
 def _sensitivity(
-    job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], parts: Parts
+    job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], store: LayerStore
 ) -> tuple[list[float] | None, Mapping[str, Scheme]]:
     """Return what quantizing each block alone costs, nats per token, and the schemes, which depend on it if --average_bits is given."""
     average, plain = job.settings.average_bits, next(iter(schemes.values())).grid
@@ -142,16 +142,16 @@ def _sensitivity(
     chosen = {name: matrix for name, matrix in matrices(job.config).items() if name in schemes}
     places = {str(matrix) for matrix in chosen.values()}
 
-    def rounding(grid: Grid) -> Callable[[int, str, Tensor], Tensor]:
+    def round_with(grid: Grid) -> Callable[[int, str, Tensor], Tensor]:
         return lambda block, linear, weight: round_to(weight, grid, job.dtype).weight() if f"{block}.{linear}" in places else weight
 
-    found = sensitivity_pass.divergences(job, parts, [rounding(grid) for grid in grids])
+    found = sensitivity_pass.divergences(job, store, [round_with(grid) for grid in grids])
     if found is None or average is None:
         return None if found is None else [costs[0] for costs in found], schemes
     costs_of_bits = [dict(zip(MIXED_BITS, costs, strict=True)) for costs in found]
     weights = sum(rows * columns for rows, columns in (matrix.shape for matrix in chosen.values()))
     bits = allocation.choose(costs_of_bits, _bytes_of_blocks(job.config, chosen, plain, job.settings), int(average * weights / 8))
-    job.say("Bits of the blocks, chosen by what each costs alone: " + " ".join(map(str, bits)))
+    job.log("Bits of the blocks, chosen by what each costs alone: " + " ".join(map(str, bits)))
     grid_of = dict(zip(MIXED_BITS, grids, strict=True))
     mixed = {name: dataclasses.replace(schemes[name], grid=grid_of[bits[chosen[name].block]]) for name in schemes}
     return [costs[bits[block]] for block, costs in enumerate(costs_of_bits)], mixed

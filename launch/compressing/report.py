@@ -221,7 +221,7 @@ def kinds_of_tensors(config: ModelConfig) -> dict[str, str]:
     return kinds
 
 
-def served(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None = None) -> str:
+def describe_serving(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None = None) -> str:
     """Return a sentence that says which software can serve a model, and another one for keys and values stored as codes.
 
     We run transformers and llama.cpp ourselves. For vLLM and for kernels on GPUs we have only their documentation.
@@ -234,7 +234,7 @@ def served(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None =
                 "Not for vLLM, which knows keys and values in FP8 alone and may take int8's scales for such; read by transformers, on a "
                 f"CPU as a dense model; not by llama.cpp, which has GGUF. {kept}."
             )
-        return f"{served(artefact, bits)} {kept}{', vLLM keeps them as fp8 (its documentation)' if has_kernels else ''}."
+        return f"{describe_serving(artefact, bits)} {kept}{', vLLM keeps them as fp8 (its documentation)' if has_kernels else ''}."
     unproven = "by vLLM (its documentation; not proven here) on NVIDIA GPUs from"
     if artefact == "structured":
         return "Served everywhere that a dense model of this architecture is: transformers, vLLM, and as GGUF llama.cpp."
@@ -261,12 +261,19 @@ def served(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None =
 
 def write(report: Report, folder: Path) -> None:
     """Add report.json, report.md and its pictures to a folder. The same report gives the same bytes."""
-    contents = dataclasses.asdict(report) | {"served": _served(report)}
+    contents = dataclasses.asdict(report) | {"served": _describe_serving(report)}
     (folder / "report.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    drawn = dict(_pictures(report))
-    for name, figure in drawn.items():
+    figures = dict(_pictures(report))
+    for name, figure in figures.items():
         save(figure, folder / name)
-    parts = [_beginning(report), _numbers(report), _sizes(report, drawn), _over_depth(report, drawn), _how(report), _every_tensor(report)]
+    parts = [
+        _head(report),
+        _numbers(report),
+        _sizes(report, figures),
+        _over_depth(report, figures),
+        _how_measured(report),
+        _every_tensor(report),
+    ]
     (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
@@ -295,7 +302,7 @@ def _bytes_by_kind(weights: Weights) -> dict[str, int]:
     return {kind: group.bytes for kind, group in weights.by_kind.items()}
 
 
-def _beginning(report: Report) -> str:
+def _head(report: Report) -> str:
     old, new = report.before, report.after
     lines = [f"# {report.name}\n"]
     if (quality := report.quality) is not None:
@@ -306,12 +313,12 @@ def _beginning(report: Report) -> str:
         f"{new.zeros / new.parameters:.1%} of {new.parameters:,} parameters are 0."
     )
     lines.append(f"{report.method}, of {report.model}.\n")
-    lines.append(_served(report))
+    lines.append(_describe_serving(report))
     return "\n".join(lines)
 
 
-def _served(report: Report) -> str:
-    return served(report.artefact, report.bits, report.kv_cache.kind if report.kv_cache else None)
+def _describe_serving(report: Report) -> str:
+    return describe_serving(report.artefact, report.bits, report.kv_cache.kind if report.kv_cache else None)
 
 
 def _numbers(report: Report) -> str:
@@ -345,7 +352,7 @@ def _numbers(report: Report) -> str:
     return text
 
 
-def _sizes(report: Report, drawn: Mapping[str, Any]) -> str:
+def _sizes(report: Report, figures: Mapping[str, Any]) -> str:
     old, new = report.before.by_kind, report.after.by_kind
     rows = [
         [
@@ -359,27 +366,27 @@ def _sizes(report: Report, drawn: Mapping[str, Any]) -> str:
         for kind in new
     ]
     header = ["", "parameters before", "after", "bits a weight before", "after", "zeros after"]
-    return f"## Where the bytes are\n\n{_shown('sizes.svg', drawn, 'Bytes by kind of tensor, before and after')}\n\n{table(header, rows)}"
+    return f"## Where the bytes are\n\n{_image('sizes.svg', figures, 'Bytes by kind of tensor, before and after')}\n\n{table(header, rows)}"
 
 
-def _over_depth(report: Report, drawn: Mapping[str, Any]) -> str:
+def _over_depth(report: Report, figures: Mapping[str, Any]) -> str:
     parts = []
-    if "errors.svg" in drawn:
+    if "errors.svg" in figures:
         with_errors = [linear for linear in report.linears if linear.error is not None]
         worst = max(with_errors, key=lambda linear: linear.error or 0.0)
         parts.append("## Error of each layer's outputs")
-        parts.append(_shown("errors.svg", drawn, "Relative output error of each linear layer over depth"))
+        parts.append(_image("errors.svg", figures, "Relative output error of each linear layer over depth"))
         parts.append(f"Largest: {worst.linear} of block {worst.block}, {worst.error:.4f}.")
     if noted := [linear for linear in report.linears if linear.notes]:
         parts.append("## What went otherwise than asked")
         parts.append("\n".join(f"- {linear.linear} of block {linear.block}: {' '.join(linear.notes)}" for linear in noted))
-    if "sensitivity.svg" in drawn:
+    if "sensitivity.svg" in figures:
         parts.append("## What each block costs alone")
-        parts.append(_shown("sensitivity.svg", drawn, "KL to the dense model where one block alone is compressed"))
+        parts.append(_image("sensitivity.svg", figures, "KL to the dense model where one block alone is compressed"))
     return "\n\n".join(parts)
 
 
-def _how(report: Report) -> str:
+def _how_measured(report: Report) -> str:
     lines = ["## How", "", "```", report.command, "```", ""]
     if (calibration := report.calibration) is not None:
         read = f"{calibration.samples:,} samples, {calibration.tokens:,} tokens, {calibration.text}"
@@ -419,8 +426,8 @@ def _every_tensor(report: Report) -> str:
     return f"<details><summary>Every tensor</summary>\n\n{table(header, rows)}\n\n</details>"
 
 
-def _shown(name: str, drawn: Mapping[str, Any], description: str) -> str:
-    return f"![{description}]({name})" if name in drawn else ""
+def _image(name: str, figures: Mapping[str, Any], description: str) -> str:
+    return f"![{description}]({name})" if name in figures else ""
 
 
 def _perplexity(estimate: Estimate) -> str:

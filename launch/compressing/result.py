@@ -19,9 +19,9 @@ from data.tokenization.huggingface_files import padding, write_tokenizer
 from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.run_record import versions
 from launch.compressing import report
-from launch.compressing.layer_store import Parts, Weights
+from launch.compressing.layer_store import DequantizedWeights, LayerStore
 from launch.compressing.setup import Job
-from launch.compressing.streamed import Side, compare, perplexity_of
+from launch.compressing.streamed import StreamedModel, compare, perplexity_of
 from launch.evaluation.predictions import names_of
 from launch.evaluation.quality import Quality
 from launch.ranks.processes import peak_memory_bytes
@@ -56,18 +56,18 @@ class Result:
     """KL of each block compressed alone; report.BlockReport describes it."""
 
 
-def finish(job: Job, result: Result, parts: Parts) -> int:
+def finish(job: Job, result: Result, store: LayerStore) -> int:
     """Compare with the dense model, write the folder, read it with transformers, and report; return the exit status.
 
     Raises UserError where the disk is full, and RuntimeError where transformers does not find in the folder what we wrote: there is no
-    folder then, but `parts` is kept.
+    folder then, but `store` is kept.
     """
     workers, opened, settings = job.workers, job.opened, job.settings
-    after = Side(result.config, Weights(result.state), rounding(result.schemes, result.kv_cache))
+    after = StreamedModel(result.config, DequantizedWeights(result.state), rounding(result.schemes, result.kv_cache))
     quality = None
     if job.test:
-        job.say(f"Measuring: {job.test.num_samples:,} samples of {job.test.what}, before and after.")
-        before = Side(opened.config, opened.state, rounding(opened.schemes, opened.kv_cache))
+        job.log(f"Measuring: {job.test.num_samples:,} samples of {job.test.description}, before and after.")
+        before = StreamedModel(opened.config, opened.state, rounding(opened.schemes, opened.kv_cache))
         quality = compare(before, after, workers.share(job.test.batches), workers).quality(job.test.bytes_per_token)
     workers.leave_group()
     if not workers.is_first:
@@ -75,45 +75,45 @@ def finish(job: Job, result: Result, parts: Parts) -> int:
     assert opened.tokenizer is not None
     tokenizer, names = load_tokenizer(opened.tokenizer), names_of(opened)
     tokens = huggingface.SpecialTokens(tokenizer.end_of_text, padding(tokenizer)[1], names.labels, opened.start_token(tokenizer))
-    job.say(f"Writing {job.output}, and reading it with transformers.")
+    job.log(f"Writing {job.output}, and reading it with transformers.")
     try:
-        with new_folder(job.output, parts.whole) as folder:
+        with new_folder(job.output, store.whole) as folder:
             shard_bytes = int(settings.max_shard_gib * 2**30)
             arguments = result.config, result.state, folder, tokens, job.dtype, shard_bytes
             huggingface.export(*arguments, schemes=result.schemes, kv_cache=result.kv_cache)
             marks = opened.config.architecture, names.class_token, names.mask_token
             write_tokenizer(tokenizer.path, folder, opened.config.sequence_length, None, *marks)
-            made = _report(job, result, after, parts, quality, _proof(job, result, after, folder), folder)
-            report.write(made, folder)
+            finished = _report(job, result, after, store, quality, _proof(job, result, after, folder), folder)
+            report.write(finished, folder)
     except (ValueError, OSError) as error:
-        kept = f"What was compressed is kept in {parts.folder}; the same command goes on with it."
+        kept = f"What was compressed is kept in {store.folder}; the same command goes on with it."
         raise UserError(f"{job.output} could not be written: {getattr(error, 'strerror', None) or error}. {kept}") from error
     with contextlib.suppress(OSError):  # a folder that cannot be deleted does no harm
-        parts.remove()
+        store.remove()
     print("\n" + (job.output / "report.md").read_text(encoding="utf-8").split("\n## ")[0].rstrip())
     print(f"\n{job.output}: transformers loads it with no missing or unexpected key. {job.output}/report.md has the rest.")
-    return _status(job, made)
+    return _status(job, finished)
 
 
-def _status(job: Job, made: report.Report) -> int:
-    limit, quality = job.settings.max_perplexity_ratio, made.quality
+def _status(job: Job, finished: report.Report) -> int:
+    limit, quality = job.settings.max_perplexity_ratio, finished.quality
     if limit is not None and quality is not None and not quality.ratio.value <= limit:
         print(f"Perplexity x{quality.ratio.value:.4f} is above --max_perplexity_ratio {limit:g}; {job.output} is kept.", file=sys.stderr)
         return 3
-    if job.settings.strict and (noted := [linear.name for linear in made.linears if linear.notes]):
+    if job.settings.strict and (noted := [linear.name for linear in finished.linears if linear.notes]):
         print(f"--strict: {len(noted)} matrices went otherwise than asked, {noted[0]} first; {job.output} is kept.", file=sys.stderr)
         return 1
     return 0
 
 
-def _proof(job: Job, result: Result, after: Side, folder: Path) -> report.Proof:
+def _proof(job: Job, result: Result, after: StreamedModel, folder: Path) -> report.Proof:
     """Read the folder with transformers: no missing or unexpected key, and our perplexity or, without text, our logits."""
     version, device = transformers.__version__, job.workers.device
     if job.test is None or result.config.architecture != "decoder" or result.config.document_mask:
         difference = huggingface.verify(folder, result.config, result.state, schemes=result.schemes, kv_cache=result.kv_cache)
         return report.Proof("transformers", version, "logits", difference, 1e-4)
     samples = max(1, _PROOF_TOKENS // job.test.batches[0].tokens.shape[1])
-    batches = job.test.beginning(samples)
+    batches = job.test.first_samples(samples)
     theirs = huggingface.perplexity_by_transformers(folder, result.config, [(batch.tokens, batch.targets) for batch in batches], device)
     ours = perplexity_of(after, batches, device)
     schemes = result.schemes.values()
@@ -131,7 +131,7 @@ def _proof(job: Job, result: Result, after: Side, folder: Path) -> report.Proof:
 
 
 def _report(
-    job: Job, result: Result, after: Side, parts: Parts, quality: Quality | None, proof: report.Proof, folder: Path
+    job: Job, result: Result, after: StreamedModel, store: LayerStore, quality: Quality | None, proof: report.Proof, folder: Path
 ) -> report.Report:
     opened, test, calibration = job.opened, job.test, job.calibration
     assert opened.tokenizer is not None
@@ -139,7 +139,7 @@ def _report(
     if test is not None:
         length = test.batches[0].tokens.shape[1]
         basis = report.Basis(
-            text=test.what,
+            text=test.description,
             fingerprint=test.fingerprint,
             objective=test.task.description,
             sequence_length=length,
@@ -150,7 +150,7 @@ def _report(
     kinds = report.kinds_of_tensors(result.config)
     tensors = tuple(_tensor_report(name, kinds[name], result.state[name], job.dtype.itemsize) for name in kinds)
     num_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-    told = [one for number in range(parts.find()) if (one := parts.told(number))]
+    told = [one for number in range(store.find_finished_layers()) if (one := store.read_report(number))]
     known = result.divergences or [None] * len(told)
     speeds = _speeds(job, result, after)
     return report.Report(
@@ -161,10 +161,10 @@ def _report(
         kv_cache=_cache_report(result, job.dtype) if result.kv_cache else None,
         method=result.method,
         settings=flatten(dataclasses.asdict(job.settings)),
-        command=shlex.join(["python", f"launch/{job.door}.py", *job.arguments]),
+        command=shlex.join(["python", f"launch/{job.script}.py", *job.arguments]),
         before=job.before,
         after=report.Weights(num_bytes, tensors),
-        seconds=time.perf_counter() - job.begun,
+        seconds=time.perf_counter() - job.start_time,
         peak_memory_bytes=peak_memory_bytes(),
         device=str(job.workers.device),
         versions=versions() | {"transformers": proof.version},
@@ -173,7 +173,7 @@ def _report(
         basis=basis,
         quality=quality,
         calibration=calibration
-        and report.Calibration(calibration.what, calibration.num_samples, calibration.tokens, calibration.fingerprint),
+        and report.Calibration(calibration.description, calibration.num_samples, calibration.tokens, calibration.fingerprint),
         speeds=speeds,
         proof=proof,
     )
@@ -186,7 +186,7 @@ def _cache_report(result: Result, dtype: torch.dtype) -> report.CacheReport:
     return report.CacheReport(result.kv_cache.kind, numbers * dtype.itemsize, numbers)
 
 
-def _speeds(job: Job, result: Result, after: Side) -> tuple[report.Speed, ...]:
+def _speeds(job: Job, result: Result, after: StreamedModel) -> tuple[report.Speed, ...]:
     """Return the speed of our generation for a smaller model. Only llama.cpp can compute with codes and zeros as such."""
     if result.artefact != "structured" or result.config.architecture != "decoder":
         return ()

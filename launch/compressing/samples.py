@@ -20,20 +20,20 @@ from launch.evaluation.tasks.table import task_of
 from launch.evaluation.tasks.task import Task
 from model.layers import Stream
 
-LONGEST = 2048
+MAX_SAMPLE_LENGTH = 2048
 """Maximum length of a sample, tokens, if no length is given."""
 
 _TOKENS_AT_ONCE = 2048
-_LEAST_BATCHES = 32  # if there are enough samples, so that ranks can share them
+_MIN_BATCHES = 32  # if there are enough samples, so that ranks can share them
 _LOGITS_BYTES = 64 << 20  # float32 logits of a micro-batch; measuring holds a few of them
-_MOST_SHARED = 0.1  # share of the test's runs of tokens; a licence at the head of each file is less
+_MAX_SHARED = 0.1  # share of the test's runs of tokens; a licence at the head of each file is less
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
     """Samples of a split, in micro-batches that do not depend on the number of ranks."""
 
-    what: str
+    description: str
     """Split and folders, as text."""
     task: Task
     """Task whose samples they are."""
@@ -46,7 +46,7 @@ class Text:
     bytes_per_token: float | None
     """UTF-8 bytes per token of the split; None if the model does not predict all of its text."""
 
-    def beginning(self, num_samples: int) -> list[Batch]:
+    def first_samples(self, num_samples: int) -> list[Batch]:
         """Return the first samples, in micro-batches; the last one is cut to the number."""
         left, found = num_samples, []
         for batch in self.batches:
@@ -82,11 +82,11 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
             raise UserError("\n".join(complaints))
     task = task_of(opened)
     sampling = task.sampling_settings(opened, name)
-    length = min(opened.config.sequence_length, LONGEST) if length is None else length
+    length = min(opened.config.sequence_length, MAX_SAMPLE_LENGTH) if length is None else length
     if not 1 <= length <= opened.config.sequence_length:
         raise UserError(f"--sequence_length {length} is outside 1 ... {opened.config.sequence_length}, the model's context.")
     size = min(_TOKENS_AT_ONCE, _LOGITS_BYTES // (4 * opened.config.vocab_size)) // length
-    size = max(1, min(size, num_samples // _LEAST_BATCHES) if num_samples else size)
+    size = max(1, min(size, num_samples // _MIN_BATCHES) if num_samples else size)
     limit = math.ceil(num_samples / len(folders)) or None
     sets = task.evaluation_sets(opened.config, folders, sampling, split, size, length, limit_samples=limit)
     batches = [batch for one in sets.values() for batch in one.batches]
@@ -96,7 +96,7 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
         for tensor in batch:
             hashed.update(b"" if tensor is None else tensor.numpy().tobytes())
     return Text(
-        what=f"{split} of {', '.join(str(Path(folder.folder)) for folder in folders.values())}",
+        description=f"{split} of {', '.join(str(Path(folder.folder)) for folder in folders.values())}",
         task=task,
         batches=batches,
         num_samples=sum(one.num_samples for one in sets.values()),
@@ -106,25 +106,25 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
     )
 
 
-def refuse_the_same_text(calibration: Text, test: Text) -> None:
+def refuse_shared_text(calibration: Text, test: Text) -> None:
     """Raise UserError if the test text also stands in the calibration text, which would make the result meaningless."""
-    seen, asked = (_runs(text) for text in (calibration, test))
+    seen, asked = (_token_runs(text) for text in (calibration, test))
     shared = float(np.isin(asked, seen).mean()) if len(asked) else 0.0
-    if shared > _MOST_SHARED:
+    if shared > _MAX_SHARED:
         raise UserError(
-            f"{shared:.0%} of the test text ({test.what}) stand in the calibration text ({calibration.what}) too: what is measured on them "
-            "says little. Give --calibration_data of other documents, or --force."
+            f"{shared:.0%} of the test text ({test.description}) also stand in the calibration text ({calibration.description}), so the "
+            "measurement would be too good. Give other documents with --calibration_data, or allow it with --force."
         )
 
 
-def _runs(text: Text) -> NDArray[np.uint64]:
+def _token_runs(text: Text) -> NDArray[np.uint64]:
     """Return a hash of every run of consecutive tokens in every sample, with masked tokens restored."""
     hashes = []
     for batch in text.batches:
         tokens, segments = text.task.original_tokens(batch), Stream.from_tensors(batch.inputs).segments
         length = min(text.task.run_tokens, tokens.shape[1])
-        for row, of_text in zip(tokens.numpy().astype(np.uint64), segments.numpy() != 0, strict=True):
-            row = row[of_text]
+        for row, is_text in zip(tokens.numpy().astype(np.uint64), segments.numpy() != 0, strict=True):
+            row = row[is_text]
             if len(row) >= length:
                 powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(length, dtype=np.uint64)
                 views = np.lib.stride_tricks.sliding_window_view(row, length)

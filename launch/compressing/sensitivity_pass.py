@@ -6,8 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from launch.compressing.driver import gathered
-from launch.compressing.layer_store import Parts
+from launch.compressing.driver import gather_each_block
+from launch.compressing.layer_store import LayerStore
 from launch.compressing.setup import Job
 from launch.evaluation.evaluation_sets import first_inputs
 from model.compression import sensitivity, structured
@@ -15,10 +15,10 @@ from model.compression.allocation import outlier_ratio
 from model.compression.sensitivity import Change
 from model.compression.statistics import Matrix
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
-def divergences(job: Job, parts: Parts, changes: Sequence[Change]) -> list[list[float]] | None:
+def divergences(job: Job, store: LayerStore, changes: Sequence[Change]) -> list[list[float]] | None:
     """Return the mean KL to the unchanged model when one block alone is changed, nats per token.  -> [blocks][changes]
 
     None if sensitivity_samples or the calibration text are missing.
@@ -27,47 +27,47 @@ def divergences(job: Job, parts: Parts, changes: Sequence[Change]) -> list[list[
         return None
     variants = job.config.total_blocks * len(changes)
     wanted = max(1, min(job.settings.sensitivity_samples, job.calibration.num_samples // variants))
-    batches = job.calibration.beginning(wanted)
+    batches = job.calibration.first_samples(wanted)
 
-    def find() -> list[list[float]]:
-        job.say(f"Measuring each block alone on {wanted} of the calibration samples.")
+    def measure() -> list[list[float]]:
+        job.log(f"Measuring each block alone on {wanted} of the calibration samples.")
         samples = first_inputs(job.workers.share(batches), job.workers.device)
         sums, tokens = sensitivity.divergences(job.config, job.opened.state, samples, changes, job.workers.device)
         counted = torch.tensor(float(tokens), dtype=torch.float64, device=job.workers.device)
         job.workers.sum_in_place([sums, counted])
         return (sums / counted).tolist()
 
-    return _noted(job, parts, "sensitivity", find)
+    return _stored_or_measured(job, store, "sensitivity", measure)
 
 
-def outlier_ratios(job: Job, parts: Parts, chosen: Mapping[str, Matrix]) -> list[float]:
+def outlier_ratios(job: Job, store: LayerStore, chosen: Mapping[str, Matrix]) -> list[float]:
     """Return the outlier ratio of the chosen matrices of each block; model.compression.allocation defines it."""
 
-    def find() -> list[float]:
-        job.say("Measuring the outliers of each block: a pass over the unchanged model.")
+    def measure() -> list[float]:
+        job.log("Measuring the outliers of each block: a pass over the unchanged model.")
         ratios = []
-        for step, statistics in gathered(job.config, job.opened.state, job.samples, job.workers):
+        for step, statistics in gather_each_block(job.config, job.opened.state, job.samples, job.workers):
             here = [(linear, group) for group in statistics for linear in group.linears if f"{step.name}.{linear}.weight" in chosen]
             weights = [step.module.get_submodule(linear).weight for linear, _ in here]
             ratios.append(outlier_ratio(weights, [statistics[group] for _, group in here]) if here else 0.0)
         return ratios
 
-    return _noted(job, parts, "outliers", find)
+    return _stored_or_measured(job, store, "outliers", measure)
 
 
-def importance(job: Job, parts: Parts, by: str) -> Tensor:
+def importance(job: Job, store: LayerStore, by: str) -> Tensor:
     """Return the importance of each block: its influence, or the rise of the calibration loss without it.  -> [blocks]"""
     device, state = job.workers.device, job.opened.state
 
-    def influences() -> list[float]:
+    def measure_influences() -> list[float]:
         sums = structured.influences(job.config, state, job.samples, device)
         job.workers.sum_in_place([sums])
         return sums.tolist()
 
-    def rises() -> list[float]:
+    def measure_rises() -> list[float]:
         assert job.calibration is not None
         # The hidden states of these samples are kept once for each block.
-        batches = job.workers.share(job.calibration.beginning(max(1, job.calibration.num_samples // job.config.total_blocks)))
+        batches = job.workers.share(job.calibration.first_samples(max(1, job.calibration.num_samples // job.config.total_blocks)))
         samples, task = first_inputs(batches, device), job.calibration.task
 
         def loss(outputs: Tensor | tuple[Tensor, Tensor], number: int) -> Tensor:
@@ -78,13 +78,15 @@ def importance(job: Job, parts: Parts, by: str) -> Tensor:
         job.workers.sum_in_place([losses])
         return (losses[1:] - losses[0]).tolist()
 
-    return torch.tensor(_noted(job, parts, "importance", influences if by == "influence" else rises), dtype=torch.float64)
+    return torch.tensor(
+        _stored_or_measured(job, store, "importance", measure_influences if by == "influence" else measure_rises), dtype=torch.float64
+    )
 
 
-def _noted(job: Job, parts: Parts, name: str, find: Callable[[], Found]) -> Found:
+def _stored_or_measured(job: Job, store: LayerStore, name: str, measure: Callable[[], Value]) -> Value:
     """Return the stored result of an earlier start, or compute and store it. It is the same on all ranks."""
-    known = job.workers.run_on_rank0(lambda: parts.known(name))
-    if known is None:
-        known = find()
-        job.workers.run_on_rank0(lambda: parts.note(name, known))
-    return known
+    value = job.workers.run_on_rank0(lambda: store.read_result(name))
+    if value is None:
+        value = measure()
+        job.workers.run_on_rank0(lambda: store.write_result(name, value))
+    return value

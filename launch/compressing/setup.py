@@ -17,8 +17,8 @@ from data.files import nearest_existing
 from launch.checkpoints.opening import OpenedModel, open_model, weights_bytes
 from launch.checkpoints.state import ShardSlice, checksum
 from launch.compressing import report
-from launch.compressing.layer_store import Parts, folder_for
-from launch.compressing.samples import Text, calibration_text, paths_for, refuse_the_same_text, test_text
+from launch.compressing.layer_store import LayerStore, folder_for
+from launch.compressing.samples import Text, calibration_text, paths_for, refuse_shared_text, test_text
 from launch.compressing.settings import CompressionSettings
 from launch.compressing.workers import Workers, find_workers
 from launch.evaluation.evaluation_sets import first_inputs
@@ -43,7 +43,7 @@ class Job(Generic[Settings]):
     """A model to compress and the text for it, after all checks."""
 
     settings: Settings
-    door: str
+    script: str
     """File name of the script, without .py."""
     arguments: Sequence[str]
     opened: OpenedModel
@@ -53,7 +53,7 @@ class Job(Generic[Settings]):
     before: report.Weights
     fingerprint: str
     """Hash of the model's weights."""
-    begun: float
+    start_time: float
     """Start time by time.perf_counter, seconds."""
 
     @property
@@ -77,27 +77,27 @@ class Job(Generic[Settings]):
         return first_inputs(batches, self.workers.device)
 
     @contextlib.contextmanager
-    def parts(self) -> Iterator[Parts]:
+    def layer_store(self) -> Iterator[LayerStore]:
         """Lock the folder of finished layers for this process while the context lasts."""
-        parts = Parts(self.output, self._plan())
+        store = LayerStore(self.output, self._plan())
         try:
-            self.workers.run_on_rank0(parts.open)
-            yield parts
+            self.workers.run_on_rank0(store.open)
+            yield store
         finally:
-            parts.close()
+            store.close()
 
     def _plan(self) -> dict[str, Any]:
         """Return what identifies this compression; an earlier start is resumed if it has the same plan."""
         settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in _NOT_IN_THE_WEIGHTS}
         calibration = self.calibration.fingerprint if self.calibration else None
-        return {"door": self.door, "model": self.fingerprint, "calibration": calibration} | flatten(settings)
+        return {"door": self.script, "model": self.fingerprint, "calibration": calibration} | flatten(settings)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if self.workers.is_first:
             print(text, flush=True)
 
 
-def source_of(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel | None]:
+def open_source(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel | None]:
     """Return the model's shape, and the model unless only a size is named. Raises UserError if it cannot be compressed or written."""
     if settings.output is not None and Path(settings.output).exists():
         raise UserError(f"--output {settings.output} is there already; nothing is overwritten. Give another name.")
@@ -115,9 +115,9 @@ def source_of(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel |
     return opened.config, opened
 
 
-def open_job(settings: Settings, opened: OpenedModel, door: str, arguments: Sequence[str], needs_calibration: bool) -> Job[Settings]:
+def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Sequence[str], needs_calibration: bool) -> Job[Settings]:
     """Find the text and the ranks, and check every weight. Raises UserError, before any long work, if something is wrong."""
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     if needs_calibration and not settings.calibration_samples:
         raise UserError("calibration_samples is 0; this method looks at what goes into each matrix. Give some, 128 for example.")
     calibration = test = None
@@ -130,15 +130,15 @@ def open_job(settings: Settings, opened: OpenedModel, door: str, arguments: Sequ
         if settings.test_samples:
             test = test_text(opened, settings.model, paths, settings.test_samples, length)
         if calibration and test and not settings.force:
-            refuse_the_same_text(calibration, test)
+            refuse_shared_text(calibration, test)
     if settings.output is not None:
         _refuse_full_disk(Path(settings.output), opened.config, DTYPES[settings.precision])
     workers = find_workers(arguments)
-    before, fingerprint = _looked_at(opened, workers, DTYPES[settings.precision], settings.force)
-    job = Job(settings, door, tuple(arguments), opened, workers, calibration, test, before, fingerprint, begun)
+    before, fingerprint = _check_weights(opened, workers, DTYPES[settings.precision], settings.force)
+    job = Job(settings, script, tuple(arguments), opened, workers, calibration, test, before, fingerprint, start_time)
     widest = max(matrix.shape[1] for matrix in matrices(opened.config).values())
     if calibration and calibration.tokens < widest:
-        job.say(
+        job.log(
             f"Note: {calibration.tokens:,} calibration tokens for matrices of up to {widest:,} inputs: with fewer tokens than inputs "
             "the statistics leave directions open. Give more --calibration_samples."
         )
@@ -159,7 +159,7 @@ def chosen_matrices(config: ModelConfig, ignore: Sequence[str]) -> dict[str, Mat
     return chosen
 
 
-def _looked_at(opened: OpenedModel, workers: Workers, dtype: torch.dtype, force: bool) -> tuple[report.Weights, str]:
+def _check_weights(opened: OpenedModel, workers: Workers, dtype: torch.dtype, force: bool) -> tuple[report.Weights, str]:
     """Return a report of every weight, and a hash of all. Raises UserError for a weight that is not finite, and for a pruned model."""
     kinds, linears = report.kinds_of_tensors(opened.config), matrices(opened.config)
     tensors, complaints = {}, []

@@ -22,8 +22,8 @@ _HIDDEN_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """A network whose outputs are compared: its shape, its weights, and how they are stored."""
+class StreamedModel:
+    """A model that is read into memory layer by layer: its shape, its weights, and how they are stored."""
 
     config: ModelConfig
     state: Mapping[str, Tensor]
@@ -35,27 +35,28 @@ class Side:
         return outputs(self.config, self.state, first_inputs(batches, device), device, prepare=self.prepare)
 
 
-def compare(before: Side, after: Side, batches: Sequence[Batch], workers: Workers) -> Comparison:
+def compare(before: StreamedModel, after: StreamedModel, batches: Sequence[Batch], workers: Workers) -> Comparison:
     """Compare two networks on this rank's share of the batches, and return the sum over the ranks."""
     total = Comparison()
-    for some in _rounds(batches, before.config.hidden_size, workers.device):
-        sides = (side.outputs(some, workers.device) for side in (before, after))
-        for batch, old, new in zip(some, *sides, strict=True):
+    for group in _groups_that_fit(batches, before.config.hidden_size, workers.device):
+        both_outputs = (model.outputs(group, workers.device) for model in (before, after))
+        for batch, old, new in zip(group, *both_outputs, strict=True):
             total += compared(*_logits_and_targets(old, new, batch.map(lambda tensor: tensor.to(workers.device))))
     return functools.reduce(Comparison.__add__, workers.all_gather(total))
 
 
-def perplexity_of(side: Side, batches: Sequence[Batch], device: torch.device) -> float:
+def perplexity_of(model: StreamedModel, batches: Sequence[Batch], device: torch.device) -> float:
     """Return the perplexity per target of a network that predicts tokens."""
     total = 0.0
-    for some in _rounds(batches, side.config.hidden_size, device):
-        for batch, said in zip(some, side.outputs(some, device), strict=True):
-            assert isinstance(said, Tensor)
-            total += token_losses(said, batch.targets.to(device)).sum(dtype=torch.float64).item()
+    for group in _groups_that_fit(batches, model.config.hidden_size, device):
+        for batch, logits in zip(group, model.outputs(group, device), strict=True):
+            assert isinstance(logits, Tensor)
+            total += token_losses(logits, batch.targets.to(device)).sum(dtype=torch.float64).item()
     return perplexity(total / target_tokens(list(batches)))
 
 
-def _rounds(batches: Sequence[Batch], hidden_size: int, device: torch.device) -> Iterator[Sequence[Batch]]:
+def _groups_that_fit(batches: Sequence[Batch], hidden_size: int, device: torch.device) -> Iterator[Sequence[Batch]]:
+    """Yield the batches in groups whose hidden states fit into _HIDDEN_BYTES."""
     if batches:
         size = 4 * hidden_size * max(batch.tokens.numel() + (0 if batch.source is None else batch.source.numel()) for batch in batches)
         count = max(1, _HIDDEN_BYTES[device.type] // size)

@@ -17,7 +17,7 @@ from launch import export, prune, quantize
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.opening import load_weights, open_model
 from launch.compressing import layer_store, result
-from launch.compressing.layer_store import Parts
+from launch.compressing.layer_store import LayerStore
 from launch.compressing.samples import calibration_text
 from model import huggingface
 from model.compression.statistics import LargestKept
@@ -248,7 +248,7 @@ def test_text_that_is_tested_may_not_calibrate(pruned, model, texts, tmp_path):
     manifest = json.loads((same / "manifest.json").read_text())
     manifest["splits"]["train"] = json.loads(json.dumps(manifest["splits"]["validation"]))
     (same / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"100% of the test text \(validation of .*\) stand in the calibration text .* or --force"):
+    with pytest.raises(UserError, match=r"100% of the test text \(validation of .*\) also stand in the calibration text .* with --force"):
         pruned(model("dense"), "--calibration_data", str(same), "--calibration_samples", "1000")
     assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
@@ -347,7 +347,7 @@ def test_a_disk_that_will_be_full_is_named_at_the_start_and_what_is_done_needs_n
 
 
 def test_one_process_at_a_time_writes_an_output_and_no_other_folder_is_taken_for_unfinished_work(quantized, model, tmp_path):
-    held = Parts(tmp_path / "out", {})
+    held = LayerStore(tmp_path / "out", {})
     held.open()
     for left_by_a_kill in ("whole", ".whole.a1b2c3d4"):
         (held.folder / left_by_a_kill).mkdir()

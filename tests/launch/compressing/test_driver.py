@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from launch.compressing.driver import Treatment, compress
-from launch.compressing.layer_store import Parts, Weights
+from launch.compressing.driver import BlockMethod, compress
+from launch.compressing.layer_store import DequantizedWeights, LayerStore
 from launch.compressing.workers import find_workers
 from launch.ranks.processes import Process
 from model.compression.grids import Grid, Quantized, round_to
@@ -20,18 +20,18 @@ from tests.model.both_sides import MARIAN, random_inputs, samples_of
 
 @pytest.fixture
 def walked(tmp_path):
-    """A function that compresses a network of fresh weights; its state before, the parts, and what was said."""
+    """A function that compresses a network of fresh weights; its state before, the store, and what was said."""
 
-    def run(config: ModelConfig, treatment: Treatment, stored_as=torch.float32, reading=dict):
+    def run(config: ModelConfig, method: BlockMethod, stored_as=torch.float32, reading=dict):
         network, said = Transformer(config), []
         state = {name: parameter.detach() for name, parameter in network.named_parameters()}
         inputs = random_inputs(config)
         samples = samples_of(inputs)
-        parts = Parts(tmp_path / "out", {})
-        parts.open()
-        compress(config, reading(state), treatment, samples, parts, find_workers([]), stored_as, said.append)
-        parts.close()
-        return network, parts, said
+        store = LayerStore(tmp_path / "out", {})
+        store.open()
+        compress(config, reading(state), method, samples, store, find_workers([]), stored_as, said.append)
+        store.close()
+        return network, store, said
 
     return run
 
@@ -44,8 +44,8 @@ def test_a_block_sees_the_inputs_that_the_changed_ones_before_it_give(walked):
         moments[f"{block + 1}.{linear}.weight"] = statistics.second_moment
         return Changed(weight / 2)
 
-    network, parts, said = walked(config, Treatment(halved))
-    network.load_state_dict(Weights(parts))
+    network, store, said = walked(config, BlockMethod(halved))
+    network.load_state_dict(DequantizedWeights(store))
     seen = {}
 
     def watch(name):
@@ -61,7 +61,7 @@ def test_a_block_sees_the_inputs_that_the_changed_ones_before_it_give(walked):
     before = {"1.attention.query.weight", "2.attention.query.weight"}  # within a block the others read what its unchanged ones say
     for name in before:
         torch.testing.assert_close(moments[name], seen[name].T @ seen[name], rtol=1e-4, atol=1e-4)
-    assert len(moments) == 14 and "block 2 of 2 | 7 matrices | error of outputs: 0.5000 to 0.5000" in said[-1]
+    assert len(moments) == 14 and "block 2 of 2 | 7 matrices | output error: 0.5000 to 0.5000" in said[-1]
 
 
 def test_scales_move_between_layers_and_the_network_stays(walked):
@@ -72,10 +72,10 @@ def test_scales_move_between_layers_and_the_network_stays(walked):
         scaled.append(group)
         return None if group.producer is None else statistics.magnitude.clamp(min=0.1)
 
-    treatment = Treatment(lambda block, linear, weight, statistics: None, scales)
-    network, parts, _ = walked(config, treatment)
+    method = BlockMethod(lambda block, linear, weight, statistics: None, scales)
+    network, store, _ = walked(config, method)
     other = Transformer(config)
-    other.load_state_dict(Weights(parts))
+    other.load_state_dict(DequantizedWeights(store))
     inputs = random_inputs(config)
     with torch.no_grad():
         torch.testing.assert_close(other(*inputs), network(*inputs), rtol=1e-4, atol=1e-5)
@@ -89,10 +89,10 @@ def test_codes_come_back_as_they_were_and_what_stays_is_rounded_once(walked):
         codes = round_to(weight, grid, torch.bfloat16)
         return Changed(codes.weight(), codes) if linear == "feed_forward.up" else None
 
-    network, parts, _ = walked(ModelConfig(**SMALL), Treatment(change), torch.bfloat16)
-    assert set(parts) == {name for name, _ in network.named_parameters()}
+    network, store, _ = walked(ModelConfig(**SMALL), BlockMethod(change), torch.bfloat16)
+    assert set(store) == {name for name, _ in network.named_parameters()}
     for name, parameter in network.named_parameters():
-        stored = parts[name]
+        stored = store[name]
         if isinstance(stored, Quantized):
             assert name.endswith("feed_forward.up.weight")
             wanted = round_to(parameter.bfloat16().float(), grid, torch.bfloat16)
@@ -123,8 +123,8 @@ def test_one_layer_is_in_memory_at_a_time_however_deep_the_network(walked):
 
     gc.disable()  # what goes must go by itself
     try:
-        treatment = Treatment(lambda block, linear, weight, statistics: Changed(weight), watch=Watched)
-        walked(ModelConfig(**SMALL | {"num_layers": 10}), treatment, reading=Read)
+        method = BlockMethod(lambda block, linear, weight, statistics: Changed(weight), watch=Watched)
+        walked(ModelConfig(**SMALL | {"num_layers": 10}), method, reading=Read)
     finally:
         gc.enable()
     assert len(alive) == 12  # with the embedding and the norm before the head

@@ -53,7 +53,7 @@ def test_a_run_without_data_reports_sizes_and_where_it_is_served(bare, tmp_path)
     report.write(bare, tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert page.startswith("# demo-w4\n\n**Size ×0.417**: 6.00 kB → 2.50 kB, 13.33 bits a weight; 16.7% of 1,500 parameters are 0.\n")
-    assert report.served("pack-quantized", [4]) in page
+    assert report.describe_serving("pack-quantized", [4]) in page
     assert "| attention |             1,000 | 1,000 |                32.00 |  4.00 |      25.00% |" in page
     assert "None" not in page and "nan" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "sizes.svg"]
@@ -81,7 +81,7 @@ def test_everything_measured_is_reported(bare, tmp_path):
     assert all((first / name).read_bytes() == (again / name).read_bytes() for name in files)
     assert all(ElementTree.parse(first / name).getroot().tag.endswith("svg") for name in files if name.endswith("svg"))
     contents = json.loads((first / "report.json").read_text())
-    assert contents.pop("served") == report.served("pack-quantized", [4])
+    assert contents.pop("served") == report.describe_serving("pack-quantized", [4])
     assert contents == json.loads(json.dumps(dataclasses.asdict(whole)))
     page = (first / "report.md").read_text()
     assert page.splitlines()[2].startswith(f"**Perplexity ×{quality.ratio.value:.4f}** (± {quality.ratio.standard_error:.4f})")
@@ -98,20 +98,24 @@ def test_everything_measured_is_reported(bare, tmp_path):
 
 @pytest.mark.parametrize("artefact", typing.get_args(Artefact))
 def test_every_artefact_says_in_one_sentence_where_it_is_served(artefact):
-    said = report.served(artefact, [4])
+    said = report.describe_serving(artefact, [4])
     assert said.endswith(".") and ". " not in said.replace("vllm#36799", "") and "vLLM" in said
     assert ("not proven here" in said) == (artefact.endswith("quantized"))
 
 
 def test_widths_without_kernels_and_patterns_without_engines_are_not_promised():
-    assert "not proven" not in report.served("pack-quantized", [3, 4]) and "4 and 8 bits" in report.served("pack-quantized", [3, 4])
-    codes, three = report.served("int-quantized", [8]), report.served("pack-quantized", [3])
-    assert report.served("int-quantized", [8], "fp8").startswith(codes) and "vLLM keeps them as fp8" in report.served(
+    assert "not proven" not in report.describe_serving("pack-quantized", [3, 4]) and "4 and 8 bits" in report.describe_serving(
+        "pack-quantized", [3, 4]
+    )
+    codes, three = report.describe_serving("int-quantized", [8]), report.describe_serving("pack-quantized", [3])
+    assert report.describe_serving("int-quantized", [8], "fp8").startswith(codes) and "vLLM keeps them as fp8" in report.describe_serving(
         "int-quantized", [8], "fp8"
     )
-    assert report.served("pack-quantized", [3], "fp8").startswith(three) and "vLLM keeps" not in report.served("pack-quantized", [3], "fp8")
-    assert report.served("int-quantized", [8], "int8").startswith("Not for vLLM")
-    assert "removed its 2:4 kernels (vllm#36799)" in report.served("2:4")
+    assert report.describe_serving("pack-quantized", [3], "fp8").startswith(three) and "vLLM keeps" not in report.describe_serving(
+        "pack-quantized", [3], "fp8"
+    )
+    assert report.describe_serving("int-quantized", [8], "int8").startswith("Not for vLLM")
+    assert "removed its 2:4 kernels (vllm#36799)" in report.describe_serving("2:4")
 
 
 @pytest.mark.parametrize("options", [{}, BERT, MARIAN], ids=["llama", "bert", "marian"])
