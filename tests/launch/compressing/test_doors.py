@@ -315,9 +315,9 @@ def test_a_disk_that_is_full_at_every_write_in_turn_costs_nothing_that_was_done(
             quantized(model("dense"), *AWQ)
         assert not list(unfinished.glob("*.tmp"))
         if layer == 1:
-            with pytest.raises(UserError, match=r"out\.unfinished was begun by another command"):
+            with pytest.raises(UserError, match=r"out\.unfinished was started by another command"):
                 quantized(model("dense"), *AWQ, "--damping", "0.02")
-            with pytest.raises(UserError, match="was begun by another command, or by this one with another model or text"):
+            with pytest.raises(UserError, match="was started by another command, or by this one with another model or text"):
                 quantized(model("outliers", lambda name, weight: weight + 0.01), *AWQ)
 
     def full(*_, **__):
