@@ -21,7 +21,7 @@ from torch import Tensor
 from model import huggingface
 from model.config import ModelConfig
 from model.huggingface import Counterpart
-from model.huggingface.verification import refuse_incomplete, without_bars
+from model.huggingface.verification import check_loading_report, hide_progress_bars
 from model.layers import Stream
 from model.transformer import parameter_shapes
 from model.walk import outputs
@@ -191,13 +191,13 @@ def _theirs(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
 
     where = {"gguf_file": path.name, "local_files_only": True}
     loader = transformers.AutoModelForCausalLM
-    with without_bars():
+    with hide_progress_bars():
         theirs = transformers.AutoConfig.from_pretrained(path.parent, **where)
         for key, value in huggingface.to_huggingface(config).items():
             if key in _NOT_READ:
                 setattr(theirs, key, value)
         model, report = loader.from_pretrained(path.parent, config=theirs, dtype=torch.float32, output_loading_info=True, **where)
-    refuse_incomplete(report, path)
+    check_loading_report(report, path)
     held = types(path).total() - (_rotary_factors(config) is not None)
     if held != (taken := len(list(model.parameters()))):  # transformers ignores unknown tensors without a message
         raise RuntimeError(f"{path} holds {held} tensors; transformers has read {taken}.")

@@ -1,6 +1,6 @@
-"""Our networks as Hugging Face checkpoints, and back, with no code of ours needed to load them.
+"""Conversion of our networks to and from Hugging Face checkpoints, which transformers loads without any code of ours.
 
-GPT-2, Llama and Qwen3 are our decoder, BERT is our encoder, Marian and T5 are our encoder-decoder. A folder holds config.json,
+GPT-2, Llama and Qwen3 are decoders, BERT is an encoder, Marian and T5 are encoder-decoders. A folder contains config.json,
 generation_config.json and safetensors files (https://github.com/huggingface/safetensors#format).
 """
 

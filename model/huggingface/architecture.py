@@ -1,4 +1,4 @@
-"""What an architecture of transformers says of itself: which of our options it holds, its config.json both ways, its tensors."""
+"""Base class of the architectures of transformers: supported options, config.json in both directions, and tensor names."""
 
 import dataclasses
 import json
@@ -13,45 +13,49 @@ from model.transformer import Block, first_uses
 
 @dataclasses.dataclass(frozen=True)
 class Counterpart:
-    """One tensor of theirs and what it is made of: ours, stacked [out, in] and perhaps transposed to [in, out].
+    """One Hugging Face tensor and the tensors of ours that it consists of: stacked [out, in], perhaps transposed to [in, out].
 
-    Where there is none of ours (a bias that we left out) theirs has the shape `zeros` and holds zeros.
+    If we have no such tensor (for example a bias that our network lacks), `ours` is empty and the tensor holds zeros.
     """
 
     theirs: str
+    """Name in the Hugging Face checkpoint."""
     ours: tuple[str, ...]
+    """Names of our parameters, in the order in which they are stacked along the first dimension."""
     transposed: bool = False
+    """True if the file stores the transposed weight [in, out]."""
     zeros: tuple[int, ...] = ()
+    """Shape of a tensor of zeros, if `ours` is empty."""
 
     @property
     def module(self) -> str:
-        """Whose tensor it is."""
+        """Name of the Hugging Face module that the tensor belongs to."""
         return self.theirs.rpartition(".")[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """What a config.json says of the tokenizer, and of the classes that a text can have."""
+    """Token ids and class names that config.json contains."""
 
     end_of_text: int | None = None
-    """Ends a document; it also begins one."""
+    """Id of the token that ends a document, and also begins one."""
     padding: int | None = None
-    """Stands where no token is."""
+    """Id of the padding token."""
     labels: tuple[str, ...] = ()
     """Names of the classes."""
     decoder_start: int | None = None
-    """Begins the target of a decoder behind an encoder; None: end of text does."""
+    """Id of the token with which the decoder of an encoder-decoder begins; None: end of text."""
 
     @property
     def start(self) -> int:
-        """Of a target; 0 where nothing is said, for there has to be one."""
+        """Id with which a target begins. Hugging Face requires one, so it is 0 if none is known."""
         return (self.end_of_text or 0) if self.decoder_start is None else self.decoder_start
 
 
 NO_TOKENS = SpecialTokens()
 
-# What most architectures do not have; each says beside it what else it needs or allows.
-_RARE: dict[str, tuple | None] = {
+# Allowed values of options that most architectures lack; `Architecture.allowed` overrides them.
+_ALLOWED_BY_DEFAULT: dict[str, tuple | None] = {
     "norm_position": ("pre",),
     "rope_scaling": ("none",),
     "sliding_window": (None,),
@@ -62,73 +66,73 @@ _RARE: dict[str, tuple | None] = {
 
 
 class Architecture:
-    """One architecture of transformers. Its config.json is `stated`, a mapping as read from JSON."""
+    """One architecture of transformers. `config_json` is the content of its config.json."""
 
     label: str
-    """Its name for people."""
+    """Name of the architecture in messages."""
     classes: tuple[str, ...]
-    """Classes of transformers that a folder may name."""
+    """Classes of transformers that config.json may name."""
     allowed: dict[str, tuple | None]
-    """Options of ours with the values that have a counterpart; None where all have, though they have none in most architectures."""
+    """Our options and their supported values. None allows every value of an option that most architectures lack."""
     needed: tuple[str, ...]
-    """Keys without which a config.json says too little; each has a whole number."""
+    """Keys of config.json that must be present, each with an integer."""
     embedding: str
-    """Their name of the embedding."""
+    """Hugging Face name of the embedding."""
     supported: dict[str, Any] = {}
-    """Keys of a config.json of which we have one value alone, which is also what a missing key means."""
+    """Keys of config.json with the only value that we support, which is also the default of transformers."""
     constants: tuple[str, ...] = ()
-    """How the names of tensors end that hold nothing learnt."""
+    """Suffixes of the names of tensors that are not learned; they are ignored."""
     zeros: tuple[str, ...] = ()
-    """Tensors that must hold zeros, because we have no such thing."""
+    """Tensors that must be zero, because our network has no such parameter."""
 
-    def class_of(self, config: ModelConfig) -> str:
-        """The class of transformers that has this network."""
+    def transformers_class(self, config: ModelConfig) -> str:
+        """Return the name of the class of transformers for this network."""
         return self.classes[0]
 
     def auto_class(self, config: ModelConfig) -> str:
-        """The class of transformers that finds that class."""
+        """Return the name of the Auto class of transformers that loads this network."""
         return "AutoModelForCausalLM"
 
-    def refusals(self, config: ModelConfig) -> Iterator[str]:
-        """A sentence for each option of ours that has no counterpart."""
-        for option, values in (_RARE | self.allowed).items():
+    def unsupported_options(self, config: ModelConfig) -> Iterator[str]:
+        """Yield a message for each of our options that this architecture cannot express."""
+        for option, values in (_ALLOWED_BY_DEFAULT | self.allowed).items():
             if values is not None and (value := getattr(config, option)) not in values:
-                need = " or ".join(spell(value) for value in values)
-                yield f"model.{option} {spell(value)} has no counterpart in {self.label}; it must be {need}."
+                need = " or ".join(value_as_text(value) for value in values)
+                yield f"model.{option} {value_as_text(value)} has no counterpart in {self.label}; it must be {need}."
 
-    def state(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
-        """What config.json says beside what all of them say."""
+    def write_config(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
+        """Return the keys of config.json that are specific to this architecture."""
         raise NotImplementedError
 
-    def unknown_features(self, stated: Mapping[str, Any]) -> Iterator[str]:
-        """A sentence for each feature of a config.json that we do not have."""
-        if stated.get("auto_map"):
+    def unsupported_features(self, config_json: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a message for each feature in a config.json that our network does not have."""
+        if config_json.get("auto_map"):
             yield '"auto_map" is not supported.'
-        if quantization := stated.get("quantization_config"):
+        if quantization := config_json.get("quantization_config"):
             try:
                 packed.parse_configuration(quantization)
             except ValueError as error:
                 yield str(error)
-        if len(classes := stated.get("architectures") or [self.classes[0]]) != 1 or classes[0] not in self.classes:
+        if len(classes := config_json.get("architectures") or [self.classes[0]]) != 1 or classes[0] not in self.classes:
             yield f"architectures is {classes}; only {' or '.join(self.classes)} is supported."
         for key, value in self.supported.items():
-            if stated.get(key, value) != value:
-                yield f"{key} is {json.dumps(stated[key])}; only {json.dumps(value)} is supported."
+            if config_json.get(key, value) != value:
+                yield f"{key} is {json.dumps(config_json[key])}; only {json.dumps(value)} is supported."
 
-    def unstated(self, stated: Mapping[str, Any]) -> Iterator[str]:
-        """A sentence for each key that is needed and has no number."""
+    def missing_keys(self, config_json: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a message for each needed key that is missing or not an integer."""
         for key in self.needed:
-            if key not in stated:
+            if key not in config_json:
                 yield f'"{key}" is missing.'
-            elif type(stated[key]) is not int:
-                yield f"{key} is {json.dumps(stated[key])}; it must be a whole number."
+            elif type(config_json[key]) is not int:
+                yield f"{key} is {json.dumps(config_json[key])}; it must be a whole number."
 
-    def read(self, stated: Mapping[str, Any]) -> ModelConfig:
-        """The configuration that a config.json states; keys that old files leave out have the values of transformers' classes."""
+    def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
+        """Return the configuration of a config.json. Keys that old files lack have the defaults of transformers."""
         raise NotImplementedError
 
     def counterparts(self, config: ModelConfig) -> Iterator[Counterpart]:
-        """Every tensor of theirs, in the order of our list of layers. A tied head is the embedding, and not named again."""
+        """Yield all Hugging Face tensors in the order of our list of layers. A tied head is the embedding and is not yielded again."""
         block = 0
         for ours, layer in first_uses(config):
             if layer.module is TokenEmbedding:
@@ -136,28 +140,34 @@ class Architecture:
             elif layer.module is Head:
                 yield Counterpart("lm_head.weight", (f"{ours}.weight",))
             else:
-                yield from self.of_layer(config, layer.module, ours, block)
+                yield from self.layer_counterparts(config, layer.module, ours, block)
             block += layer.module is Block
 
-    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
-        """Their tensors of one layer, neither embedding nor head; behind so many blocks, our names begin with `ours`."""
+    def layer_counterparts(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        """Yield the Hugging Face tensors of one layer that is neither embedding nor head.
+
+        `kind` is the layer's class, `ours` the prefix of its parameter names, `block` the number of blocks before it.
+        """
         raise NotImplementedError
 
-    def copies(self, config: ModelConfig) -> dict[str, str]:
-        """Tensors that a file may hold a second time, by what they are copies of."""
+    def duplicates(self, config: ModelConfig) -> dict[str, str]:
+        """Return tensors that a file may hold in addition, each with the name of the tensor that it must equal."""
         return {"lm_head.weight": self.embedding} if config.tie_embeddings else {}
 
     def current_name(self, name: str) -> str:
-        """A tensor's name, which old files spell otherwise."""
+        """Return the current name of a tensor that old files may call differently."""
         return name
 
-    def seen_with(self, stated: Mapping[str, Any], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a config.json states, made true by what the files hold."""
-        return stated
+    def corrected_by_tensors(self, config_json: Mapping[str, Any], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return config.json, corrected if the tensors in the files contradict it."""
+        return config_json
 
 
 def linear(theirs: str, *ours: str, bias: bool, zeros: int = 0, transposed: bool = False) -> Iterator[Counterpart]:
-    """Weight and bias of a linear layer or norm, of several stacked; where theirs has a bias and ours none, `zeros` is its length."""
+    """Yield weight and bias of a norm or linear layer, or of several stacked ones.
+
+    If only the Hugging Face layer has a bias, `zeros` is the length of that bias, which is written as zeros.
+    """
     yield Counterpart(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), transposed)
     if bias:
         yield Counterpart(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours))
@@ -165,13 +175,13 @@ def linear(theirs: str, *ours: str, bias: bool, zeros: int = 0, transposed: bool
         yield Counterpart(f"{theirs}.bias", (), zeros=(zeros,))
 
 
-def side_of(config: ModelConfig, block: int) -> tuple[str, int]:
-    """The part of an encoder-decoder that a block is in, and its number there."""
+def stack_and_index(config: ModelConfig, block: int) -> tuple[str, int]:
+    """Return "encoder" or "decoder" for a block of an encoder-decoder, and the block's index in that stack."""
     return ("encoder", block) if block < config.num_layers else ("decoder", block - config.num_layers)
 
 
-def whole_heads(config: ModelConfig, label: str) -> Iterator[str]:
-    """Sentences for heads that are grouped, or do not share out the width among them."""
+def check_heads(config: ModelConfig, label: str) -> Iterator[str]:
+    """Yield a message if heads share keys and values, and one if the heads' sizes do not add up to the hidden size."""
     if config.num_key_value_heads != config.num_attention_heads:
         yield (
             f"model.num_key_value_heads {config.num_key_value_heads} has no counterpart in {label}; "
@@ -180,27 +190,29 @@ def whole_heads(config: ModelConfig, label: str) -> Iterator[str]:
     if config.head_size * config.num_attention_heads != config.hidden_size:
         yield (
             f"model.head_size {config.head_size} has no counterpart in {label}; "
-            f"times num_attention_heads {config.num_attention_heads} it must be hidden_size {config.hidden_size}."
+            f"head_size x num_attention_heads {config.num_attention_heads} must be hidden_size {config.hidden_size}."
         )
 
 
-def one_of(stated: Mapping[str, Any], key: str, default: str, values: Mapping[str, str]) -> Iterator[str]:
-    """A sentence where a key has none of the values (theirs, by ours)."""
-    if (value := stated.get(key, default)) not in values.values():
+def check_one_of(config_json: Mapping[str, Any], key: str, default: str, values: Mapping[str, str]) -> Iterator[str]:
+    """Yield a message if a key has an unsupported value. `values`: our value -> the value in config.json."""
+    if (value := config_json.get(key, default)) not in values.values():
         yield f'{key} is "{value}"; supported are {", ".join(values.values())}.'
 
 
-def all_alike(stated: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> Iterator[str]:
-    """A sentence where keys differ that must have one value."""
-    found = {key: stated.get(key, default) for key, default in defaults.items()}
-    if len(set(found.values())) > 1:
-        yield f"{found} differ; only one {what} for all is supported."
+def check_equal(config_json: Mapping[str, Any], defaults: Mapping[str, Any], quantity: str) -> Iterator[str]:
+    """Yield a message if keys differ that must have the same value. `defaults`: each key with its default."""
+    values = {key: config_json.get(key, default) for key, default in defaults.items()}
+    if len(set(values.values())) > 1:
+        given = ", ".join(f"{key} {json.dumps(value)}" for key, value in values.items())
+        yield f"{given} differ; only one {quantity} for all is supported."
 
 
-def ours_of(values: Mapping[str, str], theirs: str) -> str:
-    """Our word for theirs."""
-    return next(ours for ours, word in values.items() if word == theirs)
+def our_value(values: Mapping[str, str], theirs: str) -> Any:
+    """Return our value for one of config.json. `values`: our value -> the value in config.json."""
+    return next(ours for ours, value in values.items() if value == theirs)
 
 
-def spell(value: object) -> str:
+def value_as_text(value: object) -> str:
+    """Return an option's value as a recipe writes it."""
     return f'"{value}"' if isinstance(value, str) else str(value).lower()

@@ -1,4 +1,4 @@
-"""Which architecture of transformers a network of ours is, and a config.json's."""
+"""Choice of the architecture of transformers for a network of ours or for a config.json."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,13 +21,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "marian": Marian(),
     "t5": T5(),
 }
-"""By their model_type."""
+"""Architectures by their model_type in config.json."""
 
 
 def architecture(config: ModelConfig) -> str:
-    """Their model_type for a network of ours; raises ValueError naming every option that none of theirs has.
+    """Return the model_type for a network of ours. Raises ValueError that names every option without a counterpart.
 
-    Dropout, the document mask and the initialisation belong to training and stand in no one's way.
+    Dropout, the document mask and the initialisation concern only training and are always accepted.
     """
     if config.architecture == "encoder":
         name = "bert"
@@ -37,18 +37,18 @@ def architecture(config: ModelConfig) -> str:
         name = "gpt2"
     else:
         name = "qwen3" if config.qk_norm else "llama"
-    complaints = list(ARCHITECTURES[name].refusals(config))
+    complaints = list(ARCHITECTURES[name].unsupported_options(config))
     if complaints:
-        raise ValueError("No Hugging Face architecture has this model.\n" + "\n".join(complaints))
+        raise ValueError("No Hugging Face architecture can express this model.\n" + "\n".join(complaints))
     return name
 
 
 def to_huggingface(config: ModelConfig, tokens: SpecialTokens = NO_TOKENS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The contents of config.json."""
+    """Return the content of config.json. Raises ValueError that names every option without a counterpart."""
     name = architecture(config)
     theirs = ARCHITECTURES[name]
     return {
-        "architectures": [theirs.class_of(config)],
+        "architectures": [theirs.transformers_class(config)],
         "model_type": name,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
@@ -58,31 +58,31 @@ def to_huggingface(config: ModelConfig, tokens: SpecialTokens = NO_TOKENS, dtype
         "pad_token_id": tokens.padding,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 4 reads this name, 5 both
-    } | theirs.state(config, tokens)
+    } | theirs.write_config(config, tokens)
 
 
-def from_huggingface(stated: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that a config.json states; raises ValueError naming what we do not have."""
-    theirs = ARCHITECTURES[model_type(stated)]
-    complaints = [*theirs.unknown_features(stated), *theirs.unstated(stated)]
+def from_huggingface(config_json: Mapping[str, Any]) -> ModelConfig:
+    """Return the configuration of a config.json. Raises ValueError that names everything that we do not support."""
+    theirs = ARCHITECTURES[model_type(config_json)]
+    complaints = [*theirs.unsupported_features(config_json), *theirs.missing_keys(config_json)]
     if complaints:
         raise ValueError("\n".join(complaints))
-    return theirs.read(stated)
+    return theirs.read_config(config_json)
 
 
-def model_type(stated: Mapping[str, Any]) -> str:
-    """What a config.json calls its architecture; raises ValueError where we do not have it."""
-    name = stated.get("model_type")
+def model_type(config_json: Mapping[str, Any]) -> str:
+    """Return the model_type of a config.json. Raises ValueError if it is not supported."""
+    name = config_json.get("model_type")
     if name not in ARCHITECTURES:
         raise ValueError(f'model_type "{name}" is not one of {", ".join(ARCHITECTURES)}.')
     return name
 
 
 def counterparts(config: ModelConfig) -> Iterator[Counterpart]:
-    """Every tensor of theirs, in the order of our list of layers. A tied head is the embedding, and not named again."""
+    """Return all Hugging Face tensors in the order of our list of layers. A tied head is the embedding and is not repeated."""
     return ARCHITECTURES[architecture(config)].counterparts(config)
 
 
 def auto_class(config: ModelConfig) -> str:
-    """The class of transformers that finds the class of this network."""
+    """Return the name of the Auto class of transformers that loads this network."""
     return ARCHITECTURES[architecture(config)].auto_class(config)

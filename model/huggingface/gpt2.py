@@ -8,11 +8,11 @@ from model.huggingface.architecture import (
     Architecture,
     Counterpart,
     SpecialTokens,
-    all_alike,
+    check_equal,
+    check_heads,
+    check_one_of,
     linear,
-    one_of,
-    ours_of,
-    whole_heads,
+    our_value,
 )
 from model.layers import FinalNorm
 from model.positions import LearnedPositions
@@ -23,6 +23,8 @@ _DROPOUTS = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)
 
 
 class GPT2(Architecture):
+    """GPT-2 with its language modelling head."""
+
     label = "GPT-2"
     classes = ("GPT2LMHeadModel",)
     allowed = {"positions": ("learned",), "norm": ("layernorm",), "activation": tuple(_ACTIVATIONS)}
@@ -31,11 +33,13 @@ class GPT2(Architecture):
     constants = (".attn.bias", ".attn.masked_bias")
     embedding = "transformer.wte.weight"
 
-    def refusals(self, config: ModelConfig) -> Iterator[str]:
-        yield from super().refusals(config)
-        yield from whole_heads(config, self.label)
+    def unsupported_options(self, config: ModelConfig) -> Iterator[str]:
+        """Yield a message for each of our options that GPT-2 cannot express."""
+        yield from super().unsupported_options(config)
+        yield from check_heads(config, self.label)
 
-    def state(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
+    def write_config(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
+        """Return GPT-2's keys of config.json."""
         return {
             "n_positions": config.sequence_length,
             "n_embd": config.hidden_size,
@@ -46,30 +50,33 @@ class GPT2(Architecture):
             "layer_norm_epsilon": config.norm_epsilon,
         } | dict.fromkeys(_DROPOUTS, config.dropout)
 
-    def unknown_features(self, stated: Mapping[str, Any]) -> Iterator[str]:
-        yield from super().unknown_features(stated)
-        yield from one_of(stated, "activation_function", "gelu_new", _ACTIVATIONS)
-        yield from all_alike(stated, _DROPOUTS, "dropout")
+    def unsupported_features(self, config_json: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a message for each feature in GPT-2's config.json that our network does not have."""
+        yield from super().unsupported_features(config_json)
+        yield from check_one_of(config_json, "activation_function", "gelu_new", _ACTIVATIONS)
+        yield from check_equal(config_json, _DROPOUTS, "dropout")
 
-    def read(self, stated: Mapping[str, Any]) -> ModelConfig:
+    def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
+        """Return the configuration of GPT-2's config.json."""
         return ModelConfig(
-            vocab_size=stated["vocab_size"],
-            sequence_length=stated["n_positions"],
-            hidden_size=stated["n_embd"],
-            num_layers=stated["n_layer"],
-            num_attention_heads=stated["n_head"],
-            intermediate_size=stated.get("n_inner"),
+            vocab_size=config_json["vocab_size"],
+            sequence_length=config_json["n_positions"],
+            hidden_size=config_json["n_embd"],
+            num_layers=config_json["n_layer"],
+            num_attention_heads=config_json["n_head"],
+            intermediate_size=config_json.get("n_inner"),
             norm="layernorm",
-            norm_epsilon=stated.get("layer_norm_epsilon", 1e-5),
+            norm_epsilon=config_json.get("layer_norm_epsilon", 1e-5),
             positions="learned",
-            activation=ours_of(_ACTIVATIONS, stated.get("activation_function", "gelu_new")),
+            activation=our_value(_ACTIVATIONS, config_json.get("activation_function", "gelu_new")),
             biases=True,
-            tie_embeddings=stated.get("tie_word_embeddings", True),
-            dropout=stated.get("resid_pdrop", 0.1),
-            initializer_range=stated.get("initializer_range", 0.02),
+            tie_embeddings=config_json.get("tie_word_embeddings", True),
+            dropout=config_json.get("resid_pdrop", 0.1),
+            initializer_range=config_json.get("initializer_range", 0.02),
         )
 
-    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+    def layer_counterparts(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        """Yield GPT-2's tensors of one layer."""
         if kind is LearnedPositions:
             yield Counterpart("transformer.wpe.weight", (f"{ours}.weight",))
         elif kind is Block:
@@ -78,12 +85,12 @@ class GPT2(Architecture):
             yield from linear("transformer.ln_f", f"{ours}.norm", bias=config.biases, zeros=config.hidden_size)
 
     def current_name(self, name: str) -> str:
-        """The first checkpoints were saved without the outer module's name."""
+        """Return the name with the outer module's prefix, which the first checkpoints lack."""
         return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 def _block(config: ModelConfig, ours: str, theirs: str) -> Iterator[Counterpart]:
-    """GPT-2 keeps linear weights [in, out]."""
+    """Yield the tensors of a block; GPT-2 stores linear weights as [in, out]."""
     hidden, bias = config.hidden_size, config.biases
     fused = [f"{ours}.attention.{name}" for name in ("query", "key", "value")]
     yield from linear(f"{theirs}.ln_1", f"{ours}.attention_norm", bias=bias, zeros=hidden)

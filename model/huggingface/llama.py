@@ -19,8 +19,8 @@ _LINEAR = {
     "mlp.down_proj": "feed_forward.down",
 }
 _NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
-# Of the keys beside rope_theta, what our scalings hold fixed, as their papers and Llama 3.1 do.
-_ROPE_CONSTANTS = {
+# Keys whose values are fixed in our scalings, as in their papers and in Llama 3.1.
+_ROPE_CONSTANTS: dict[str, dict[str, Any]] = {
     "linear": {},
     "yarn": {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True},
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
@@ -28,6 +28,8 @@ _ROPE_CONSTANTS = {
 
 
 class Llama(Architecture):
+    """Llama with its language modelling head."""
+
     label = "Llama"
     classes = ("LlamaForCausalLM",)
     allowed = {
@@ -41,35 +43,42 @@ class Llama(Architecture):
     constants = (".rotary_emb.inv_freq",)
     embedding = "model.embed_tokens.weight"
     norms = _NORMS
-    """Their names of a block's norms, and ours."""
+    """Hugging Face name of each norm of a block -> our name."""
 
-    def refusals(self, config: ModelConfig) -> Iterator[str]:
-        yield from super().refusals(config)
+    def unsupported_options(self, config: ModelConfig) -> Iterator[str]:
+        """Yield a message for each of our options that Llama cannot express."""
+        yield from super().unsupported_options(config)
         if config.hidden_size % config.num_attention_heads:
             yield (
-                f"model.hidden_size {config.hidden_size} is no multiple of num_attention_heads "
-                f"{config.num_attention_heads}, as it must be in Llama; in Qwen3 (qk_norm) it need not."
+                f"model.hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
+                f"{config.num_attention_heads}, which Llama requires. Qwen3 (model.qk_norm true) does not require it."
             )
 
-    def state(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
+    def write_config(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
+        """Return Llama's keys of config.json."""
         return _shape(config) | {"mlp_bias": config.biases}
 
-    def unknown_features(self, stated: Mapping[str, Any]) -> Iterator[str]:
-        yield from super().unknown_features(stated)
-        has_biases = stated.get("attention_bias", False)
-        if (stated.get("mlp_bias", False)) != has_biases:
+    def unsupported_features(self, config_json: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a message for each feature in Llama's config.json that our network does not have."""
+        yield from super().unsupported_features(config_json)
+        has_biases = config_json.get("attention_bias", False)
+        if (config_json.get("mlp_bias", False)) != has_biases:
             yield (
-                f"mlp_bias is {json.dumps(stated.get('mlp_bias', False))}; "
-                f"only {json.dumps(has_biases)} is supported beside that attention_bias."
+                f"mlp_bias is {json.dumps(config_json.get('mlp_bias', False))}; "
+                f"only {json.dumps(has_biases)} is supported with attention_bias {json.dumps(has_biases)}."
             )
-        if set(stated.get("layer_types") or ()) - {"full_attention"}:
-            yield f"layer_types {sorted(set(stated['layer_types']))} are not supported, only full_attention."
-        yield from _unknown_rope(stated)
+        if set(config_json.get("layer_types") or ()) - {"full_attention"}:
+            yield f"layer_types {sorted(set(config_json['layer_types']))} are not supported, only full_attention."
+        yield from _unsupported_rope(config_json)
 
-    def read(self, stated: Mapping[str, Any]) -> ModelConfig:
-        return ModelConfig(**_read_shape(stated), head_size=stated.get("head_dim"), biases=stated.get("attention_bias", False))
+    def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
+        """Return the configuration of Llama's config.json."""
+        return ModelConfig(
+            **_read_shape(config_json), head_size=config_json.get("head_dim"), biases=config_json.get("attention_bias", False)
+        )
 
-    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+    def layer_counterparts(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        """Yield Llama's tensors of one layer."""
         if kind is Block:
             for theirs, name in (self.norms | _LINEAR).items():
                 yield from linear(f"model.layers.{block}.{theirs}", f"{ours}.{name}", bias=config.biases and theirs in _LINEAR)
@@ -78,7 +87,7 @@ class Llama(Architecture):
 
 
 class Qwen3(Llama):
-    """Yang et al. 2025, arXiv 2505.09388: Llama with a norm over queries and keys, and heads of any width."""
+    """Llama with a norm for queries and keys, and heads of any width: Yang et al. 2025, arXiv 2505.09388."""
 
     label = "Qwen3"
     classes = ("Qwen3ForCausalLM",)
@@ -86,10 +95,12 @@ class Qwen3(Llama):
     supported = Llama.supported | {"attention_bias": False}
     norms = _NORMS | {"self_attn.q_norm": "attention.query_norm", "self_attn.k_norm": "attention.key_norm"}
 
-    def refusals(self, config: ModelConfig) -> Iterator[str]:
-        yield from Architecture.refusals(self, config)
+    def unsupported_options(self, config: ModelConfig) -> Iterator[str]:
+        """Yield a message for each of our options that Qwen3 cannot express."""
+        yield from Architecture.unsupported_options(self, config)
 
-    def state(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
+    def write_config(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
+        """Return Qwen3's keys of config.json."""
         window = config.sliding_window
         kind = "full_attention" if window is None else "sliding_attention"
         return _shape(config) | {
@@ -99,21 +110,23 @@ class Qwen3(Llama):
             "layer_types": [kind] * config.num_layers,
         }
 
-    def unknown_features(self, stated: Mapping[str, Any]) -> Iterator[str]:
-        yield from Architecture.unknown_features(self, stated)
-        if len(set(_kinds_of_layers(stated))) > 1:
-            yield "layers with and without a sliding window beside one another are not supported."
-        elif strange := set(_kinds_of_layers(stated)) - {"full_attention", "sliding_attention"}:
-            yield f"layer_types {sorted(strange)} are not supported."
-        yield from _unknown_rope(stated)
+    def unsupported_features(self, config_json: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a message for each feature in Qwen3's config.json that our network does not have."""
+        yield from Architecture.unsupported_features(self, config_json)
+        if len(set(_layer_types(config_json))) > 1:
+            yield "A mixture of layers with and without a sliding window is not supported."
+        elif unknown := set(_layer_types(config_json)) - {"full_attention", "sliding_attention"}:
+            yield f"layer_types {sorted(unknown)} are not supported."
+        yield from _unsupported_rope(config_json)
 
-    def read(self, stated: Mapping[str, Any]) -> ModelConfig:
-        slides = stated.get("use_sliding_window", False) and _kinds_of_layers(stated)[0] == "sliding_attention"
+    def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
+        """Return the configuration of Qwen3's config.json."""
+        has_window = config_json.get("use_sliding_window", False) and _layer_types(config_json)[0] == "sliding_attention"
         return ModelConfig(
-            **_read_shape(stated),
-            head_size=stated.get("head_dim") or 128,
+            **_read_shape(config_json),
+            head_size=config_json.get("head_dim") or 128,
             qk_norm=True,
-            sliding_window=stated.get("sliding_window", 4096) if slides else None,
+            sliding_window=config_json.get("sliding_window", 4096) if has_window else None,
         )
 
 
@@ -133,58 +146,58 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     } | _rope(config)
 
 
-def _read_shape(stated: Mapping[str, Any]) -> dict[str, Any]:
-    rope = _rope_stated(stated)
-    kind = _kind_of_rope(rope)
+def _read_shape(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    rope = _rope_settings(config_json)
+    kind = _rope_kind(rope)
     scaling = {}
     if kind != "default":
         scaling = {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
     if kind in ("yarn", "llama3"):
-        scaling["rope_original_length"] = rope.get("original_max_position_embeddings", stated["max_position_embeddings"])
+        scaling["rope_original_length"] = rope.get("original_max_position_embeddings", config_json["max_position_embeddings"])
     return scaling | {
-        "vocab_size": stated["vocab_size"],
-        "sequence_length": stated["max_position_embeddings"],
-        "hidden_size": stated["hidden_size"],
-        "num_layers": stated["num_hidden_layers"],
-        "num_attention_heads": stated["num_attention_heads"],
-        "num_key_value_heads": stated.get("num_key_value_heads"),
-        "intermediate_size": stated["intermediate_size"],
+        "vocab_size": config_json["vocab_size"],
+        "sequence_length": config_json["max_position_embeddings"],
+        "hidden_size": config_json["hidden_size"],
+        "num_layers": config_json["num_hidden_layers"],
+        "num_attention_heads": config_json["num_attention_heads"],
+        "num_key_value_heads": config_json.get("num_key_value_heads"),
+        "intermediate_size": config_json["intermediate_size"],
         "norm": "rmsnorm",
-        "norm_epsilon": stated.get("rms_norm_eps", 1e-6),
+        "norm_epsilon": config_json.get("rms_norm_eps", 1e-6),
         "positions": "rotary",
-        "rope_theta": rope.get("rope_theta", stated.get("rope_theta", 10000.0)),
+        "rope_theta": rope.get("rope_theta", config_json.get("rope_theta", 10000.0)),
         "activation": "swiglu",
-        "tie_embeddings": stated.get("tie_word_embeddings", False),
-        "initializer_range": stated.get("initializer_range", 0.02),
+        "tie_embeddings": config_json.get("tie_word_embeddings", False),
+        "initializer_range": config_json.get("initializer_range", 0.02),
     }
 
 
 def _rope(config: ModelConfig) -> dict[str, Any]:
-    """Rotary positions as transformers 4 reads them (rope_theta, rope_scaling) and as 5 does (rope_parameters)."""
-    theta, scaling = config.rope_theta, {}
-    if config.rope_scaling == "ntk":  # by a larger base: to them it is one that was always so large
+    """Return the settings of rotary positions for transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
+    theta, scaling = config.rope_theta, dict[str, Any]()
+    if config.rope_scaling == "ntk":  # transformers gets a larger base instead
         theta *= config.rope_factor ** (config.head_size / (config.head_size - 2))
     elif config.rope_scaling != "none":
         scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
         if config.rope_original_length is not None and config.rope_scaling != "linear":
             scaling["original_max_position_embeddings"] = config.rope_original_length
         scaling |= {key: value for key, value in _ROPE_CONSTANTS[config.rope_scaling].items() if key.endswith("_freq_factor")}
-    stated: dict[str, Any] = {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
-    return stated | ({"rope_scaling": scaling} if scaling else {})
+    config_json: dict[str, Any] = {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
+    return config_json | ({"rope_scaling": scaling} if scaling else {})
 
 
-def _rope_stated(stated: Mapping[str, Any]) -> Mapping[str, Any]:
-    return stated.get("rope_parameters") or stated.get("rope_scaling") or {}
+def _rope_settings(config_json: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
 
 
-def _kind_of_rope(rope: Mapping[str, Any]) -> str:
+def _rope_kind(rope: Mapping[str, Any]) -> str:
     return rope.get("rope_type", rope.get("type", "default"))
 
 
-def _unknown_rope(stated: Mapping[str, Any]) -> Iterator[str]:
-    rope = _rope_stated(stated)
-    kind = _kind_of_rope(rope)
-    if rope.get("partial_rotary_factor", stated.get("partial_rotary_factor", 1.0)) != 1.0:
+def _unsupported_rope(config_json: Mapping[str, Any]) -> Iterator[str]:
+    rope = _rope_settings(config_json)
+    kind = _rope_kind(rope)
+    if rope.get("partial_rotary_factor", config_json.get("partial_rotary_factor", 1.0)) != 1.0:
         yield "partial_rotary_factor is not supported."
     if kind == "default":
         return
@@ -192,18 +205,18 @@ def _unknown_rope(stated: Mapping[str, Any]) -> Iterator[str]:
         yield f'rope scaling "{kind}" is not supported, only {", ".join(_ROPE_CONSTANTS)}.'
         return
     if not rope.get("factor"):
-        yield f'rope scaling "{kind}" lacks its factor.'
+        yield f'rope scaling "{kind}" has no "factor".'
     for key, value in _ROPE_CONSTANTS[kind].items():
         if (given := rope.get(key)) is not None and given != value:
             only = "the default" if value is None else json.dumps(value)
             yield f'{key} of rope scaling "{kind}" is {json.dumps(given)}; only {only} is supported.'
 
 
-def _kinds_of_layers(stated: Mapping[str, Any]) -> list[str]:
-    """Layer by layer, as Qwen3's class works them out where they are not stated."""
-    num_layers = stated.get("num_hidden_layers") or 1
-    if stated.get("layer_types"):
-        return stated["layer_types"]
-    slides = stated.get("use_sliding_window", False) and stated.get("sliding_window", 4096) is not None
-    first = stated.get("max_window_layers", 28)
-    return ["sliding_attention" if slides and layer >= first else "full_attention" for layer in range(num_layers)]
+def _layer_types(config_json: Mapping[str, Any]) -> list[str]:
+    """Return the type of each layer; if config.json does not list them, they are derived as in transformers' Qwen3."""
+    num_layers = config_json.get("num_hidden_layers") or 1
+    if config_json.get("layer_types"):
+        return config_json["layer_types"]
+    has_window = config_json.get("use_sliding_window", False) and config_json.get("sliding_window", 4096) is not None
+    first = config_json.get("max_window_layers", 28)
+    return ["sliding_attention" if has_window and layer >= first else "full_attention" for layer in range(num_layers)]

@@ -8,12 +8,12 @@ from model.huggingface.architecture import (
     Architecture,
     Counterpart,
     SpecialTokens,
-    all_alike,
+    check_equal,
+    check_heads,
+    check_one_of,
     linear,
-    one_of,
-    ours_of,
-    side_of,
-    whole_heads,
+    our_value,
+    stack_and_index,
 )
 from model.transformer import Block
 
@@ -33,17 +33,19 @@ _PARTS = {
     "fc2": "feed_forward.down",
     "final_layer_norm": "feed_forward_norm",
 }
-_SIDES = ("encoder", "decoder")
+_STACKS = ("encoder", "decoder")
 
 
 class Marian(Architecture):
+    """Marian, the encoder-decoder for translation."""
+
     label = "Marian"
     classes = ("MarianMTModel",)
     allowed = {
         "positions": ("sinusoidal",),
         "norm": ("layernorm",),
         "norm_position": ("post",),
-        "norm_epsilon": (1e-5,),  # which its class does not let anyone choose
+        "norm_epsilon": (1e-5,),  # fixed in transformers' class
         "activation": tuple(_ACTIVATIONS),
         "tie_embeddings": (True,),
     }
@@ -72,14 +74,17 @@ class Marian(Architecture):
     embedding = "model.shared.weight"
 
     def auto_class(self, config: ModelConfig) -> str:
+        """Return the Auto class of transformers that loads Marian."""
         return "AutoModelForSeq2SeqLM"
 
-    def refusals(self, config: ModelConfig) -> Iterator[str]:
-        yield from super().refusals(config)
-        yield from whole_heads(config, self.label)
+    def unsupported_options(self, config: ModelConfig) -> Iterator[str]:
+        """Yield a message for each of our options that Marian cannot express."""
+        yield from super().unsupported_options(config)
+        yield from check_heads(config, self.label)
 
-    def state(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
-        both = {"attention_heads": config.num_attention_heads, "ffn_dim": config.intermediate_size}
+    def write_config(self, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
+        """Return Marian's keys of config.json."""
+        by_stack = {"attention_heads": config.num_attention_heads, "ffn_dim": config.intermediate_size}
         return {
             "max_position_embeddings": config.sequence_length,
             "d_model": config.hidden_size,
@@ -97,49 +102,54 @@ class Marian(Architecture):
             "static_position_embeddings": True,
             "normalize_embedding": False,
             "share_encoder_decoder_embeddings": True,
-        } | {f"{side}_{key}": value for side in _SIDES for key, value in both.items()}
+        } | {f"{stack}_{key}": value for stack in _STACKS for key, value in by_stack.items()}
 
-    def unknown_features(self, stated: Mapping[str, Any]) -> Iterator[str]:
-        yield from super().unknown_features(stated)
-        yield from one_of(stated, "activation_function", "gelu", _ACTIVATIONS)
-        if not stated.get("scale_embedding", False):
+    def unsupported_features(self, config_json: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a message for each feature in Marian's config.json that our network does not have."""
+        yield from super().unsupported_features(config_json)
+        yield from check_one_of(config_json, "activation_function", "gelu", _ACTIVATIONS)
+        if not config_json.get("scale_embedding", False):
             yield "scale_embedding is false; only true is supported."
-        if stated.get("activation_dropout", 0.0):
-            yield f"activation_dropout is {stated['activation_dropout']}; only 0.0 is supported."
-        yield from all_alike(stated, {"dropout": 0.1, "attention_dropout": 0.0}, "dropout")
-        yield from all_alike(stated, {"encoder_attention_heads": 16, "decoder_attention_heads": 16}, "number of heads")
-        yield from all_alike(stated, {"encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096}, "width of the feed-forward")
-        if stated.get("decoder_vocab_size") not in (None, stated.get("vocab_size")):
-            yield f"decoder_vocab_size is {stated['decoder_vocab_size']}; only vocab_size {stated.get('vocab_size')} is supported."
+        if config_json.get("activation_dropout", 0.0):
+            yield f"activation_dropout is {config_json['activation_dropout']}; only 0.0 is supported."
+        yield from check_equal(config_json, {"dropout": 0.1, "attention_dropout": 0.0}, "dropout")
+        yield from check_equal(config_json, {"encoder_attention_heads": 16, "decoder_attention_heads": 16}, "number of heads")
+        yield from check_equal(config_json, {"encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096}, "width of the feed-forward")
+        if config_json.get("decoder_vocab_size") not in (None, config_json.get("vocab_size")):
+            vocab_size = config_json.get("vocab_size")
+            yield f"decoder_vocab_size is {config_json['decoder_vocab_size']}; only vocab_size {vocab_size} is supported."
 
-    def read(self, stated: Mapping[str, Any]) -> ModelConfig:
+    def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
+        """Return the configuration of Marian's config.json."""
         return ModelConfig(
             architecture="encoder_decoder",
-            vocab_size=stated["vocab_size"],
-            sequence_length=stated["max_position_embeddings"],
-            hidden_size=stated["d_model"],
-            num_layers=stated["encoder_layers"],
-            num_decoder_layers=stated["decoder_layers"],
-            num_attention_heads=stated["encoder_attention_heads"],
-            intermediate_size=stated["encoder_ffn_dim"],
+            vocab_size=config_json["vocab_size"],
+            sequence_length=config_json["max_position_embeddings"],
+            hidden_size=config_json["d_model"],
+            num_layers=config_json["encoder_layers"],
+            num_decoder_layers=config_json["decoder_layers"],
+            num_attention_heads=config_json["encoder_attention_heads"],
+            intermediate_size=config_json["encoder_ffn_dim"],
             norm="layernorm",
             norm_position="post",
             positions="sinusoidal",
-            activation=ours_of(_ACTIVATIONS, stated.get("activation_function", "gelu")),
+            activation=our_value(_ACTIVATIONS, config_json.get("activation_function", "gelu")),
             biases=True,
             tie_embeddings=True,
-            dropout=stated.get("dropout", 0.1),
-            initializer_range=stated.get("init_std", 0.02),
+            dropout=config_json.get("dropout", 0.1),
+            initializer_range=config_json.get("init_std", 0.02),
         )
 
-    def of_layer(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+    def layer_counterparts(self, config: ModelConfig, kind: Callable, ours: str, block: int) -> Iterator[Counterpart]:
+        """Yield Marian's tensors of one layer."""
         if kind is not Block:
             return
-        side, number = side_of(config, block)
+        stack, number = stack_and_index(config, block)
         for theirs, name in _PARTS.items():
-            if side == "decoder" or not theirs.startswith("encoder_attn"):
+            if stack == "decoder" or not theirs.startswith("encoder_attn"):
                 width = config.intermediate_size if theirs == "fc1" else config.hidden_size
-                yield from linear(f"model.{side}.layers.{number}.{theirs}", f"{ours}.{name}", bias=config.biases, zeros=width)
+                yield from linear(f"model.{stack}.layers.{number}.{theirs}", f"{ours}.{name}", bias=config.biases, zeros=width)
 
-    def copies(self, config: ModelConfig) -> dict[str, str]:
-        return dict.fromkeys(("lm_head.weight", *(f"model.{side}.embed_tokens.weight" for side in _SIDES)), self.embedding)
+    def duplicates(self, config: ModelConfig) -> dict[str, str]:
+        """Return the tensors that Marian's files may hold in addition, each with the tensor that it must equal."""
+        return dict.fromkeys(("lm_head.weight", *(f"model.{stack}.embed_tokens.weight" for stack in _STACKS)), self.embedding)

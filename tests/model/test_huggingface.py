@@ -44,10 +44,10 @@ MODELS = {
     "t5": ("t5", T5 | {"num_layers": 3, "num_decoder_layers": 2, "dropout": 0.1}),
     "t5, tied": ("t5", T5 | {"tie_embeddings": True, "activation": "relu", "head_size": 6}),
 }
-SPEAKING = [name for name in MODELS if not name.startswith("bert")]
+GENERATING = [name for name in MODELS if not name.startswith("bert")]
 
 
-def built(name, tiny, network):
+def build(name, tiny, network):
     kind, options = MODELS[name]
     config = tiny(**options)
     assert architecture(config) == kind
@@ -56,12 +56,12 @@ def built(name, tiny, network):
 
 @pytest.fixture(params=MODELS)
 def model(request, tiny, network):
-    return built(request.param, tiny, network)
+    return build(request.param, tiny, network)
 
 
-@pytest.fixture(params=SPEAKING)
-def speaking(request, tiny, network):
-    return built(request.param, tiny, network)
+@pytest.fixture(params=GENERATING)
+def generating(request, tiny, network):
+    return build(request.param, tiny, network)
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def llama(tiny, network):
     return config, network(config).state_dict()
 
 
-def read_by_transformers(folder, config, **more):
-    return getattr(transformers, auto_class(config)).from_pretrained(folder, **more)
+def load_by_transformers(folder, config, **options):
+    return getattr(transformers, auto_class(config)).from_pretrained(folder, **options)
 
 
 def rewrite(folder, **changes):
@@ -86,7 +86,7 @@ def test_transformers_loads_an_exported_folder(model, tmp_path, dtype, max_shard
     config, network = model
     export(config, network.state_dict(), tmp_path / "out", SpecialTokens(3, 2), dtype, max_shard_bytes)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1 or max_shard_bytes == 10_000
-    theirs, report = read_by_transformers(tmp_path / "out", config, output_loading_info=True)
+    theirs, report = load_by_transformers(tmp_path / "out", config, output_loading_info=True)
     assert not any(report.values()), report
     assert (theirs.dtype, theirs.config.eos_token_id, theirs.config.pad_token_id) == (dtype, 3, 2)
     if config.architecture != "encoder":
@@ -113,7 +113,7 @@ def test_every_size_but_modern_bert_has_a_counterpart():
     for name in SIZES:
         config = ModelConfig(**named_size(name))
         if name.startswith("modern-bert"):
-            with pytest.raises(ValueError, match="No Hugging Face architecture has this model"):
+            with pytest.raises(ValueError, match="No Hugging Face architecture can express this model"):
                 to_huggingface(config)
         else:
             assert from_huggingface(to_huggingface(config)) == config, name
@@ -122,16 +122,16 @@ def test_every_size_but_modern_bert_has_a_counterpart():
 def test_folder_saved_by_transformers_loads_the_same_weights(model, tmp_path):
     config, network = model
     export(config, network.state_dict(), tmp_path / "ours")
-    read_by_transformers(tmp_path / "ours", config).save_pretrained(tmp_path / "theirs")
+    load_by_transformers(tmp_path / "ours", config).save_pretrained(tmp_path / "theirs")
     same_config, state = load(tmp_path / "theirs")
     assert same_config == load(tmp_path / "ours")[0]
     assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_transformers_generates_the_same_tokens(speaking, tmp_path):
-    config, network = speaking
+def test_transformers_generates_the_same_tokens(generating, tmp_path):
+    config, network = generating
     export(config, network.state_dict(), tmp_path / "out", SpecialTokens(3, 0))
-    theirs = read_by_transformers(tmp_path / "out", config)
+    theirs = load_by_transformers(tmp_path / "out", config)
     greedy = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     prompt, segments, start = torch.tensor([[5, 9, 2], [7, 1, 4]]), torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.full((2, 1), 3)
     if config.architecture == "decoder":
@@ -139,18 +139,18 @@ def test_transformers_generates_the_same_tokens(speaking, tmp_path):
         steps = generate(network, prompt, 15, temperature=0, sequence_length=config.sequence_length)
     else:
         continued = theirs.generate(prompt, attention_mask=segments, **greedy)[:, 1:]
-        written_for = functools.partial(network, prompt, segments)
-        steps = generate(written_for, start, 15, temperature=0, sequence_length=config.sequence_length)
+        decoder = functools.partial(network, prompt, segments)
+        steps = generate(decoder, start, 15, temperature=0, sequence_length=config.sequence_length)
     assert torch.equal(continued, torch.stack(list(steps), dim=1))
 
 
-def test_logits_with_a_cache_match_those_without(speaking):
-    config, network = speaking
+def test_logits_with_a_cache_match_those_without(generating):
+    config, network = generating
     *source, tokens, segments = random_inputs(config)
     cache = KeyValueCache()
     with torch.no_grad():
         whole = network(*source, tokens, segments)
-        steps = [slice(0, 4), *(slice(place, place + 1) for place in range(4, 18))]
+        steps = [slice(0, 4), *(slice(position, position + 1) for position in range(4, 18))]
         parts = [network(*source, tokens[:, step], segments[:, step], cache=cache) for step in steps]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, :18], rtol=0, atol=1e-5)
 
@@ -193,11 +193,11 @@ def test_written_file_equals_that_of_the_safetensors_library(llama, tmp_path):
 
 def test_export_reads_one_tensor_at_a_time(tiny, tmp_path):
     config = tiny(**GPT2)
-    whole, asked = Transformer(config).state_dict(), []
+    whole, accessed = Transformer(config).state_dict(), []
 
     class Lazy(Mapping):
         def __getitem__(self, name):
-            asked.append(name)
+            accessed.append(name)
             return whole[name]
 
         def __iter__(self):
@@ -207,14 +207,14 @@ def test_export_reads_one_tensor_at_a_time(tiny, tmp_path):
             return len(whole)
 
     export(config, Lazy(), tmp_path / "out", max_shard_bytes=10_000)
-    assert sorted(asked) == sorted(whole)
-    config, state = load(tmp_path / "out")  # and what was read lazily can be written again
+    assert sorted(accessed) == sorted(whole)
+    config, state = load(tmp_path / "out")  # a state that is read lazily can be exported again
     export(config, state, tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(
-    ("options", "sentences"),
+    ("options", "messages"),
     [
         ({"positions": "sinusoidal"}, ['model.positions "sinusoidal" has no counterpart in Llama; it must be "rotary"']),
         ({"positions": "alibi"}, ['model.positions "alibi" has no counterpart in Llama']),
@@ -222,7 +222,7 @@ def test_export_reads_one_tensor_at_a_time(tiny, tmp_path):
         ({"prefix_attention": True, "logit_softcap": 30.0}, ["model.prefix_attention true has", "model.logit_softcap 30.0 has"]),
         (BERT | {"norm_position": "pre", "positions": "rotary"}, ['model.norm_position "pre" has', 'model.positions "rotary" has']),
         (BERT | {"sliding_window": 4, "activation": "geglu"}, ["model.sliding_window 4 has", 'model.activation "geglu" has']),
-        (BERT | {"num_classes": 3}, ["model.num_classes 3 has no counterpart in BERT beside model.token_head"]),
+        (BERT | {"num_classes": 3}, ["model.num_classes 3 has no counterpart in BERT together with model.token_head"]),
         (BERT | {"tie_embeddings": False}, ["model.tie_embeddings false has no counterpart in BERT"]),
         (MARIAN | {"norm_position": "pre", "norm_epsilon": 1e-6}, ['model.norm_position "pre" has', "model.norm_epsilon 1e-06 has"]),
         (MARIAN | {"positions": "rotary"}, ['model.positions "rotary" has no counterpart in Marian; it must be "sinusoidal"']),
@@ -232,7 +232,7 @@ def test_export_reads_one_tensor_at_a_time(tiny, tmp_path):
         ({"norm": "layernorm"}, ['model.norm "layernorm" has no counterpart in Llama']),
         ({"activation": "relu"}, ['model.activation "relu" has no counterpart in Llama']),
         ({"qk_norm": True, "biases": True}, ["model.biases true has no counterpart in Qwen3"]),
-        ({"hidden_size": 30, "head_size": 8}, ["model.hidden_size 30 is no multiple of num_attention_heads 4"]),
+        ({"hidden_size": 30, "head_size": 8}, ["model.hidden_size 30 is not a multiple of num_attention_heads 4"]),
         (GPT2 | {"norm": "rmsnorm"}, ['model.norm "rmsnorm" has no counterpart in GPT-2']),
         (GPT2 | {"activation": "swiglu"}, ['model.activation "swiglu" has no counterpart in GPT-2']),
         (GPT2 | {"qk_norm": True}, ["model.qk_norm true has no counterpart in GPT-2"]),
@@ -244,11 +244,11 @@ def test_export_reads_one_tensor_at_a_time(tiny, tmp_path):
         ),
     ],
 )
-def test_option_without_counterpart_is_refused_by_name(tiny, tmp_path, options, sentences):
+def test_option_without_counterpart_is_refused_by_name(tiny, tmp_path, options, messages):
     config = tiny(**options)
     with pytest.raises(ValueError) as refusal:
         export(config, Transformer(config).state_dict(), tmp_path / "out")
-    assert all(sentence in str(refusal.value) for sentence in sentences)
+    assert all(message in str(refusal.value) for message in messages)
     assert not list(tmp_path.iterdir())
 
 
@@ -261,17 +261,17 @@ def test_document_mask_and_dropout_do_not_prevent_export(tiny, network, tmp_path
 
 def test_existing_output_folder_is_refused(llama, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("mine")
+    (tmp_path / "out" / "existing").write_text("content")
     with pytest.raises(ValueError, match="out exists already"):
         export(*llama, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["existing"]
 
 
 def test_failed_export_leaves_no_files(llama, tmp_path):
     with pytest.raises(RuntimeError, match="the tokenizer"), new_folder(tmp_path / "out") as folder:
         export(*llama, folder)
         assert (folder / "config.json").exists()
-        raise RuntimeError("the tokenizer is not there")
+        raise RuntimeError("the tokenizer is missing")
     assert not list(tmp_path.iterdir())
 
 
@@ -314,18 +314,18 @@ def test_verification_finds_missing_and_unexpected_tensors(llama, tmp_path, chan
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"model_type": "mistral"}, 'model_type "mistral" is not one of gpt2, llama, qwen3, bert, marian, t5.'),
         ({"auto_map": {"AutoModel": "code.Model"}}, '"auto_map" is not supported.'),
         ({"quantization_config": {"quant_method": "gptq"}}, 'quant_method "gptq" is not supported, only "compressed-tensors"'),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM is supported"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; only "silu" is supported'),
-        ({"attention_bias": True}, "mlp_bias is false; only true is supported beside that attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias is true; only false is supported beside that attention_bias"),
+        ({"attention_bias": True}, "mlp_bias is false; only true is supported with attention_bias true"),
+        ({"mlp_bias": True}, "mlp_bias is true; only false is supported with attention_bias false"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, 'rope scaling "longrope" is not supported'),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope scaling "dynamic" is not supported'),
-        ({"rope_parameters": {"rope_type": "linear"}}, 'rope scaling "linear" lacks its factor.'),
+        ({"rope_parameters": {"rope_type": "linear"}}, 'rope scaling "linear" has no "factor".'),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}}, 'beta_fast of rope scaling "yarn" is 16; only 32'),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale of rope"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0, "high_freq_factor": 2.0}}, "high_freq_factor of rope"),
@@ -335,22 +335,22 @@ def test_verification_finds_missing_and_unexpected_tensors(llama, tmp_path, chan
         ({"num_hidden_layers": None}, '"num_hidden_layers" is missing.'),
         ({"num_hidden_layers": "2"}, 'num_hidden_layers is "2"; it must be a whole number.'),
         ({"hidden_size": 32.0}, "hidden_size is 32.0; it must be a whole number."),
-        ({"hidden_size": 64}, "config.json says"),
-        ({"num_hidden_layers": 3}, "lacks: model.layers.2."),
+        ({"hidden_size": 64}, "by config.json it must be"),
+        ({"num_hidden_layers": 3}, "lacks tensors: model.layers.2."),
         ({"num_hidden_layers": 1}, "has unknown tensors: model.layers.1."),
-        ({"intermediate_size": 64}, "is [128, 32]; config.json says [64, 32]."),
+        ({"intermediate_size": 64}, "has shape [128, 32]; by config.json it must be [64, 32]."),
     ],
 )
-def test_unsupported_llama_feature_is_refused_by_name(llama, tmp_path, changes, sentence):
+def test_unsupported_llama_feature_is_refused_by_name(llama, tmp_path, changes, message):
     export(*llama, tmp_path / "out")
     rewrite(tmp_path / "out", **changes)
     with pytest.raises(ValueError) as refusal:
         load(tmp_path / "out")
-    assert sentence in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true; only false is supported"),
         ({"scale_attn_weights": False}, "scale_attn_weights is false; only true is supported"),
@@ -358,20 +358,20 @@ def test_unsupported_llama_feature_is_refused_by_name(llama, tmp_path, changes, 
         ({"attn_pdrop": 0.5}, "only one dropout for all is supported."),
     ],
 )
-def test_unsupported_gpt2_feature_is_refused_by_name(tiny, tmp_path, changes, sentence):
+def test_unsupported_gpt2_feature_is_refused_by_name(tiny, tmp_path, changes, message):
     config = tiny(**GPT2)
     export(config, Transformer(config).state_dict(), tmp_path / "out")
     rewrite(tmp_path / "out", **changes)
     with pytest.raises(ValueError) as refusal:
         load(tmp_path / "out")
-    assert sentence in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "changes", "sentence"),
+    ("options", "changes", "message"),
     [
         ({"qk_norm": True}, {"attention_bias": True}, "attention_bias is true; only false is supported."),
-        ({"qk_norm": True}, {"layer_types": ["full_attention", "sliding_attention"]}, "with and without a sliding window beside"),
+        ({"qk_norm": True}, {"layer_types": ["full_attention", "sliding_attention"]}, "with and without a sliding window is not"),
         (BERT, {"is_decoder": True}, "is_decoder is true; only false is supported."),
         (BERT, {"hidden_act": "silu"}, 'hidden_act is "silu"; supported are gelu, gelu_new, relu.'),
         (BERT, {"position_embedding_type": "relative_key"}, 'position_embedding_type is "relative_key"'),
@@ -389,17 +389,17 @@ def test_unsupported_gpt2_feature_is_refused_by_name(tiny, tmp_path, changes, se
         (T5, {"tie_word_embeddings": True}, "lm_head.weight differs from shared.weight"),
     ],
 )
-def test_unsupported_feature_is_refused_by_name(tiny, tmp_path, options, changes, sentence):
+def test_unsupported_feature_is_refused_by_name(tiny, tmp_path, options, changes, message):
     config = tiny(**options)
     export(config, Transformer(config).state_dict(), tmp_path / "out")
     rewrite(tmp_path / "out", **changes)
     with pytest.raises(ValueError) as refusal:
         load(tmp_path / "out")
-    assert sentence in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 def test_duplicate_tensors_and_old_names_are_read(tiny, network, tmp_path):
-    """Copies of tied weights, constants, zeros; BERT's first files, which also held next-sentence prediction without saying so."""
+    """Files may hold duplicates, constants and zeros. BERT's first files also hold a head that their config.json does not name."""
     config = tiny(**BERT, num_classes=2)
     state = network(config).state_dict()
     export(config, state, tmp_path / "bert")
@@ -440,13 +440,13 @@ def test_classifier_without_token_head_has_no_tied_head(tiny, tmp_path):
 def test_names_of_classes_are_written(tiny, tmp_path):
     config = tiny(**BERT, num_classes=2, token_head=False)
     export(config, Transformer(config).state_dict(), tmp_path / "out", SpecialTokens(labels=("bad", "good")))
-    assert read_by_transformers(tmp_path / "out", config).config.id2label == {0: "bad", 1: "good"}
-    with pytest.raises(ValueError, match="There are 1 labels for model"):
+    assert load_by_transformers(tmp_path / "out", config).config.id2label == {0: "bad", 1: "good"}
+    with pytest.raises(ValueError, match=r"The number of labels is 1; it must be model\.num_classes 2"):
         export(config, Transformer(config).state_dict(), tmp_path / "again", SpecialTokens(labels=("bad",)))
 
 
 def test_export_needs_memory_for_a_few_tensors_only(tmp_path):
-    """In a process of its own: 24 blocks of 8 MB each are written with the memory of a few weights."""
+    """A separate process exports 24 blocks with the memory of a few weights."""
     program = """
 import sys, torch
 from collections.abc import Mapping
@@ -460,14 +460,14 @@ config = ModelConfig(vocab_size=512, hidden_size=512, intermediate_size=2048, nu
 with torch.device("meta"):
     shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
 
-class Drawn(Mapping):
+class Ones(Mapping):
     def __getitem__(self, name): return torch.ones(shapes[name])
     def __iter__(self): return iter(shapes)
     def __len__(self): return len(shapes)
 
 peak = lambda: int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1]) * 1024
 before = peak()
-export(config, Drawn(), sys.argv[1])
+export(config, Ones(), sys.argv[1])
 print(sum(shape.numel() * 4 for shape in shapes.values()), peak() - before)
 """
     command = [sys.executable, "-c", program, str(tmp_path / "out")]
@@ -479,7 +479,7 @@ print(sum(shape.numel() * 4 for shape in shapes.values()), peak() - before)
 
 
 def test_old_tensor_names_and_config_keys_are_read(tiny, network, tmp_path):
-    """The first GPT-2 files lack the outer name and hold masks; the first Llama files hold wavelengths and no rope_parameters."""
+    """The first GPT-2 files lack the name prefix and hold masks; the first Llama files hold frequencies and no rope_parameters."""
     config = tiny(**GPT2)
     state = network(config).state_dict()
     export(config, state, tmp_path / "gpt2")
@@ -493,14 +493,14 @@ def test_old_tensor_names_and_config_keys_are_read(tiny, network, tmp_path):
     export(config, state, tmp_path / "llama")
     path = tmp_path / "llama" / "model.safetensors"
     tensors = load_file(path)
-    inverse_wavelengths = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    save_file(tensors | inverse_wavelengths | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors | frequencies | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
     rewrite(tmp_path / "llama", rope_parameters=None, head_dim=None, attention_bias=None, mlp_bias=None)
     same_config, read = load(tmp_path / "llama")
     assert same_config == config
     assert all(torch.equal(state[name], tensor) for name, tensor in read.items())
     save_file(tensors | {"lm_head.weight": torch.ones(61, 32)}, path)
-    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight, which it must be a copy of"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight; they must be equal"):
         load(tmp_path / "llama")
 
 
@@ -512,34 +512,34 @@ def test_pickled_weights_are_refused(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight_map", "sentence"),
+    ("weight_map", "message"),
     [
-        ({"x": "../model.safetensors"}, r"names \.\./model.safetensors, which is not a file of"),
-        ({"x": "gone.safetensors"}, "names gone.safetensors, which is not a file of"),
+        ({"x": "../model.safetensors"}, r"names \.\./model.safetensors, which is not a file in"),
+        ({"x": "missing.safetensors"}, "names missing.safetensors, which is not a file in"),
         ([], "is not an index"),
-        ({"x": 3}, "names 3, which is not a file of"),
+        ({"x": 3}, "names 3, which is not a file in"),
     ],
 )
-def test_invalid_index_is_refused(llama, tmp_path, weight_map, sentence):
+def test_invalid_index_is_refused(llama, tmp_path, weight_map, message):
     export(*llama, tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").rename(tmp_path / "model.safetensors")
     (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("left", [0, 5, 100, -1])
-def test_truncated_file_is_refused(llama, tmp_path, left):
+@pytest.mark.parametrize("end", [0, 5, 100, -1])
+def test_truncated_file_is_refused(llama, tmp_path, end):
     export(*llama, tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:left])
+    path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file"):
         load(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("contents", "sentence"), [(None, "has no config.json"), ("{", "is not JSON"), ("[]", "no mapping")])
-def test_folder_without_valid_config_is_refused(tmp_path, contents, sentence):
+@pytest.mark.parametrize(("contents", "message"), [(None, "has no config.json"), ("{", "is not JSON"), ("[]", "is not a JSON object")])
+def test_folder_without_valid_config_is_refused(tmp_path, contents, message):
     if contents is not None:
         (tmp_path / "config.json").write_text(contents)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         load(tmp_path)

@@ -241,7 +241,7 @@ def test_a_scale_of_keys_that_is_none_is_named(llama, tmp_path, scale):
     schemes = dict.fromkeys(linears(llama), INT4)
     cache = CacheScheme("fp8", ((1.0, 1.0), (scale, 1.0)))
     export(llama.config, rounded(llama, schemes, torch.float32), tmp_path / "out", schemes=schemes, kv_cache=cache)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_scale is \S+; a scale is finite and above 0"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_scale is \S+; a scale must be finite and above 0"):
         load(tmp_path / "out")
 
 
@@ -320,10 +320,10 @@ def test_a_quantization_that_we_do_not_have_is_refused_by_name(changes, sentence
 @pytest.mark.parametrize(
     ("options", "scheme", "dtype", "sentence"),
     [
-        (GPT2, INT4, torch.float32, r"GPT-2 keeps linear weights \[in, out\].* GGUF has one"),
+        (GPT2, INT4, torch.float32, r"GPT-2 stores linear weights as \[in, out\].* export the model to GGUF"),
         (T5, INT4, torch.float32, "transformers cannot load packed weights of it"),
-        (MARIAN, MXFP4, torch.bfloat16, "to which transformers would round its positions too"),
-        ({}, NVFP4, torch.float32, r"it must be torch\.bfloat16"),
+        (MARIAN, MXFP4, torch.bfloat16, "in which transformers would also round the positions"),
+        ({}, NVFP4, torch.float32, r"needs all other weights in torch\.bfloat16 \(got torch\.float32\)"),
         ({}, Scheme(Grid("int", 4, 48)), torch.float32, r"model\.layers\.0\.\S+ \[64, 64\]: group_size 48 does not divide"),
     ],
 )
