@@ -104,7 +104,7 @@ def _prune_structured(job: Job[PruneSettings], smaller: ModelConfig, store: Laye
     config, state = job.config, job.opened.state
     shallow = dataclasses.replace(config, num_layers=smaller.num_layers, num_decoder_layers=smaller.num_decoder_layers)
     if shallow != config:
-        state = structured.shallower(config, state, shallow, sensitivity_pass.importance(job, store, job.settings.depth_by))
+        state = structured.remove_blocks(config, state, shallow, sensitivity_pass.importance(job, store, job.settings.depth_by))
     units = {"feed_forward.down": (smaller.intermediate_size, 1)} if smaller.intermediate_size < config.intermediate_size else {}
     if smaller.num_key_value_heads < config.num_key_value_heads:
         inputs_per_head = config.num_attention_heads // config.num_key_value_heads * config.head_size
@@ -114,14 +114,14 @@ def _prune_structured(job: Job[PruneSettings], smaller: ModelConfig, store: Laye
         if linear not in units:
             return None
         assert statistics is not None
-        return structured.without_inputs(weight, statistics, *units[linear], job.settings.damping)
+        return structured.remove_inputs(weight, statistics, *units[linear], job.settings.damping)
 
     channels = structured.Channels() if smaller.hidden_size < config.hidden_size else None
     method = BlockMethod(change, watch=None if channels is None else channels.watching)
     compress(shallow, state, method, job.samples, store, job.workers, job.dtype, job.log)
     if channels is not None:
         job.workers.sum_in_place(list(channels.sums.values()))
-    weights = structured.narrower(shallow, DequantizedWeights(store), smaller, channels)
+    weights = structured.reduce_widths(shallow, DequantizedWeights(store), smaller, channels)
     return Result(smaller, weights, "structured", f"structured: {_describe_sizes(config, smaller)}")
 
 

@@ -18,7 +18,7 @@ from model.compression import allocation, quantization, scaling
 from model.compression.grids import Byte, Grid, grid_of, round_to, scale_of
 from model.compression.packed import CacheScheme, Scheme, describe_schemes
 from model.compression.quantization import Changed
-from model.compression.statistics import Group, InputStatistics, LargestKept, Matrix, matrices
+from model.compression.statistics import Group, InputStatistics, LargestKeysAndValues, Matrix, matrices
 from model.config import ModelConfig
 
 MIXED_BITS = (3, 4, 8)
@@ -115,7 +115,7 @@ def _quantize_blocks(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], 
         return None
 
     kind = _cache_kind(settings)
-    largest = LargestKept(job.config.total_blocks, job.workers.device)
+    largest = LargestKeysAndValues(job.config.total_blocks, job.workers.device)
     method = BlockMethod(change, scales, largest.watching if kind else None)
     compress(job.config, job.opened.state, method, job.samples, store, job.workers, job.dtype, job.log)
     kv_cache = None

@@ -1,13 +1,13 @@
 """GGUF, the file format of llama.cpp: writing a decoder and reading it back.
 
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; in the block types Q8_0 and Q4_0, 32 entries
-of a row share a float16 scale. Tensors have the names that the `gguf` package gives to those of Hugging Face, in the shape [out, in].
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. In the block types Q8_0 and Q4_0, 32 entries of a row share a float16
+scale. The `gguf` package maps the tensor names of Hugging Face to those of the file. Matrices are [out, in].
 """
 
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +37,8 @@ _FILE_TYPES = {
 }
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3, "gpt2": gguf.MODEL_ARCH.GPT2}
 _ROTARY_FACTORS = "rope_freqs.weight"
-_MOST_TOKENS = 512  # length of the sequence that is compared
-# Keys of config.json that transformers does not read from a GGUF file; it gets them from us.
+_MAX_TOKENS = 512  # longest compared sequence
+# Keys of config.json that transformers does not read from a GGUF file; verification sets them.
 _NOT_READ = ("head_dim", "rope_parameters", "attention_bias", "mlp_bias", "n_positions", "n_inner", "activation_function")
 
 
@@ -72,6 +72,7 @@ class _Stored:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the tensor in the file."""
         entries, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
         return prod(self.shape) // entries * block_bytes
 
@@ -93,12 +94,18 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
     if free < needed:
         raise ValueError(f"{path.name} needs {needed:,} bytes; the disk of {path.parent} has {free:,} free.")
     writer = gguf.GGUFWriter(path, name)
-    stated: dict[str, Any] = {"general.name": path.stem, "general.file_type": int(_FILE_TYPES[kind])}
+    metadata: dict[str, Any] = {"general.name": path.stem, "general.file_type": int(_FILE_TYPES[kind])}
     if kind in ("q8_0", "q4_0"):
-        stated |= {"general.quantization_version": gguf.GGML_QUANT_VERSION}
-    stated |= {f"{name}.{key}": value for key, value in _shape(config, name).items()} | dict(tokenizer)
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-    for key, value in stated.items():
+        metadata |= {"general.quantization_version": gguf.GGML_QUANT_VERSION}
+    metadata |= {f"{name}.{key}": value for key, value in _shape(config, name).items()} | dict(tokenizer)
+    add: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    for key, value in metadata.items():
         add[type(value)](key, value)
     factors = _rotary_factors(config)
     if factors is not None:
@@ -118,7 +125,7 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
 
 
 class GGUFState(Mapping[str, Tensor]):
-    """The weights of a GGUF file by our names, float32; each is read and dequantized when it is used.
+    """The weights of a GGUF file by our names, in float32; each is read and dequantized when it is accessed.
 
     All block types that the `gguf` package reads are supported, K-quants too. Raises ValueError if a tensor is missing, unknown, or has
     another shape than in `config`.
@@ -127,7 +134,7 @@ class GGUFState(Mapping[str, Tensor]):
     def __init__(self, path: Path, config: ModelConfig):
         stored = _tensors(config, "f32")
         self._read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name != _ROTARY_FACTORS}
-        self._entries = {ours: (tensor, place) for tensor in stored for place, ours in enumerate(tensor.source.ours)}
+        self._entries = {ours: (tensor, index) for tensor in stored for index, ours in enumerate(tensor.source.ours)}
         if wrong := sorted(set(self._read) ^ {tensor.name for tensor in stored}):
             raise ValueError(f"{path} lacks these tensors, or has them in addition: {', '.join(wrong[:8])}.")
         for tensor in stored:
@@ -135,12 +142,12 @@ class GGUFState(Mapping[str, Tensor]):
                 raise ValueError(f"{path}: {tensor.name} has shape {list(shape)}; by the configuration it is {list(tensor.shape)}.")
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor, place = self._entries[name]
-        found = self._read[tensor.name]
-        weight = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).reshape(tensor.shape).copy())
+        tensor, index = self._entries[name]
+        encoded = self._read[tensor.name]
+        weight = torch.from_numpy(gguf.dequantize(encoded.data, encoded.tensor_type).reshape(tensor.shape).copy())
         if tensor.heads:
             weight = weight.unflatten(0, (tensor.heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
-        return weight.chunk(len(tensor.source.ours))[place].contiguous()
+        return weight.chunk(len(tensor.source.ours))[index].contiguous()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -163,14 +170,14 @@ def verify(path: Path, config: ModelConfig, tolerance: float = 1e-4) -> float:
     """Compare a file, as transformers reads it, with our network with the weights of the file, in float32 on a random sequence.
 
     Returns the largest difference of a logit. Raises RuntimeError if it is above `tolerance` x the largest logit (at least 1), or if
-    transformers misses a tensor or leaves one unread. transformers does not read scaled rotary wavelengths, biases and the head width
-    from a GGUF file; it gets them from us.
+    transformers does not find or does not read a tensor. transformers does not read rope scaling, biases and the head width from a GGUF
+    file; these are set from `config`.
     """
-    tokens = torch.randint(config.vocab_size, (1, min(config.sequence_length, _MOST_TOKENS)), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(config.vocab_size, (1, min(config.sequence_length, _MAX_TOKENS)), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         difference = logits(config, GGUFState(path, config), tokens)
         largest = max(1.0, difference.abs().max().item())
-        difference -= _theirs(path, config, tokens)
+        difference -= _logits_by_transformers(path, config, tokens)
     if not difference.abs().max().item() <= tolerance * largest:
         raise RuntimeError(
             f"{path}: logits of transformers differ from ours by up to {difference.abs().max().item():.3g}, "
@@ -181,47 +188,49 @@ def verify(path: Path, config: ModelConfig, tolerance: float = 1e-4) -> float:
 
 def logits(config: ModelConfig, state: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     """Return the logits of a decoder, with one layer in memory at a time.  [batch, seq] -> [batch, seq, vocab]"""
-    [said] = outputs(dataclasses.replace(config, document_mask=False), state, [Stream(tokens, torch.ones_like(tokens))])
-    assert isinstance(said, Tensor)
-    return said
+    [output] = outputs(dataclasses.replace(config, document_mask=False), state, [Stream(tokens, torch.ones_like(tokens))])
+    assert isinstance(output, Tensor)
+    return output
 
 
-def _theirs(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
-    import transformers  # here, because it takes seconds to import and nothing else needs it
+def _logits_by_transformers(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
+    import transformers  # here, because the import takes seconds and only verification needs it
 
-    where = {"gguf_file": path.name, "local_files_only": True}
-    loader = transformers.AutoModelForCausalLM
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    loader: Any = transformers.AutoModelForCausalLM
     with hide_progress_bars():
-        theirs = transformers.AutoConfig.from_pretrained(path.parent, **where)
+        their_config = transformers.AutoConfig.from_pretrained(path.parent, **source)
         for key, value in huggingface.to_huggingface(config).items():
             if key in _NOT_READ:
-                setattr(theirs, key, value)
-        model, report = loader.from_pretrained(path.parent, config=theirs, dtype=torch.float32, output_loading_info=True, **where)
+                setattr(their_config, key, value)
+        model, report = loader.from_pretrained(path.parent, config=their_config, dtype=torch.float32, output_loading_info=True, **source)
     check_loading_report(report, path)
-    held = types(path).total() - (_rotary_factors(config) is not None)
-    if held != (taken := len(list(model.parameters()))):  # transformers ignores unknown tensors without a message
-        raise RuntimeError(f"{path} holds {held} tensors; transformers has read {taken}.")
+    num_stored = types(path).total() - (_rotary_factors(config) is not None)
+    if num_stored != (num_read := len(list(model.parameters()))):  # transformers ignores unknown tensors without a message
+        raise RuntimeError(f"{path} holds {num_stored} tensors; transformers has read {num_read}.")
     return model.eval()(tokens).logits
 
 
 def _tensors(config: ModelConfig, kind: Kind) -> list[_Stored]:
+    """Return the tensors of a file in the order of our list of layers."""
     name = architecture(config)
     shapes = parameter_shapes(config)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[name], config.num_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if name == "llama" else {}
-    found = []
+    tensors = []
     for entry in huggingface.counterparts(config):
         base, _, part = entry.theirs.rpartition(".")
-        known = names.get_name(base)
-        assert known is not None, f"gguf has no name for {entry.theirs}"
+        gguf_name = names.get_name(base)
+        assert gguf_name is not None, f"gguf has no name for {entry.theirs}"
         shape = entry.zeros or (sum(shapes[ours][0] for ours in entry.ours), *shapes[entry.ours[0]][1:])
-        is_head = known == ("token_embd" if config.tie_embeddings else "output")
-        stored = _stored_as(kind, shape, is_head) if known != "position_embd" else _TYPE.F32
-        found.append(_Stored(f"{known}.{part}", entry, shape, stored, heads.get(known.rpartition(".")[2], 0)))
-    return found
+        is_head = gguf_name == ("token_embd" if config.tie_embeddings else "output")
+        stored = _block_type(kind, shape, is_head) if gguf_name != "position_embd" else _TYPE.F32
+        tensors.append(_Stored(f"{gguf_name}.{part}", entry, shape, stored, heads.get(gguf_name.rpartition(".")[2], 0)))
+    return tensors
 
 
-def _stored_as(kind: Kind, shape: tuple[int, ...], is_head: bool) -> gguf.GGMLQuantizationType:
+def _block_type(kind: Kind, shape: tuple[int, ...], is_head: bool) -> gguf.GGMLQuantizationType:
+    """Return the type in which a tensor of this shape is stored."""
     if len(shape) == 1 or kind == "f32":
         return _TYPE.F32
     if kind == "f16" or shape[-1] % gguf.GGML_QUANT_SIZES[_TYPE.Q8_0][0]:
@@ -230,6 +239,7 @@ def _stored_as(kind: Kind, shape: tuple[int, ...], is_head: bool) -> gguf.GGMLQu
 
 
 def _encoded(tensor: _Stored, state: Mapping[str, Tensor]) -> NDArray:
+    """Return the bytes of a tensor in the file. Raises ValueError for a wrong shape and for weights that its type cannot hold."""
     if not tensor.source.ours:
         return np.zeros(tensor.shape, np.float32)
     weight = torch.cat([state[ours].detach().to("cpu", torch.float32) for ours in tensor.source.ours])
@@ -237,10 +247,10 @@ def _encoded(tensor: _Stored, state: Mapping[str, Tensor]) -> NDArray:
         raise ValueError(
             f"{' + '.join(tensor.source.ours)} has shape {list(weight.shape)}; by the configuration it is {list(tensor.shape)}."
         )
-    most = torch.finfo(torch.float32 if tensor.kind == _TYPE.F32 else torch.float16).max
-    if not (largest := weight.abs().max().item()) <= most:
+    limit = torch.finfo(torch.float32 if tensor.kind == _TYPE.F32 else torch.float16).max
+    if not (largest := weight.abs().max().item()) <= limit:
         raise ValueError(
-            f"{' + '.join(tensor.source.ours)}: its largest weight is {largest:g}; the largest number of {tensor.kind.name} is {most:g}."
+            f"{' + '.join(tensor.source.ours)}: its largest weight is {largest:g}; the largest number of {tensor.kind.name} is {limit:g}."
         )
     if tensor.heads:
         weight = weight.unflatten(0, (tensor.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)

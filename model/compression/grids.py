@@ -1,6 +1,6 @@
 """The numbers that a quantized weight can take, and weights stored as codes.
 
-Scales, zero points and codes equal those of compressed-tensors for the same smallest and largest entries.
+Scales, zero points and codes equal those that compressed-tensors computes from the same smallest and largest entries.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from torch import Tensor
 Byte = Literal["int8", "fp8"]
 """Types to which activations, keys and values are rounded while a network runs; both are symmetric."""
 
-_FIXED = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits and group size of the kinds that allow only one of each
+_FIXED = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}  # bits and group size of the kinds for which both are fixed
 _CODES = {"int": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST = {"fp8": 448.0, "nvfp4": 6.0, "mxfp4": 6.0}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -34,7 +34,7 @@ class Grid:
     group_size: int | None = 128
     """Entries of a row that share a scale; None: the whole row."""
     symmetric: bool = True
-    """If true, zero is the middle of the codes; else each group also stores the code that stands for zero."""
+    """True if code 0 stands for zero; false if each group also stores the code that stands for zero."""
 
     def __post_init__(self) -> None:
         if self.kind in _FIXED:
@@ -102,7 +102,7 @@ class Quantized:
         return (values * self.step[..., None]).flatten(1)
 
     def with_codes_of(self, weight: Tensor) -> "Quantized":
-        """Return the same scales with the codes nearest to another weight.  [out, in]"""
+        """Return a Quantized with the same scales and the codes nearest to `weight`.  [out, in]"""
         zero_point = None if self.zero_point is None else self.zero_point[..., None]
         values = _values(_grouped(weight, self.step), self.step[..., None], zero_point, self.grid).flatten(1)
         if self.grid.kind in ("int", "fp8"):
@@ -155,9 +155,9 @@ def grid_of(kind: Byte) -> Grid:
 
 
 def fake_quantized_rows(x: Tensor, kind: Byte) -> Tensor:
-    """Round the activations of each token on a symmetric grid up to their own largest.  [..., in] -> same
+    """Round the activations of each token on a symmetric grid whose range is the token's largest activation.  [..., in] -> same
 
-    compressed-tensors calls this dynamic quantization by token. It is computed in the type of x.
+    compressed-tensors calls this dynamic quantization by token. All numbers have the type of x.
     """
     grid = grid_of(kind)
     return nearest(x, scale_of(x.abs().amax(dim=-1, keepdim=True), grid, x.dtype), None, grid)
@@ -194,6 +194,6 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _power_of_two(largest: Tensor) -> Tensor:
-    """Return E8M0 scales, uint8. The largest entry is at 4 to 7 steps (4 to 8 in section 6.3 of the specification), which clips less."""
+    """Return E8M0 scales, uint8. The largest entry is 3.5 to 7 steps (4 to 8 in section 6.3 of the specification), which clips less."""
     mantissa, exponent = largest.frexp()  # 0.5 <= mantissa < 1
     return (127 + exponent - 1 + (mantissa >= 0.875) - 2).clamp(0, 254).to(torch.uint8)

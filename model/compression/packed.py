@@ -1,7 +1,7 @@
 """Quantized weights as tensors of a safetensors file, and back, as compressed-tensors stores them.
 
 https://github.com/vllm-project/compressed-tensors, version 0.20.0; its compressors are the only definition of these formats.
-A linear layer M has these tensors in place of M.weight [out, in]:
+A linear layer M has these tensors in index of M.weight [out, in]:
 
 pack-quantized         weight_packed int32 [out, in bits / 32], weight_scale [out, groups], weight_shape int64 [2]; if asymmetric
                        also weight_zero_point int32 [out bits / 32, groups]
@@ -78,14 +78,14 @@ class CacheScheme:
 
     kind: Byte
     scales: tuple[tuple[float, float], ...]
-    """For each block the factor of the codes of its keys, and that of its values."""
+    """Scales of each block: (of the codes of its keys, of those of its values)."""
 
     def __str__(self) -> str:
         return f"keys and values {self.kind}"
 
 
 def describe_schemes(schemes: Iterable[Scheme], kv_cache: CacheScheme | None) -> str:
-    """Return the distinct schemes as text."""
+    """Return the distinct schemes as text for messages."""
     return "; ".join(dict.fromkeys(map(str, [*schemes, *([kv_cache] if kv_cache else [])])))
 
 
@@ -141,30 +141,30 @@ def unpacked(tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """[rows, codes] int8 -> [rows, words] int32: 32 codes fill as many words as a code has bits."""
+    """Pack codes into int32 words; 32 codes of b bits fill b words.  [rows, codes] int8 -> [rows, words] int32"""
     count = codes.shape[1]
     above_zero = codes.int() + 2 ** (bits - 1)
     above_zero = torch.nn.functional.pad(above_zero, (0, -count % 32)).unflatten(1, (-1, 32))
     words = above_zero.new_zeros(*above_zero.shape[:2], bits)
-    for place in range(32):
-        word, shift = divmod(place * bits, 32)
-        words[..., word] |= above_zero[..., place] << shift
+    for index in range(32):
+        word, shift = divmod(index * bits, 32)
+        words[..., word] |= above_zero[..., index] << shift
         if shift + bits > 32:
-            words[..., word + 1] |= above_zero[..., place] >> (32 - shift)
+            words[..., word + 1] |= above_zero[..., index] >> (32 - shift)
     return words.flatten(1)[:, : math.ceil(count * bits / 32)]
 
 
 def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """[rows, words] int32 -> [rows, count] int8"""
+    """Return the first `count` codes of each row of words.  [rows, words] int32 -> [rows, count] int8"""
     without_sign = words.long() & 0xFFFFFFFF
     without_sign = torch.nn.functional.pad(without_sign, (0, -words.shape[1] % bits)).unflatten(1, (-1, bits))
     codes = torch.empty(*without_sign.shape[:2], 32, dtype=torch.int8, device=words.device)
-    for place in range(32):
-        word, shift = divmod(place * bits, 32)
+    for index in range(32):
+        word, shift = divmod(index * bits, 32)
         code = without_sign[..., word] >> shift
         if shift + bits > 32:
             code |= without_sign[..., word + 1] << (32 - shift)
-        codes[..., place] = (code & (2**bits - 1)) - 2 ** (bits - 1)
+        codes[..., index] = (code & (2**bits - 1)) - 2 ** (bits - 1)
     return codes.flatten(1)[:, :count].contiguous()
 
 
@@ -181,11 +181,11 @@ def configuration(schemes: Mapping[str, Scheme], others: Iterable[str], kv_cache
     groups = {}
     for number, kind in enumerate(kinds):
         targets = ["Linear"] if len(kinds) == 1 else list(_patterns(schemes, kind))
-        inputs = None if kind.activations == "none" else _stated_bytes(kind.activations, "token", dynamic=True)
+        inputs = None if kind.activations == "none" else _bytes_entry(kind.activations, "token", dynamic=True)
         groups[f"group_{number}"] = {
             "format": kind.format,
             "targets": targets,
-            "weights": _stated_weights(kind.grid),
+            "weights": _weights_entry(kind.grid),
             "input_activations": inputs,
             "output_activations": None,
         }
@@ -197,11 +197,12 @@ def configuration(schemes: Mapping[str, Scheme], others: Iterable[str], kv_cache
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(others),
-        "kv_cache_scheme": None if kv_cache is None else _stated_bytes(kv_cache, "tensor", dynamic=False),
+        "kv_cache_scheme": None if kv_cache is None else _bytes_entry(kv_cache, "tensor", dynamic=False),
     }
 
 
 def _patterns(schemes: Mapping[str, Scheme], kind: Scheme) -> Iterator[str]:
+    """Yield the targets of a scheme: a pattern for a block whose layers all have it, names for other layers."""
     blocks: dict[str, list[str]] = {}
     for name in schemes:
         blocks.setdefault(re.match(r".*?\.\d+\.|", name)[0], []).append(name)  # type: ignore[index]
@@ -212,7 +213,7 @@ def _patterns(schemes: Mapping[str, Scheme], kind: Scheme) -> Iterator[str]:
             yield from (name for name in names if schemes[name] == kind)
 
 
-def _stated_weights(grid: Grid) -> dict[str, Any]:
+def _weights_entry(grid: Grid) -> dict[str, Any]:
     strategy = "channel" if grid.group_size is None else "tensor_group" if grid.kind == "nvfp4" else "group"
     stated = {
         "num_bits": grid.bits,
@@ -225,7 +226,7 @@ def _stated_weights(grid: Grid) -> dict[str, Any]:
     return stated | ({"scale_dtype": str(_SCALE_TYPES[grid.kind])} if grid.kind in _SCALE_TYPES else {})
 
 
-def _stated_bytes(kind: Byte, strategy: str, dynamic: bool) -> dict[str, Any]:
+def _bytes_entry(kind: Byte, strategy: str, dynamic: bool) -> dict[str, Any]:
     """Return the entry for numbers that are rounded while the network runs."""
     number = "int" if kind == "int8" else "float"
     return {"num_bits": 8, "type": number, "symmetric": True, "strategy": strategy, "group_size": None, "dynamic": dynamic}
@@ -267,19 +268,19 @@ def parse_configuration(stated: Mapping[str, Any]) -> ParsedConfiguration:
         if not isinstance(group, Mapping):
             raise ValueError(f"quantization_config: {name} names a preset; only groups that are written out are supported.")
         scheme = _scheme_of(name, group)
-        if (kept_as := group.get("format") or stated.get("format")) != scheme.format:
-            raise ValueError(f'quantization_config: format "{kept_as}" of {name} is not supported; {scheme} is "{scheme.format}".')
+        if (given_format := group.get("format") or stated.get("format")) != scheme.format:
+            raise ValueError(f'quantization_config: format "{given_format}" of {name} is not supported; {scheme} is "{scheme.format}".')
         schemes.append((tuple(group["targets"]), scheme))
     if not schemes:
         raise ValueError("quantization_config has no config_groups; keys and values alone are not supported.")
     kv_cache: Byte | None = None
-    if said := stated.get("kv_cache_scheme"):
-        kv_cache = _kind_of_bytes(said)
-        _refuse_others("kv_cache_scheme", said, _stated_bytes(kv_cache, "tensor", dynamic=False))
+    if cache := stated.get("kv_cache_scheme"):
+        kv_cache = _byte_type(cache)
+        _check_supported("kv_cache_scheme", cache, _bytes_entry(kv_cache, "tensor", dynamic=False))
     return ParsedConfiguration(tuple(schemes), tuple(stated.get("ignore") or ()), kv_cache)
 
 
-def _kind_of_bytes(stated: Mapping[str, Any]) -> Byte:
+def _byte_type(stated: Mapping[str, Any]) -> Byte:
     return "int8" if stated.get("type", "int") == "int" else "fp8"
 
 
@@ -287,8 +288,8 @@ def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
     inputs = group.get("input_activations")
     activations: Activations = "none"
     if inputs is not None:
-        activations = _kind_of_bytes(inputs)
-        _refuse_others(f"{name}.input_activations", inputs, _stated_bytes(activations, "token", dynamic=True))
+        activations = _byte_type(inputs)
+        _check_supported(f"{name}.input_activations", inputs, _bytes_entry(activations, "token", dynamic=True))
     if group.get("output_activations"):
         raise ValueError(f"quantization_config: {name}.output_activations is not supported.")
     weights = group.get("weights")
@@ -305,17 +306,17 @@ def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
         scheme = Scheme(Grid(kind, bits, None if size == -1 else size, symmetric), activations)
     except ValueError as error:
         raise ValueError(f"quantization_config: {name} is not supported: {error}") from error
-    _refuse_others(f"{name}.weights", weights, _stated_weights(scheme.grid))
+    _check_supported(f"{name}.weights", weights, _weights_entry(scheme.grid))
     if weights.get("actorder") in ("group", "dynamic"):
         raise ValueError(f'quantization_config: {name}.weights has actorder "{weights["actorder"]}", which is not supported.')
     return scheme
 
 
-def _refuse_others(where: str, stated: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+def _check_supported(section: str, stated: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+    """Raise ValueError if a key of a section has another value than the supported one."""
     defaults = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     for key, value in supported.items():
         given = stated.get(key, defaults.get(key))
         if given != value and not (key == "group_size" and given == -1) and not (key == "scale_dtype" and given is None):
-            raise ValueError(
-                f"quantization_config: {key} of {where} is {json.dumps(given)}; with the other keys only {json.dumps(value)} is supported."
-            )
+            needed = json.dumps(value)
+            raise ValueError(f"quantization_config: {key} of {section} is {json.dumps(given)}; with the other keys it must be {needed}.")

@@ -1,4 +1,4 @@
-"""Pruning methods: weights become zero by their size, by their contribution, or so that the other weights can compensate."""
+"""Pruning methods, which set weights to zero: magnitude pruning, Wanda and SparseGPT."""
 
 import dataclasses
 import re
@@ -17,13 +17,13 @@ class Sparsity:
     fraction: float
     """Share of all weights."""
     pattern: tuple[int, int] | None = None
-    """(zeros, each): this many zeros in every `each` neighbours of a row; None: anywhere."""
+    """(zeros, each): number of zeros in every `each` neighbours of a row; None: no pattern."""
 
     @classmethod
     def parse(cls, text: str) -> "Sparsity":
         """Parse "0.5", or "2:4" for 2 zeros in every 4 neighbours. Raises ValueError for anything else."""
-        if found := re.fullmatch(r"(\d+):(\d+)", text):
-            zeros, each = map(int, found.groups())
+        if match := re.fullmatch(r"(\d+):(\d+)", text):
+            zeros, each = map(int, match.groups())
             if 0 < zeros < each and BATCH % each == 0:
                 return cls(zeros / each, (zeros, each))
         elif re.fullmatch(r"0?\.\d+", text) and float(text) > 0:
@@ -48,7 +48,7 @@ def magnitude(weight: Tensor, sparsity: Sparsity) -> Changed:
 
 
 def wanda(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity) -> Changed:
-    """The smallest |weight| ||input|| of each row, or of each pattern, become zero.  [out, in]
+    """Set the weights with the smallest |weight| ||input|| of each row, or of each pattern, to zero.  [out, in]
 
     Sun et al. 2023, arXiv 2306.11695, equation 1.
     """
@@ -58,7 +58,7 @@ def wanda(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity) -> Ch
 def sparsegpt(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity, damping: float = 0.01) -> Changed:
     """Set the weights that cost least to zero; the weights to their right compensate.  [out, in]
 
-    Frantar and Alistarh 2023, arXiv 2301.00774: each batch of columns, or each pattern, has its share of the zeros.
+    Frantar and Alistarh 2023, arXiv 2301.00774. Each batch of columns, or each pattern, has the same share of zeros.
     `damping` is the share of the Hessian's mean diagonal that is added to it. Falls back to Wanda, with a note, if the Hessian cannot be
     inverted.
     """
@@ -67,6 +67,7 @@ def sparsegpt(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity, d
     mask = torch.empty(0)
 
     def change(column: int, batch: Tensor, diagonal: Tensor) -> Tensor:
+        """Return the column with its pruned weights set to zero; the first column of a batch or pattern chooses them for all."""
         nonlocal mask
         if column % each == 0:
             costs = (batch[:each] / diagonal[:each, None]).square()
@@ -85,7 +86,7 @@ def sparsegpt(weight: Tensor, statistics: InputStatistics, sparsity: Sparsity, d
 
 
 def _mask(scores: Tensor, sparsity: Sparsity, by_row: bool) -> Tensor:
-    """True for weights that become zero.  [out, in] -> same"""
+    """Return True for weights that become zero.  [out, in] -> same"""
     if sparsity.pattern:
         sparsity.check(scores.shape[1])
         zeros, each = sparsity.pattern
@@ -95,6 +96,6 @@ def _mask(scores: Tensor, sparsity: Sparsity, by_row: bool) -> Tensor:
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """True for exactly `count` entries of each row, the lowest.  [rows, entries] -> same"""
-    places = scores.topk(count, dim=1, largest=False, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, places, True)
+    """Return True for the `count` lowest entries of each row.  [rows, entries] -> same"""
+    indices = scores.topk(count, dim=1, largest=False, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)

@@ -14,10 +14,11 @@ from model.compression.grids import Grid, Quantized, nearest, round_to
 from model.compression.statistics import InputStatistics
 
 BATCH = 128
-"""Columns within which errors are passed on at once; later columns get them in one product."""
+"""Number of columns that get each error at once; later columns get the errors of a whole batch in one product."""
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
-"""(index of a column, it and the later columns of its batch [columns, out], the factor's diagonal there [columns]) -> new values [out]"""
+"""(index of a column, this and the later columns of its batch [columns, out], the factor's diagonal for them [columns])
+-> new values of the column [out]"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,8 @@ def gptq(
 ) -> Changed:
     """Round each column to its nearest codes; the columns after it compensate its error.  [out, in]
 
-    Frantar et al. 2022, arXiv 2210.17323. The scales are those of rounding, computed before the sweep: with `act_order`, which takes
-    the columns with the largest inputs first, a group still consists of neighbours. `damping` is the share of the Hessian's mean diagonal
+    Frantar et al. 2022, arXiv 2210.17323. The scales are those of rounding to nearest, computed before the sweep. With `act_order`, the
+    columns with the largest inputs come first; a group still consists of neighbours. `damping` is the share of the Hessian's mean diagonal
     that is added to it. Falls back to rounding, with a note, if the Hessian cannot be inverted or rounding has the smaller output error.
     """
     rounded = round_to(weight, grid, scale_dtype)
@@ -61,6 +62,7 @@ def gptq(
     size = grid.group_size or weight.shape[1]
 
     def change(column: int, batch: Tensor, diagonal: Tensor) -> Tensor:
+        """Return the column rounded to its grid."""
         group = column // size
         return nearest(batch[0], step[group], None if zero_point is None else zero_point[group], grid)
 
@@ -88,8 +90,8 @@ def sweep(
     order = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     columns = order.tolist()
     for attempt in range(4):
-        taken = damping * 10**attempt
-        factor = _inverse_factor(second_moment, taken, order)
+        tried_damping = damping * 10**attempt
+        factor = _inverse_factor(second_moment, tried_damping, order)
         if factor is None:
             continue
         values = weight.T.index_select(0, order)  # the entries of a column are contiguous
@@ -98,12 +100,12 @@ def sweep(
         if values.isfinite().all():
             swept = torch.empty_like(values)
             swept[order] = values
-            return swept.T.contiguous(), taken
+            return swept.T.contiguous(), tried_damping
     return None
 
 
 def _sweep(values: Tensor, factor: Tensor, columns: list[int], change: Change) -> None:
-    """Change `values` [in, out] in place."""
+    """Change the columns of the weight in place; `values` is its transpose, in the order of `columns`.  [in, out]"""
     for start in range(0, len(values), BATCH):
         batch = values[start : start + BATCH]
         end = start + len(batch)

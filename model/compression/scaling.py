@@ -1,4 +1,4 @@
-"""Scales moved from a layer's inputs to its weights: inputs are divided, columns multiplied, so that rounding loses less."""
+"""Scales that divide the inputs of a layer and multiply the columns of its weight, so that rounding has a smaller error."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ _ROWS = 256
 
 
 def smoothquant_scales(weights: list[Tensor], statistics: InputStatistics, strength: float = 0.5) -> Tensor:
-    """Return largest |input|^strength / largest |weight|^(1 - strength) of each input, which moves outliers into the weights.  -> [in]
+    """Return max |input|^strength / max |weight|^(1 - strength) of each input, which moves outliers into the weights.  -> [in]
 
-    Xiao et al. 2022, arXiv 2211.10438, equation 4. `weights` are those that read the input, each [out, in].
+    Xiao et al. 2022, arXiv 2211.10438, equation 4. `weights`: all weights that read the input, each [out, in].
     """
     columns = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
     return _usable(statistics.largest**strength / columns ** (1 - strength))
@@ -22,7 +22,7 @@ def smoothquant_scales(weights: list[Tensor], statistics: InputStatistics, stren
 def awq_scales(weights: list[Tensor], statistics: InputStatistics, grid: Grid, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """Return (mean |input|)^exponent with the exponent, 0 to 0.95, that has the smallest output error after rounding.  -> [in]
 
-    Lin et al. 2023, arXiv 2306.00978, equations 4 and 5. `weights` are those that read the input, each [out, in]. The error is computed
+    Lin et al. 2023, arXiv 2306.00978, equations 4 and 5. `weights`: all weights that read the input, each [out, in]. The error is computed
     with the second moment of the inputs, on about 256 rows of each weight.
     """
     rows = torch.cat([weight[:: max(1, len(weight) // _ROWS)] for weight in weights])

@@ -1,8 +1,8 @@
-"""Statistics of the inputs of a block over all tokens: all that a calibrated method knows about the data."""
+"""Statistics of the inputs of a block's linear layers over all calibration tokens; calibrated methods see no other data."""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from model.layers import Stream
 from model.transformer import Block, first_uses
 from model.walk import Step
 
-_ROWS = 512  # rows of a second moment that are added at a time
+_ROWS = 512  # rows of a second moment that are updated at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Group:
     linears: tuple[str, ...]
     """Names of the layers in the block."""
     producer: str | None
-    """Norm or linear layer whose outputs are this input, entry by entry, so that positive scales can be moved into it; None: none."""
+    """Norm or linear layer that produces the inputs entry by entry, so that its weights can absorb positive scales; None: none."""
 
 
 def groups_of(block: Block) -> list[Group]:
     """Return the groups of a block in the order in which the block runs them."""
-    groups = _of_attention("attention", block.attention, "attention_norm" if block.norm_first else None)
+    groups = _attention_groups("attention", block.attention, "attention_norm" if block.norm_first else None)
     if block.cross_attention is not None:
-        groups += _of_attention("cross_attention", block.cross_attention, "cross_attention_norm" if block.norm_first else None)
+        groups += _attention_groups("cross_attention", block.cross_attention, "cross_attention_norm" if block.norm_first else None)
     inner, is_gated = block.feed_forward, block.feed_forward.gate is not None
     groups.append(
         Group(
@@ -74,8 +74,8 @@ def groups_of(block: Block) -> list[Group]:
     return groups
 
 
-def _of_attention(name: str, attention: AttentionWeights, norm: str | None) -> list[Group]:
-    own_heads = attention.query.weight.shape[0] == attention.value.weight.shape[0]  # otherwise several heads read one value
+def _attention_groups(name: str, attention: AttentionWeights, norm: str | None) -> list[Group]:
+    own_heads = attention.query.weight.shape[0] == attention.value.weight.shape[0]  # false if several heads share a value
     output = Group((f"{name}.output",), f"{name}.value" if own_heads else None)
     if name == "cross_attention":
         return [Group((f"{name}.query",), norm), Group((f"{name}.key", f"{name}.value"), None), output]
@@ -86,9 +86,9 @@ class Gatherer:
     """Collects statistics of the inputs of a block's groups while samples pass through the block.
 
     with Gatherer(block) as gatherer:
-        for passed in samples:
+        for sample in samples:
             gatherer.counted = ...   # which tokens count
-            step(passed)
+            step(sample)
     """
 
     def __init__(self, block: Block) -> None:
@@ -97,8 +97,9 @@ class Gatherer:
         self._sums: dict[str, Sums] = {}
         self._hooks: list = []
         self.counted: Tensor | None = None
-        """[batch, seq] True for tokens that count. `counted_in_source` is the same for the keys and values of cross-attention."""
+        """[batch, seq] True for tokens that count; None: all."""
         self.counted_in_source: Tensor | None = None
+        """The same for the source tokens, which the keys and values of cross-attention read."""
 
     def __enter__(self) -> "Gatherer":
         for group in self._groups:
@@ -110,20 +111,28 @@ class Gatherer:
         for hook in self._hooks:
             hook.remove()
 
-    def _watch(self, name: str):
-        def see(module: nn.Module, inputs: tuple[Tensor]) -> None:
+    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        """Return a hook that adds the inputs of the group whose first linear layer has this name."""
+
+        def add_inputs(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            """Add the inputs of the tokens that count."""
             counted = self.counted_in_source if name == "cross_attention.key" else self.counted
             x = inputs[0]
             rows = x.flatten(0, -2) if counted is None else x[counted]
             self._sums.setdefault(name, Sums(x.shape[-1], x.device)).add(rows.float())
 
-        return see
+        return add_inputs
 
     def sums(self) -> Iterator[tuple[Group, "Sums"]]:
         """Yield each group with its sums; each is freed when the next one is taken."""
         for group in self._groups:
-            weight = self._block.get_submodule(group.linears[0]).weight
-            yield group, self._sums.pop(group.linears[0], None) or Sums(weight.shape[1], weight.device)
+            yield group, self._take_sums(group.linears[0])
+
+    def _take_sums(self, name: str) -> "Sums":
+        if name in self._sums:
+            return self._sums.pop(name)
+        weight = self._block.get_parameter(f"{name}.weight")  # no token counted
+        return Sums(weight.shape[1], weight.device)
 
 
 class Sums:
@@ -142,7 +151,7 @@ class Sums:
         """Add inputs.  [tokens, in]"""
         self.tokens += len(rows)
         for columns, part in zip(rows.T.split(_ROWS), self.second_moment.split(_ROWS), strict=True):
-            part += columns @ rows  # in parts, so that no float64 copy of the whole is needed
+            part += columns @ rows  # in parts, because a float64 product of the whole would take too much memory
         self.magnitude += rows.abs().sum(dim=0)
         if len(rows):
             self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
@@ -154,53 +163,56 @@ class Sums:
 
 
 @contextlib.contextmanager
-def counting(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """List with one entry: which tokens of the sample that passes through the layer count (padding does not).  [batch, seq]"""
+def counted_tokens(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list whose only entry is True for the tokens of the current sample that are not padding.  [batch, seq]"""
     counted: list[Tensor] = []
 
-    def begin(module: nn.Module, inputs: tuple[Stream]) -> None:
+    def update(module: nn.Module, inputs: tuple[Stream]) -> None:
+        """Set the entry before a sample passes through the layer."""
         counted[:] = [inputs[0].segments != 0]
 
-    hook = layer.register_forward_pre_hook(begin)
+    hook = layer.register_forward_pre_hook(update)
     try:
         yield counted
     finally:
         hook.remove()
 
 
-class LargestKept:
-    """Finds the largest key, rotated, and the largest value of each block of a decoder.
+class LargestKeysAndValues:
+    """Finds the largest rotated key and the largest value of each block of a decoder.
 
     with largest.watching(step):   # each layer of a walk
-        for passed in samples:
-            step(passed)
+        for sample in samples:
+            step(sample)
     """
 
     def __init__(self, num_blocks: int, device: torch.device) -> None:
         self.sizes = torch.zeros(num_blocks, 2, device=device)
-        """[blocks, 2]; for several ranks, take the largest over all."""
+        """Largest |key| and |value| of each block, [blocks, 2]; with several ranks, take the largest over all."""
 
     @contextlib.contextmanager
     def watching(self, step: Step) -> Iterator[None]:
-        """Within the block, tokens that pass through the step are measured; padding is not."""
+        """Measure the tokens, without padding, that pass through the step in this context."""
         if step.block is None:
             yield
             return
+        assert isinstance(step.module, Block)
         attention, sizes = step.module.attention, self.sizes[step.block]
         append_to_cache = attention.append_to_cache
-        with counting(step.module) as counted:
+        with counted_tokens(step.module) as counted:
 
-            def see(key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
+            def measure(key: Tensor, value: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
+                """Append to the cache as before, and keep the largest sizes."""
                 if counted[0].any():
-                    seen = [x.transpose(1, 2)[counted[0]].abs().max() for x in (key, value)]
-                    torch.maximum(sizes, torch.stack(seen), out=sizes)
+                    largest = [x.transpose(1, 2)[counted[0]].abs().max() for x in (key, value)]
+                    torch.maximum(sizes, torch.stack(largest), out=sizes)
                 return append_to_cache(key, value, cache)
 
-            attention.append_to_cache = see
+            object.__setattr__(attention, "append_to_cache", measure)  # in place of the method
             try:
                 yield
             finally:
-                del attention.append_to_cache
+                object.__delattr__(attention, "append_to_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,13 +231,14 @@ class Matrix:
 
 
 def matrices(config: ModelConfig) -> dict[str, Matrix]:
-    """Return the matrices of all blocks by their parameter names, in the order in which they run."""
-    found: dict[str, Matrix] = {}
+    """Return the matrices of all blocks by parameter name, in the order in which they run."""
+    by_name: dict[str, Matrix] = {}
     for name, layer in first_uses(config):
         if layer.module is Block:
             with torch.device("meta"):
                 block = layer.module(*layer.arguments)
-            number = len({matrix.block for matrix in found.values()})
+            number = len({matrix.block for matrix in by_name.values()})
             for linear in (linear for group in groups_of(block) for linear in group.linears):
-                found[f"{name}.{linear}.weight"] = Matrix(number, linear, tuple(block.get_submodule(linear).weight.shape))
-    return found
+                rows, columns = block.get_parameter(f"{linear}.weight").shape
+                by_name[f"{name}.{linear}.weight"] = Matrix(number, linear, (rows, columns))
+    return by_name

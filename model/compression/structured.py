@@ -1,22 +1,25 @@
 """Structured pruning: the result is an ordinary network with smaller sizes, the same in every block.
 
-The order is this. Blocks are chosen by `influences` or `losses_without_each_block` and removed by `shallower`. Feed-forward neurons and
-groups of heads are chosen one weight at a time by `without_inputs` of feed_forward.down and attention.output, which sets their columns to
-zero. Channels of the hidden width are chosen by the sums of `Channels`. Then `narrower` removes all of them. Every sum is float64 and
-additive over samples and ranks.
+The order of the steps:
+1. `influences` or `losses_without_each_block` chooses blocks, and `remove_blocks` removes them.
+2. `remove_inputs` of feed_forward.down and attention.output chooses neurons and groups of heads, and sets their columns to zero.
+3. `Channels` collects the sums from which the channels of the hidden width are chosen.
+4. `reduce_widths` removes the neurons, the groups of heads and the channels.
+Every sum is float64 and additive over samples and ranks.
 """
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.compression.quantization import Changed
-from model.compression.statistics import InputStatistics, counting
+from model.compression.statistics import InputStatistics, counted_tokens
 from model.config import ModelConfig, count_parameters
 from model.huggingface import architecture
 from model.layers import LayerNorm, RMSNorm, Stream
@@ -59,7 +62,7 @@ def sizes_for(
     num_layers: int | None = None,
     num_decoder_layers: int | None = None,
 ) -> ModelConfig:
-    """Return the configuration of the smaller network: with the given sizes or, for a share `parameters`, with a narrower feed-forward.
+    """Return the configuration of the smaller network: of the given sizes or, for a share `parameters`, a smaller feed-forward.
 
     Heads keep their width, and key/value heads keep their number of query heads. Raises ValueError if a size is not below that of the
     network or leaves nothing, if the share cannot be reached, or if no Hugging Face architecture has such a network.
@@ -71,7 +74,7 @@ def sizes_for(
         "num_layers": num_layers,
         "num_decoder_layers": num_decoder_layers,
     }
-    sizes = {name: size for name, size in given.items() if size is not None}
+    sizes: dict[str, Any] = {name: size for name, size in given.items() if size is not None}
     complaints = [
         f"{name} {size} is not possible: this model has {getattr(config, name)}, and at least 1 must be left."
         for name, size in sizes.items()
@@ -102,24 +105,25 @@ def sizes_for(
 
 
 def _with_fewer_neurons(config: ModelConfig, share: float, whole: int) -> ModelConfig:
-    # Round widths suit kernels, and groups of 32 codes if 32 is at most a sixteenth of the width.
+    """Return the configuration with the largest feed-forward width that keeps at most this share of `whole` parameters."""
+    # The width is a multiple of a power of two: kernels need it, and groups of 32 codes if 32 is at most a sixteenth of the width.
     multiple = 2 ** max(5 if config.intermediate_size >= 512 else 3, (config.intermediate_size // 64).bit_length() - 1)
     with_neurons = lambda number: dataclasses.replace(config, intermediate_size=number)  # noqa: E731
     least = count_parameters(with_neurons(multiple))
-    further = int(share * whole - least) // (count_parameters(with_neurons(2 * multiple)) - least)
-    if further < 0:
+    num_more = int(share * whole - least) // (count_parameters(with_neurons(2 * multiple)) - least)
+    if num_more < 0:
         raise ValueError(
             f"parameters {share:g} cannot be reached with the feed-forward width alone: intermediate_size {multiple} "
             f"leaves {least / whole:.3f} of them. Also give hidden_size, num_key_value_heads or num_layers."
         )
-    return with_neurons(min(config.intermediate_size, multiple * (1 + further)))
+    return with_neurons(min(config.intermediate_size, multiple * (1 + num_more)))
 
 
-def without_inputs(weight: Tensor, statistics: InputStatistics, keep: int, unit: int = 1, damping: float = 0.01) -> Changed:
-    """Return the weight [out, in] with zero columns except for the `keep` most important units of its inputs, `unit` neighbours each.
+def remove_inputs(weight: Tensor, statistics: InputStatistics, keep: int, unit: int = 1, damping: float = 0.01) -> Changed:
+    """Set all columns of a weight to zero except the `keep` most important units of `unit` neighbours each.  [out, in]
 
-    The importance of a unit is what it adds to the outputs, ||W_u X_u||. The columns that are kept compensate the removed ones by least
-    squares (Hassibi and Stork 1992, "optimal brain surgeon", for a set of columns at once).
+    The importance of a unit is the norm of its contribution to the outputs, ||W_u X_u||. The kept columns compensate the removed ones by
+    least squares (Hassibi and Stork 1992, "optimal brain surgeon", for a set of columns at once).
     """
     moment = statistics.second_moment.double()
     by_unit = weight.double().unflatten(1, (-1, unit))
@@ -137,23 +141,24 @@ def without_inputs(weight: Tensor, statistics: InputStatistics, keep: int, unit:
 
 
 class Channels:
-    """Sums over tokens at the norms of a network, by which channels of the hidden width are chosen.
+    """Sums over tokens at the norms of a network, from which the channels of the hidden width to keep are chosen.
 
     with channels.watching(step):   # each layer before the head
-        for passed in samples:
-            step(passed)
+        for sample in samples:
+            step(sample)
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        """Norm by name -> sums of |outputs| and of squared inputs (about their mean, if the norm subtracts it).  [2, hidden] float64"""
+        """Name of a norm -> sums of |outputs| and of squared inputs (minus their mean if the norm subtracts it).  [2, hidden] float64"""
 
     @contextlib.contextmanager
     def watching(self, step: Step) -> Iterator[None]:
-        """Within the block, tokens that pass through the step are added; padding is not."""
-        with counting(step.module) as counted:
+        """Add the tokens, without padding, that pass through the step in this context."""
+        with counted_tokens(step.module) as counted:
 
-            def see(sums: Tensor, module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
+            def add(sums: Tensor, module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
+                """Add the inputs and outputs of one norm to its sums."""
                 x = inputs[0][counted[0]]
                 x = x - x.mean(dim=-1, keepdim=True) if isinstance(module, LayerNorm) else x
                 sums += torch.stack((outputs[counted[0]].abs().sum(dim=0), x.square().sum(dim=0)))
@@ -162,7 +167,7 @@ class Channels:
             for name, module in step.module.named_modules():
                 if isinstance(module, LayerNorm | RMSNorm) and _AXES[name.split(".")[-1]] == ("hidden",):
                     zeros = torch.zeros(2, len(module.weight), dtype=torch.float64, device=module.weight.device)
-                    hooks.append(module.register_forward_hook(functools.partial(see, self.sums.setdefault(f"{step.name}.{name}", zeros))))
+                    hooks.append(module.register_forward_hook(functools.partial(add, self.sums.setdefault(f"{step.name}.{name}", zeros))))
             try:
                 yield
             finally:
@@ -170,11 +175,11 @@ class Channels:
                     hook.remove()
 
     def kept(self, hidden_size: int) -> Tensor:
-        """Channels with the largest mean output of all norms (Muralidharan et al. 2024, arXiv 2407.14679).  -> [hidden_size]"""
+        """Return the channels with the largest mean output of all norms (Muralidharan et al. 2024, arXiv 2407.14679).  -> [hidden_size]"""
         return torch.stack([sums[0] for sums in self.sums.values()]).sum(dim=0).topk(hidden_size).indices.sort().values
 
     def gain(self, norm: str, kept: Tensor) -> float:
-        """Return the factor that compensates a norm for dividing by the root mean square of the kept channels instead of all."""
+        """Return the factor for a norm's weight that compensates the change of the root mean square from all channels to the kept ones."""
         squares = self.sums[norm][1]
         return (squares[kept].mean() / squares.mean()).sqrt().item() if squares.any() else 1.0
 
@@ -185,15 +190,15 @@ def influences(config: ModelConfig, state: Mapping[str, Tensor], samples: Sequen
     Men et al. 2024, "ShortGPT", arXiv 2403.03853, equation 1. A sample is the input of the first layer of the list.
     """
     sums = torch.zeros(config.total_blocks, dtype=torch.float64, device=device)
-    passed = list(samples)
+    streams = list(samples)
     for step in walk(config, state, device):
         if step.blocks_before == config.total_blocks:
             break
-        for number, before in enumerate(passed):
-            passed[number] = behind = step(before)
+        for number, before in enumerate(streams):
+            streams[number] = after = step(before)
             if step.block is not None:
-                similarity = F.cosine_similarity(before[0], behind[0], dim=-1)
-                sums[step.block] += (1 - similarity.double())[before[1] != 0].sum()
+                similarity = F.cosine_similarity(before.hidden, after.hidden, dim=-1)
+                sums[step.block] += (1 - similarity.double())[before.segments != 0].sum()
     return sums
 
 
@@ -210,27 +215,27 @@ def losses_without_each_block(
     the cost is that of about blocks^2 / 2 blocks' forward passes, and the hidden states of the samples are kept once per block.
     """
     variants: list[list[Stream]] = [list(samples)]
-    behind: list[Step] = []
+    last_steps: list[Step] = []
     for step in walk(config, state, device):
         if step.blocks_before == config.total_blocks:
-            behind.append(step)
+            last_steps.append(step)
             continue
-        without_it = [list(variants[0])] if step.block is not None else []
+        without_block = [list(variants[0])] if step.block is not None else []
         for variant in variants:
-            for number, passed in enumerate(variant):
-                variant[number] = step(passed)
-        variants += without_it
+            for number, stream in enumerate(variant):
+                variant[number] = step(stream)
+        variants += without_block
     sums = torch.zeros(len(variants), dtype=torch.float64, device=device)
-    for place, variant in enumerate(variants):
-        for number, passed in enumerate(variant):
-            for step in behind:
-                passed = step(passed)
-            sums[place] += loss(select_outputs(config, passed), number).double()
+    for index, variant in enumerate(variants):
+        for number, stream in enumerate(variant):
+            for step in last_steps:
+                stream = step(stream)
+            sums[index] += loss(select_outputs(config, stream), number).double()
     return sums
 
 
-def shallower(config: ModelConfig, state: Mapping[str, Tensor], smaller: ModelConfig, importance: Tensor) -> Mapping[str, Tensor]:
-    """Return `state` without the least important blocks of each stack, so that it fits `smaller`.  importance [blocks]
+def remove_blocks(config: ModelConfig, state: Mapping[str, Tensor], smaller: ModelConfig, importance: Tensor) -> Mapping[str, Tensor]:
+    """Remove the least important blocks of each stack from `state`, so that it fits `smaller`.  importance [blocks]
 
     The configurations differ only in their numbers of blocks. Tensors are read when they are used.
     """
@@ -242,80 +247,83 @@ def shallower(config: ModelConfig, state: Mapping[str, Tensor], smaller: ModelCo
         if layer.module is not Block or blocks in kept:
             kept_names.append(name)
         blocks += layer.module is Block
-    names = {}
+    names: dict[str, str] = {}
     for (name, layer), old in zip(first_uses(smaller), kept_names, strict=True):
         names |= {f"{name}.{own}": f"{old}.{own}" for own in _parameters(layer)}
-    return _Read({new: functools.partial(state.__getitem__, old) for new, old in names.items()})
+    return _LazyState({new: functools.partial(state.__getitem__, old) for new, old in names.items()})
 
 
-def narrower(
+def reduce_widths(
     config: ModelConfig, state: Mapping[str, Tensor], smaller: ModelConfig, channels: Channels | None = None
 ) -> Mapping[str, Tensor]:
-    """Return `state` cut down to the widths of `smaller`; `channels` chooses hidden channels if their number is reduced.
+    """Reduce `state` to the widths of `smaller`; `channels` chooses the hidden channels if their number is reduced.
 
     In a block, the neurons and groups of heads with the smallest columns of feed_forward.down and attention.output are removed: after
-    `without_inputs` these are zero. Tensors are read when they are used, and the choices of a block are made then.
+    `remove_inputs` these are zero. Tensors are read when they are used, and the choices of a block are made then.
     """
-    is_narrower = smaller.hidden_size < config.hidden_size
-    assert channels is not None or not is_narrower, "the kept channels are unknown"
-    hidden = channels.kept(smaller.hidden_size).cpu() if channels is not None and is_narrower else None
+    has_fewer_channels = smaller.hidden_size < config.hidden_size
+    assert channels is not None or not has_fewer_channels, "the kept channels are unknown"
+    hidden = channels.kept(smaller.hidden_size).cpu() if channels is not None and has_fewer_channels else None
     group = config.num_attention_heads // config.num_key_value_heads * config.head_size
 
     @functools.cache
-    def units(weight: str, unit: int, number: int) -> Tensor:
+    def largest_units(weight: str, unit: int, number: int) -> Tensor:
+        """Return the indices of the units of `unit` columns with the largest norms, in order.  -> [number]"""
         squares = state[weight].float().square().sum(dim=0).unflatten(0, (-1, unit)).sum(dim=1)
         return squares.topk(number).indices.sort().values
 
-    def axis(kind: str | None, name: str) -> Tensor | None:
-        """Return the indices to keep of a parameter's axis of this kind; None: all."""
+    def kept_indices(kind: str | None, name: str) -> Tensor | None:
+        """Return the indices to keep along a parameter's axis of this kind; None: all."""
         if kind == "hidden":
             return hidden
         if kind == "neurons" and smaller.intermediate_size < config.intermediate_size:
-            return units(f"{name.rsplit('.', 2)[0]}.down.weight", 1, smaller.intermediate_size)
+            return largest_units(f"{name.rsplit('.', 2)[0]}.down.weight", 1, smaller.intermediate_size)
         if kind in ("queries", "keys") and smaller.num_key_value_heads < config.num_key_value_heads:
-            groups = units(f"{name.rsplit('.', 2)[0]}.output.weight", group, smaller.num_key_value_heads)
+            groups = largest_units(f"{name.rsplit('.', 2)[0]}.output.weight", group, smaller.num_key_value_heads)
             return _members(groups, group if kind == "queries" else config.head_size)
         return None
 
-    def read(name: str, kinds: tuple[str | None, ...]) -> Tensor:
+    def cut(name: str, kinds: tuple[str | None, ...]) -> Tensor:
+        """Return a parameter cut along all its axes, whose kinds are given."""
         tensor = state[name]
-        for place, kind in enumerate(kinds[: tensor.ndim]):
-            indices = axis(kind, name)
-            tensor = tensor if indices is None else tensor.index_select(place, indices.to(tensor.device))
+        for axis, kind in enumerate(kinds[: tensor.ndim]):
+            indices = kept_indices(kind, name)
+            tensor = tensor if indices is None else tensor.index_select(axis, indices.to(tensor.device))
         norm, _, own = name.rpartition(".")
-        if hidden is not None and kinds == ("hidden",) and own == "weight":
+        if hidden is not None and channels is not None and kinds == ("hidden",) and own == "weight":
             tensor = tensor * channels.gain(norm, hidden)
         return tensor
 
-    made = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
     for layer_name, layer in first_uses(config):
         for own in _parameters(layer):
             kind = own.split(".")[-2] if "." in own else layer.module.__name__
-            made[f"{layer_name}.{own}"] = functools.partial(read, f"{layer_name}.{own}", _AXES[kind])
-    return _Read(made)
+            readers[f"{layer_name}.{own}"] = functools.partial(cut, f"{layer_name}.{own}", _AXES[kind])
+    return _LazyState(readers)
 
 
 def _parameters(layer: Layer) -> list[str]:
+    """Return the names of a layer's parameters within the layer."""
     with torch.device("meta"):
         return [name for name, _ in layer.module(*layer.arguments).named_parameters()]
 
 
 def _members(units: Tensor, unit: int) -> Tensor:
-    """Return the indices in each of these runs of `unit` neighbours.  [units] -> [units * unit]"""
+    """Return the indices of all members of these units of `unit` neighbours.  [units] -> [units * unit]"""
     return (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()
 
 
-class _Read(Mapping[str, Tensor]):
-    """Tensors that are computed when they are used."""
+class _LazyState(Mapping[str, Tensor]):
+    """Tensors that are computed when they are accessed."""
 
-    def __init__(self, made: Mapping[str, Callable[[], Tensor]]):
-        self._made = made
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
+        self._readers = readers
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._made[name]()
+        return self._readers[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._made)
+        return iter(self._readers)
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._readers)

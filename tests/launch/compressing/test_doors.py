@@ -20,7 +20,7 @@ from launch.compressing import layer_store, result
 from launch.compressing.layer_store import LayerStore
 from launch.compressing.samples import calibration_text
 from model import huggingface
-from model.compression.statistics import LargestKept
+from model.compression.statistics import LargestKeysAndValues
 from model.config import ModelConfig
 from model.layers import Stream
 from model.transformer import Transformer
@@ -111,7 +111,7 @@ def test_keys_and_values_become_bytes_by_the_largest_of_the_calibration_text(qua
     assert status == 0 and report["kv_cache"] == {"kind": "int8", "bytes_before": 512, "bytes_after": 128}
     assert report["proof"]["measure"] == "perplexity" and "launch/generate.py keeps them as int8" in (folder / "report.md").read_text()
     opened = open_model(str(folder))
-    seen, network = LargestKept(2, torch.device("cpu")), Transformer.from_state(opened.config, opened.state)
+    seen, network = LargestKeysAndValues(2, torch.device("cpu")), Transformer.from_state(opened.config, opened.state)
     for batch in calibration_text(opened, "dense", [report["settings"]["data"]], 8, None).batches:
         passed = Stream.from_tensors(batch.inputs)
         for step in walk(opened.config, opened.state):

@@ -10,7 +10,7 @@ from model.cache import KeyValueCache
 from model.compression.activations import round_activations
 from model.compression.grids import Grid, Quantized, round_to
 from model.compression.packed import CacheScheme, Scheme, layout, packed, parse_configuration, unpacked
-from model.compression.statistics import LargestKept
+from model.compression.statistics import LargestKeysAndValues
 from model.config import ModelConfig
 from model.huggingface import export, load, perplexity_by_transformers, quantization_config, verify
 from model.layers import Linear, Stream
@@ -247,7 +247,7 @@ def test_a_scale_of_keys_that_is_none_is_named(llama, tmp_path, scale):
 
 def test_the_largest_key_and_value_that_pass_are_seen_behind_their_rotation(llama):
     tokens = torch.randint(llama.config.vocab_size, (3, 24))
-    seen, stream = LargestKept(2, torch.device("cpu")), Stream(tokens, torch.ones_like(tokens))
+    seen, stream = LargestKeysAndValues(2, torch.device("cpu")), Stream(tokens, torch.ones_like(tokens))
     stream.segments[:, -1] = 0  # padding is not seen
     for step in walk(llama.config, llama.state_dict()):
         if step.block is not None:

@@ -10,10 +10,10 @@ from model.compression.structured import (
     Channels,
     influences,
     losses_without_each_block,
-    narrower,
-    shallower,
+    reduce_widths,
+    remove_blocks,
+    remove_inputs,
     sizes_for,
-    without_inputs,
 )
 from model.config import count_parameters
 from model.huggingface import export, verify
@@ -92,7 +92,7 @@ def test_columns_stay_that_add_most_and_take_over_the_others_by_least_squares():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     weight = torch.randn(5, 12, generator=generator)
-    changed = without_inputs(weight, statistics(inputs), keep=2, unit=3, damping=1e-7).weight
+    changed = remove_inputs(weight, statistics(inputs), keep=2, unit=3, damping=1e-7).weight
     added = [(inputs[:, start : start + 3] @ weight[:, start : start + 3].T).norm() for start in range(0, 12, 3)]
     kept = sorted(unit * 3 + place for unit in torch.tensor(added).topk(2).indices.tolist() for place in range(3))
     assert changed.abs().sum(dim=0).nonzero().flatten().tolist() == kept
@@ -104,16 +104,16 @@ def test_inputs_that_repeat_others_go_without_loss():
     inputs = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
     inputs = torch.cat((inputs, inputs), dim=1)
     weight = torch.cat((torch.ones(3, 6), 2 * torch.ones(3, 6)), dim=1)
-    changed = without_inputs(weight, statistics(inputs), keep=6, damping=1e-6).weight
+    changed = remove_inputs(weight, statistics(inputs), keep=6, damping=1e-6).weight
     torch.testing.assert_close(inputs @ changed.T, inputs @ weight.T, rtol=1e-3, atol=1e-3)
-    assert without_inputs(weight, statistics(0 * inputs), keep=6).weight.isfinite().all()
+    assert remove_inputs(weight, statistics(0 * inputs), keep=6).weight.isfinite().all()
 
 
 def test_neurons_with_columns_of_zeros_go_and_no_logit_changes(model):
     config, state = model
     smaller = dataclasses.replace(config, intermediate_size=24)
     state = zeroed(config, state, 24, "feed_forward.down")
-    cut = narrower(config, state, smaller)
+    cut = reduce_widths(config, state, smaller)
     assert sum(tensor.numel() for tensor in cut.values()) == count_parameters(smaller)
     assert_says_the_same(logits(smaller, cut), logits(config, state))
 
@@ -125,7 +125,7 @@ def test_groups_of_heads_with_columns_of_zeros_go_and_no_logit_changes(tiny, net
     heads = config.num_key_value_heads - 1
     smaller = dataclasses.replace(config, num_key_value_heads=heads, num_attention_heads=heads * group)
     state = zeroed(config, state, heads, "attention.output", group * config.head_size)
-    cut = narrower(config, state, smaller)
+    cut = reduce_widths(config, state, smaller)
     assert sum(tensor.numel() for tensor in cut.values()) == count_parameters(smaller)
     assert_says_the_same(logits(smaller, cut), logits(config, state))
 
@@ -143,7 +143,7 @@ def test_channels_of_zeros_go_and_no_logit_changes(tiny, network, name):
     found = channels(config, state, [Stream.from_tensors(random_inputs(config))])
     assert sorted(set(range(32)) - set(found.kept(24).tolist())) == sorted(gone)
     smaller = dataclasses.replace(config, hidden_size=24)
-    cut = narrower(config, state, smaller, found)
+    cut = reduce_widths(config, state, smaller, found)
     assert sum(tensor.numel() for tensor in cut.values()) == count_parameters(smaller)
     assert_says_the_same(logits(smaller, cut), logits(config, state))
 
@@ -153,7 +153,7 @@ def test_every_axis_of_the_hidden_width_is_cut(tiny, network, name):
     config = tiny(**(SIZES | MODELS[name]))
     state = network(config).state_dict()
     smaller = dataclasses.replace(config, hidden_size=24)
-    cut = narrower(config, state, smaller, channels(config, state, [Stream.from_tensors(random_inputs(config))]))
+    cut = reduce_widths(config, state, smaller, channels(config, state, [Stream.from_tensors(random_inputs(config))]))
     assert all(one.isfinite().all() for one in logits(smaller, cut))
 
 
@@ -162,8 +162,8 @@ def test_what_is_smaller_in_everything_loads_in_transformers(llama, tmp_path):
     samples = [Stream.from_tensors(random_inputs(config))]
     smaller = sizes_for(config, parameters=0.3, num_key_value_heads=1, hidden_size=24, num_layers=2)
     shallow = dataclasses.replace(config, num_layers=2)
-    state = shallower(config, state, shallow, influences(config, state, samples))
-    cut = narrower(shallow, state, smaller, channels(shallow, state, samples))
+    state = remove_blocks(config, state, shallow, influences(config, state, samples))
+    cut = reduce_widths(shallow, state, smaller, channels(shallow, state, samples))
     export(smaller, cut, tmp_path / "smaller")
     verify(tmp_path / "smaller", smaller, cut)
 
@@ -187,7 +187,7 @@ def test_a_block_that_adds_nothing_has_no_influence_and_goes_without_a_trace(lla
     smaller = dataclasses.replace(config, num_layers=3)
     found = influences(config, state, [Stream.from_tensors(random_inputs(config))])
     assert found.argmin() == 1 and abs(found[1]) < 1e-4
-    cut = shallower(config, state, smaller, found)
+    cut = remove_blocks(config, state, smaller, found)
     assert_says_the_same(logits(smaller, cut), logits(config, state))
 
 
@@ -221,7 +221,7 @@ def test_of_an_encoder_decoder_each_stack_loses_its_own_blocks(tiny, network):
     config = tiny(**(SIZES | MODELS["marian"]))
     state = network(config).state_dict()
     smaller = dataclasses.replace(config, num_layers=1, num_decoder_layers=1)
-    cut = shallower(config, state, smaller, torch.tensor([0.0, 2.0, 1.0, 0.5, 0.1]))
+    cut = remove_blocks(config, state, smaller, torch.tensor([0.0, 2.0, 1.0, 0.5, 0.1]))
     names = blocks_of(config, state)
     for new, old in zip(blocks_of(smaller, cut), (names[1], names[3]), strict=True):
         assert torch.equal(cut[f"{new}.attention.query.weight"], state[f"{old}.attention.query.weight"])
@@ -253,7 +253,7 @@ def test_sizes_are_what_was_asked_and_query_heads_follow_theirs(tiny):
         ({}, {"parameters": 1.5}, "above 0 and below 1"),
         ({}, {"parameters": 0.2}, "cannot be reached with the feed-forward width alone: intermediate_size 8 leaves 0."),
         ({}, {"parameters": 0.5, "intermediate_size": 8}, "give only one of them"),
-        ({}, {"hidden_size": 30}, "no multiple of num_attention_heads"),
+        ({}, {"hidden_size": 30}, "not a multiple of num_attention_heads"),
         (GPT2 | {"num_key_value_heads": 4}, {"num_key_value_heads": 3}, "no counterpart in GPT-2"),
         (MARIAN | {"num_key_value_heads": 4}, {"hidden_size": 16}, 'with model.positions "sinusoidal"'),
         (T5 | {"num_key_value_heads": 4}, {"num_key_value_heads": 2}, 'with model.positions "relative"'),
