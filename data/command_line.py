@@ -333,7 +333,8 @@ def _parse(parser: jsonargparse.ArgumentParser, given: _Given, options: dict[str
             given = given.without(name)
     if complaints:
         raise UserError("\n".join(complaints))
-    values = {name: namespace[name] for name in options}
+    # jsonargparse leaves a default as it is, and one that was read from JSON is a list.
+    values = {name: tuple(value) if isinstance(value := namespace[name], list) else value for name in options}
     return values | _not_read_by_yaml(given, options)
 
 

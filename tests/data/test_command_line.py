@@ -136,6 +136,11 @@ def test_defaults_can_depend_on_given_values(recipe):
     assert read(defaults=defaults).inner == Inner()
 
 
+def test_a_list_among_derived_defaults_becomes_a_tuple():
+    assert read(defaults=lambda given: {"files": ["a", "b"]}).files == ("a", "b")
+    assert read(defaults=lambda given: {"files": []}) == Outer()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -125,7 +125,7 @@ def test_converted_run_evaluates_exports_and_generates_as_the_run(runs, tmp_path
 
 MISTAKES = [
     (["--deepspeed", "nowhere.json"], "No such file"),
-    (["--data", "nowhere"], "no prepared folder"),
+    (["--data", "nowhere"], "is not a prepared data folder"),
     (["--modle.hidden_size", "64"], 'Did you mean "model.hidden_size"'),
     (["--batch.global_batch_size", "7"], "Nearest: 6 or 8"),
     (["--model.vocab_size", "700"], "Nearest: 800"),
@@ -153,7 +153,7 @@ def test_mistake_is_refused_before_any_file_is_made(arguments, message, tiny, tm
     ("damage", "message"),
     [
         (lambda folder: (folder / "train" / "00000.bin").write_bytes((folder / "train" / "00000.bin").read_bytes()[:-2]), "bytes long"),
-        (lambda folder: (folder / "train" / "00000.idx").write_bytes(b"nonsense" * 9), "no Megatron index"),
+        (lambda folder: (folder / "train" / "00000.idx").write_bytes(b"nonsense" * 9), "is not a Megatron index"),
         (lambda folder: (folder / "train" / "00000.bin").unlink(), "No such file"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
     ],
