@@ -56,13 +56,14 @@ def our_logits(outputs: Tensor | tuple[Tensor, Tensor], config: ModelConfig) -> 
 
 
 def their_logits(model: torch.nn.Module, config: ModelConfig, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the same logits from a model of transformers."""
     tokens, segments, *others = inputs
-    asked = {"input_ids": tokens, "attention_mask": (segments != 0).long()}
+    model_inputs = {"input_ids": tokens, "attention_mask": (segments != 0).long()}
     if config.architecture == "encoder_decoder":
-        asked["decoder_input_ids"] = others[0]
+        model_inputs["decoder_input_ids"] = others[0]
     elif others:
-        asked["token_type_ids"] = others[0]
-    output = model(**asked)
+        model_inputs["token_type_ids"] = others[0]
+    output = model(**model_inputs)
     return [output.prediction_logits, output.seq_relationship_logits] if "prediction_logits" in output else [output.logits]
 
 

@@ -1,3 +1,5 @@
+"""Tests of Hugging Face checkpoints: transformers loads our exports, we load its folders, and unsupported features are refused."""
+
 import dataclasses
 import functools
 import json

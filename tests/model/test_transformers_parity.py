@@ -35,7 +35,7 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
     "num_labels": 3,
-    "pad_token_id": None,  # whose row would get no gradient
+    "pad_token_id": None,  # the row of a padding token would get no gradient
 }
 MARIAN = {
     "vocab_size": 61,
@@ -71,7 +71,7 @@ MODELS = {
     ),
     "gpt2, relu": lambda: transformers.GPT2Config(**GPT2, **NO_DROPOUT, activation_function="relu"),
     "llama": lambda: transformers.LlamaConfig(**LLAMA),
-    "llama, grouped, own head size and wavelengths, tied": lambda: transformers.LlamaConfig(
+    "llama, grouped, other head size and rope base, tied": lambda: transformers.LlamaConfig(
         **(LLAMA | {"num_key_value_heads": 2}),
         head_dim=6,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
@@ -100,7 +100,7 @@ MODELS = {
 
 
 def untied(model: torch.nn.Module) -> torch.nn.Module:
-    """T5's class always ties its head when it is built; version 1.1, which is not scaled, is read from files with an untied head."""
+    """Give T5 version 1.1 an untied head; transformers always ties the head of a new T5, but reads untied heads from files."""
     if not getattr(model.config, "scale_decoder_outputs", True):
         model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(61, 32, generator=torch.Generator().manual_seed(1)))
         model.all_tied_weights_keys.pop("lm_head.weight")
@@ -126,12 +126,12 @@ def test_logits_and_gradients_match_transformers(theirs, tmp_path):
     config, ours = read(tmp_path / "saved")
     assert count_parameters(config) == sum(parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad)
     inputs = random_inputs(config)
-    ours_said = without_padding(our_logits(ours(*inputs), config), config, inputs)
-    theirs_said = without_padding(their_logits(theirs, config, inputs), config, inputs)
-    # Float32 sums in another order differ by about 1e-6 here; 1e-4 is what we promise.
-    torch.testing.assert_close(ours_said, theirs_said, rtol=0, atol=1e-5)
-    for said in (ours_said, theirs_said):
-        sum(F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1]) for logits in said).backward()
+    our_outputs = without_padding(our_logits(ours(*inputs), config), config, inputs)
+    their_outputs = without_padding(their_logits(theirs, config, inputs), config, inputs)
+    # float32 sums in another order differ by about 1e-6 here; the promised tolerance is 1e-4.
+    torch.testing.assert_close(our_outputs, their_outputs, rtol=0, atol=1e-5)
+    for outputs in (our_outputs, their_outputs):
+        sum(F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1]) for logits in outputs).backward()
     our_gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     for entry in counterparts(config):
@@ -162,7 +162,7 @@ def test_gpt2_dropout_is_read(tmp_path):
 
 
 def test_rotary_angles_of_a_long_context_match_transformers():
-    """At position 8191 the last bit of a wavelength is already 5e-4 of an angle."""
+    """At position 8191, one last bit of a frequency changes the angle by 5e-4."""
     config = transformers.LlamaConfig(**(LLAMA | {"max_position_embeddings": 8192}), head_dim=128)
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
     cos, sin = rotary(torch.zeros(1), torch.arange(8192)[None])

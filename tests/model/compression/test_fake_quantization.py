@@ -1,4 +1,4 @@
-"""What is trained under rounding is what rounding gives."""
+"""Tests of quantization-aware training: the trained network equals the network with rounded weights."""
 
 import copy
 import functools
@@ -26,16 +26,16 @@ def linears(block: Block) -> list[Linear]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grid", [Grid("int", 4, 16), Grid("int", 3, None, symmetric=False), Grid("int", 8, None)], ids=str)
-def test_rounding_the_trained_weights_gives_the_network_that_was_trained(block, grid, dtype):
+def test_rounded_trained_weights_give_the_network_that_was_trained(block, grid, dtype):
     trained = copy.deepcopy(block).to(dtype)
-    written = copy.deepcopy(trained)
+    exported = copy.deepcopy(trained)
     fake_quantize(trained, grid)
-    for linear in linears(written):
+    for linear in linears(exported):
         linear.weight.data = rtn(linear.weight.float(), grid, dtype).weight.to(dtype)
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     stream = Stream(hidden, torch.ones(2, 5, dtype=torch.long))
     with torch.no_grad():
-        assert torch.equal(trained(stream).hidden, written(stream).hidden)
+        assert torch.equal(trained(stream).hidden, exported(stream).hidden)
         assert not torch.equal(trained(stream).hidden, copy.deepcopy(block).to(dtype)(stream).hidden)
 
 
@@ -47,16 +47,16 @@ def test_gradients_pass_the_rounding_unchanged(block, activations):
     for linear in linears(plain):
         linear.forward = functools.partial(straight_through, linear, grid, activations)
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    slopes = []
+    gradients = []
     for network in (ours, plain):
         x = hidden.clone().requires_grad_()
         (network(Stream(x, torch.ones(2, 5, dtype=torch.long))).hidden ** 2).sum().backward()
-        slopes.append([x.grad, *(parameter.grad for parameter in network.parameters())])
-    for one, other in zip(*slopes, strict=True):
+        gradients.append([x.grad, *(parameter.grad for parameter in network.parameters())])
+    for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
 def straight_through(linear: Linear, grid: Grid, activations: str, x: torch.Tensor) -> torch.Tensor:
-    """The same by the usual trick: what is added to a number to round it is a constant."""
+    """Return the outputs of a linear layer by the usual straight-through trick: the rounding difference is a constant."""
     weight = linear.weight + (rtn(linear.weight.detach(), grid).weight - linear.weight.detach())
     return F.linear(x if activations == "none" else x + (fake_quantized_rows(x, "int8") - x).detach(), weight, linear.bias)

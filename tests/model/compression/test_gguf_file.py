@@ -1,4 +1,4 @@
-"""A GGUF file: read by transformers with our logits, read back exactly, and what it cannot hold refused before anything is there."""
+"""Tests of GGUF files: transformers computes our logits from them, they are read back exactly, and unsupported models are refused."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -14,16 +14,16 @@ from tests.model.both_sides import BERT, GPT2
 
 pytest.importorskip("transformers", reason="the independent reference is transformers")
 
-WORDS = {
+TOKENIZER = {
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.tokens": [f"word{number}" for number in range(61)],
     "tokenizer.ggml.scores": [0.0] * 61,
     "tokenizer.ggml.token_type": [1] * 61,
 }
-# A width of 96 in the feed-forward of one: 3 blocks of 32; heads of 8 in groups; wavelengths in a tensor of their own.
+# The cases cover a feed-forward width of 96 (3 blocks of 32), grouped heads of size 8, and rope factors in a tensor.
 NETWORKS = {
     "llama": {"hidden_size": 64, "num_key_value_heads": 2, "tie_embeddings": False},
-    "llama, biases, Llama 3.1's wavelengths": {
+    "llama, biases, Llama 3.1's rope scaling": {
         "hidden_size": 64,
         "biases": True,
         "rope_scaling": "llama3",
@@ -40,33 +40,33 @@ def written(tiny, network, tmp_path):
     def write(kind: str, **options):
         config = tiny(**options)
         state = {name: weight.detach() for name, weight in network(config).named_parameters()}
-        gguf_file.write(config, state, WORDS, tmp_path / "model.gguf", kind)
+        gguf_file.write(config, state, TOKENIZER, tmp_path / "model.gguf", kind)
         return config, state, tmp_path / "model.gguf"
 
     return write
 
 
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
-def test_transformers_gives_our_logits_and_every_weight_comes_back(written, options):
+def test_transformers_gives_our_logits_and_all_weights_are_read_back(written, options):
     config, state, path = written("f32", **options)
     assert gguf_file.verify(path, config) < 1e-5
-    back = gguf_file.GGUFState(path, config)
-    assert set(back) == set(state) and all(torch.equal(back[name], weight) for name, weight in state.items())
+    read = gguf_file.GGUFState(path, config)
+    assert set(read) == set(state) and all(torch.equal(read[name], weight) for name, weight in state.items())
     tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1))
     with pytest.raises(RuntimeError, match="logits of transformers differ from ours"):
         gguf_file.verify(path, dataclasses.replace(config, norm_epsilon=0.1))
-    assert gguf_file.logits(config, back, tokens).shape == (2, 24, 61)
+    assert gguf_file.logits(config, read, tokens).shape == (2, 24, 61)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "f16"])
-def test_what_is_read_back_is_each_row_in_its_blocks(written, kind):
+def test_weights_read_back_equal_those_quantized_by_the_gguf_package(written, kind):
     config, state, path = written(kind, **NETWORKS["llama"])
     assert gguf_file.verify(path, config) < 1e-5
     head = next(name for name, weight in reversed(state.items()) if weight.ndim == 2)
     for name, weight in gguf_file.GGUFState(path, config).items():
         stored = gguf.GGMLQuantizationType[("q8_0" if kind == "q4_0" and name == head else kind).upper() if weight.ndim == 2 else "F32"]
         assert np.array_equal(weight.numpy(), gguf.dequantize(gguf.quantize(state[name].numpy(), stored), stored)), name
-    # 8 bits: a rounding of half a step of a block's largest / 127; the largest of all gives a bound for each.
+    # 8 bits: the error is at most half a step, which is the largest weight of a block / 127; the largest weight of all bounds every block.
     if kind == "q8_0":
         assert all(
             (weight - state[name]).abs().max() <= 0.51 * state[name].abs().max() / 127
@@ -74,14 +74,14 @@ def test_what_is_read_back_is_each_row_in_its_blocks(written, kind):
         )
 
 
-def test_rows_that_no_block_divides_stay_float16(written):
+def test_rows_that_blocks_do_not_divide_are_stored_as_float16(written):
     config, _, path = written("q4_0", **NETWORKS["gpt2"] | {"intermediate_size": 80})
     assert gguf_file.indivisible(config, 32) == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
     assert gguf_file.types(path)["f16"] == 2 and gguf_file.verify(path, config) < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "message"),
     [
         (BERT, "GGUF supports decoders only"),
         ({"qk_norm": True, "sliding_window": 8}, "model.sliding_window 8 is not supported by llama.cpp's qwen3"),
@@ -92,34 +92,34 @@ def test_rows_that_no_block_divides_stay_float16(written):
         ),
     ],
 )
-def test_what_llama_cpp_lacks_is_refused_by_name(written, tmp_path, options, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_option_that_llama_cpp_lacks_is_refused_by_name(written, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
         written("f16", **options)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [("f32", float("nan")), ("f16", 1e5)])
-def test_a_weight_that_is_no_number_or_too_large_is_named_and_nothing_is_left(tiny, network, tmp_path, kind, wrong):
+@pytest.mark.parametrize(("kind", "value"), [("f32", float("nan")), ("f16", 1e5)])
+def test_nan_or_too_large_weight_is_named_and_leaves_no_file(tiny, network, tmp_path, kind, value):
     config = tiny()
     state = {name: weight.detach().clone() for name, weight in network(config).named_parameters()}
     name = "2.feed_forward.up.weight"
-    state[name][1, 2] = wrong
+    state[name][1, 2] = value
     path = tmp_path / "model.gguf"
     with pytest.raises(ValueError, match=name), new_file(path) as unfinished:
-        gguf_file.write(config, state, WORDS, unfinished, kind)
+        gguf_file.write(config, state, TOKENIZER, unfinished, kind)
     assert not list(tmp_path.iterdir())
 
 
-def test_too_small_a_disk_is_refused_before_anything_is_written(tiny, network, tmp_path, monkeypatch):
+def test_full_disk_is_refused_before_anything_is_written(tiny, network, tmp_path, monkeypatch):
     config = tiny()
     state = {name: weight.detach() for name, weight in network(config).named_parameters()}
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5))
     with pytest.raises(ValueError, match=r"model\.gguf needs [\d,]+ bytes; the disk of .* has 5 free"):
-        gguf_file.write(config, state, WORDS, tmp_path / "model.gguf", "f32")
+        gguf_file.write(config, state, TOKENIZER, tmp_path / "model.gguf", "f32")
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_existing_file_is_not_overwritten(tmp_path):
     path = tmp_path / "model.gguf"
     with pytest.raises(ValueError, match="nothing is overwritten"), new_file(path) as unfinished:
         unfinished.write_bytes(b"new")

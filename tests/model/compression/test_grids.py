@@ -1,4 +1,4 @@
-"""Codes, scales and what they stand for."""
+"""Tests of grids: codes, scales and rounded weights equal those of compressed-tensors and those computed by hand."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ GRIDS = [
 
 
 def _weight() -> torch.Tensor:
-    """Rows of very different sizes, one group all zero, one all of one sign."""
+    """Return a weight whose rows differ much in size, with one group of zeros and one group of positive entries."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 128, generator=generator) * torch.logspace(-3, 1, 24)[:, None]
     weight[3, 32:64] = 0
@@ -39,7 +39,7 @@ def _their_arguments(grid: Grid) -> QuantizationArgs:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_rounding_is_that_of_compressed_tensors_bit_for_bit(grid):
+def test_rounding_equals_compressed_tensors_bit_for_bit(grid):
     weight, arguments = _weight(), _their_arguments(grid)
     groups = weight.unflatten(1, (grid.num_groups(128), -1))
     whole = generate_gparam(weight.min(), weight.max()) if grid.kind == "nvfp4" else None
@@ -48,14 +48,14 @@ def test_rounding_is_that_of_compressed_tensors_bit_for_bit(grid):
     ours = round_to(weight, grid)
     assert torch.equal(ours.weight(), torch.nan_to_num(theirs))
     if ours.zero_point is not None:
-        filled = groups.abs().amax(2) > 0  # theirs is 0 / 0 else
-        assert torch.equal(ours.zero_point[filled], zero_point[filled])
+        nonzero = groups.abs().amax(2) > 0  # for groups of zeros theirs is 0 / 0
+        assert torch.equal(ours.zero_point[nonzero], zero_point[nonzero])
     if grid.kind in ("int", "fp8"):
         assert torch.equal(ours.scale, scale)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_a_weight_on_the_grid_stays_and_its_codes_are_found_again(grid):
+def test_weight_on_the_grid_keeps_its_values_and_codes(grid):
     rounded = round_to(_weight(), grid, torch.bfloat16)
     again = rounded.with_codes_of(rounded.weight())
     assert torch.equal(again.weight(), rounded.weight())
@@ -74,7 +74,7 @@ def _column(zero_point: torch.Tensor | None, number: int) -> torch.Tensor | None
 def test_codes_by_hand():
     four_bits = round_to(torch.tensor([[7.5, -7.5, 1.4, 0.6, -0.4, 0.0, 3.0, -15.0]]), Grid("int", 4, 4))
     assert four_bits.scale.tolist() == [[1.0, 2.0]]
-    assert four_bits.codes.tolist() == [[7, -8, 1, 1, 0, 0, 2, -8]]  # 7.5 is between 7 and 8, which there is not; a tie is even
+    assert four_bits.codes.tolist() == [[7, -8, 1, 1, 0, 0, 2, -8]]  # 7.5 is clipped to 7, the largest code; ties go to even codes
     shifted = round_to(torch.tensor([[0.0, 1.0, 2.0, 15.0]]), Grid("int", 4, None, symmetric=False))
     assert (shifted.codes.tolist(), shifted.zero_point.tolist(), shifted.scale.tolist()) == ([[-8, -7, -6, 7]], [[-8]], [[1.0]])
     powers = torch.zeros(1, 32)
@@ -84,7 +84,7 @@ def test_codes_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_activations_are_rounded_by_token_as_compressed_tensors_does(kind):
+def test_activations_are_rounded_per_token_as_in_compressed_tensors(kind):
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)) * 7
     x[1, 2] = 0
     arguments = QuantizationArgs(num_bits=8, type="int" if kind == "int8" else "float", strategy="token", dynamic=True)
@@ -92,7 +92,7 @@ def test_activations_are_rounded_by_token_as_compressed_tensors_does(kind):
     assert torch.equal(fake_quantized_rows(x, kind), fake_quantize(x, scale, zero_point, arguments))
 
 
-def test_what_does_not_fit_is_refused_with_what_would():
+def test_invalid_grid_is_refused_with_the_allowed_values():
     with pytest.raises(ValueError, match=r"group_size 128 does not divide a row of 96 entries; allowed: 16, 32, 96 or none"):
         round_to(torch.ones(2, 96), Grid("int", 4, 128))
     with pytest.raises(ValueError, match="nvfp4 has 4 bits, one scale per 16 entries"):

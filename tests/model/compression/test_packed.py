@@ -1,3 +1,5 @@
+"""Tests of quantized weights in safetensors files: compressed-tensors and transformers read what we write, and we read theirs."""
+
 import dataclasses
 import json
 import math
@@ -35,7 +37,7 @@ PRESETS = {
     "NVFP4A16": NVFP4,
     "MXFP4A16": MXFP4,
 }
-"""llm-compressor's names of schemes that are ours too."""
+"""Names that llm-compressor gives to schemes that we also have."""
 
 
 def network(randomise, **options) -> Transformer:
@@ -49,7 +51,7 @@ def llama(randomise):
 
 
 def linears(model: Transformer) -> list[str]:
-    """Weights that are quantized: of all linear layers in blocks."""
+    """Return the names of the weights that are quantized: those of all linear layers in blocks."""
     return [
         f"{name}.{inner}.weight"
         for name, block in model.named_modules()
@@ -59,32 +61,32 @@ def linears(model: Transformer) -> list[str]:
     ]
 
 
-def rounded(model: Transformer, schemes: dict[str, Scheme], dtype: torch.dtype) -> dict[str, torch.Tensor | Quantized]:
+def round_weights(model: Transformer, schemes: dict[str, Scheme], dtype: torch.dtype) -> dict[str, torch.Tensor | Quantized]:
     return {name: round_to(tensor, schemes[name].grid, dtype) if name in schemes else tensor for name, tensor in model.state_dict().items()}
 
 
-def written(model: Transformer, folder, scheme: Scheme, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | Quantized]:
+def export_with(model: Transformer, folder, scheme: Scheme, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | Quantized]:
     schemes = dict.fromkeys(linears(model), scheme)
-    state = rounded(model, schemes, dtype)
+    state = round_weights(model, schemes, dtype)
     export(model.config, state, folder, dtype=dtype, schemes=schemes)
     return state
 
 
-def same(one: Quantized, other: Quantized) -> bool:
-    """In every bit and in type; torch.equal holds 0 and -0 for the same."""
-    bits = [[None if part is None else part.contiguous().view(torch.uint8) for part in parts(each)] for each in (one, other)]
-    kinds = [[None if part is None else part.dtype for part in parts(each)] for each in (one, other)]
+def equal_bits(one: Quantized, other: Quantized) -> bool:
+    """Return True if all tensors have equal bits and types; torch.equal takes 0 and -0 as equal."""
+    bits = [[None if part is None else part.contiguous().view(torch.uint8) for part in tensors_of(each)] for each in (one, other)]
+    dtypes = [[None if part is None else part.dtype for part in tensors_of(each)] for each in (one, other)]
     equal = (a is b is None or torch.equal(a, b) for a, b in zip(*bits, strict=True))
-    return one.grid == other.grid and kinds[0] == kinds[1] and all(equal)
+    return one.grid == other.grid and dtypes[0] == dtypes[1] and all(equal)
 
 
-def parts(quantized: Quantized) -> tuple:
+def tensors_of(quantized: Quantized) -> tuple:
     return quantized.codes, quantized.scale, quantized.zero_point, quantized.global_scale
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("columns", [32, 50])
-def test_integers_are_packed_as_the_library_packs_them(bits, columns):
+def test_integers_are_packed_as_in_compressed_tensors(bits, columns):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     half = 2 ** (bits - 1)
@@ -96,7 +98,7 @@ def test_integers_are_packed_as_the_library_packs_them(bits, columns):
     assert torch.equal(tensors["weight_zero_point"], pack_to_int32(zeros, bits, packed_dim=0))
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert kinds == layout(scheme, (6, columns), torch.float32)
-    assert same(unpacked(tensors, scheme), quantized)
+    assert equal_bits(unpacked(tensors, scheme), quantized)
 
 
 @pytest.mark.parametrize(
@@ -112,21 +114,21 @@ def test_integers_are_packed_as_the_library_packs_them(bits, columns):
     ],
     ids=lambda value: value.format if isinstance(value, Scheme) else str(value),
 )
-def test_what_is_written_is_read_by_us_and_by_transformers(llama, tmp_path, scheme, dtype):
-    state = written(llama, tmp_path / "out", scheme, dtype)
+def test_exported_weights_are_read_by_us_and_by_transformers(llama, tmp_path, scheme, dtype):
+    state = export_with(llama, tmp_path / "out", scheme, dtype)
     config, again = load(tmp_path / "out")
     assert (config, again.schemes) == (llama.config, dict.fromkeys(linears(llama), scheme))
-    assert all(same(again.quantized(name), state[name]) for name in again.schemes)
+    assert all(equal_bits(again.quantized(name), state[name]) for name in again.schemes)
     assert all(torch.equal(again[name], state[name].weight()) for name in again.schemes)
     assert verify(tmp_path / "out", config, state, schemes=again.schemes) < 1e-5
-    if scheme != ASYMMETRIC:  # of which transformers reads what it multiplies out
-        more = torch.bfloat16 if scheme.is_unpacked_to_bfloat16 else torch.float32
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=more)
+    if scheme != ASYMMETRIC:  # transformers dequantizes it while loading
+        dtype_read = torch.bfloat16 if scheme.is_unpacked_to_bfloat16 else torch.float32
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype_read)
         theirs.save_pretrained(tmp_path / "theirs")
         assert load(tmp_path / "theirs")[1].schemes == again.schemes
-        theirs(input_ids=torch.zeros(1, 1, dtype=torch.long))  # unpacks
+        theirs(input_ids=torch.zeros(1, 1, dtype=torch.long))  # the first forward pass unpacks the weights
         weight = state["1.feed_forward.down.weight"].weight()
-        assert torch.equal(theirs.model.layers[0].mlp.down_proj.weight, weight.to(more))
+        assert torch.equal(theirs.model.layers[0].mlp.down_proj.weight, weight.to(dtype_read))
 
 
 @pytest.mark.parametrize(
@@ -140,20 +142,20 @@ def test_what_is_written_is_read_by_us_and_by_transformers(llama, tmp_path, sche
     ],
     ids=["qwen3", "bert", "marian", "marian, inputs", "t5"],
 )
-def test_other_architectures_are_read_by_transformers_too(randomise, tmp_path, options, scheme):
+def test_other_architectures_are_read_by_transformers(randomise, tmp_path, options, scheme):
     model = network(randomise, **options)
-    state = written(model, tmp_path / "out", scheme)
+    state = export_with(model, tmp_path / "out", scheme)
     config, again = load(tmp_path / "out")
     assert (config, len(again.schemes)) == (model.config, len(linears(model)))
     assert verify(tmp_path / "out", config, state, schemes=again.schemes) < 1e-5
 
 
-def test_layers_may_have_different_schemes_or_none(llama, tmp_path):
-    """The first block has four bits but for one layer that has eight, the second eight but for one that is not quantized."""
+def test_layers_can_have_different_schemes_or_none(llama, tmp_path):
+    """The first block has 4 bits except one layer with 8; the second has 8 bits except one layer that is not quantized."""
     names = linears(llama)
     schemes = {name: INT4 if name.startswith("1.") else W8A8 for name in names if name != "2.feed_forward.down.weight"}
     schemes["1.attention.output.weight"] = W8A8
-    state = rounded(llama, schemes, torch.float32)
+    state = round_weights(llama, schemes, torch.float32)
     export(llama.config, state, tmp_path / "out", schemes=schemes, max_shard_bytes=20_000)
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stated["format"] == "mixed-precision"
@@ -164,8 +166,8 @@ def test_layers_may_have_different_schemes_or_none(llama, tmp_path):
     assert verify(tmp_path / "out", config, state, schemes=schemes) < 1e-5
 
 
-def test_a_code_that_is_one_off_is_found(llama, tmp_path):
-    state = written(llama, tmp_path / "out", INT4)
+def test_verification_finds_codes_that_are_off_by_one(llama, tmp_path):
+    state = export_with(llama, tmp_path / "out", INT4)
     name = "2.feed_forward.down.weight"
     codes = state[name].codes.clone()
     codes[3] = (codes[3] + 1).clamp(max=7)
@@ -175,9 +177,9 @@ def test_a_code_that_is_one_off_is_found(llama, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", [INT4, ASYMMETRIC, W8A8], ids=str)
-def test_a_scale_by_another_name_is_found(llama, tmp_path, scheme):
-    """Transformers itself prints a table and computes with what was in memory."""
-    written(llama, tmp_path / "out", scheme)
+def test_misnamed_scale_is_found(llama, tmp_path, scheme):
+    """transformers only prints a table of missing scales and computes with uninitialised memory."""
+    export_with(llama, tmp_path / "out", scheme)
     file, name = tmp_path / "out" / "model.safetensors", "model.layers.1.mlp.up_proj.weight_scale"
     tensors = load_file(file)
     tensors[f"{name}s"] = tensors.pop(name)
@@ -190,9 +192,9 @@ def test_a_scale_by_another_name_is_found(llama, tmp_path, scheme):
 
 
 @pytest.mark.parametrize("scheme", [W8A8, MXFP4], ids=str)
-def test_perplexity_by_transformers_is_ours(llama, tmp_path, scheme):
+def test_perplexity_by_transformers_equals_ours(llama, tmp_path, scheme):
     dtype = torch.bfloat16
-    written(llama, tmp_path / "out", scheme, dtype)
+    export_with(llama, tmp_path / "out", scheme, dtype)
     config, state = load(tmp_path / "out")
     llama.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     round_activations(llama, state.schemes, state.kv_cache)
@@ -208,10 +210,10 @@ def test_perplexity_by_transformers_is_ours(llama, tmp_path, scheme):
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("options", [{"num_key_value_heads": 2}, {"qk_norm": True, "sliding_window": 7}], ids=["llama", "qwen3"])
-def test_keys_and_values_are_kept_as_transformers_keeps_them(randomise, tmp_path, options, kind):
+def test_quantized_cache_gives_the_perplexity_of_transformers(randomise, tmp_path, options, kind):
     model = network(randomise, **options)
     schemes = dict.fromkeys(linears(model), INT4)
-    state, cache = rounded(model, schemes, torch.bfloat16), CacheScheme(kind, ((0.03125, 0.0234375), (0.046875, 0.015625)))
+    state, cache = round_weights(model, schemes, torch.bfloat16), CacheScheme(kind, ((0.03125, 0.0234375), (0.046875, 0.015625)))
     export(model.config, state, tmp_path / "out", dtype=torch.bfloat16, schemes=schemes, kv_cache=cache, max_shard_bytes=30_000)
     config, again = load(tmp_path / "out")
     assert (config, again.schemes, again.kv_cache) == (model.config, schemes, cache)
@@ -233,35 +235,35 @@ def test_keys_and_values_are_kept_as_transformers_keeps_them(randomise, tmp_path
     kept = [tensor for pair in one_by_one.pairs.values() for tensor in pair]
     assert len(kept) == 4 and {tensor.dtype for tensor in kept} == {torch.int8 if kind == "int8" else torch.float8_e4m3fn}
     differences = (torch.cat(each, dim=1) - model(tokens, segments)).abs()
-    assert differences.median() < 1e-5 and differences.mean() < 1e-3  # the last bit may decide between two codes
+    assert differences.median() < 1e-5 and differences.mean() < 1e-3  # a difference in the last bit can round to another code
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
-def test_a_scale_of_keys_that_is_none_is_named(llama, tmp_path, scale):
+def test_invalid_scale_of_keys_is_refused_by_name(llama, tmp_path, scale):
     schemes = dict.fromkeys(linears(llama), INT4)
     cache = CacheScheme("fp8", ((1.0, 1.0), (scale, 1.0)))
-    export(llama.config, rounded(llama, schemes, torch.float32), tmp_path / "out", schemes=schemes, kv_cache=cache)
+    export(llama.config, round_weights(llama, schemes, torch.float32), tmp_path / "out", schemes=schemes, kv_cache=cache)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_scale is \S+; a scale must be finite and above 0"):
         load(tmp_path / "out")
 
 
-def test_the_largest_key_and_value_that_pass_are_seen_behind_their_rotation(llama):
+def test_largest_keys_are_measured_after_rotation_without_padding(llama):
     tokens = torch.randint(llama.config.vocab_size, (3, 24))
-    seen, stream = LargestKeysAndValues(2, torch.device("cpu")), Stream(tokens, torch.ones_like(tokens))
-    stream.segments[:, -1] = 0  # padding is not seen
+    measured, stream = LargestKeysAndValues(2, torch.device("cpu")), Stream(tokens, torch.ones_like(tokens))
+    stream.segments[:, -1] = 0  # padding is not measured
     for step in walk(llama.config, llama.state_dict()):
         if step.block is not None:
             attention = step.module.attention
             key, value = (x.transpose(1, 2) for x in attention.keys_and_values(step.module.attention_norm(stream.hidden)))
             largest = [x[:, :, :-1].abs().max() for x in (rotate(key, attention.positions.cos[:24], attention.positions.sin[:24]), value)]
-        with seen.watching(step):
+        with measured.watching(step):
             stream = step(stream)
         if step.block is not None:
-            assert torch.allclose(seen.sizes[step.block], torch.stack(largest)) and "append_to_cache" not in vars(attention)
+            assert torch.allclose(measured.sizes[step.block], torch.stack(largest)) and "append_to_cache" not in vars(attention)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_llm_compressor_states_is_what_we_state(llama, name):
+def test_quantization_config_equals_that_of_llm_compressor(llama, name):
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
@@ -284,19 +286,19 @@ def test_what_llm_compressor_states_is_what_we_state(llama, name):
 
 GROUP = {"targets": ["Linear"], "format": "pack-quantized", "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
 ROWS = {"targets": ["Linear"], "format": "int-quantized", "weights": {"num_bits": 8, "strategy": "channel"}}
-KEPT = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"quant_method": "awq"}, 'quant_method "awq" is not supported, only "compressed-tensors"'),
         ({"quant_method": "bitsandbytes"}, 'quant_method "bitsandbytes" is not'),
         ({"quantization_status": "frozen"}, 'quantization_status "frozen" is not'),
         ({"kv_cache_scheme": {"num_bits": 8, "strategy": "attn_head"}}, 'strategy of kv_cache_scheme is "attn_head"'),
-        ({"kv_cache_scheme": KEPT | {"num_bits": 4}}, "num_bits of kv_cache_scheme is 4"),
-        ({"kv_cache_scheme": KEPT | {"dynamic": True}}, "dynamic of kv_cache_scheme is true"),
+        ({"kv_cache_scheme": CACHE | {"num_bits": 4}}, "num_bits of kv_cache_scheme is 4"),
+        ({"kv_cache_scheme": CACHE | {"dynamic": True}}, "dynamic of kv_cache_scheme is true"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is not"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "W4A16 names a preset"),
         ({"config_groups": {}}, "no config_groups"),
@@ -309,16 +311,16 @@ TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
         ({"config_groups": {"g": ROWS | {"output_activations": TOKENS}}}, "g.output_activations is not"),
     ],
 )
-def test_a_quantization_that_we_do_not_have_is_refused_by_name(changes, sentence):
+def test_unsupported_quantization_is_refused_by_name(changes, message):
     stated = {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}}
     assert parse_configuration(stated).scheme_of("model.layers.0.mlp.up_proj") == INT4
     with pytest.raises(ValueError) as refusal:
         parse_configuration(stated | changes)
-    assert sentence in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "scheme", "dtype", "sentence"),
+    ("options", "scheme", "dtype", "message"),
     [
         (GPT2, INT4, torch.float32, r"GPT-2 stores linear weights as \[in, out\].* export the model to GGUF"),
         (T5, INT4, torch.float32, "transformers cannot load packed weights of it"),
@@ -327,14 +329,14 @@ def test_a_quantization_that_we_do_not_have_is_refused_by_name(changes, sentence
         ({}, Scheme(Grid("int", 4, 48)), torch.float32, r"model\.layers\.0\.\S+ \[64, 64\]: group_size 48 does not divide"),
     ],
 )
-def test_what_the_format_has_no_place_for_is_refused_before_anything_is_written(randomise, tmp_path, options, scheme, dtype, sentence):
+def test_scheme_that_cannot_be_stored_is_refused_before_writing(randomise, tmp_path, options, scheme, dtype, message):
     model = network(randomise, **options)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         export(model.config, model.state_dict(), tmp_path / "out", dtype=dtype, schemes=dict.fromkeys(linears(model), scheme))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mixture_that_transformers_does_not_read_is_refused(llama):
+def test_mixture_that_transformers_does_not_read_is_refused(llama):
     first, *others = linears(llama)
     with pytest.raises(ValueError, match="either all or no layers can be asymmetric"):
         quantization_config(llama.config, {first: ASYMMETRIC} | dict.fromkeys(others, INT4))

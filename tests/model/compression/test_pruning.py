@@ -1,4 +1,4 @@
-"""Which weights become zero, how many, and what the others become."""
+"""Tests of pruning: which weights become zero, how many, and how the others change."""
 
 import pytest
 import torch
@@ -17,33 +17,33 @@ def statistics_of(inputs: Tensor) -> InputStatistics:
 
 @pytest.fixture(scope="module")
 def layer() -> tuple[Tensor, InputStatistics]:
-    """Inputs that depend on each other and differ in size; more columns than a batch of the sweep."""
+    """Return a weight and the statistics of correlated inputs of different sizes, with more columns than a batch of the sweep."""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(800, 20, generator=generator) @ torch.randn(20, 192, generator=generator)
     inputs = (mixed + torch.randn(800, 192, generator=generator)) * torch.logspace(-0.5, 0.5, 192)[torch.randperm(192, generator=generator)]
     return torch.randn(40, 192, generator=generator), statistics_of(inputs)
 
 
-def test_the_sweep_is_the_inverse_hessian_taken_down_column_by_column(layer):
+def test_sweep_equals_optimal_brain_surgeon_column_by_column(layer):
     weight, statistics = layer
     order = torch.randperm(192, generator=torch.Generator().manual_seed(1))
     swept, damping = sweep(weight, statistics.second_moment, 0.01, lambda column, batch, diagonal: batch[0].round(), order)
 
     hessian = statistics.second_moment.double()
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(192)
-    expected, left = weight.double(), order.tolist()
-    while left:  # optimal brain surgeon, equations 2 and 3 of GPTQ's paper, each inverse from the start
-        inverse = hessian[left][:, left].inverse()
-        error = expected[:, left[0]] - expected[:, left[0]].round()
-        expected[:, left] -= error[:, None] * inverse[0] / inverse[0, 0]
-        left.pop(0)
+    expected, remaining = weight.double(), order.tolist()
+    while remaining:  # optimal brain surgeon, equations 2 and 3 of GPTQ's paper, with a new inverse for each column
+        inverse = hessian[remaining][:, remaining].inverse()
+        error = expected[:, remaining[0]] - expected[:, remaining[0]].round()
+        expected[:, remaining] -= error[:, None] * inverse[0] / inverse[0, 0]
+        remaining.pop(0)
     assert damping == 0.01
     assert (swept == expected.round()).double().mean() > 0.999  # float32 may tip a tie
     assert torch.allclose(swept, swept.round())
 
 
 @pytest.mark.parametrize("text", ["0.3", "0.5", "2:4", "4:8", "1:4"])
-def test_each_method_makes_as_many_zeros_as_asked(layer, text):
+def test_each_method_makes_the_requested_number_of_zeros(layer, text):
     weight, statistics = layer
     sparsity = Sparsity.parse(text)
     for changed in (magnitude(weight, sparsity), wanda(weight, statistics, sparsity), sparsegpt(weight, statistics, sparsity)):
@@ -57,7 +57,7 @@ def test_each_method_makes_as_many_zeros_as_asked(layer, text):
         assert ((wanda(weight, statistics, sparsity).weight == 0).sum(dim=1) == round(sparsity.fraction * 192)).all()
 
 
-def test_equal_weights_are_counted_as_well():
+def test_number_of_zeros_is_exact_for_equal_weights():
     ones = torch.ones(6, 128)
     statistics = statistics_of(torch.randn(300, 128, generator=torch.Generator().manual_seed(0)))
     assert int((magnitude(ones, HALF).weight == 0).sum()) == 3 * 128
@@ -72,15 +72,15 @@ def test_wanda_and_magnitude_by_hand():
 
 
 @pytest.mark.parametrize("text", ["0.7", "2:4"])
-def test_sparsegpt_changes_the_outputs_less_than_what_moves_no_weight(layer, text):
+def test_sparsegpt_has_less_output_error_than_magnitude_and_wanda(layer, text):
     weight, statistics = layer
     sparsity = Sparsity.parse(text)
     error = lambda changed: output_error(changed.weight - weight, weight, statistics)  # noqa: E731
-    by_size, by_part = error(magnitude(weight, sparsity)), error(wanda(weight, statistics, sparsity))
-    assert error(sparsegpt(weight, statistics, sparsity)) < 0.7 * min(by_size, by_part)
+    by_size, by_contribution = error(magnitude(weight, sparsity)), error(wanda(weight, statistics, sparsity))
+    assert error(sparsegpt(weight, statistics, sparsity)) < 0.7 * min(by_size, by_contribution)
 
 
-def test_inputs_that_are_always_zero_lose_their_weights_and_the_others_are_as_without_them(layer):
+def test_weights_of_zero_inputs_are_pruned_without_effect_on_others(layer):
     weight, statistics = layer
     inputs = torch.linalg.cholesky(statistics.second_moment.double() + 1e-3 * torch.eye(192)).T.float()
     inputs[:, 128:] = 0
@@ -90,25 +90,25 @@ def test_inputs_that_are_always_zero_lose_their_weights_and_the_others_are_as_wi
     assert torch.allclose(with_dead.weight[:, :128], without.weight, atol=1e-4)
 
 
-def test_a_hessian_that_cannot_be_inverted_is_damped_more_and_then_given_up_with_a_note(layer):
+def test_singular_hessian_is_damped_more_then_replaced_by_wanda(layer):
     weight, _ = layer
     ones = torch.ones(400, 192) * 30
     moment = ones.T @ ones
-    moment[0, 1] = moment[1, 0] = moment[0, 1] * 1.15  # no second moment: its least eigenvalue is below zero
+    moment[0, 1] = moment[1, 0] = moment[0, 1] * 1.15  # not a valid second moment: one eigenvalue is below zero
     damped = sparsegpt(weight, InputStatistics(400, moment, ones[0], ones[0]), HALF)
     assert damped.damping == pytest.approx(1.0)
     assert damped.notes == ()
-    given_up = sparsegpt(weight, InputStatistics(400, moment * float("nan"), ones[0], ones[0]), HALF)
-    assert given_up.damping is None
-    assert "pruned by Wanda" in given_up.notes[0]
+    fallback = sparsegpt(weight, InputStatistics(400, moment * float("nan"), ones[0], ones[0]), HALF)
+    assert fallback.damping is None
+    assert "pruned by Wanda" in fallback.notes[0]
 
 
 @pytest.mark.parametrize("text", ["0", "1", "1.5", "-0.5", "half", "4:4", "5:4", "2:6", "2/4", ""])
-def test_what_is_no_sparsity_is_refused(text):
+def test_invalid_sparsity_is_refused(text):
     with pytest.raises(ValueError, match="neither a fraction above 0 and below 1"):
         Sparsity.parse(text)
 
 
-def test_a_row_that_is_no_whole_number_of_patterns_is_refused():
+def test_row_that_the_pattern_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="sparsity 2:4: a row of 6 entries is not a multiple of 4"):
         magnitude(torch.ones(2, 6), Sparsity.parse("2:4"))

@@ -1,4 +1,4 @@
-"""Rounding, GPTQ, and the factors that make rounding cost less."""
+"""Tests of rounding to nearest, GPTQ, and the scales that reduce the error of rounding."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def statistics_of(inputs: Tensor) -> InputStatistics:
 
 @pytest.fixture(scope="module")
 def inputs() -> Tensor:
-    """That depend on each other; a few are ten times as large as the others.  [tokens, in]"""
+    """Return correlated inputs; a few columns are ten times as large as the others.  [tokens, in]"""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(600, 24, generator=generator) @ torch.randn(24, 192, generator=generator)
     inputs = mixed / 5 + torch.randn(600, 192, generator=generator)
@@ -41,7 +41,7 @@ def weight() -> Tensor:
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_gptq_changes_the_outputs_less_than_rounding(inputs, weight, grid, act_order):
+def test_gptq_has_less_output_error_than_rounding(inputs, weight, grid, act_order):
     statistics = statistics_of(inputs)
     rounded, swept = rtn(weight, grid), gptq(weight, statistics, grid, act_order=act_order)
     assert swept.notes == ()
@@ -52,7 +52,7 @@ def test_gptq_changes_the_outputs_less_than_rounding(inputs, weight, grid, act_o
     assert error == pytest.approx(float((inputs @ (swept.weight - weight).T).norm() / (inputs @ weight.T).norm()), rel=1e-3)
 
 
-def test_gptq_keeps_rounding_and_says_so_where_the_sweep_ends_with_a_larger_error(weight):
+def test_gptq_falls_back_to_rounding_if_its_error_is_larger(weight):
     generator = torch.Generator().manual_seed(2)
     direction = torch.randn(1, 192, generator=generator)
     inputs = torch.randn(400, 1, generator=generator) @ direction + 1e-4 * torch.randn(400, 192, generator=generator)
@@ -65,20 +65,20 @@ def test_gptq_keeps_rounding_and_says_so_where_the_sweep_ends_with_a_larger_erro
     assert outcomes == {(), ("rounding's output error is smaller than GPTQ's: rounded to nearest",)}
 
 
-def test_gptq_of_independent_inputs_is_rounding(weight):
+def test_gptq_of_independent_inputs_equals_rounding(weight):
     statistics = statistics_of(torch.diag(torch.rand(192) + 0.5))
     grid = Grid("int", 4, 64)
     assert torch.equal(gptq(weight, statistics, grid).weight, rtn(weight, grid).weight)
 
 
-def test_gptq_rounds_and_says_so_where_the_hessian_cannot_be_inverted(weight):
-    nowhere = torch.full((192, 192), float("nan"))
-    changed = gptq(weight, InputStatistics(1, nowhere, nowhere[0], nowhere[0]), Grid("int", 4, 64))
+def test_gptq_falls_back_to_rounding_if_the_hessian_is_singular(weight):
+    not_a_number = torch.full((192, 192), float("nan"))
+    changed = gptq(weight, InputStatistics(1, not_a_number, not_a_number[0], not_a_number[0]), Grid("int", 4, 64))
     assert torch.equal(changed.weight, rtn(weight, Grid("int", 4, 64)).weight)
     assert "rounded to nearest" in changed.notes[0]
 
 
-def test_scales_leave_the_product_and_make_what_is_rounded_cost_less(inputs, weight):
+def test_scales_keep_the_product_and_reduce_the_rounding_error(inputs, weight):
     statistics, grid = statistics_of(inputs), Grid("int", 4, 64)
     whole = inputs @ weight.T
     for scales in (smoothquant_scales([weight, weight[:8]], statistics), awq_scales([weight, weight[:8]], statistics, grid)):
@@ -87,19 +87,19 @@ def test_scales_leave_the_product_and_make_what_is_rounded_cost_less(inputs, wei
     assert error(awq_scales([weight], statistics, grid)) < 0.9 * error(torch.ones(192))
     divided = statistics.divided_by(smoothquant_scales([weight], statistics))
     columns = weight.abs().amax(dim=0) * smoothquant_scales([weight], statistics)
-    assert torch.allclose(divided.largest, columns, rtol=1e-4)  # strength 0.5: both sides are equally hard to round
+    assert torch.allclose(divided.largest, columns, rtol=1e-4)  # strength 0.5: inputs and weights have equal ranges
 
 
-def test_scales_can_divide_and_multiply_where_inputs_or_weights_are_always_zero(inputs, weight):
-    silent = inputs.clone()
-    silent[:, 5:9] = 0
-    bare = weight.clone()
-    bare[:, 7:11] = 0
+def test_scales_are_positive_if_inputs_or_weights_are_zero(inputs, weight):
+    zero_inputs = inputs.clone()
+    zero_inputs[:, 5:9] = 0
+    zero_columns = weight.clone()
+    zero_columns[:, 7:11] = 0
     for scales in (
-        smoothquant_scales([bare], statistics_of(silent)),
-        awq_scales([bare], statistics_of(silent), Grid("int", 4, 64)),
-        awq_scales([bare], statistics_of(0 * inputs), Grid("int", 4, 64)),
+        smoothquant_scales([zero_columns], statistics_of(zero_inputs)),
+        awq_scales([zero_columns], statistics_of(zero_inputs), Grid("int", 4, 64)),
+        awq_scales([zero_columns], statistics_of(0 * inputs), Grid("int", 4, 64)),
     ):
         assert (scales > 0).all()
         assert scales.isfinite().all()
-    assert (smoothquant_scales([bare], statistics_of(silent))[5:11] == 1).all()
+    assert (smoothquant_scales([zero_columns], statistics_of(zero_inputs))[5:11] == 1).all()

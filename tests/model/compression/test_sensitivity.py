@@ -1,4 +1,4 @@
-"""What each block costs alone, against whole networks of which one block was changed."""
+"""Tests of the cost of compressing each block alone, compared with whole networks in which one block is changed."""
 
 import copy
 
@@ -18,7 +18,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
-def test_one_walk_says_what_a_network_for_each_block_says(tiny, network, options):
+def test_one_walk_equals_one_changed_network_per_block(tiny, network, options):
     config = tiny(**options)
     whole, inputs = network(config), random_inputs(config)
     changes = [lambda block, linear, weight, size=size: weight * size if linear.endswith("value") else weight for size in (0.5, 1.0)]
@@ -28,17 +28,17 @@ def test_one_walk_says_what_a_network_for_each_block_says(tiny, network, options
     counted = torch.ones(3, dtype=torch.bool) if only_classes else inputs[3 if config.architecture == "encoder_decoder" else 1] != 0
     assert count == counted.sum() and sums.shape == (config.total_blocks, 2)
 
-    def said(network):
+    def log_probabilities(network):
         with torch.no_grad():
-            found = network(*inputs)
-        found = found[1 if only_classes else 0] if isinstance(found, tuple) else found
-        return found[counted].double().log_softmax(dim=-1)
+            output = network(*inputs)
+        output = output[1 if only_classes else 0] if isinstance(output, tuple) else output
+        return output[counted].double().log_softmax(dim=-1)
 
     for number, block in enumerate(whole.blocks()):
-        other = copy.deepcopy(whole)
-        for name, parameter in other.blocks()[number].named_parameters():
+        changed = copy.deepcopy(whole)
+        for name, parameter in changed.blocks()[number].named_parameters():
             if name.endswith("value.weight"):
                 parameter.data *= 0.5
-        wanted = F.kl_div(said(other), said(whole), reduction="sum", log_target=True).item()
-        assert sums[number, 0].item() == pytest.approx(wanted, rel=1e-3, abs=1e-6) and wanted > 0
+        expected = F.kl_div(log_probabilities(changed), log_probabilities(whole), reduction="sum", log_target=True).item()
+        assert sums[number, 0].item() == pytest.approx(expected, rel=1e-3, abs=1e-6) and expected > 0
         assert abs(sums[number, 1].item()) < 1e-4, block

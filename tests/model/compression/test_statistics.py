@@ -1,4 +1,4 @@
-"""What is gathered of a block's inputs, by the road that keeps all of them; and which layers share one."""
+"""Tests of the statistics of a block's inputs, compared with those of all inputs at once, and of the groups that share an input."""
 
 import pytest
 import torch
@@ -12,45 +12,45 @@ FAMILIES = {"llama": {"num_key_value_heads": 2}, "gpt2": GPT2, "bert": BERT, "ma
 
 
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
-def test_sums_over_samples_are_those_of_all_inputs_at_once_without_padding(tiny, network, options):
+def test_sums_over_samples_equal_those_of_all_inputs_without_padding(tiny, network, options):
     config = tiny(**options)
     whole, inputs = network(config), random_inputs(config)
-    seen: dict[str, list[torch.Tensor]] = {}
+    inputs_by_name: dict[str, list[torch.Tensor]] = {}
     for name, matrix in matrices(config).items():
         module = whole.get_submodule(name.removesuffix(".weight"))
         assert tuple(module.weight.shape) == matrix.shape
-        module.register_forward_pre_hook(lambda module, given, name=str(matrix): seen.setdefault(name, []).append(given[0]))
+        module.register_forward_pre_hook(lambda module, given, name=str(matrix): inputs_by_name.setdefault(name, []).append(given[0]))
     with torch.no_grad():
         whole(*inputs)
-    passed = samples_of(inputs)
+    streams = samples_of(inputs)
     for step in walk(config, dict(whole.named_parameters())):
         if step.block is not None:
             with Gatherer(step.module) as gatherer:
-                for sample in passed:
+                for sample in streams:
                     gatherer.counted = sample.segments != 0
                     gatherer.counted_in_source = None if sample.source_segments is None else sample.source_segments != 0
                     step(sample)
-            segments = torch.cat([sample.segments for sample in passed])
-            source = segments if passed[0].source_segments is None else torch.cat([sample.source_segments for sample in passed])
+            segments = torch.cat([sample.segments for sample in streams])
+            source = segments if streams[0].source_segments is None else torch.cat([sample.source_segments for sample in streams])
             for group, sums in gatherer.sums():
                 for linear in group.linears:
-                    (x,) = seen[f"{step.block}.{linear}"]
+                    (x,) = inputs_by_name[f"{step.block}.{linear}"]
                     rows = x[(source if linear in ("cross_attention.key", "cross_attention.value") else segments) != 0].double()
-                    found = sums.statistics()
-                    assert found.tokens == len(rows)
-                    torch.testing.assert_close(found.second_moment, (rows.T @ rows).float(), rtol=1e-4, atol=1e-3)
-                    torch.testing.assert_close(found.magnitude, rows.abs().mean(dim=0).float(), rtol=1e-5, atol=1e-5)
-                    torch.testing.assert_close(found.largest, rows.abs().amax(dim=0).float(), rtol=1e-4, atol=1e-5)
-                    torch.testing.assert_close(found.norms, rows.norm(dim=0).float(), rtol=1e-4, atol=1e-4)
+                    computed = sums.statistics()
+                    assert computed.tokens == len(rows)
+                    torch.testing.assert_close(computed.second_moment, (rows.T @ rows).float(), rtol=1e-4, atol=1e-3)
+                    torch.testing.assert_close(computed.magnitude, rows.abs().mean(dim=0).float(), rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(computed.largest, rows.abs().amax(dim=0).float(), rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(computed.norms, rows.norm(dim=0).float(), rtol=1e-4, atol=1e-4)
                     change, weight = torch.ones(3, rows.shape[1]), torch.randn(3, rows.shape[1])
-                    wanted = (rows @ change.double().T).norm() / (rows @ weight.double().T).norm()
-                    assert output_error(change, weight, found) == pytest.approx(wanted.item(), rel=1e-3)
+                    expected = (rows @ change.double().T).norm() / (rows @ weight.double().T).norm()
+                    assert output_error(change, weight, computed) == pytest.approx(expected.item(), rel=1e-3)
         if step.blocks_before < config.total_blocks:
-            passed = [step(sample) for sample in passed]
+            streams = [step(sample) for sample in streams]
 
 
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
-def test_any_scales_can_move_from_a_groups_producer_into_its_columns(tiny, network, options):
+def test_scales_can_move_from_a_producer_into_its_group(tiny, network, options):
     config, inputs = tiny(**options), random_inputs(tiny(**options))
     whole, generator = network(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -71,20 +71,20 @@ def test_any_scales_can_move_from_a_groups_producer_into_its_columns(tiny, netwo
         torch.testing.assert_close(whole(*inputs), before, rtol=1e-3, atol=1e-4)
 
 
-def test_scaled_statistics_are_those_of_scaled_inputs(tiny):
+def test_scaled_statistics_equal_those_of_scaled_inputs(tiny):
     block = Block(tiny(), 0, 0)
     x, scales = torch.randn(1, 9, 32), torch.rand(32) + 0.5
-    found = []
+    plain_and_scaled = []
     for inputs in (x, x / scales):
         with Gatherer(block) as gatherer:
             block.attention.query(inputs)
-        found.append(next(sums for group, sums in gatherer.sums() if "attention.query" in group.linears).statistics())
-    scaled = found[0].divided_by(scales)
+        plain_and_scaled.append(next(sums for group, sums in gatherer.sums() if "attention.query" in group.linears).statistics())
+    scaled = plain_and_scaled[0].divided_by(scales)
     for name in ("second_moment", "magnitude", "largest"):
-        torch.testing.assert_close(getattr(scaled, name), getattr(found[1], name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(getattr(scaled, name), getattr(plain_and_scaled[1], name), rtol=1e-4, atol=1e-5)
 
 
-def test_a_rank_without_samples_adds_nothing(tiny):
+def test_rank_without_samples_adds_nothing(tiny):
     block = Block(tiny(), 0, 0)
     with Gatherer(block) as gatherer:
         pass
@@ -93,10 +93,10 @@ def test_a_rank_without_samples_adds_nothing(tiny):
     assert sums["feed_forward.down",].second_moment.shape == (tiny().intermediate_size,) * 2
 
 
-def test_matrices_are_the_linear_layers_of_the_blocks_alone(tiny):
+def test_matrices_are_the_linear_layers_of_blocks(tiny):
     config = tiny(**MARIAN)
-    found = matrices(config)
-    assert {matrix.block for matrix in found.values()} == set(range(4)) and set(found) <= {
+    by_name = matrices(config)
+    assert {matrix.block for matrix in by_name.values()} == set(range(4)) and set(by_name) <= {
         n for n, _ in Transformer(config).named_parameters()
     }
-    assert len(found) == 2 * 6 + 2 * 10
+    assert len(by_name) == 2 * 6 + 2 * 10
