@@ -1,4 +1,4 @@
-"""README.md of an exported model: its architecture, how it was trained, and how the export was checked."""
+"""README.md of an exported model: its architecture, its training, and the check of the export."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from launch.checkpoints.run_record import data_paths, read_json, versions
 from model import huggingface
 from model.config import ModelConfig, count_parameters
 
-# Settings of a recipe that the card lists if they are not zero, and their names there.
-_NUMBERS = {
+# Settings of a recipe that the card lists unless they are zero or not set -> their names in the card.
+_LISTED_SETTINGS = {
     "batch.global_batch_size": "sequences a step",
     "optimizer.learning_rate": "learning rate",
     "schedule.kind": "schedule",
@@ -32,10 +32,10 @@ _NUMBERS = {
 
 
 def model_card(opened: OpenedModel, name: str, average: int, dtype: torch.dtype, difference: float, pipeline_tag: str) -> str:
-    """Return Markdown with the header that Hugging Face's hub reads. Facts that are not known are left out, such as a missing run's.
+    """Return Markdown with the header that Hugging Face's hub reads. Unknown facts are left out, for example if the run is missing.
 
-    `difference` is the largest difference between a logit of transformers and ours, in float32. `pipeline_tag` is the hub's name for what
-    the model is used for.
+    `average` is the number of averaged checkpoints. `difference` is the largest difference between a logit of transformers and ours, in
+    float32. `pipeline_tag` is the hub's name of the model's task.
     """
     loader, rows = huggingface.auto_class(opened.config), [*_shape(opened.config), *_training(opened, average)]
     rows.append(
@@ -51,6 +51,7 @@ def model_card(opened: OpenedModel, name: str, average: int, dtype: torch.dtype,
 
 
 def _shape(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Yield the rows (label, value) on the network's shape."""
     yield "architecture", f"{huggingface.to_huggingface(config)['architectures'][0]}: our {config.architecture.replace('_', '-')}"
     yield "parameters", f"{count_parameters(config):,}"
     decoder = f" + {config.num_decoder_layers}" if config.num_decoder_layers else ""
@@ -60,6 +61,7 @@ def _shape(config: ModelConfig) -> Iterator[tuple[str, str]]:
 
 
 def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
+    """Yield the rows (label, value) on the training; none for a model without a run."""
     if opened.step is None:
         return
     mean = f", mean of the newest {average} checkpoints" if average > 1 else ""
@@ -67,32 +69,32 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
     manifest = checkpoint.read_manifest(opened.folder)
     record = read_json(opened.folder.parent.parent / "run.json")
     if opened.recipe:
-        numbers = flatten(opened.recipe)
-        plan = BatchPlan(BatchSettings(numbers["batch.global_batch_size"]), numbers["model.sequence_length"])
+        settings = flatten(opened.recipe)
+        plan = BatchPlan(BatchSettings(settings["batch.global_batch_size"]), settings["model.sequence_length"])
         yield "tokens", f"{plan.tokens_before(opened.step):,}"
         yield (
             "data",
             ", ".join(Path(path).name for path in data_paths(opened.recipe)) + f", fingerprint {manifest['data']['fingerprint'][:12]}",
         )
-        objective = numbers.get("data.objective") or default_objective(opened.config.architecture).name
-        rate = f", {numbers['data.mask_rate']:g} of the tokens" if "mask_rate" in OBJECTIVES[objective].own_settings else ""
+        objective = settings.get("data.objective") or default_objective(opened.config.architecture).name
+        rate = f", {settings['data.mask_rate']:g} of the tokens" if "mask_rate" in OBJECTIVES[objective].own_settings else ""
         yield "objective", objective.replace("_", " ") + rate
         yield "optimizer", state.optimizer_name_in(manifest)
-        for setting, label in _NUMBERS.items():
-            if numbers.get(setting):
-                yield label, str(numbers[setting])
+        for name, label in _LISTED_SETTINGS.items():
+            if settings.get(name):
+                yield label, str(settings[name])
     if average == 1 and (loss := _validation_loss(opened.folder.parent.parent / "metrics.jsonl", opened.step)) is not None:
         yield "validation loss", f"{loss:.4f} nats a target token"
-    yield "written by", ", ".join(f"{name} {number}" for name, number in manifest.get("versions", versions()).items())
+    yield "written by", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", versions()).items())
     if record.get("commit"):
         yield "commit", record["commit"]
 
 
 def _validation_loss(metrics: Path, step: int) -> float | None:
     """Return the last validation loss up to a step; None if there is none."""
-    found = None
+    loss = None
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
         if re.search(r'"loss/validation": \d', line):
             entry = json.loads(line)
-            found = entry["loss/validation"] if entry["step"] <= step else found
-    return found
+            loss = entry["loss/validation"] if entry["step"] <= step else loss
+    return loss

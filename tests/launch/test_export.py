@@ -46,16 +46,16 @@ def run(tmp_path, tokenizer_file):
             "batch": {"global_batch_size": 8},
         }
         for step in steps:
-            beside = checkpoint.begin(folder / "checkpoints", step, "id")
-            file = checkpoint.HashingFile(beside / "rank_00000.safetensors")
+            unfinished = checkpoint.begin(folder / "checkpoints", step, "id")
+            file = checkpoint.HashingFile(unfinished / "rank_00000.safetensors")
             weights = dict(Transformer(config, seed=step).named_parameters())
-            whole = [state.ShardSlice.of_whole(name, w.shape) for name, w in weights.items()]
-            numbers = ((one, dict.fromkeys(state.kinds_in({}), weights[one.name].detach().flatten())) for one in whole)
-            state.write(file, whole, state.kinds_in({}), numbers)
-            checkpoint.write_part(beside, 0, {file.path.name: file.finish()})
-            about = {"layout": {"world_size": 1}, "model": recipe["model"], "recipe": recipe, "checksums": {}}
-            about |= {"data": {"fingerprint": "f" * 64}, "versions": {"megabatch": "0.0"}}
-            checkpoint.publish(beside, step, about)
+            slices = [state.ShardSlice.of_whole(name, w.shape) for name, w in weights.items()]
+            values = ((one, dict.fromkeys(state.kinds_in({}), weights[one.name].detach().flatten())) for one in slices)
+            state.write(file, slices, state.kinds_in({}), values)
+            checkpoint.write_part(unfinished, 0, {file.path.name: file.finish()})
+            manifest = {"layout": {"world_size": 1}, "model": recipe["model"], "recipe": recipe, "checksums": {}}
+            manifest |= {"data": {"fingerprint": "f" * 64}, "versions": {"megabatch": "0.0"}}
+            checkpoint.publish(unfinished, step, manifest)
         (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
         (folder / "run.json").write_text(json.dumps({"recipe": recipe, "commit": "abc123"}))
         metrics = [{"step": 5, "loss/validation": 2.5}, {"step": 10, "loss/validation": 2.25}, {"step": 99, "loss/validation": 1.0}]
@@ -65,15 +65,15 @@ def run(tmp_path, tokenizer_file):
     return build
 
 
-def exported(folder: Path, *words: str) -> Path:
-    output = folder.parent / f"hf{len(words)}"
-    assert export.main([str(folder), "--output", str(output), *words]) == 0
+def export_run(folder: Path, *arguments: str) -> Path:
+    output = folder.parent / f"hf{len(arguments)}"
+    assert export.main([str(folder), "--output", str(output), *arguments]) == 0
     return output
 
 
 def test_decoder_generates_the_same_text_in_the_pipeline(run):
     folder = run(10)
-    pipeline = transformers.pipeline("text-generation", model=str(exported(folder)))
+    pipeline = transformers.pipeline("text-generation", model=str(export_run(folder)))
     (written,) = pipeline(PROMPT, max_new_tokens=5, do_sample=False)
     trained = load_model(str(folder))
     ids = load_tokenizer(trained.tokenizer).encode(PROMPT)
@@ -85,16 +85,16 @@ def test_decoder_generates_the_same_text_in_the_pipeline(run):
 
 def test_encoder_fills_masks_the_same_way_in_the_pipeline(run):
     folder = run(10, **BERT)
-    output = exported(folder)
-    found = transformers.pipeline("fill-mask", model=str(output), top_k=3)("the parser [MASK] an argument")
+    output = export_run(folder)
+    predictions = transformers.pipeline("fill-mask", model=str(output), top_k=3)("the parser [MASK] an argument")
     trained = load_model(str(folder))
     ours = load_tokenizer(trained.tokenizer)
     ids = [ours.special_tokens["[CLS]"], *ours.encode("the parser"), ours.special_tokens["[MASK]"], *ours.encode(" an argument")]
     tokens = torch.tensor([[*ids, ours.end_of_text]])
-    said = trained.model(tokens, torch.ones_like(tokens), torch.zeros_like(tokens))[0, ids.index(ours.special_tokens["[MASK]"])]
-    likeliest = said.softmax(-1).topk(3)
-    assert [one["token"] for one in found] == likeliest.indices.tolist()
-    assert [one["score"] for one in found] == pytest.approx(likeliest.values.tolist(), rel=1e-4)
+    logits = trained.model(tokens, torch.ones_like(tokens), torch.zeros_like(tokens))[0, ids.index(ours.special_tokens["[MASK]"])]
+    likeliest = logits.softmax(-1).topk(3)
+    assert [one["token"] for one in predictions] == likeliest.indices.tolist()
+    assert [one["score"] for one in predictions] == pytest.approx(likeliest.values.tolist(), rel=1e-4)
     pair = transformers.AutoTokenizer.from_pretrained(output)("parser", " argument")
     first, second = ours.encode("parser"), ours.encode(" argument")
     assert pair["input_ids"] == [ours.special_tokens["[CLS]"], *first, ours.end_of_text, *second, ours.end_of_text]
@@ -103,15 +103,15 @@ def test_encoder_fills_masks_the_same_way_in_the_pipeline(run):
 
 def test_classifier_gives_labels_in_the_pipeline(run):
     folder = run(10, **BERT, num_classes=2, token_head=False, data={"labels": ["bad", "good"], "objective": "classification"})
-    (found,) = transformers.pipeline("text-classification", model=str(exported(folder)))(PROMPT)
-    assert found["label"] in ("bad", "good")
+    (prediction,) = transformers.pipeline("text-classification", model=str(export_run(folder)))(PROMPT)
+    assert prediction["label"] in ("bad", "good")
 
 
 @pytest.mark.parametrize(("options", "start"), [(MARIAN, None), (T5, "[CLS]")], ids=["marian", "t5"])
 def test_encoder_decoder_generates_a_batch_as_it_does_single_texts(run, options, start):
-    """Transformers 5 has no pipeline for encoder-decoders; this is what the last one did."""
+    """Transformers 5 has no pipeline for encoder-decoders; the test does what that of transformers 4 did."""
     folder = run(10, **options, data={"start_token": start})
-    output = exported(folder)
+    output = export_run(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(output)
     texts = [PROMPT, "def parser"]
@@ -133,7 +133,7 @@ def test_encoder_decoder_generates_a_batch_as_it_does_single_texts(run, options,
 
 
 def test_model_card_lists_what_is_known_of_the_run(run, capsys):
-    output = exported(run(10, **BERT))
+    output = export_run(run(10, **BERT))
     card = (output / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
     for row in (
@@ -147,13 +147,13 @@ def test_model_card_lists_what_is_known_of_the_run(run, capsys):
     ):
         assert row in card
     assert "logits differ from ours by at most" in card and "AutoModelForMaskedLM" in card
-    again = exported(output, "--precision", "bf16")  # a folder without its run has fewer rows
+    again = export_run(output, "--precision", "bf16")  # a folder without its run has fewer rows
     assert "| tokens |" not in (again / "README.md").read_text()
 
 
-def test_average_of_checkpoints_is_exported(run):
+def test_average_of_checkpoints_is_export_run(run):
     folder = run(1, 2, 3)
-    mean = load_model(str(exported(folder, "--average", "2"))).model.state_dict()
+    mean = load_model(str(export_run(folder, "--average", "2"))).model.state_dict()
     two = [Transformer(ModelConfig(**SMALL), seed=step).state_dict() for step in (2, 3)]
     assert all(torch.allclose(tensor, (two[0][name] + two[1][name]) / 2, atol=1e-7) for name, tensor in mean.items())
     newest = open_model(str(folder))
@@ -168,13 +168,13 @@ def test_damaged_checkpoint_is_named_on_standard_error(run, capsys):
     folder = run(5, 10)
     next((folder / "checkpoints" / checkpoint.folder_name(10)).glob("*.safetensors")).write_bytes(b"")
     assert open_model(str(folder)).step == 5
-    said = capsys.readouterr()
-    assert said.out == "" and "Damaged checkpoint: " in said.err
+    output = capsys.readouterr()
+    assert output.out == "" and "Damaged checkpoint: " in output.err
 
 
 def test_shard_size_zero_is_refused(run):
     with pytest.raises(UserError, match="max_shard_gib is 0; it must be above 0"):
-        exported(run(10), "--max_shard_gib", "0")
+        export_run(run(10), "--max_shard_gib", "0")
 
 
 def test_tokenizer_of_another_model_is_refused(run):
