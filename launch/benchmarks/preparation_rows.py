@@ -265,6 +265,7 @@ def _index(bench: Bench) -> list[Row]:
     documents, tokens = bench.settings.index_documents, np.zeros(300, np.dtype("<u2"))
 
     def ours() -> Iterator[None]:
+        """Write the documents; yield once before the shard is closed."""
         writer = ShardWriter(bench.new_path("ours") / "shard", tokens.dtype)
         for _ in range(documents):
             writer.add(tokens)
@@ -285,6 +286,7 @@ def _order(bench: Bench) -> list[Row]:
     part = max(samples // 100, 1)
 
     def ours() -> Iterator[None]:
+        """Draw 1,000 samples, and yield while the order is in memory."""
         blend = Blend([samples // 2, samples // 4 or 1], [0.7, 0.3], seed=1)
         blend.draw(np.linspace(0, samples - 1, 1000).astype(np.int64))
         yield

@@ -80,12 +80,14 @@ def _bare_products(settings: TrainingStepSettings) -> Callable[[], object]:
     part, square = draw(heads, settings.sequence_length, head_size), draw(heads, settings.sequence_length, settings.sequence_length)
 
     def products(shape: tuple[int, int]) -> None:
+        """Compute the output of one linear layer, and the gradients of its input and weight."""
         x, weight, gradient = linear[shape]
         x @ weight.t()
         gradient @ weight
         gradient.t() @ x
 
     def step() -> None:
+        """Compute the products of one step."""
         for _ in range(settings.accumulation):
             for _ in range(settings.num_layers):
                 for shape in shapes:
@@ -117,6 +119,7 @@ def _transformers(settings: TrainingStepSettings, compiled: bool) -> Callable[[]
     call = torch.compile(model) if compiled else model
 
     def step() -> None:
+        """Train for one step."""
         for _ in range(settings.accumulation):
             drawn = _draw(settings)
             with torch.autocast("cpu", torch.bfloat16):
@@ -144,6 +147,7 @@ def _ours_in_a_plain_loop(settings: TrainingStepSettings, compiled: bool) -> Cal
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
 
     def step() -> None:
+        """Train for one step."""
         for _ in range(settings.accumulation):
             drawn = _draw(settings)
             tokens, targets = drawn[:, :-1], drawn[:, 1:]
@@ -190,6 +194,7 @@ def _ours_under_deepspeed(
     number = 0
 
     def step() -> object:
+        """Train for one step, and return the engine's result."""
         nonlocal number
         torch.manual_seed(number * process.world_size + layout.data_rank(process.rank))  # ranks that share a batch draw the same
         drawn = [_draw(settings) for _ in range(settings.accumulation // layout.data_parallel_size)]

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -79,7 +80,7 @@ def _write_gguf(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokeni
             gguf_file.write(config, opened.state, entries, floats, "f16")
             llama_engine.quantize(floats, kind, unfinished)
         else:
-            gguf_file.write(config, opened.state, entries, unfinished, kind)
+            gguf_file.write(config, opened.state, entries, unfinished, cast(gguf_file.Kind, kind))
         checks = _check_gguf(unfinished, kind, opened, tokenizer)
         stored = ", ".join(f"{count} {name}" for name, count in gguf_file.types(unfinished).most_common())
         size = unfinished.stat().st_size

@@ -18,7 +18,7 @@ def errors_over_depth(errors: Mapping[str, Mapping[int, float]]) -> Figure:
         axes.plot(blocks, values, line, color=COLOURS[index % len(COLOURS)], marker="o", markersize=4, linewidth=1.5, label=name)
     use_logarithm_for_wide_range(axes, [value for by_block in errors.values() for value in by_block.values()])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="block", ylabel="relative error of outputs")
+    axes.set(xlabel="block", ylabel="relative output error")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
@@ -28,7 +28,7 @@ def sensitivity(divergences: Mapping[int, float]) -> Figure:
     figure, axes = new_figure(7.6)
     axes.bar(list(divergences), list(divergences.values()), width=0.8, color=COLOURS[0])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="block that alone is compressed", ylabel="KL to the dense model, nats")
+    axes.set(xlabel="block, compressed alone", ylabel="KL to the dense model, nats")
     return figure
 
 

@@ -65,10 +65,11 @@ def _mask_for(config: ModelConfig, settings: PruneSettings) -> _Mask:
 def _prune_to_zeros(job: Job[PruneSettings], mask: _Mask, store: LayerStore) -> Result:
     """Set weights to zero."""
     settings, sparsities = job.settings, _allocate_sparsities(job, mask, store)
-    places = {str(matrix) for matrix in mask.chosen.values()}
+    chosen_names = {str(matrix) for matrix in mask.chosen.values()}
 
     def change(block: int, linear: str, weight: Tensor, statistics: InputStatistics | None) -> Changed | None:
-        if f"{block}.{linear}" not in places:
+        """Set weights of a chosen matrix to zero."""
+        if f"{block}.{linear}" not in chosen_names:
             return None
         if settings.method == "magnitude":
             return pruning.magnitude(weight, sparsities[block])
@@ -78,14 +79,15 @@ def _prune_to_zeros(job: Job[PruneSettings], mask: _Mask, store: LayerStore) -> 
         return pruning.sparsegpt(weight, statistics, sparsities[block], settings.damping)
 
     def prune_by_magnitude(block: int, linear: str, weight: Tensor) -> Tensor:
-        return pruning.magnitude(weight, sparsities[block]).weight if f"{block}.{linear}" in places else weight
+        """Return the weight pruned by magnitude, which needs no statistics."""
+        return pruning.magnitude(weight, sparsities[block]).weight if f"{block}.{linear}" in chosen_names else weight
 
-    found = sensitivity_pass.divergences(job, store, [prune_by_magnitude])
+    measured = sensitivity_pass.divergences(job, store, [prune_by_magnitude])
     compress(job.config, job.opened.state, BlockMethod(change), job.samples, store, job.workers, job.dtype, job.log)
     shares = "" if settings.allocation == "uniform" else ", shares by outliers (OWL)"
     artefact: report.Artefact = "2:4" if mask.sparsity.pattern == (2, 4) else "zeros"
     method = f"{_NAMES[settings.method]}, {mask.sparsity}{shares}"
-    return Result(job.config, store, artefact, method, divergences=None if found is None else [one[0] for one in found])
+    return Result(job.config, store, artefact, method, divergences=None if measured is None else [costs[0] for costs in measured])
 
 
 def _allocate_sparsities(job: Job[PruneSettings], mask: _Mask, store: LayerStore) -> list[pruning.Sparsity]:
@@ -111,6 +113,7 @@ def _prune_structured(job: Job[PruneSettings], smaller: ModelConfig, store: Laye
         units |= dict.fromkeys(("attention.output", "cross_attention.output"), (smaller.num_key_value_heads, inputs_per_head))
 
     def change(block: int, linear: str, weight: Tensor, statistics: InputStatistics | None) -> Changed | None:
+        """Remove heads or neurons from the inputs of a matrix."""
         if linear not in units:
             return None
         assert statistics is not None

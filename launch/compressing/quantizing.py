@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor
 
-from data.command_line import UserError
+from data.command_line import UserError, describe
 from launch.compressing import plan, report, sensitivity_pass
 from launch.compressing.driver import BlockMethod, compress
 from launch.compressing.layer_store import LayerStore
@@ -67,7 +67,7 @@ def _schemes_for(config: ModelConfig, settings: QuantizeSettings) -> dict[str, S
         least = 8 * sum(min(sizes.values()) for sizes in _bytes_of_blocks(config, chosen, scheme.grid, settings)) / weights
         if settings.average_bits < least:
             raise UserError(
-                f"average_bits {settings.average_bits:g} is below {least:.4g}, the size of {MIXED_BITS[0]} bits with their scales."
+                f"{describe(settings, 'average_bits')} must be at least {least:.4g}, the size of {MIXED_BITS[0]}-bit weights with scales."
             )
     schemes = dict.fromkeys(chosen, scheme)
     huggingface.quantization_config(config, schemes, DTYPES[settings.precision], _cache_kind(settings))
@@ -91,10 +91,11 @@ def _refuse_indivisible_groups(grid: Grid, chosen: Mapping[str, Matrix]) -> None
 def _quantize_blocks(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], store: LayerStore) -> Result:
     settings = job.settings
     divergences, schemes = _sensitivity(job, schemes, store)
-    places = {name: str(matrix) for name, matrix in matrices(job.config).items()}
-    grids = {places[name]: scheme.grid for name, scheme in schemes.items()}
+    names_in_blocks = {name: str(matrix) for name, matrix in matrices(job.config).items()}
+    grids = {names_in_blocks[name]: scheme.grid for name, scheme in schemes.items()}
 
     def change(block: int, linear: str, weight: Tensor, statistics: InputStatistics | None) -> Changed | None:
+        """Quantize a chosen matrix."""
         grid = grids.get(f"{block}.{linear}")
         if grid is None:
             return None
@@ -104,6 +105,7 @@ def _quantize_blocks(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], 
         return quantization.gptq(weight, statistics, grid, job.dtype, settings.damping, settings.act_order)
 
     def scales(block: int, group: Group, weights: list[Tensor], statistics: InputStatistics) -> Tensor | None:
+        """Return the factors that SmoothQuant or AWQ moves from the inputs of a group into its columns."""
         if group.producer is None or not all(f"{block}.{linear}" in grids for linear in group.linears):
             return None
         if not group.producer.endswith("_norm") and f"{block}.{group.producer}" not in grids:
@@ -140,18 +142,19 @@ def _sensitivity(
     average, plain = job.settings.average_bits, next(iter(schemes.values())).grid
     grids = [plain] if average is None else [dataclasses.replace(plain, bits=bits) for bits in MIXED_BITS]
     chosen = {name: matrix for name, matrix in matrices(job.config).items() if name in schemes}
-    places = {str(matrix) for matrix in chosen.values()}
+    chosen_names = {str(matrix) for matrix in chosen.values()}
 
     def round_with(grid: Grid) -> Callable[[int, str, Tensor], Tensor]:
-        return lambda block, linear, weight: round_to(weight, grid, job.dtype).weight() if f"{block}.{linear}" in places else weight
+        """Return a function that rounds the chosen matrices to their nearest codes."""
+        return lambda block, linear, weight: round_to(weight, grid, job.dtype).weight() if f"{block}.{linear}" in chosen_names else weight
 
-    found = sensitivity_pass.divergences(job, store, [round_with(grid) for grid in grids])
-    if found is None or average is None:
-        return None if found is None else [costs[0] for costs in found], schemes
-    costs_of_bits = [dict(zip(MIXED_BITS, costs, strict=True)) for costs in found]
+    measured = sensitivity_pass.divergences(job, store, [round_with(grid) for grid in grids])
+    if measured is None or average is None:
+        return None if measured is None else [costs[0] for costs in measured], schemes
+    costs_of_bits = [dict(zip(MIXED_BITS, costs, strict=True)) for costs in measured]
     weights = sum(rows * columns for rows, columns in (matrix.shape for matrix in chosen.values()))
     bits = allocation.choose(costs_of_bits, _bytes_of_blocks(job.config, chosen, plain, job.settings), int(average * weights / 8))
-    job.log("Bits of the blocks, chosen by what each costs alone: " + " ".join(map(str, bits)))
+    job.log("Bits of the blocks, chosen by the loss that each costs alone: " + " ".join(map(str, bits)))
     grid_of = dict(zip(MIXED_BITS, grids, strict=True))
     mixed = {name: dataclasses.replace(schemes[name], grid=grid_of[bits[chosen[name].block]]) for name in schemes}
     return [costs[bits[block]] for block, costs in enumerate(costs_of_bits)], mixed

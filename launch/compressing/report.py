@@ -57,10 +57,12 @@ class Weights:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return sum(tensor.parameters for tensor in self.tensors)
 
     @property
     def zeros(self) -> int:
+        """Number of parameters that are exactly 0."""
         return sum(tensor.zeros for tensor in self.tensors)
 
     @property
@@ -231,32 +233,34 @@ def describe_serving(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byt
         kept = f"Keys and values: launch/generate.py keeps them as {kv_cache}, transformers rounds them and keeps its own type"
         if kv_cache == "int8":
             return (
-                "Not for vLLM, which knows keys and values in FP8 alone and may take int8's scales for such; read by transformers, on a "
-                f"CPU as a dense model; not by llama.cpp, which has GGUF. {kept}."
+                "Not for vLLM, which supports only FP8 keys and values and may read the int8 scales as such; transformers reads it, on a "
+                f"CPU as a dense model; llama.cpp does not, because it reads only GGUF. {kept}."
             )
         return f"{describe_serving(artefact, bits)} {kept}{', vLLM keeps them as fp8 (its documentation)' if has_kernels else ''}."
-    unproven = "by vLLM (its documentation; not proven here) on NVIDIA GPUs from"
     if artefact == "structured":
-        return "Served everywhere that a dense model of this architecture is: transformers, vLLM, and as GGUF llama.cpp."
+        return "Can be served like any dense model of this architecture: by transformers, by vLLM, and as GGUF by llama.cpp."
     if artefact == "zeros":
         return (
-            "Its zeros make it neither smaller nor faster in any engine: it is for research and a start for sparse fine-tuning; "
-            "transformers, vLLM and llama.cpp serve it as the dense model that its files are."
+            "For research and sparse fine-tuning: the zeros make it neither smaller nor faster in any engine, and transformers, vLLM and "
+            "llama.cpp (as GGUF) read it as a dense model."
         )
     if artefact == "2:4":
         return (
             "For research, sparse fine-tuning and PyTorch's own 2:4 kernels on NVIDIA GPUs from Ampere on (to_sparse_semi_structured); "
-            "vLLM has removed its 2:4 kernels (vllm#36799) and serves it, as transformers does, at the size and speed of a dense model."
+            "vLLM has removed its 2:4 kernels (vllm#36799), so for vLLM and transformers it has the size and speed of a dense model."
         )
     if not has_kernels:
-        return "Read by transformers, which makes a dense model of it; vLLM's kernels are for 4 and 8 bits, llama.cpp reads GGUF alone."
+        return "transformers reads it as a dense model; vLLM's kernels support only 4 and 8 bits, and llama.cpp reads only GGUF."
     hardware = {
         "pack-quantized": "Turing on",
         "int-quantized": "Turing on, and on x86 CPUs",
         "float-quantized": "Ada Lovelace and Hopper on",
     }.get(artefact, "Blackwell on")
     loaded = "" if "fp4" not in artefact else ", loaded as bfloat16"
-    return f"Served {unproven} {hardware}; read by transformers{loaded}, on a CPU as a dense model; not by llama.cpp, which has GGUF."
+    return (
+        f"Can be served by vLLM (its documentation; not proven here) on NVIDIA GPUs from {hardware}; transformers reads it{loaded}, on a "
+        "CPU as a dense model; llama.cpp does not, because it reads only GGUF."
+    )
 
 
 def write(report: Report, folder: Path) -> None:
@@ -266,7 +270,7 @@ def write(report: Report, folder: Path) -> None:
     figures = dict(_pictures(report))
     for name, figure in figures.items():
         save(figure, folder / name)
-    parts = [
+    sections = [
         _head(report),
         _numbers(report),
         _sizes(report, figures),
@@ -274,7 +278,7 @@ def write(report: Report, folder: Path) -> None:
         _how_measured(report),
         _every_tensor(report),
     ]
-    (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
 
 
 def bits_per_weight(weights: Weights) -> str:
@@ -330,12 +334,12 @@ def _numbers(report: Report) -> str:
         if quality.bits_per_byte_before is not None:
             rows.append(["bits per byte", f"{quality.bits_per_byte_before:.4f}", f"{quality.bits_per_byte_after:.4f}"])
         rows.append(["KL to the dense model, nats a token: mean", "", _estimate(quality.divergence, ".5f")])
-        rows.append(["KL of 99 of 100 tokens, at most", "", f"{quality.divergence_p99:.5f}"])
+        rows.append(["KL to the dense model: 99th percentile", "", f"{quality.divergence_p99:.5f}"])
         rows.append(["same likeliest token", "", _estimate(quality.agreement, ".2%")])
     rows.append(["weights on disk, bytes", f"{old.bytes:,}", f"{new.bytes:,}"])
     rows.append(["bits a weight", bits_per_weight(old), bits_per_weight(new)])
     rows.append(["parameters", f"{old.parameters:,}", f"{new.parameters:,}"])
-    rows.append(["of them 0", f"{old.zeros / old.parameters:.2%}", f"{new.zeros / new.parameters:.2%}"])
+    rows.append(["zeros", f"{old.zeros / old.parameters:.2%}", f"{new.zeros / new.parameters:.2%}"])
     if (cache := report.kv_cache) is not None:
         rows.append(["keys and values of a token, bytes", f"{cache.bytes_before:,}", f"{cache.bytes_after:,}"])
     for speed in report.speeds:
@@ -346,8 +350,8 @@ def _numbers(report: Report) -> str:
         of_text = "" if basis.bytes_per_token is None else f" of {basis.bytes_per_token:.2f} bytes"
         text += (
             f"\n\nMeasured on {quality.tokens:,} tokens{of_text}, {basis.text}: {basis.objective}, windows of {basis.sequence_length:,} "
-            f"tokens{moved}; hash {basis.fingerprint[:12]}, tokenizer {basis.tokenizer[:12]}. Standard errors take tokens as drawn one "
-            "by one."
+            f"tokens{moved}; hash {basis.fingerprint[:12]}, tokenizer {basis.tokenizer[:12]}. Standard errors treat tokens as "
+            "independent."
         )
     return text
 
@@ -366,7 +370,9 @@ def _sizes(report: Report, figures: Mapping[str, Any]) -> str:
         for kind in new
     ]
     header = ["", "parameters before", "after", "bits a weight before", "after", "zeros after"]
-    return f"## Where the bytes are\n\n{_image('sizes.svg', figures, 'Bytes by kind of tensor, before and after')}\n\n{table(header, rows)}"
+    return (
+        f"## Size by kind of tensor\n\n{_image('sizes.svg', figures, 'Bytes by kind of tensor, before and after')}\n\n{table(header, rows)}"
+    )
 
 
 def _over_depth(report: Report, figures: Mapping[str, Any]) -> str:
@@ -377,17 +383,17 @@ def _over_depth(report: Report, figures: Mapping[str, Any]) -> str:
         parts.append("## Error of each layer's outputs")
         parts.append(_image("errors.svg", figures, "Relative output error of each linear layer over depth"))
         parts.append(f"Largest: {worst.linear} of block {worst.block}, {worst.error:.4f}.")
-    if noted := [linear for linear in report.linears if linear.notes]:
-        parts.append("## What went otherwise than asked")
-        parts.append("\n".join(f"- {linear.linear} of block {linear.block}: {' '.join(linear.notes)}" for linear in noted))
+    if with_notes := [linear for linear in report.linears if linear.notes]:
+        parts.append("## Differences from the request")
+        parts.append("\n".join(f"- {linear.linear} of block {linear.block}: {' '.join(linear.notes)}" for linear in with_notes))
     if "sensitivity.svg" in figures:
-        parts.append("## What each block costs alone")
-        parts.append(_image("sensitivity.svg", figures, "KL to the dense model where one block alone is compressed"))
+        parts.append("## Cost of each block compressed alone")
+        parts.append(_image("sensitivity.svg", figures, "KL to the dense model when one block alone is compressed"))
     return "\n\n".join(parts)
 
 
 def _how_measured(report: Report) -> str:
-    lines = ["## How", "", "```", report.command, "```", ""]
+    lines = ["## How it was made", "", "```", report.command, "```", ""]
     if (calibration := report.calibration) is not None:
         read = f"{calibration.samples:,} samples, {calibration.tokens:,} tokens, {calibration.text}"
         lines.append(f"- calibration: {read}; hash {calibration.fingerprint[:12]}")

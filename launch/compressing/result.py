@@ -59,7 +59,7 @@ class Result:
 def finish(job: Job, result: Result, store: LayerStore) -> int:
     """Compare with the dense model, write the folder, read it with transformers, and report; return the exit status.
 
-    Raises UserError where the disk is full, and RuntimeError where transformers does not find in the folder what we wrote: there is no
+    Raises UserError if the disk is full, and RuntimeError if transformers reads something else in the folder than we wrote. There is no
     folder then, but `store` is kept.
     """
     workers, opened, settings = job.workers, job.opened, job.settings
@@ -86,22 +86,28 @@ def finish(job: Job, result: Result, store: LayerStore) -> int:
             finished = _report(job, result, after, store, quality, _proof(job, result, after, folder), folder)
             report.write(finished, folder)
     except (ValueError, OSError) as error:
-        kept = f"What was compressed is kept in {store.folder}; the same command goes on with it."
+        kept = f"The finished layers are kept in {store.folder}; the same command resumes after them."
         raise UserError(f"{job.output} could not be written: {getattr(error, 'strerror', None) or error}. {kept}") from error
     with contextlib.suppress(OSError):  # a folder that cannot be deleted does no harm
         store.remove()
     print("\n" + (job.output / "report.md").read_text(encoding="utf-8").split("\n## ")[0].rstrip())
-    print(f"\n{job.output}: transformers loads it with no missing or unexpected key. {job.output}/report.md has the rest.")
+    print(f"\n{job.output}: transformers loads it with no missing or unexpected key. The full report is {job.output}/report.md.")
     return _status(job, finished)
 
 
 def _status(job: Job, finished: report.Report) -> int:
     limit, quality = job.settings.max_perplexity_ratio, finished.quality
     if limit is not None and quality is not None and not quality.ratio.value <= limit:
-        print(f"Perplexity x{quality.ratio.value:.4f} is above --max_perplexity_ratio {limit:g}; {job.output} is kept.", file=sys.stderr)
+        print(
+            f"Perplexity after / before, {quality.ratio.value:.4f}, is above --max_perplexity_ratio {limit:g}. {job.output} is kept.",
+            file=sys.stderr,
+        )
         return 3
     if job.settings.strict and (noted := [linear.name for linear in finished.linears if linear.notes]):
-        print(f"--strict: {len(noted)} matrices went otherwise than asked, {noted[0]} first; {job.output} is kept.", file=sys.stderr)
+        print(
+            f"--strict: {len(noted)} matrices were not compressed as requested, first {noted[0]}. {job.output} is kept; see its report.md.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -124,7 +130,7 @@ def _proof(job: Job, result: Result, after: StreamedModel, folder: Path) -> repo
     proof = report.Proof("transformers", version, "perplexity", abs(theirs - ours) / ours, bound, theirs, ours)
     if not proof.difference <= proof.bound:
         raise RuntimeError(
-            f"{folder}: transformers finds perplexity {theirs:.5f} where ours is {ours:.5f}: further apart than {bound:g} of it. "
+            f"{folder}: the perplexity by transformers is {theirs:.5f}, ours is {ours:.5f}. They differ by more than {bound:g} of ours. "
             f"{job.output} was not written."
         )
     return proof
@@ -150,8 +156,8 @@ def _report(
     kinds = report.kinds_of_tensors(result.config)
     tensors = tuple(_tensor_report(name, kinds[name], result.state[name], job.dtype.itemsize) for name in kinds)
     num_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-    told = [one for number in range(store.find_finished_layers()) if (one := store.read_report(number))]
-    known = result.divergences or [None] * len(told)
+    blocks = [layer for number in range(store.find_finished_layers()) if (layer := store.read_report(number))]
+    divergences: Sequence[float | None] = result.divergences or [None] * len(blocks)
     speeds = _speeds(job, result, after)
     return report.Report(
         name=job.output.name,
@@ -168,12 +174,13 @@ def _report(
         peak_memory_bytes=peak_memory_bytes(),
         device=str(job.workers.device),
         versions=versions() | {"transformers": proof.version},
-        linears=tuple(report.LinearReport(**linear | {"notes": tuple(linear["notes"])}) for one in told for linear in one["linears"]),
-        blocks=tuple(report.BlockReport(one["block"], one["seconds"], known[one["block"]]) for one in told),
+        linears=tuple(report.LinearReport(**linear | {"notes": tuple(linear["notes"])}) for block in blocks for linear in block["linears"]),
+        blocks=tuple(report.BlockReport(block["block"], block["seconds"], divergences[block["block"]]) for block in blocks),
         basis=basis,
         quality=quality,
-        calibration=calibration
-        and report.Calibration(calibration.description, calibration.num_samples, calibration.tokens, calibration.fingerprint),
+        calibration=None
+        if calibration is None
+        else report.Calibration(calibration.description, calibration.num_samples, calibration.tokens, calibration.fingerprint),
         speeds=speeds,
         proof=proof,
     )

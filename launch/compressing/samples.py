@@ -51,9 +51,13 @@ class Text:
         left, found = num_samples, []
         for batch in self.batches:
             if left > 0:
-                found.append(batch.map(lambda tensor, count=left: tensor[:count]))
+                found.append(_first_rows(batch, left))
                 left -= len(batch.tokens)
         return found
+
+
+def _first_rows(batch: Batch, count: int) -> Batch:
+    return batch.map(lambda tensor: tensor[:count])
 
 
 def calibration_text(opened: OpenedModel, name: str, paths: Sequence[str], num_samples: int, length: int | None) -> Text:
@@ -71,7 +75,7 @@ def paths_for(opened: OpenedModel, data: str | None, name: str) -> list[str]:
     if data:
         return [data]
     if not opened.recipe:
-        raise UserError(f"{name} does not say which data it was trained on: give --data, or --calibration_samples 0 and --test_samples 0.")
+        raise UserError(f"{name} does not record its training data. Give --data, or use no text: --calibration_samples 0 --test_samples 0.")
     return data_paths(opened.recipe)
 
 
@@ -84,7 +88,7 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
     sampling = task.sampling_settings(opened, name)
     length = min(opened.config.sequence_length, MAX_SAMPLE_LENGTH) if length is None else length
     if not 1 <= length <= opened.config.sequence_length:
-        raise UserError(f"--sequence_length {length} is outside 1 ... {opened.config.sequence_length}, the model's context.")
+        raise UserError(f"--sequence_length {length} must be from 1 to {opened.config.sequence_length}, the model's context.")
     size = min(_TOKENS_AT_ONCE, _LOGITS_BYTES // (4 * opened.config.vocab_size)) // length
     size = max(1, min(size, num_samples // _MIN_BATCHES) if num_samples else size)
     limit = math.ceil(num_samples / len(folders)) or None

@@ -30,6 +30,7 @@ def divergences(job: Job, store: LayerStore, changes: Sequence[Change]) -> list[
     batches = job.calibration.first_samples(wanted)
 
     def measure() -> list[list[float]]:
+        """Return the divergences over the samples of all ranks."""
         job.log(f"Measuring each block alone on {wanted} of the calibration samples.")
         samples = first_inputs(job.workers.share(batches), job.workers.device)
         sums, tokens = sensitivity.divergences(job.config, job.opened.state, samples, changes, job.workers.device)
@@ -44,12 +45,13 @@ def outlier_ratios(job: Job, store: LayerStore, chosen: Mapping[str, Matrix]) ->
     """Return the outlier ratio of the chosen matrices of each block; model.compression.allocation defines it."""
 
     def measure() -> list[float]:
+        """Return the ratios, from the statistics of all ranks' samples."""
         job.log("Measuring the outliers of each block: a pass over the unchanged model.")
         ratios = []
         for step, statistics in gather_each_block(job.config, job.opened.state, job.samples, job.workers):
-            here = [(linear, group) for group in statistics for linear in group.linears if f"{step.name}.{linear}.weight" in chosen]
-            weights = [step.module.get_submodule(linear).weight for linear, _ in here]
-            ratios.append(outlier_ratio(weights, [statistics[group] for _, group in here]) if here else 0.0)
+            chosen_here = [(linear, group) for group in statistics for linear in group.linears if f"{step.name}.{linear}.weight" in chosen]
+            weights = [step.module.get_parameter(f"{linear}.weight") for linear, _ in chosen_here]
+            ratios.append(outlier_ratio(weights, [statistics[group] for _, group in chosen_here]) if chosen_here else 0.0)
         return ratios
 
     return _stored_or_measured(job, store, "outliers", measure)
@@ -60,17 +62,20 @@ def importance(job: Job, store: LayerStore, by: str) -> Tensor:
     device, state = job.workers.device, job.opened.state
 
     def measure_influences() -> list[float]:
+        """Return how much each block changes the residual stream."""
         sums = structured.influences(job.config, state, job.samples, device)
         job.workers.sum_in_place([sums])
         return sums.tolist()
 
     def measure_rises() -> list[float]:
+        """Return how much the loss rises without each block."""
         assert job.calibration is not None
         # The hidden states of these samples are kept once for each block.
         batches = job.workers.share(job.calibration.first_samples(max(1, job.calibration.num_samples // job.config.total_blocks)))
         samples, task = first_inputs(batches, device), job.calibration.task
 
         def loss(outputs: Tensor | tuple[Tensor, Tensor], number: int) -> Tensor:
+            """Return the loss of the batch with this number, summed over its targets."""
             batch = batches[number].map(lambda tensor: tensor.to(device))
             return task.sums_of(outputs, batch.targets, batch.classes)[:2].sum()
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from data.command_line import UserError, flatten, nearest
+from data.command_line import UserError, describe, flatten, nearest
 from data.files import nearest_existing
 from launch.checkpoints.opening import OpenedModel, open_model, weights_bytes
 from launch.checkpoints.state import ShardSlice, checksum
@@ -29,9 +29,9 @@ from model.layers import Stream
 
 Settings = TypeVar("Settings", bound=CompressionSettings)
 
-_MOST_ZEROS = 0.05  # share of a matrix; one that was trained and not pruned has no zeros
-_NOT_IN_THE_WEIGHTS = (
-    *("model", "output", "data", "calibration_data"),  # in their place the weights and the text itself are compared
+_MAX_ZEROS = 0.05  # share of a matrix; one that was trained and not pruned has no zeros
+_SETTINGS_OUTSIDE_THE_PLAN = (
+    *("model", "output", "data", "calibration_data"),  # the plan compares the weights and the text instead
     *("kv_cache", "test_samples", "max_shard_gib", "max_perplexity_ratio", "strict", "force", "dry_run"),
 )
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,10 +58,12 @@ class Job(Generic[Settings]):
 
     @property
     def config(self) -> ModelConfig:
+        """Shape of the dense model."""
         return self.opened.config
 
     @property
     def output(self) -> Path:
+        """Folder to write."""
         assert self.settings.output is not None
         return Path(self.settings.output)
 
@@ -88,11 +90,12 @@ class Job(Generic[Settings]):
 
     def _plan(self) -> dict[str, Any]:
         """Return what identifies this compression; an earlier start is resumed if it has the same plan."""
-        settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in _NOT_IN_THE_WEIGHTS}
+        settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in _SETTINGS_OUTSIDE_THE_PLAN}
         calibration = self.calibration.fingerprint if self.calibration else None
         return {"door": self.script, "model": self.fingerprint, "calibration": calibration} | flatten(settings)
 
     def log(self, text: str) -> None:
+        """Print a line on the first rank."""
         if self.workers.is_first:
             print(text, flush=True)
 
@@ -100,14 +103,14 @@ class Job(Generic[Settings]):
 def open_source(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel | None]:
     """Return the model's shape, and the model unless only a size is named. Raises UserError if it cannot be compressed or written."""
     if settings.output is not None and Path(settings.output).exists():
-        raise UserError(f"--output {settings.output} is there already; nothing is overwritten. Give another name.")
+        raise UserError(f"--output {settings.output} already exists; nothing is overwritten. Give another name.")
     if settings.dry_run and settings.model in SIZES and not Path(settings.model).exists():
         return ModelConfig(**named_size(settings.model)), None
     opened = open_model(settings.model, settings.average)
     if opened.tokenizer is None:
-        raise UserError(f"No tokenizer.model, tokenizer.json or .tiktoken file lies beside {settings.model}.")
+        raise UserError(f"There is no tokenizer.model, tokenizer.json or .tiktoken file next to {settings.model}.")
     if not settings.force:
-        opened.refuse_quantized("what is compressed twice loses twice. --force does it all the same")
+        opened.refuse_quantized("compressing it again would add a second loss. Use --force to allow it")
     try:
         huggingface.architecture(opened.config)
     except ValueError as error:
@@ -119,14 +122,15 @@ def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Se
     """Find the text and the ranks, and check every weight. Raises UserError, before any long work, if something is wrong."""
     start_time = time.perf_counter()
     if needs_calibration and not settings.calibration_samples:
-        raise UserError("calibration_samples is 0; this method looks at what goes into each matrix. Give some, 128 for example.")
+        given = describe(settings, "calibration_samples")
+        raise UserError(f"{given}: this method needs statistics of the inputs of each matrix. Use --calibration_samples 128.")
     calibration = test = None
     if settings.calibration_samples or settings.test_samples:
         paths = paths_for(opened, settings.data, settings.model)
         length = settings.sequence_length
         if settings.calibration_samples:
-            of_calibration = [settings.calibration_data] if settings.calibration_data else paths
-            calibration = calibration_text(opened, settings.model, of_calibration, settings.calibration_samples, length)
+            calibration_paths = [settings.calibration_data] if settings.calibration_data else paths
+            calibration = calibration_text(opened, settings.model, calibration_paths, settings.calibration_samples, length)
         if settings.test_samples:
             test = test_text(opened, settings.model, paths, settings.test_samples, length)
         if calibration and test and not settings.force:
@@ -139,21 +143,21 @@ def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Se
     widest = max(matrix.shape[1] for matrix in matrices(opened.config).values())
     if calibration and calibration.tokens < widest:
         job.log(
-            f"Note: {calibration.tokens:,} calibration tokens for matrices of up to {widest:,} inputs: with fewer tokens than inputs "
-            "the statistics leave directions open. Give more --calibration_samples."
+            f"Note: {calibration.tokens:,} calibration tokens for matrices of up to {widest:,} inputs. With fewer tokens than inputs "
+            "the statistics are incomplete. Give more --calibration_samples."
         )
     return job
 
 
 def chosen_matrices(config: ModelConfig, ignore: Sequence[str]) -> dict[str, Matrix]:
     """Return the matrices of all blocks but those that patterns such as "0.*" and "*.down" match. Raises UserError if one matches none."""
-    there = matrices(config)
-    names = [str(matrix) for matrix in there.values()]
+    found = matrices(config)
+    names = [str(matrix) for matrix in found.values()]
     for pattern in ignore:
         if not fnmatch.filter(names, pattern):
-            kinds = ", BLOCK.".join(dict.fromkeys(matrix.linear for matrix in there.values()))
-            raise UserError(f"--ignore {pattern} names no matrix.{nearest(pattern, names)} They are called BLOCK.{kinds}.")
-    chosen = {name: matrix for name, matrix in there.items() if not any(fnmatch.fnmatchcase(str(matrix), pattern) for pattern in ignore)}
+            kinds = ", BLOCK.".join(dict.fromkeys(matrix.linear for matrix in found.values()))
+            raise UserError(f"--ignore {pattern} matches no matrix.{nearest(pattern, names)} The names are BLOCK.{kinds}.")
+    chosen = {name: matrix for name, matrix in found.items() if not any(fnmatch.fnmatchcase(str(matrix), pattern) for pattern in ignore)}
     if not chosen:
         raise UserError(f"--ignore {' '.join(ignore)} leaves no matrix to compress.")
     return chosen
@@ -173,31 +177,36 @@ def _check_weights(opened: OpenedModel, workers: Workers, dtype: torch.dtype, fo
         )
         if not weight.isfinite().all():
             complaints.append(
-                f"{_place(opened, name)}: {name} holds numbers that are not finite: it is damaged, or its training has failed."
+                f"{_file_of(opened, name)}: {name} contains numbers that are not finite. The file is damaged, or the training diverged."
             )
         elif weight.abs().max() > torch.finfo(dtype).max:
-            complaints.append(f"{_place(opened, name)}: {name} holds numbers above {torch.finfo(dtype).max:g}, the largest of --precision.")
-        elif name in linears and zeros > _MOST_ZEROS * weight.numel() and not force:
             complaints.append(
-                f"{_place(opened, name)}: {zeros / weight.numel():.0%} of {name} are zero: it is pruned already, and what is compressed "
-                "twice loses twice. --force does it all the same."
+                f"{_file_of(opened, name)}: {name} contains numbers above {torch.finfo(dtype).max:g}, the largest number of the chosen "
+                "--precision. Use --precision bf16 or float32."
+            )
+        elif name in linears and zeros > _MAX_ZEROS * weight.numel() and not force:
+            complaints.append(
+                f"{_file_of(opened, name)}: {zeros / weight.numel():.0%} of {name} are zero, so the model is pruned already. Compressing "
+                "it again would add a second loss. Use --force to allow it."
             )
     if complaints := [one for rank in workers.all_gather(complaints) for one in rank]:
-        raise UserError(complaints[0] + (f" So are {len(complaints) - 1} more." if complaints[1:] else ""))
-    seen = {name: found for rank in workers.all_gather(tensors) for name, found in rank.items()}
-    fingerprint = hashlib.sha256(repr([(name, seen[name][1]) for name in kinds]).encode()).hexdigest()
-    return report.Weights(weights_bytes(opened), tuple(seen[name][0] for name in kinds)), fingerprint
+        raise UserError(complaints[0] + (f" {len(complaints) - 1} more of its weights cannot be used." if complaints[1:] else ""))
+    checked = {name: result for rank in workers.all_gather(tensors) for name, result in rank.items()}
+    fingerprint = hashlib.sha256(repr([(name, checked[name][1]) for name in kinds]).encode()).hexdigest()
+    return report.Weights(weights_bytes(opened), tuple(checked[name][0] for name in kinds)), fingerprint
 
 
-def _place(opened: OpenedModel, name: str) -> Path:
+def _file_of(opened: OpenedModel, name: str) -> Path:
     """Return the file that holds a tensor, or the checkpoint whose files share it."""
     return opened.state.file_of(name) if isinstance(opened.state, huggingface.State) else opened.folder
 
 
 def _refuse_full_disk(output: Path, config: ModelConfig, dtype: torch.dtype) -> None:
     """Raise UserError if the finished layers and the folder, at most twice the weights less what an earlier start wrote, do not fit."""
-    ground = nearest_existing(output.parent)
+    existing = nearest_existing(output.parent)
     done = sum(path.stat().st_size for path in folder_for(output).glob("*.safetensors"))
-    needed, free = 2 * dtype.itemsize * count_parameters(config) - done, shutil.disk_usage(ground).free
+    needed, free = 2 * dtype.itemsize * count_parameters(config) - done, shutil.disk_usage(existing).free
     if free < needed:
-        raise UserError(f"{ground} has {free / 2**30:.2f} GiB free; --output {output} needs {needed / 2**30:.2f}.")
+        raise UserError(
+            f"{existing} has {free / 2**30:.2f} GiB free; --output {output} needs {needed / 2**30:.2f} GiB. Give a folder on another disk."
+        )

@@ -1,4 +1,4 @@
-"""Tiny models of fresh weights, prepared text for them, and a function that presses one."""
+"""Tiny models with random weights, prepared text for them, and functions that prune or quantize one."""
 
 import json
 import random
@@ -24,7 +24,7 @@ SPECIAL = ("[CLS]", "[MASK]", *(f"<extra_id_{number}>" for number in range(8)))
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
-    """A few hundred short texts of made-up words, prepared."""
+    """Return a prepared folder of 200 short texts of random words."""
     folder, dice = tmp_path_factory.mktemp("texts"), random.Random(0)
     words = ["".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=dice.randint(2, 7))) for _ in range(300)]
     lines = [json.dumps({"text": " ".join(dice.choices(words, k=60))}) for _ in range(200)]
@@ -40,7 +40,7 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory, texts):
-    """A function that writes a Hugging Face folder of fresh weights, moved as told."""
+    """Return a function that writes a Hugging Face folder of random weights, each passed through `change`."""
     root = tmp_path_factory.mktemp("models")
 
     def build(name: str, change=lambda name, weight: weight, **options) -> Path:
@@ -61,23 +61,23 @@ def model(tmp_path_factory, texts):
 
 @pytest.fixture
 def pruned(texts, tmp_path):
-    return _door(prune.main, texts, tmp_path)
+    return _runner(prune.main, texts, tmp_path)
 
 
 @pytest.fixture
 def quantized(texts, tmp_path):
-    return _door(quantize.main, texts, tmp_path)
+    return _runner(quantize.main, texts, tmp_path)
 
 
-def _door(main, texts: Path, tmp_path: Path):
-    """A function that compresses a model by the words given, and returns the folder and the door's status."""
+def _runner(main, texts: Path, tmp_path: Path):
+    """Return a function that compresses a model with the given options, and returns the folder and the exit status."""
 
-    def door(model: Path, *words: str, output: str = "out") -> tuple[Path, int]:
-        return tmp_path / output, main([str(model), "--data", str(texts), "--output", str(tmp_path / output), *QUICK, *words])
+    def run(model: Path, *options: str, output: str = "out") -> tuple[Path, int]:
+        return tmp_path / output, main([str(model), "--data", str(texts), "--output", str(tmp_path / output), *QUICK, *options])
 
-    return door
+    return run
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a Hugging Face folder, by our names, as numbers."""
+    """Return the dequantized weights of a Hugging Face folder by our names."""
     return dict(huggingface.load(folder)[1])

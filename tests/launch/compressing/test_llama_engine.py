@@ -1,4 +1,4 @@
-"""llama.cpp itself: our logits, our ids, its K-quants, its speed beside ours."""
+"""Tests with llama.cpp itself: our logits, our ids, its K-quants, its speed next to ours."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ from tests.model.both_sides import GPT2
 pytestmark = pytest.mark.slow
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000]
-LLAMA3 = (  # as Meta's tokenizer.py has it
+LLAMA3 = (  # from Meta's tokenizer.py
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SCALED = {"rope_factor": 4.0, "rope_original_length": 16}
@@ -43,30 +43,30 @@ NETWORKS = {
 
 
 @pytest.fixture(autouse=True)
-def _there_is_llama_cpp():
+def _require_llama_cpp():
     if not llama_engine.is_installed():
         (pytest.fail if "CI" in os.environ else pytest.skip)("llama-cpp-python is not installed")
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    path = tmp_path_factory.mktemp("words") / "tokenizer.model"
+def tokenizer_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_sentencepiece([TEXT], path, vocab_size=600)
     return path
 
 
 def weights_of(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """No norm or bias left at 1 or 0."""
+    """Return random weights; no norm stays 1 and no bias 0."""
     generator = torch.Generator().manual_seed(0)
     state = {name: weight.detach() for name, weight in Transformer(config).named_parameters()}
     return {name: weight + 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in state.items()}
 
 
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
-def test_its_logits_are_ours(options, words, tmp_path):
+def test_llama_cpp_and_our_network_give_the_same_logits(options, tokenizer_path, tmp_path):
     config = ModelConfig(**{"vocab_size": 601, "sequence_length": 64, "hidden_size": 64, "num_layers": 2} | options)
     tokens = torch.randint(600, (2, 64), generator=torch.Generator().manual_seed(0))
-    state, entries = weights_of(config), gguf_tokenizer(load_tokenizer(words), config.vocab_size)
+    state, entries = weights_of(config), gguf_tokenizer(load_tokenizer(tokenizer_path), config.vocab_size)
     # Measured: 1e-6, with GPT-2's GELU out of a table of float16 4e-4; float16 activations 8e-4; activations of 8 bits 0.023.
     exact = 1e-5 if config.positions == "rotary" else 1e-3
     for kind, tolerance in {"f32": exact, "f16": 3e-3, "q8_0": 0.05, "q4_0": 0.05}.items():
@@ -90,7 +90,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_door_has_it_give_our_ids_and_our_perplexity(name, tmp_path, capsys):
+def test_export_checks_ids_and_perplexity_with_llama_cpp(name, tmp_path, capsys):
     folder = tmp_path / "model"
     config = ModelConfig(vocab_size=640, sequence_length=64, hidden_size=256, num_layers=2)
     huggingface.export(config, weights_of(config), folder)
@@ -103,21 +103,21 @@ def test_the_door_has_it_give_our_ids_and_our_perplexity(name, tmp_path, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f16.gguf", "model", "q4_k_m.gguf"]
 
 
-def test_other_ids_and_another_perplexity_are_noticed(words, tmp_path):
+def test_different_ids_or_perplexity_are_errors(tokenizer_path, tmp_path):
     config = ModelConfig(vocab_size=600, sequence_length=64, hidden_size=64, num_layers=1)
-    entries = gguf_tokenizer(load_tokenizer(words), 600)
+    entries = gguf_tokenizer(load_tokenizer(tokenizer_path), 600)
     path = tmp_path / "model.gguf"
     gguf_file.write(config, weights_of(config), entries | {"tokenizer.ggml.add_space_prefix": True}, path, "f32")
     with pytest.raises(RuntimeError, match="gives other ids"):
-        llama_engine.verify(path, config, load_tokenizer(words), 1e-4)
+        llama_engine.verify(path, config, load_tokenizer(tokenizer_path), 1e-4)
     gguf_file.write(config, weights_of(config), entries, path, "f32")
-    assert llama_engine.verify(path, config, load_tokenizer(words), 1e-4) < 1e-5
+    assert llama_engine.verify(path, config, load_tokenizer(tokenizer_path), 1e-4) < 1e-5
     other = ModelConfig(vocab_size=600, sequence_length=64, hidden_size=64, num_layers=1, rope_theta=100.0)
     with pytest.raises(RuntimeError, match="perplexity differs from ours"):
-        llama_engine.verify(path, other, load_tokenizer(words), 1e-4)
+        llama_engine.verify(path, other, load_tokenizer(tokenizer_path), 1e-4)
 
 
-def test_four_bits_write_at_least_twice_as_fast_as_we_do(capsys):
+def test_four_bits_generate_at_least_twice_as_fast_as_ours(capsys):
     assert generation.main(["--size", "llama-160m", "--types", "q4_0", "q4_k_m", "--new_tokens", "32"]) == 0
     times_ours = dict(re.findall(r"^(.*?) +[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M))
     assert float(times_ours["llama.cpp, q4_0"]) >= 2 and float(times_ours["llama.cpp, q4_k_m"]) >= 2

@@ -1,4 +1,4 @@
-"""The report: everything measured is in its JSON, and what a person looks for first stands first on its page."""
+"""Tests of the report: its JSON has all measurements, and its page begins with the most important ones."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def weights(bytes_of_linear: int, zeros: int = 0) -> Weights:
 
 @pytest.fixture
 def bare():
-    """Of a run without data."""
+    """Return the report of a run without data."""
     return Report(
         name="demo-w4",
         model="runs/demo",
@@ -49,7 +49,7 @@ def bare():
     )
 
 
-def test_a_run_without_data_reports_sizes_and_where_it_is_served(bare, tmp_path):
+def test_report_without_data_has_sizes_and_supported_software(bare, tmp_path):
     report.write(bare, tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert page.startswith("# demo-w4\n\n**Size ×0.417**: 6.00 kB → 2.50 kB, 13.33 bits a weight; 16.7% of 1,500 parameters are 0.\n")
@@ -85,7 +85,7 @@ def test_everything_measured_is_reported(bare, tmp_path):
     assert contents == json.loads(json.dumps(dataclasses.asdict(whole)))
     page = (first / "report.md").read_text()
     assert page.splitlines()[2].startswith(f"**Perplexity ×{quality.ratio.value:.4f}** (± {quality.ratio.standard_error:.4f})")
-    for said in (
+    for text in (
         "- attention.query of block 0: No Cholesky factor: rounded to nearest.",
         "Measured on 50 tokens of 4.00 bytes, validation of prepared: causal, windows of 256 tokens, 256 apart; hash ffffffffffff",
         "128 samples, 32,768 tokens, train of prepared; hash cccccccccccc",
@@ -93,17 +93,17 @@ def test_everything_measured_is_reported(bare, tmp_path):
         "perplexity 100.01, ours 100: largest difference 1.0e-04, bound 1e-03",
         *[f"]({name})" for name in files if name.endswith("svg")],
     ):
-        assert said in page
+        assert text in page
 
 
 @pytest.mark.parametrize("artefact", typing.get_args(Artefact))
-def test_every_artefact_says_in_one_sentence_where_it_is_served(artefact):
-    said = report.describe_serving(artefact, [4])
-    assert said.endswith(".") and ". " not in said.replace("vllm#36799", "") and "vLLM" in said
-    assert ("not proven here" in said) == (artefact.endswith("quantized"))
+def test_supported_software_of_every_artefact_is_one_sentence(artefact):
+    sentence = report.describe_serving(artefact, [4])
+    assert sentence.endswith(".") and ". " not in sentence.replace("vllm#36799", "") and "vLLM" in sentence
+    assert ("not proven here" in sentence) == (artefact.endswith("quantized"))
 
 
-def test_widths_without_kernels_and_patterns_without_engines_are_not_promised():
+def test_vllm_is_not_named_for_formats_without_kernels():
     assert "not proven" not in report.describe_serving("pack-quantized", [3, 4]) and "4 and 8 bits" in report.describe_serving(
         "pack-quantized", [3, 4]
     )
@@ -119,7 +119,7 @@ def test_widths_without_kernels_and_patterns_without_engines_are_not_promised():
 
 
 @pytest.mark.parametrize("options", [{}, BERT, MARIAN], ids=["llama", "bert", "marian"])
-def test_what_can_be_compressed_is_what_is_of_attention_and_feed_forward(options):
+def test_attention_and_feed_forward_weights_are_the_compressible_ones(options):
     config = ModelConfig(vocab_size=64, sequence_length=16, hidden_size=16, num_layers=1, num_attention_heads=2, **options)
     network, kinds = Transformer(config), report.kinds_of_tensors(config)
     assert list(kinds) == [name for name, _ in network.named_parameters()]
@@ -129,7 +129,7 @@ def test_what_can_be_compressed_is_what_is_of_attention_and_feed_forward(options
     assert ("head" in kinds.values()) == (options is BERT)  # the others' head is the embedding
 
 
-def test_a_checkpoints_moments_are_not_its_weights(tmp_path):
+def test_optimizer_states_do_not_count_as_weights(tmp_path):
     config = ModelConfig(vocab_size=64, sequence_length=16, hidden_size=16, num_layers=1, num_attention_heads=2)
     (tmp_path / "rank_00000.safetensors").write_bytes(b" " * 100_000)
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b" " * 70)

@@ -1,4 +1,4 @@
-"""The doors prune and quantize: what they make of every family, and what a person's mistake or bad luck gets."""
+"""Tests of launch/prune.py and launch/quantize.py: results for every family of models, refusals, and interrupted runs."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ def linears(config: ModelConfig) -> set[str]:
     return {name for name, _ in Transformer(config).named_parameters() if name.endswith(ends)}
 
 
-def test_a_pattern_is_exact_and_what_is_ignored_or_no_matrix_of_a_block_stays(pruned, model):
+def test_pattern_is_exact_and_ignored_matrices_stay_unchanged(pruned, model):
     dense = model("dense")
     folder, status = pruned(dense, "--sparsity", "2:4", "--ignore", "0.*", "*.value")
     assert status == 0
@@ -53,11 +53,11 @@ def test_a_pattern_is_exact_and_what_is_ignored_or_no_matrix_of_a_block_stays(pr
     assert report["proof"]["measure"] == "perplexity" and report["quality"]["tokens"] == 256
 
 
-def test_blocks_with_outliers_are_spared_and_the_whole_is_as_asked(pruned, model, capsys):
-    def loud(name, weight):
+def test_owl_prunes_outlier_blocks_differently_at_the_given_average(pruned, model, capsys):
+    def with_outliers(name, weight):
         return weight.index_fill(1, torch.tensor([3]), 9.0) if name.startswith("1.") and weight.ndim == 2 else weight
 
-    outliers = model("outliers", loud)
+    outliers = model("outliers", with_outliers)
     folder, status = pruned(outliers, "--method", "sparsegpt", "--sparsity", "0.6", "--allocation", "owl")
     assert status == 0
     after, names = tensors(folder), linears(huggingface.load(folder)[0])
@@ -68,10 +68,10 @@ def test_blocks_with_outliers_are_spared_and_the_whole_is_as_asked(pruned, model
     assert "SparseGPT, 0.6, shares by outliers (OWL)" in capsys.readouterr().out
 
 
-def test_a_smaller_network_of_every_size_at_once(pruned, model):
+def test_structured_pruning_reduces_every_size_at_once(pruned, model):
     sizes = {"num_layers": 1, "num_key_value_heads": 1, "intermediate_size": 48, "hidden_size": 24}
-    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-    folder, status = pruned(model("dense"), "--method", "structured", *words, "--depth_by", "loss")
+    options = [option for name, size in sizes.items() for option in (f"--{name}", str(size))]
+    folder, status = pruned(model("dense"), "--method", "structured", *options, "--depth_by", "loss")
     config, weights = huggingface.load(folder)
     assert status == 0 and {name: getattr(config, name) for name in sizes} == sizes and config.num_attention_heads == 1
     assert all((weight != 0).any() for weight in weights.values())
@@ -80,7 +80,7 @@ def test_a_smaller_network_of_every_size_at_once(pruned, model):
 
 
 @pytest.mark.parametrize(("options", "measure"), [(BERT | {"num_classes": 2}, "logits"), (T5, "logits")], ids=["bert", "t5"])
-def test_encoders_and_pairs_become_int8(quantized, model, options, measure):
+def test_encoders_and_encoder_decoders_are_quantized_to_int8(quantized, model, options, measure):
     folder, status = quantized(
         model(f"{measure}{len(options)}", **options), "--bits", "8", "--activations", "int8", "--scaling", "smoothquant"
     )
@@ -90,8 +90,8 @@ def test_encoders_and_pairs_become_int8(quantized, model, options, measure):
     assert report["artefact"] == "int-quantized" and report["quality"]["tokens"] > 0 and report["proof"]["measure"] == measure
 
 
-def test_bits_go_where_they_count_within_the_average(quantized, model, capsys):
-    """Of three blocks one does nothing: what it loses is nothing."""
+def test_average_bits_gives_fewer_bits_to_blocks_that_cost_less(quantized, model, capsys):
+    """One of three blocks changes nothing, so its compression costs nothing."""
     idle = model(
         "idle",
         lambda name, weight: weight * 1e-6 if name in ("2.attention.output.weight", "2.feed_forward.down.weight") else weight,
@@ -105,7 +105,7 @@ def test_bits_go_where_they_count_within_the_average(quantized, model, capsys):
     assert costs[1] < 1e-6 < min(costs[0], costs[2]) and report["bits"] == sorted(set(bits.values()))
 
 
-def test_keys_and_values_become_bytes_by_the_largest_of_the_calibration_text(quantized, model):
+def test_cache_scales_are_the_largest_values_of_the_calibration_text(quantized, model):
     folder, status = quantized(model("dense"), "--method", "rtn", *INT4, "--kv_cache", "int8", "--precision", "float32")
     report = json.loads((folder / "report.json").read_text())
     assert status == 0 and report["kv_cache"] == {"kind": "int8", "bytes_before": 512, "bytes_after": 128}
@@ -123,15 +123,15 @@ def test_keys_and_values_become_bytes_by_the_largest_of_the_calibration_text(qua
         export.main([str(folder), "--format", "gguf", "--output", str(folder.parent / "out.gguf")])
 
 
-def test_without_any_text_a_classifier_is_pruned_by_magnitude(pruned, model):
+def test_classifier_is_pruned_by_magnitude_without_text(pruned, model):
     classifier = model("classifier", **BERT, num_classes=3, token_head=False)
-    words = ["--method", "magnitude", "--calibration_samples", "0", "--test_samples", "0"]
-    folder, status = pruned(classifier, *words)
+    options = ["--method", "magnitude", "--calibration_samples", "0", "--test_samples", "0"]
+    folder, status = pruned(classifier, *options)
     report = json.loads((folder / "report.json").read_text())
     assert status == 0 and report["quality"] is None and report["calibration"] is None and report["proof"]["measure"] == "logits"
 
 
-def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_path):
+def test_averaged_checkpoints_are_calibrated_on_all_data_folders(texts, tmp_path):
     run, second = tmp_path / "run", shutil.copytree(texts, tmp_path / "second")
     config = ModelConfig(**SMALL, document_mask=True)
     recipe = {"model": vars(config), "data": {"path": [str(texts), str(second)], "objective": None}}
@@ -155,15 +155,15 @@ def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("door", "words", "said"),
+    ("script", "options", "message"),
     [
         (prune, ["--sparsity=1:128"], r"^0\.attention\.query: sparsity 1:128: a row of 32 entries is not a multiple of 128.*--ignore '"),
         (prune, ["--sparsity=1.5"], "sparsity '1.5' is neither"),
-        (prune, ["--ignore", "0.*", "1.atention.*"], r"--ignore 1\.atention\.\* names no matrix\. Did you mean \"1\.attention\.\w+\"\?"),
+        (prune, ["--ignore", "0.*", "1.atention.*"], r"--ignore 1\.atention\.\* matches no matrix\. Did you mean \"1\.attention\.\w+\"\?"),
         (prune, ["--ignore", "*"], r"--ignore \* leaves no matrix"),
-        (prune, ["--calibration_samples=0"], "calibration_samples is 0; this method looks at"),
+        (prune, ["--calibration_samples=0"], r"calibration_samples 0 \(.*\): this method needs statistics of the inputs"),
         (prune, ["--calibration_samples=-1"], "calibration_samples is -1; it must be at least 0"),
-        (prune, ["--sequence_length=64"], "--sequence_length 64 is outside 1 ... 32"),
+        (prune, ["--sequence_length=64"], "--sequence_length 64 must be from 1 to 32, the model's context"),
         (prune, ["--sparsity=2:4", "--allocation=owl"], "allocation owl .* gives blocks different shares"),
         (prune, ["--num_layers=1", "--damping=0.1"],
             r"(?s)num_layers 1 .* only to method structured, not to method wanda \(default\).*damping 0\.1 .* only to method sparsegpt"),
@@ -175,7 +175,8 @@ def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_pat
         (quantize, ["--group_size=48"], r"Groups of 48 do not divide .* attention\.query \(32\).*--group_size 32, 16, 0 would divide them"),
         (quantize, ["--kind=nvfp4", "--bits=8"], "nvfp4 has 4 bits"),
         (quantize, ["--activations=int8"], "activations int8 need kind int, 8 bits"),
-        (quantize, ["--average_bits=3", "--group_size=32", "--sensitivity_samples=1"], r"average_bits 3 is below 3\.5, the size of 3 bits"),
+        (quantize, ["--average_bits=3", "--group_size=32", "--sensitivity_samples=1"],
+            r"average_bits 3 .* must be at least 3\.5, the size of 3-bit"),
         (quantize, ["--average_bits=4", "--bits=4"],
             "(?s)average_bits 4 .* both set the bits.*average_bits 4 .* needs the loss that each block costs"),
         (quantize, ["--method=rtn", "--act_order"], "act_order true .* applies only to method gptq"),
@@ -183,20 +184,20 @@ def test_the_mean_of_a_runs_checkpoints_on_a_blend_of_its_folders(texts, tmp_pat
         (quantize, ["--method=rtn", "--kv_cache=fp8", "--calibration_samples=0"], "kv_cache fp8 .* takes its scales from the calibration"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_before_anything_is_written(texts, model, tmp_path, door, words, said):
+def test_invalid_settings_are_refused_before_anything_is_written(texts, model, tmp_path, script, options, message):
     given = ["--data", str(texts), "--output", str(tmp_path / "new" / "out"), *QUICK]
-    with pytest.raises(UserError, match=said):
-        door.main([str(model("dense")), *given, *words])
+    with pytest.raises(UserError, match=message):
+        script.main([str(model("dense")), *given, *options])
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_and_what_is_not_given_is_named(texts, model, tmp_path):
+def test_existing_output_and_missing_or_unsupported_input_are_named(texts, model, tmp_path):
     dense, output = str(model("dense")), ["--output", str(tmp_path)]
-    with pytest.raises(UserError, match=rf"--output {tmp_path} is there already; nothing is overwritten"):
+    with pytest.raises(UserError, match=rf"--output {tmp_path} already exists; nothing is overwritten"):
         prune.main([dense, *output])
     with pytest.raises(UserError, match="output is missing"):
         prune.main([dense])
-    with pytest.raises(UserError, match="does not say which data it was trained on: give --data"):
+    with pytest.raises(UserError, match=r"does not record its training data\. Give --data, or use no text"):
         prune.main([dense, "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"GPT-2 stores linear weights .* export the model to GGUF"):
         quantize.main([str(model("gpt2", **GPT2)), "--data", str(texts), "--output", str(tmp_path / "out"), *INT4])
@@ -205,9 +206,12 @@ def test_what_is_there_and_what_is_not_given_is_named(texts, model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_damage_is_named_with_its_file(pruned, model, tmp_path, texts):
+def test_damaged_weights_are_named_with_their_file(pruned, model, tmp_path, texts):
     broken = model("broken", lambda name, weight: weight.index_fill(0, torch.tensor([1]), torch.nan) if "up" in name else weight)
-    with pytest.raises(UserError, match=r"broken/model\.safetensors: 1\.feed_forward\.up\.weight holds numbers .* So are 1 more\."):
+    with pytest.raises(
+        UserError,
+        match=r"broken/model\.safetensors: 1\.feed_forward\.up\.weight contains numbers that are not finite.* 1 more of its weights",
+    ):
         pruned(broken)
     config, weights = huggingface.load(model("dense"))
     sharded = tmp_path / "sharded"
@@ -223,27 +227,27 @@ def test_damage_is_named_with_its_file(pruned, model, tmp_path, texts):
         pruned(sharded)
     (sharded / "tokenizer.model").unlink()
     second.write_bytes(whole)
-    with pytest.raises(UserError, match=r"No tokenizer\.model, tokenizer\.json or \.tiktoken file lies beside"):
+    with pytest.raises(UserError, match=r"no tokenizer\.model, tokenizer\.json or \.tiktoken file next to"):
         pruned(sharded)
     assert [path.name for path in tmp_path.iterdir()] == ["sharded"]
 
 
-def test_what_is_compressed_is_compressed_again_only_by_force(pruned, quantized, model):
+def test_compressed_model_is_compressed_again_only_with_force(pruned, quantized, model):
     once, _ = pruned(model("dense"), "--method", "magnitude", output="once")
     with pytest.raises(
-        UserError, match=r"once/model\.safetensors: 50% of 1\.attention\.query\.weight are zero: it is pruned already.*--force"
+        UserError, match=r"once/model\.safetensors: 50% of 1\.attention\.query\.weight are zero, so the model is pruned already.*--force"
     ):
         quantized(once, *INT4)
     codes, status = quantized(once, "--method", "rtn", *INT4, "--force", output="codes")
     assert status == 0 and (tensors(codes)["1.attention.query.weight"] == 0).double().mean() >= 0.5
-    with pytest.raises(UserError, match=r"codes is quantized \(int4, a scale each 32\): what is compressed twice loses twice"):
+    with pytest.raises(UserError, match=r"codes is quantized \(int4, a scale each 32\): compressing it again would add a second loss"):
         pruned(codes)
     again, status = pruned(codes, "--sparsity", "0.75", "--force", output="again")
     before, after = tensors(codes)["1.feed_forward.up.weight"], tensors(again)["1.feed_forward.up.weight"]
     assert status == 0 and torch.equal(after[after != 0], before[after != 0])
 
 
-def test_text_that_is_tested_may_not_calibrate(pruned, model, texts, tmp_path):
+def test_calibration_on_the_test_text_is_refused(pruned, model, texts, tmp_path):
     same = shutil.copytree(texts, tmp_path / "same")
     manifest = json.loads((same / "manifest.json").read_text())
     manifest["splits"]["train"] = json.loads(json.dumps(manifest["splits"]["validation"]))
@@ -253,11 +257,12 @@ def test_text_that_is_tested_may_not_calibrate(pruned, model, texts, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
 
-def test_few_tokens_are_noted_and_a_dry_run_writes_nothing(pruned, quantized, model, texts, tmp_path, capsys):
+def test_few_tokens_are_noted_and_dry_run_writes_nothing(pruned, quantized, model, texts, tmp_path, capsys):
     assert prune.main([str(model("dense")), "--data", str(texts), *QUICK, "--calibration_samples", "1", "--dry_run"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "Note: 32 calibration tokens for matrices of up to 64 inputs" in said and "14 matrices in 2 blocks; 32 calibration tokens" in said
+        "Note: 32 calibration tokens for matrices of up to 64 inputs" in printed
+        and "14 matrices in 2 blocks; 32 calibration tokens" in printed
     )
     assert quantize.main(["llama2-7b", "--dry_run"]) == 0
     assert "llama2-7b: 6,738,415,616 parameters, 224 matrices in 32 blocks; 262,144 calibration tokens" in capsys.readouterr().out
@@ -268,12 +273,12 @@ def test_few_tokens_are_noted_and_a_dry_run_writes_nothing(pruned, quantized, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cost_too_much_or_went_otherwise_is_the_status_and_is_kept(quantized, model, capsys):
+def test_exceeded_limits_set_the_exit_status_and_keep_the_folder(quantized, model, capsys):
     silent = model("silent", lambda name, weight: weight * 0 if name == "2.attention_norm.weight" else weight)
     folder, status = quantized(silent, "--bits", "2", *INT4, "--max_perplexity_ratio", "0.5", "--strict", output="three")
     assert status == 3 and "is above --max_perplexity_ratio 0.5" in capsys.readouterr().err and (folder / "config.json").is_file()
     folder, status = quantized(silent, *INT4, "--strict", output="one")
-    assert status == 1 and "--strict: 4 matrices went otherwise than asked, 2.attention.query first" in capsys.readouterr().err
+    assert status == 1 and "--strict: 4 matrices were not compressed as requested, first 2.attention.query" in capsys.readouterr().err
     assert "the Hessian could not be inverted" in (folder / "report.md").read_text()
 
 
@@ -290,13 +295,13 @@ AWQ = ("--scaling", "awq", *INT4, "--average_bits", "4.6", "--sensitivity_sample
 
 @pytest.fixture
 def whole(quantized, model, one_thread) -> bytes:
-    """What the command writes that is never stopped."""
+    """Return the weights that an uninterrupted command writes."""
     folder, status = quantized(model("dense"), *AWQ, output="whole")
     assert status == 0
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_a_disk_that_is_full_at_every_write_in_turn_costs_nothing_that_was_done(quantized, model, whole, tmp_path, monkeypatch):
+def test_full_disk_at_each_write_loses_no_finished_layer(quantized, model, whole, tmp_path, monkeypatch):
     save_file, export = layer_store.save_file, huggingface.export
     written, unfinished = [], tmp_path / "out.unfinished"
 
@@ -324,7 +329,7 @@ def test_a_disk_that_is_full_at_every_write_in_turn_costs_nothing_that_was_done(
         raise FULL
 
     monkeypatch.setattr(huggingface, "export", full)
-    with pytest.raises(UserError, match=r"out could not be written: No space left on device. What was compressed is kept in"):
+    with pytest.raises(UserError, match=r"out could not be written: No space left on device. The finished layers are kept in"):
         quantized(model("dense"), *AWQ)
     assert [name for name in written if name != "full"] == [f"layer-{layer:05d}.tmp" for layer in range(5)]
     monkeypatch.setattr(huggingface, "export", export)
@@ -333,7 +338,7 @@ def test_a_disk_that_is_full_at_every_write_in_turn_costs_nothing_that_was_done(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_a_disk_that_will_be_full_is_named_at_the_start_and_what_is_done_needs_no_more_of_it(quantized, model, tmp_path, monkeypatch):
+def test_too_small_disk_is_refused_and_finished_layers_are_subtracted(quantized, model, tmp_path, monkeypatch):
     needed = 2 * 2 * 39_840
     usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -342,21 +347,21 @@ def test_a_disk_that_will_be_full_is_named_at_the_start_and_what_is_done_needs_n
     assert not list(tmp_path.iterdir())
     (tmp_path / "out.unfinished").mkdir()
     (tmp_path / "out.unfinished" / "layer-00000.safetensors").write_bytes(b"done")
-    with pytest.raises(UserError, match="is not an unfinished compression"):  # the next thing that is looked at
+    with pytest.raises(UserError, match="is not an unfinished compression"):  # the next check
         quantized(model("dense"), *INT4)
 
 
-def test_one_process_at_a_time_writes_an_output_and_no_other_folder_is_taken_for_unfinished_work(quantized, model, tmp_path):
-    held = LayerStore(tmp_path / "out", {})
-    held.open()
-    for left_by_a_kill in ("whole", ".whole.a1b2c3d4"):
-        (held.folder / left_by_a_kill).mkdir()
-    held.close()
-    held.open()
-    assert sorted(path.name for path in held.folder.iterdir()) == ["lock", "plan.json"]
+def test_output_is_locked_and_foreign_folders_are_refused(quantized, model, tmp_path):
+    store = LayerStore(tmp_path / "out", {})
+    store.open()
+    for leftover in ("whole", ".whole.a1b2c3d4"):
+        (store.folder / leftover).mkdir()
+    store.close()
+    store.open()
+    assert sorted(path.name for path in store.folder.iterdir()) == ["lock", "plan.json"]
     with pytest.raises(UserError, match=r"Another process is writing .*out\.unfinished"):
         quantized(model("dense"), *INT4)
-    held.close()
+    store.close()
     (tmp_path / "mine.unfinished").mkdir()
     (tmp_path / "mine.unfinished" / "thesis.txt").write_text("of years")
     with pytest.raises(UserError, match=r"mine\.unfinished is not an unfinished compression"):
@@ -364,10 +369,10 @@ def test_one_process_at_a_time_writes_an_output_and_no_other_folder_is_taken_for
     assert [path.name for path in (tmp_path / "mine.unfinished").iterdir()] == ["thesis.txt"]
 
 
-def test_proof_fails_the_door_where_transformers_finds_something_else(quantized, model, tmp_path, monkeypatch):
+def test_different_perplexity_by_transformers_is_an_error(quantized, model, tmp_path, monkeypatch):
     ours = result.perplexity_of
-    monkeypatch.setattr(result, "perplexity_of", lambda *asked: 1.00003 * ours(*asked))
-    with pytest.raises(RuntimeError, match=r"transformers finds perplexity .* where ours is .*: further apart than 1e-05 of it"):
+    monkeypatch.setattr(result, "perplexity_of", lambda *arguments: 1.00003 * ours(*arguments))
+    with pytest.raises(RuntimeError, match=r"the perplexity by transformers is .*, ours is .*\. They differ by more than 1e-05 of ours"):
         quantized(model("dense"), *INT4)
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
 
@@ -377,22 +382,22 @@ import os, signal, sys
 from launch import quantize
 from launch.compressing import layer_store
 save_file = layer_store.save_file
-def killed_in_the_middle(tensors, path):
+def die_while_writing(tensors, path):
     if "00002" in path.name:
         path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     save_file(tensors, path)
-layer_store.save_file = killed_in_the_middle
+layer_store.save_file = die_while_writing
 quantize.main(sys.argv[1:])
 """
 
 
-def test_killed_in_the_middle_of_a_write_two_ranks_go_on_to_the_same_bytes(texts, model, whole, tmp_path):
-    words = [str(model("dense")), "--data", str(texts), "--output", str(tmp_path / "out"), *QUICK, *AWQ]
+def test_two_ranks_resume_a_killed_process_to_the_same_bytes(texts, model, whole, tmp_path):
+    options = [str(model("dense")), "--data", str(texts), "--output", str(tmp_path / "out"), *QUICK, *AWQ]
     environment = clean_environment(OMP_NUM_THREADS="1")
-    died = subprocess.run([sys.executable, "-c", KILLED, *words], env=environment, cwd=REPOSITORY, capture_output=True, timeout=120)
+    died = subprocess.run([sys.executable, "-c", KILLED, *options], env=environment, cwd=REPOSITORY, capture_output=True, timeout=120)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    first, second = finish(start_ranks(2, REPOSITORY / "launch" / "quantize.py", *words, OMP_NUM_THREADS="1"))
+    first, second = finish(start_ranks(2, REPOSITORY / "launch" / "quantize.py", *options, OMP_NUM_THREADS="1"))
     assert "Resuming after layer 2 of an earlier start" in first and second.strip() == ""
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
     assert Path(tmp_path / "out" / "report.md").is_file() and not (tmp_path / "out.unfinished").exists()
