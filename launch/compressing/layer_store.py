@@ -84,7 +84,8 @@ class LayerStore(Mapping[str, "Tensor | Quantized"]):
 
     def write(self, number: int, tensors: Mapping[str, "Tensor | Quantized"], layer_report: dict[str, Any]) -> None:
         """Publish a layer with its report. Raises UserError if the disk is full; the layers before it are kept."""
-        stored, grids = {}, {}
+        stored: dict[str, Tensor] = {}
+        grids: dict[str, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, Quantized):
                 grids[name] = dataclasses.asdict(tensor.grid)

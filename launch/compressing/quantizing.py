@@ -118,8 +118,8 @@ def _quantize_blocks(job: Job[QuantizeSettings], schemes: Mapping[str, Scheme], 
 
     kind = _cache_kind(settings)
     largest = LargestKeysAndValues(job.config.total_blocks, job.workers.device)
-    method = BlockMethod(change, scales, largest.watching if kind else None)
-    compress(job.config, job.opened.state, method, job.samples, store, job.workers, job.dtype, job.log)
+    block_method = BlockMethod(change, scales, largest.watching if kind else None)
+    compress(job.config, job.opened.state, block_method, job.samples, store, job.workers, job.dtype, job.log)
     kv_cache = None
     if kind is not None:
         job.workers.max_in_place(largest.sizes)

@@ -50,7 +50,7 @@ def outlier_ratios(job: Job, store: LayerStore, chosen: Mapping[str, Matrix]) ->
         ratios = []
         for step, statistics in gather_each_block(job.config, job.opened.state, job.samples, job.workers):
             chosen_here = [(linear, group) for group in statistics for linear in group.linears if f"{step.name}.{linear}.weight" in chosen]
-            weights = [step.module.get_parameter(f"{linear}.weight") for linear, _ in chosen_here]
+            weights = [step.module.get_parameter(f"{linear}.weight").data for linear, _ in chosen_here]
             ratios.append(outlier_ratio(weights, [statistics[group] for _, group in chosen_here]) if chosen_here else 0.0)
         return ratios
 
