@@ -32,8 +32,8 @@ def owl_sparsities(outlier_ratios: list[float], sizes: list[int], sparsity: floa
 def choose(losses: list[dict[int, float]], sizes: list[dict[int, int]], budget_bytes: int) -> list[int]:
     """Choose one option (a number of bits) per block, with the least sum of losses that the budget allows.
 
-    The result is exact: of all partial sums, those are kept that no other beats in both size and loss. They are few, because most blocks
-    have the same size. Raises ValueError if nothing fits.
+    The result is exact. Of all partial choices, only those are kept for which no other has a smaller size and a smaller loss; they are few,
+    because most blocks have the same size. Raises ValueError if nothing fits.
     """
     smallest = sum(min(options.values()) for options in sizes)
     if smallest > budget_bytes:

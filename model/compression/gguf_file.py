@@ -89,7 +89,7 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
     tensors = _tensors(config, kind)
     wanted = {ours for tensor in tensors for ours in tensor.source.ours}
     if wrong := sorted(wanted ^ set(state)):
-        raise ValueError(f"The state lacks these tensors, or has them in addition: {', '.join(wrong[:8])}.")
+        raise ValueError(f"The state has missing or unknown tensors: {', '.join(wrong[:8])}.")
     needed, free = sum(tensor.num_bytes for tensor in tensors), shutil.disk_usage(path.parent).free
     if free < needed:
         raise ValueError(f"{path.name} needs {needed:,} bytes; the disk of {path.parent} has {free:,} free.")
@@ -128,7 +128,7 @@ class GGUFState(Mapping[str, Tensor]):
     """The weights of a GGUF file by our names, in float32; each is read and dequantized when it is accessed.
 
     All block types that the `gguf` package reads are supported, K-quants too. Raises ValueError if a tensor is missing, unknown, or has
-    another shape than in `config`.
+    a shape that does not match `config`.
     """
 
     def __init__(self, path: Path, config: ModelConfig):
@@ -136,7 +136,7 @@ class GGUFState(Mapping[str, Tensor]):
         self._read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name != _ROTARY_FACTORS}
         self._entries = {ours: (tensor, index) for tensor in stored for index, ours in enumerate(tensor.source.ours)}
         if wrong := sorted(set(self._read) ^ {tensor.name for tensor in stored}):
-            raise ValueError(f"{path} lacks these tensors, or has them in addition: {', '.join(wrong[:8])}.")
+            raise ValueError(f"{path} has missing or unknown tensors: {', '.join(wrong[:8])}.")
         for tensor in stored:
             if (shape := tuple(map(int, reversed(self._read[tensor.name].shape)))) != tensor.shape:
                 raise ValueError(f"{path}: {tensor.name} has shape {list(shape)}; by the configuration it is {list(tensor.shape)}.")

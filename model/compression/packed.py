@@ -67,7 +67,7 @@ class Scheme:
 
     def __str__(self) -> str:
         width = f"int{self.grid.bits}" if self.grid.kind == "int" else self.grid.kind
-        per = "a scale a row" if self.grid.group_size is None else f"a scale each {self.grid.group_size}"
+        per = "one scale per row" if self.grid.group_size is None else f"one scale per {self.grid.group_size}"
         inputs = "" if self.activations == "none" else f", inputs {self.activations}"
         return f"{width}, {per}{'' if self.grid.symmetric else ', asymmetric'}{inputs}"
 
@@ -85,7 +85,7 @@ class CacheScheme:
 
 
 def describe_schemes(schemes: Iterable[Scheme], kv_cache: CacheScheme | None) -> str:
-    """Return the distinct schemes as text for messages."""
+    """Return the distinct schemes as one text for messages."""
     return "; ".join(dict.fromkeys(map(str, [*schemes, *([kv_cache] if kv_cache else [])])))
 
 
@@ -215,7 +215,7 @@ def _patterns(schemes: Mapping[str, Scheme], kind: Scheme) -> Iterator[str]:
 
 def _weights_entry(grid: Grid) -> dict[str, Any]:
     strategy = "channel" if grid.group_size is None else "tensor_group" if grid.kind == "nvfp4" else "group"
-    stated = {
+    entry = {
         "num_bits": grid.bits,
         "type": "int" if grid.kind == "int" else "float",
         "symmetric": grid.symmetric,
@@ -223,7 +223,7 @@ def _weights_entry(grid: Grid) -> dict[str, Any]:
         "group_size": grid.group_size,
         "dynamic": False,
     }
-    return stated | ({"scale_dtype": str(_SCALE_TYPES[grid.kind])} if grid.kind in _SCALE_TYPES else {})
+    return entry | ({"scale_dtype": str(_SCALE_TYPES[grid.kind])} if grid.kind in _SCALE_TYPES else {})
 
 
 def _bytes_entry(kind: Byte, strategy: str, dynamic: bool) -> dict[str, Any]:
@@ -254,34 +254,34 @@ def _matches(layer: str, target: str) -> bool:
     return re.match(target[3:], layer) is not None if target.startswith("re:") else target in ("Linear", layer)
 
 
-def parse_configuration(stated: Mapping[str, Any]) -> ParsedConfiguration:
+def parse_configuration(configuration_json: Mapping[str, Any]) -> ParsedConfiguration:
     """Parse the quantization_config of a config.json. Raises ValueError that names what is not supported."""
-    if (method := stated.get("quant_method")) != "compressed-tensors":
+    if (method := configuration_json.get("quant_method")) != "compressed-tensors":
         raise ValueError(f'quantization_config: quant_method "{method}" is not supported, only "compressed-tensors".')
-    if (status := stated.get("quantization_status", "compressed")) != "compressed":
+    if (status := configuration_json.get("quantization_status", "compressed")) != "compressed":
         raise ValueError(f'quantization_config: quantization_status "{status}" is not supported, only "compressed".')
     for key in ("sparsity_config", "transform_config", "moe_sparsity_config"):
-        if stated.get(key) and stated[key] != {"format": "dense"}:
+        if configuration_json.get(key) and configuration_json[key] != {"format": "dense"}:
             raise ValueError(f"quantization_config: {key} is not supported.")
     schemes = []
-    for name, group in (stated.get("config_groups") or {}).items():
+    for name, group in (configuration_json.get("config_groups") or {}).items():
         if not isinstance(group, Mapping):
             raise ValueError(f"quantization_config: {name} names a preset; only groups that are written out are supported.")
         scheme = _scheme_of(name, group)
-        if (given_format := group.get("format") or stated.get("format")) != scheme.format:
+        if (given_format := group.get("format") or configuration_json.get("format")) != scheme.format:
             raise ValueError(f'quantization_config: format "{given_format}" of {name} is not supported; {scheme} is "{scheme.format}".')
         schemes.append((tuple(group["targets"]), scheme))
     if not schemes:
         raise ValueError("quantization_config has no config_groups; keys and values alone are not supported.")
     kv_cache: Byte | None = None
-    if cache := stated.get("kv_cache_scheme"):
+    if cache := configuration_json.get("kv_cache_scheme"):
         kv_cache = _byte_type(cache)
         _check_supported("kv_cache_scheme", cache, _bytes_entry(kv_cache, "tensor", dynamic=False))
-    return ParsedConfiguration(tuple(schemes), tuple(stated.get("ignore") or ()), kv_cache)
+    return ParsedConfiguration(tuple(schemes), tuple(configuration_json.get("ignore") or ()), kv_cache)
 
 
-def _byte_type(stated: Mapping[str, Any]) -> Byte:
-    return "int8" if stated.get("type", "int") == "int" else "fp8"
+def _byte_type(entry: Mapping[str, Any]) -> Byte:
+    return "int8" if entry.get("type", "int") == "int" else "fp8"
 
 
 def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
@@ -312,11 +312,11 @@ def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
     return scheme
 
 
-def _check_supported(section: str, stated: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+def _check_supported(section: str, entry: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
     """Raise ValueError if a key of a section has another value than the supported one."""
     defaults = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     for key, value in supported.items():
-        given = stated.get(key, defaults.get(key))
+        given = entry.get(key, defaults.get(key))
         if given != value and not (key == "group_size" and given == -1) and not (key == "scale_dtype" and given is None):
             needed = json.dumps(value)
             raise ValueError(f"quantization_config: {key} of {section} is {json.dumps(given)}; with the other keys it must be {needed}.")

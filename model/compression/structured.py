@@ -65,7 +65,7 @@ def sizes_for(
     """Return the configuration of the smaller network: of the given sizes or, for a share `parameters`, a smaller feed-forward.
 
     Heads keep their width, and key/value heads keep their number of query heads. Raises ValueError if a size is not below that of the
-    network or leaves nothing, if the share cannot be reached, or if no Hugging Face architecture has such a network.
+    network or below 1, if the share cannot be reached, or if no Hugging Face architecture can express the network.
     """
     given = {
         "intermediate_size": intermediate_size,

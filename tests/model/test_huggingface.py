@@ -79,8 +79,8 @@ def load_by_transformers(folder, config, **options):
 def rewrite(folder, **changes):
     """Change values in config.json; None removes a key."""
     path = folder / "config.json"
-    stated = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in stated.items() if value is not None}))
+    config_json = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config_json.items() if value is not None}))
 
 
 @pytest.mark.parametrize(("dtype", "max_shard_bytes"), [(torch.float32, 10**9), (torch.bfloat16, 10_000)])
@@ -98,8 +98,8 @@ def test_transformers_loads_an_exported_folder(model, tmp_path, dtype, max_shard
     assert verify(tmp_path / "out", config, network.state_dict()) < 1e-5
     if dtype == torch.float32:
         inputs = random_inputs(config)
-        for ours, wanted in zip(our_logits(network(*inputs), config), their_logits(theirs.eval(), config, inputs), strict=True):
-            torch.testing.assert_close(*(without_padding([one], config, inputs) for one in (ours, wanted)), rtol=0, atol=1e-5)
+        for ours, expected in zip(our_logits(network(*inputs), config), their_logits(theirs.eval(), config, inputs), strict=True):
+            torch.testing.assert_close(*(without_padding([one], config, inputs) for one in (ours, expected)), rtol=0, atol=1e-5)
 
 
 def test_export_and_load_give_the_same_model(model, tmp_path):

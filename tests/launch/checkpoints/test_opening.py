@@ -37,5 +37,5 @@ def test_quantized_folder_is_loaded_with_dequantized_weights(quantized):
 def test_run_does_not_start_from_quantized_weights(quantized):
     folder, _ = quantized
     assert open_model(folder).schemes == {"1.feed_forward.down.weight": SCHEME}
-    with pytest.raises(UserError, match=r"is quantized \(int8, a scale a row, inputs int8\): a run starts from weights that are not"):
+    with pytest.raises(UserError, match=r"is quantized \(int8, one scale per row, inputs int8\): a run starts from weights that are not"):
         InitialWeights(folder, CONFIG)

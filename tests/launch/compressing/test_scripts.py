@@ -119,7 +119,7 @@ def test_cache_scales_are_the_largest_values_of_the_calibration_text(quantized, 
                 passed = step(passed)
     assert torch.allclose(torch.tensor(opened.kv_cache.scales), seen.sizes / 127.5)
     assert not torch.equal(load_weights(opened).model(*batch.inputs), network(*batch.inputs))
-    with pytest.raises(UserError, match=r"is quantized \(int4, a scale each 32; keys and values int8\): GGUF cannot store"):
+    with pytest.raises(UserError, match=r"is quantized \(int4, one scale per 32; keys and values int8\): GGUF cannot store"):
         export.main([str(folder), "--format", "gguf", "--output", str(folder.parent / "out.gguf")])
 
 
@@ -240,7 +240,7 @@ def test_compressed_model_is_compressed_again_only_with_force(pruned, quantized,
         quantized(once, *INT4)
     codes, status = quantized(once, "--method", "rtn", *INT4, "--force", output="codes")
     assert status == 0 and (tensors(codes)["1.attention.query.weight"] == 0).double().mean() >= 0.5
-    with pytest.raises(UserError, match=r"codes is quantized \(int4, a scale each 32\): compressing it again would add a second loss"):
+    with pytest.raises(UserError, match=r"codes is quantized \(int4, one scale per 32\): compressing it again would add a second loss"):
         pruned(codes)
     again, status = pruned(codes, "--sparsity", "0.75", "--force", output="again")
     before, after = tensors(codes)["1.feed_forward.up.weight"], tensors(again)["1.feed_forward.up.weight"]

@@ -157,10 +157,10 @@ def test_layers_can_have_different_schemes_or_none(llama, tmp_path):
     schemes["1.attention.output.weight"] = W8A8
     state = round_weights(llama, schemes, torch.float32)
     export(llama.config, state, tmp_path / "out", schemes=schemes, max_shard_bytes=20_000)
-    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert stated["format"] == "mixed-precision"
-    assert "re:model\\.layers\\.1\\..*" in stated["config_groups"]["group_1"]["targets"]
-    assert "model.layers.1.mlp.down_proj" in stated["ignore"]
+    config_json = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config_json["format"] == "mixed-precision"
+    assert "re:model\\.layers\\.1\\..*" in config_json["config_groups"]["group_1"]["targets"]
+    assert "model.layers.1.mlp.down_proj" in config_json["ignore"]
     config, again = load(tmp_path / "out")
     assert again.schemes == schemes
     assert verify(tmp_path / "out", config, state, schemes=schemes) < 1e-5
@@ -273,8 +273,8 @@ def test_quantization_config_equals_that_of_llm_compressor(llama, name):
     whole = QuantizationConfig(
         config_groups={"group_0": theirs}, format=scheme.format, quantization_status="compressed", ignore=["lm_head"]
     ).model_dump()
-    stated = parse_configuration(json.loads(json.dumps(whole, default=str)))
-    assert (stated.scheme_of("model.layers.0.mlp.up_proj"), stated.scheme_of("lm_head")) == (scheme, None)
+    parsed = parse_configuration(json.loads(json.dumps(whole, default=str)))
+    assert (parsed.scheme_of("model.layers.0.mlp.up_proj"), parsed.scheme_of("lm_head")) == (scheme, None)
     if scheme.grid.group_size != 128:
         ours = quantization_config(llama.config, dict.fromkeys(linears(llama), scheme), torch.bfloat16)
         read = QuantizationConfig.model_validate(ours).config_groups["group_0"]
@@ -312,10 +312,10 @@ TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
     ],
 )
 def test_unsupported_quantization_is_refused_by_name(changes, message):
-    stated = {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}}
-    assert parse_configuration(stated).scheme_of("model.layers.0.mlp.up_proj") == INT4
+    config_json = {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}}
+    assert parse_configuration(config_json).scheme_of("model.layers.0.mlp.up_proj") == INT4
     with pytest.raises(ValueError) as refusal:
-        parse_configuration(stated | changes)
+        parse_configuration(config_json | changes)
     assert message in str(refusal.value)
 
 

@@ -195,13 +195,13 @@ def test_block_that_adds_nothing_has_no_influence_and_can_be_removed(llama):
 
 def test_influence_is_one_minus_the_cosine_of_input_and_output(llama):
     config, state = llama
-    sample, wanted = Stream.from_tensors(random_inputs(config)), []
+    sample, expected = Stream.from_tensors(random_inputs(config)), []
     stream = sample
     for step in walk(config, state):
         before, stream = stream.hidden, step(stream)
         if step.block is not None:
-            wanted.append((1 - (before * stream.hidden).sum(-1) / before.norm(dim=-1) / stream.hidden.norm(dim=-1)).sum())
-    torch.testing.assert_close(influences(config, state, [sample]).float(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
+            expected.append((1 - (before * stream.hidden).sum(-1) / before.norm(dim=-1) / stream.hidden.norm(dim=-1)).sum())
+    torch.testing.assert_close(influences(config, state, [sample]).float(), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "marian"])
