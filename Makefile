@@ -23,7 +23,7 @@ check: install
 	$(BIN)/pytest tests/test_house.py
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 demo: install
 	$(BIN)/python launch/demo.py

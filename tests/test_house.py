@@ -174,3 +174,56 @@ def test_every_folder_of_packages_is_installed():
     named = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     there = {module_of(path) for path in sources("model", "data", "launch") if path.name == "__init__.py"}
     assert named == there
+
+
+def test_there_is_no_import_circle():
+    """Imports inside functions and for type checking count too."""
+    graph = {
+        module_of(path): {module for module, _ in imports(path) if module in our_modules()} for path in sources("model", "data", "launch")
+    }
+    graph = {module: targets - {module} for module, targets in graph.items()}
+    while free := {module for module, targets in graph.items() if not targets}:  # remove what imports nothing, again and again
+        graph = {module: targets - free for module, targets in graph.items() if module not in free}
+    assert not graph, "modules in a circle, or that import one: " + ", ".join(sorted(graph))
+
+
+def test_imports_stand_at_the_head_of_files():
+    """Exceptions: the body of a script, so that --help and mistakes in the settings answer at once, and optional packages."""
+    inner = [f"{name_of(path)}: {module}" for path in sources("model", "data", "launch") for module, is_inner in imports(path) if is_inner]
+    assert len(inner) <= MOST_INNER_IMPORTS, "\n".join(inner)
+
+
+def test_descriptions_begin_with_a_noun_or_a_sentence():
+    beginnings = [(name_of(path), text) for path in sources("model", "data", "launch") for text in descriptions(path) if text.split()]
+    fragments = [f"{name}: {text.splitlines()[0]}" for name, text in beginnings if text.split()[0] in FRAGMENTS]
+    assert not fragments, "\n".join(fragments)
+    with_what = [f"{name}: {text.splitlines()[0]}" for name, text in beginnings if text.split()[0] == "What"]
+    assert len(with_what) <= MOST_BEGINNING_WITH_WHAT, "\n".join(with_what)
+
+
+def test_every_public_function_and_class_has_a_docstring():
+    missing = [
+        f"{name_of(path)}:{node.lineno} {node.name}"
+        for path in sources("model", "data", "launch")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_functions_and_scripts_are_short():
+    long = [
+        f"{name_of(path)}:{function.lineno} {function.name}"
+        for path in sources("model", "data", "launch")
+        for function in functions(path)
+        if (function.end_lineno or 0) - function.lineno + 1 > MOST_LINES_OF_A_FUNCTION
+    ]
+    long += [name_of(path) for path in (REPOSITORY / "launch").glob("*.py") if len(path.read_text().splitlines()) > MOST_LINES_OF_A_SCRIPT]
+    assert not long, "\n".join(long)
+
+
+def test_test_names_are_short():
+    names = [function.name for path in sources("tests") for function in functions(path) if function.name.startswith("test_")]
+    assert not [name for name in names if len(name) > LONGEST_TEST_NAME]

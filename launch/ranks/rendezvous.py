@@ -77,6 +77,7 @@ def _open_store(host: str, port: int, process: Process, is_server: bool, deadlin
     result: list = []
 
     def create_store() -> None:
+        """Open the store at rank 0, or connect to it."""
         timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
         # Rank 0 connects to its own server directly: MASTER_ADDR may lead to another machine.
         server = "localhost" if is_server else host
