@@ -122,8 +122,8 @@ def measure(names: Sequence[str], settings: CompressionSettings) -> int:
         for name in names:
             print(f"{name} ...", file=sys.stderr, flush=True)
             TABLE[name](settings, Path(folder))
-    known = ", ".join(f"{name} {version}" for name, version in versions().items())
-    print(f"\nPython {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {known}")
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    print(f"\nPython {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {packages}")
     return 0
 
 
@@ -144,11 +144,11 @@ def _methods(settings: CompressionSettings, folder: Path) -> None:
             output = folder / f"ours-{number}"
             scripts[method.script]([str(dense), "--output", str(output), *options.split(), *method.options.split()])
         seconds, ours = time.perf_counter() - start, perplexity(output)
-        beside, after = f"{'':12}{'':13}", ""
+        peer_perplexity, peer_seconds = f"{'':12}{'':13}", ""
         if name in theirs:
             peer = perplexity(folder / "theirs" / name)
-            beside, after = f"{peer:12.4f}{ours / peer:13.5f}", f"{theirs[name]:10.1f}"
-        print(f"{name:28}{ours:12.4f}{beside}{seconds:10.1f}{after}", flush=True)
+            peer_perplexity, peer_seconds = f"{peer:12.4f}{ours / peer:13.5f}", f"{theirs[name]:10.1f}"
+        print(f"{name:28}{ours:12.4f}{peer_perplexity}{seconds:10.1f}{peer_seconds}", flush=True)
 
 
 def _llm_compressor(settings: CompressionSettings, dense: Path, folder: Path) -> dict[str, float]:
@@ -156,7 +156,9 @@ def _llm_compressor(settings: CompressionSettings, dense: Path, folder: Path) ->
     text = calibration_text(open_model(str(dense)), str(dense), [settings.data], settings.calibration_samples, None)
     tokens, segments = (torch.cat([batch.inputs[index] for batch in text.batches]) for index in (0, 1))
     if (segments != 1).any():
-        raise UserError(f"{settings.data}: {settings.calibration_samples} samples are all there are, and the last one is not full.")
+        raise UserError(
+            f"{settings.data} has too little text for {settings.calibration_samples} full samples. Use a smaller --calibration_samples."
+        )
     save_file({"tokens": tokens.long()}, folder / "calibration.safetensors")
     recipes = json.dumps({name: method.modifiers for name, method in _METHODS.items() if method.modifiers})
     program = [str(settings.peer_python), "-c", _LLM_COMPRESSOR, str(dense), str(folder / "calibration.safetensors")]
@@ -208,9 +210,9 @@ def _generation(settings: CompressionSettings, folder: Path) -> None:
         networks = [Transformer(config).to(dtype).eval() for config in configs]
         measured: list[list[float]] = [[] for _ in networks]
         for _ in range(settings.rounds):
-            for network, found in zip(networks, measured, strict=True):
-                found.append(tokens_per_second(network))
-        rates = [statistics.median(found) for found in measured]
+            for network, network_rates in zip(networks, measured, strict=True):
+                network_rates.append(tokens_per_second(network))
+        rates = [statistics.median(network_rates) for network_rates in measured]
         for config, rate in zip(configs, rates, strict=True):
             fewer = flops_per_token(dense, 64) / flops_per_token(config, 64)
             what = f"{str(dtype).removeprefix('torch.')}, width {config.intermediate_size}"

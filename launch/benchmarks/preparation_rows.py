@@ -272,11 +272,11 @@ def _index(bench: Bench) -> list[Row]:
         yield
         writer.close()
 
-    held, most = _memory(ours())
+    before_close, peak = _memory(ours())
     peer, peer_name = _megatron(lambda peer: _memory(peer.build_index(bench.new_path("megatron"), tokens, documents)))
     return [
-        Row("index while writing", "B/document", held / documents, peer and peer[0] / documents, peer_name, "12 to 20"),
-        Row("    and while closing, at most", "B/document", most / documents, peer and peer[1] / documents, peer_name),
+        Row("index while writing", "B/document", before_close / documents, peer and peer[0] / documents, peer_name, "12 to 20"),
+        Row("    and while closing, at most", "B/document", peak / documents, peer and peer[1] / documents, peer_name),
     ]
 
 
@@ -359,12 +359,12 @@ def _memory(steps: Iterator[None]) -> tuple[int, int]:
     gc.collect()
     tracemalloc.start()
     next(steps)
-    held, _ = tracemalloc.get_traced_memory()
+    in_use, _ = tracemalloc.get_traced_memory()
     for _ in steps:
         pass
-    _, most = tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return held, most
+    return in_use, peak
 
 
 def _seconds(measured: Callable[[], object]) -> float:

@@ -66,7 +66,7 @@ def _draw(settings: TrainingStepSettings) -> Tensor:
 
 
 def _bare_products(settings: TrainingStepSettings) -> Callable[[], object]:
-    """Every matrix product of one step, forward and backward, and nothing else: bf16, contiguous, outputs discarded.
+    """Return a step of only its matrix products, forward and backward: bf16, contiguous, outputs discarded.
 
     Attention has two products forward (scores and mixture) and four backward, over whole (not causal) squares.
     """

@@ -62,7 +62,7 @@ def _start(name: str, arguments: Sequence[str]) -> list[dict]:
 
 
 def _print_parts(name: str, ranks: list[dict[str, float]], micro_batches: int) -> None:
-    """Where the time of each rank went in the last round; for a pipeline also why it waited."""
+    """Print where the time of each rank went in the last round; for a pipeline also why it waited."""
     print(f"\n{name + ', last round':40}" + "".join(f"{part:>11}" for part in ranks[0]) + "   (seconds per step)")
     for number, parts in enumerate(ranks):
         print(f"{f'    rank {number}':40}" + "".join(f"{parts[part]:11.3f}" for part in ranks[0]))

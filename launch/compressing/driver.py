@@ -1,4 +1,4 @@
-"""The pass that compresses: for each block gather statistics, change weights, write them, and run the changed block for the next one."""
+"""The pass that compresses: for each block it gathers statistics, changes weights, writes them, and runs the changed block."""
 
 import contextlib
 import dataclasses
@@ -59,7 +59,7 @@ def compress(
     streams, pass_start, blocks_done, written = list(samples), time.perf_counter(), 0, set(store)
     index = -1
     for step in walk(config, _ResumedWeights(store, state, stored_as), workers.device):
-        index += 1  # enumerate() would keep a step while the next one is read
+        index += 1  # enumerate() would keep a step in memory while the next one is read
         if index >= done:
             tensors: dict[str, Tensor | Quantized] = {}
             layer_report: dict[str, Any] = {}

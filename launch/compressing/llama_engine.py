@@ -36,10 +36,10 @@ def is_installed() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def refuse_missing(what: str) -> None:
-    """Raise UserError if llama-cpp-python is not installed; `what` says what needs it."""
+def refuse_missing(reason: str) -> None:
+    """Raise UserError if llama-cpp-python is not installed; `reason` begins the message and names what needs it."""
     if not is_installed():
-        raise UserError(f"{what}, and llama-cpp-python is not installed. Install it: {INSTALL}")
+        raise UserError(f"{reason}, and llama-cpp-python is not installed. Install it: {INSTALL}")
 
 
 def quantize(file: Path, kind: str, output: Path) -> None:

@@ -10,9 +10,8 @@ from model.compression.statistics import Matrix, matrices
 from model.config import ModelConfig, count_parameters
 
 _PROCESS_BYTES = 0.45e9  # Python with torch and the other imports of the script
-_SHARE_OF_PRODUCT_SPEED = (
-    0.7  # share of the speed of a large matrix product that GPTQ and Wanda reach overall (hidden size 1,024, one CPU core)
-)
+# Share of the speed of a large matrix product that GPTQ and Wanda reach overall (hidden size 1,024, one CPU core).
+_SHARE_OF_PRODUCT_SPEED = 0.7
 
 
 @dataclasses.dataclass(frozen=True)

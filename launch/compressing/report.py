@@ -89,7 +89,7 @@ class LinearReport:
     damping: float | None = None
     """Share of the mean diagonal that was added to the Hessian's diagonal; None if none was needed."""
     notes: tuple[str, ...] = ()
-    """Differences from what was asked."""
+    """Differences from the requested method."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,16 +210,16 @@ def kinds_of_tensors(config: ModelConfig) -> dict[str, str]:
     with torch.device("meta"):
         network = Transformer(config)
     kinds = {}
-    for place, module in network.named_modules():
-        owner = network.get_submodule(place.split(".")[0])
+    for path, module in network.named_modules():
+        owner = network.get_submodule(path.split(".")[0])
         for name, _ in module.named_parameters(recurse=False):
             if isinstance(module, LayerNorm | RMSNorm):
                 kind = "norm"
             elif isinstance(owner, Block):
-                kind = "feed-forward" if "feed_forward" in place else "attention"
+                kind = "feed-forward" if "feed_forward" in path else "attention"
             else:
                 kind = "head" if isinstance(owner, Head | HeadBias | TokenTransform | Classifier) else "embedding"
-            kinds[f"{place}.{name}"] = kind
+            kinds[f"{path}.{name}"] = kind
     return kinds
 
 
@@ -376,20 +376,20 @@ def _sizes(report: Report, figures: Mapping[str, Any]) -> str:
 
 
 def _over_depth(report: Report, figures: Mapping[str, Any]) -> str:
-    parts = []
+    sections = []
     if "errors.svg" in figures:
         with_errors = [linear for linear in report.linears if linear.error is not None]
         worst = max(with_errors, key=lambda linear: linear.error or 0.0)
-        parts.append("## Error of each layer's outputs")
-        parts.append(_image("errors.svg", figures, "Relative output error of each linear layer over depth"))
-        parts.append(f"Largest: {worst.linear} of block {worst.block}, {worst.error:.4f}.")
+        sections.append("## Error of each layer's outputs")
+        sections.append(_image("errors.svg", figures, "Relative output error of each linear layer over depth"))
+        sections.append(f"Largest: {worst.linear} of block {worst.block}, {worst.error:.4f}.")
     if with_notes := [linear for linear in report.linears if linear.notes]:
-        parts.append("## Differences from the request")
-        parts.append("\n".join(f"- {linear.linear} of block {linear.block}: {' '.join(linear.notes)}" for linear in with_notes))
+        sections.append("## Differences from the request")
+        sections.append("\n".join(f"- {linear.linear} of block {linear.block}: {' '.join(linear.notes)}" for linear in with_notes))
     if "sensitivity.svg" in figures:
-        parts.append("## Cost of each block compressed alone")
-        parts.append(_image("sensitivity.svg", figures, "KL to the dense model when one block alone is compressed"))
-    return "\n\n".join(parts)
+        sections.append("## Cost of each block compressed alone")
+        sections.append(_image("sensitivity.svg", figures, "KL to the dense model when one block alone is compressed"))
+    return "\n\n".join(sections)
 
 
 def _how_measured(report: Report) -> str:
@@ -403,9 +403,9 @@ def _how_measured(report: Report) -> str:
     )
     lines.append("- " + ", ".join(f"{name} {number}" for name, number in report.versions.items()))
     if (proof := report.proof) is not None:
-        found = "" if proof.theirs is None else f" {proof.theirs:.6g}, ours {proof.ours:.6g}"
+        values = "" if proof.theirs is None else f" {proof.theirs:.6g}, ours {proof.ours:.6g}"
         lines.append(
-            f"- proof: {proof.engine} {proof.version} loads it with no missing or unexpected key; {proof.measure}{found}: "
+            f"- proof: {proof.engine} {proof.version} loads it with no missing or unexpected key; {proof.measure}{values}: "
             f"largest difference {proof.difference:.1e}, bound {proof.bound:.0e}"
         )
     lines += ["", "<details><summary>Settings</summary>", ""]

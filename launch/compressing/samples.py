@@ -48,12 +48,12 @@ class Text:
 
     def first_samples(self, num_samples: int) -> list[Batch]:
         """Return the first samples, in micro-batches; the last one is cut to the number."""
-        left, found = num_samples, []
+        remaining, batches = num_samples, []
         for batch in self.batches:
-            if left > 0:
-                found.append(_first_rows(batch, left))
-                left -= len(batch.tokens)
-        return found
+            if remaining > 0:
+                batches.append(_first_rows(batch, remaining))
+                remaining -= len(batch.tokens)
+        return batches
 
 
 def _first_rows(batch: Batch, count: int) -> Batch:
@@ -93,8 +93,8 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
     size = max(1, min(size, num_samples // _MIN_BATCHES) if num_samples else size)
     limit = math.ceil(num_samples / len(folders)) or None
     sets = task.evaluation_sets(opened.config, folders, sampling, split, size, length, limit_samples=limit)
-    batches = [batch for one in sets.values() for batch in one.batches]
-    streams = [one.stream for one in sets.values()]
+    batches = [batch for folder_set in sets.values() for batch in folder_set.batches]
+    streams = [folder_set.stream for folder_set in sets.values()]
     hashed = hashlib.sha256()
     for batch in batches:
         for tensor in batch:
@@ -103,7 +103,7 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
         description=f"{split} of {', '.join(str(Path(folder.folder)) for folder in folders.values())}",
         task=task,
         batches=batches,
-        num_samples=sum(one.num_samples for one in sets.values()),
+        num_samples=sum(folder_set.num_samples for folder_set in sets.values()),
         tokens=sum(int((stream.segments != 0).sum()) for stream in first_inputs(batches, torch.device("cpu"))),
         fingerprint=hashed.hexdigest(),
         bytes_per_token=sum(stream.num_bytes for stream in streams) / sum(map(len, streams)) if task.predicts_every_token else None,
@@ -111,12 +111,12 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
 
 
 def refuse_shared_text(calibration: Text, test: Text) -> None:
-    """Raise UserError if the test text also stands in the calibration text, which would make the result meaningless."""
-    seen, asked = (_token_runs(text) for text in (calibration, test))
-    shared = float(np.isin(asked, seen).mean()) if len(asked) else 0.0
+    """Raise UserError if the calibration text contains the test text, which would make the result meaningless."""
+    calibration_runs, test_runs = (_token_runs(text) for text in (calibration, test))
+    shared = float(np.isin(test_runs, calibration_runs).mean()) if len(test_runs) else 0.0
     if shared > _MAX_SHARED:
         raise UserError(
-            f"{shared:.0%} of the test text ({test.description}) also stand in the calibration text ({calibration.description}), so the "
+            f"{shared:.0%} of the test text ({test.description}) are also in the calibration text ({calibration.description}), so the "
             "measurement would be too good. Give other documents with --calibration_data, or allow it with --force."
         )
 

@@ -26,12 +26,12 @@ def divergences(job: Job, store: LayerStore, changes: Sequence[Change]) -> list[
     if job.calibration is None or not job.settings.sensitivity_samples:
         return None
     variants = job.config.total_blocks * len(changes)
-    wanted = max(1, min(job.settings.sensitivity_samples, job.calibration.num_samples // variants))
-    batches = job.calibration.first_samples(wanted)
+    num_samples = max(1, min(job.settings.sensitivity_samples, job.calibration.num_samples // variants))
+    batches = job.calibration.first_samples(num_samples)
 
     def measure() -> list[list[float]]:
         """Return the divergences over the samples of all ranks."""
-        job.log(f"Measuring each block alone on {wanted} of the calibration samples.")
+        job.log(f"Measuring each block alone on {num_samples} of the calibration samples.")
         samples = first_inputs(job.workers.share(batches), job.workers.device)
         sums, tokens = sensitivity.divergences(job.config, job.opened.state, samples, changes, job.workers.device)
         counted = torch.tensor(float(tokens), dtype=torch.float64, device=job.workers.device)

@@ -45,11 +45,11 @@ class CompressionSettings:
     max_perplexity_ratio: Annotated[float, Gt(0)] | None = None
     """Exit with status 3 if perplexity after / perplexity before is above this number. The folder is kept (default: no limit)."""
     strict: bool = False
-    """Exit with status 1 if a matrix could not be compressed as asked, for example rounded to nearest because its statistics could not
+    """Exit with status 1 if a matrix could not be compressed as requested, for example rounded to nearest because its statistics could not
     be inverted."""
     force: bool = False
-    """Compress a model that is already compressed: quantized weights are read as the numbers that they stand for, and zeros as weights
-    like any other. Also allow measuring on text that calibrated."""
+    """Compress a model that is already compressed: quantized weights are dequantized, and zeros are weights like any other.
+    Also allow a test text that is in the calibration text."""
     dry_run: bool = False
     """Print the plan, with memory and time, and stop."""
 
@@ -82,7 +82,7 @@ class PruneSettings(CompressionSettings):
     allocation: Literal["uniform", "owl"] = "uniform"
     """uniform: the same share in all blocks. owl: a smaller share in blocks with more outliers (arXiv 2310.05175)."""
     damping: Annotated[float, Gt(0)] = 0.01
-    """Sparsegpt and structured pruning: multiple of the mean diagonal that is added to the diagonal of the second moment, so that it can
+    """SparseGPT and structured pruning: multiple of the mean diagonal that is added to the diagonal of the second moment, so that it can
     be inverted."""
     parameters: float | None = None
     """Structured pruning: share of all parameters to keep. The feed-forward width follows from it."""
@@ -135,7 +135,7 @@ class QuantizeSettings(CompressionSettings):
     """Factors that are moved between a matrix's inputs and its columns before rounding. smoothquant: away from inputs with outliers, for
     int8 activations (arXiv 2211.10438). awq: to the columns that matter most, found by search (arXiv 2306.00978)."""
     smoothing_strength: Annotated[float, Ge(0), Le(1)] = 0.5
-    """Smoothquant: 0 leaves all outliers in the activations, 1 moves all of them to the weights."""
+    """SmoothQuant: 0 leaves all outliers in the activations, 1 moves all of them to the weights."""
     kind: Literal["int", "fp8", "nvfp4", "mxfp4"] = "int"
     """Number format of the quantized weights: integers, FP8 E4M3, or FP4 E2M1 with a scale for every 16 (nvfp4) or 32 (mxfp4) entries,
     as on Blackwell."""
@@ -152,9 +152,9 @@ class QuantizeSettings(CompressionSettings):
     """Type in which a decoder's keys and values are cached. Each block has a fixed scale for its keys and one for its values, from the
     largest of each in the calibration text. vLLM supports only fp8."""
     damping: Annotated[float, Gt(0)] = 0.01
-    """Gptq: multiple of the mean diagonal that is added to the diagonal of the second moment, so that it can be inverted."""
+    """GPTQ: multiple of the mean diagonal that is added to the diagonal of the second moment, so that it can be inverted."""
     act_order: bool = False
-    """Gptq: quantize the columns with the largest inputs first."""
+    """GPTQ: quantize the columns with the largest inputs first."""
     average_bits: float | None = None
     """Average bits of a weight in the matrices, scales included. Each block gets 3, 4 or 8 bits, by the loss that each costs alone
     (default: the same bits in all blocks)."""

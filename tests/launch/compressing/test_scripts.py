@@ -252,7 +252,7 @@ def test_calibration_on_the_test_text_is_refused(pruned, model, texts, tmp_path)
     manifest = json.loads((same / "manifest.json").read_text())
     manifest["splits"]["train"] = json.loads(json.dumps(manifest["splits"]["validation"]))
     (same / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"100% of the test text \(validation of .*\) also stand in the calibration text .* with --force"):
+    with pytest.raises(UserError, match=r"100% of the test text \(validation of .*\) are also in the calibration text .* with --force"):
         pruned(model("dense"), "--calibration_data", str(same), "--calibration_samples", "1000")
     assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
