@@ -1,4 +1,4 @@
-# make demo: real text in, a trained model out.   make test: every test.   Both set up what they need first.
+# make demo: real text in, a trained model out.   make test: the test suite.   Both first install what they need.
 
 PYTHON ?= python3
 VENV := .venv
