@@ -195,14 +195,17 @@ def test_job_without_progress_ends_after_three_starts(slurm, prepared, tmp_path)
 
 
 def test_job_near_its_time_limit_saves_and_resumes(slurm, prepared, tmp_path):
-    """SLURM counts limits in minutes and warns up to a minute early, so the second start gets a longer limit."""
-    job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=600), options=("--time=1", "--signal=B:USR1@30"))
+    """SLURM counts limits in minutes and warns up to a minute early, so the second start gets a longer limit.
+
+    The steps take about a minute, so that the warning finds the job training.
+    """
+    job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=1500), options=("--time=1", "--signal=B:USR1@30"))
     await_(lambda: job.about["Restarts"] == "1", 100, "the first restart", job.all_logs)
     slurm.command("scontrol", "update", f"jobid={job.id}", "timelimit=10")
     assert "SIGUSR1 received" in job_log(job.about)
     assert job.await_end() == "COMPLETED", job.all_logs()
     assert job.about["Restarts"] == "1", job.all_logs()
-    assert sorted(losses(job.run)) == list(range(1, 601))
+    assert sorted(losses(job.run)) == list(range(1, 1501))
 
 
 def test_one_task_per_node_starts_the_ranks_and_needs_no_home(slurm, undisturbed, prepared, tmp_path):
