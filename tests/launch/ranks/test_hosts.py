@@ -270,7 +270,7 @@ def test_output_that_the_hosts_do_not_share_is_refused_before_training(hosts, op
     with mounted(hosts.beta, tmp_path, "-t", "tmpfs", "none"):
         results = run_on_both(hosts, options)
     assert [status for status, _ in results] == [2, 2]
-    assert f"Rank 1 on beta writes to another {tmp_path} than rank 0 does" in results[0][1]
+    assert f"Rank 1 on beta writes to another {tmp_path} than rank 0: the output must be on a disk that all nodes share." in results[0][1]
 
 
 def test_different_data_on_the_second_host_is_refused_before_training(hosts, options, prepared, tmp_path):
