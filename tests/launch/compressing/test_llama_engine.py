@@ -97,7 +97,7 @@ def test_export_checks_ids_and_perplexity_with_llama_cpp(name, tmp_path, capsys)
     TOKENIZERS[name](folder / name)
     for kind in ("f16", "q4_k_m"):
         assert export.main([str(folder), "--output", str(tmp_path / f"{kind}.gguf"), "--format", "gguf", "--type", kind]) == 0
-        assert "llama.cpp gives our ids" in capsys.readouterr().out
+        assert "llama.cpp gives the same ids" in capsys.readouterr().out
     assert gguf_file.types(tmp_path / "q4_k_m.gguf")["q4_k"] > 0
     assert (tmp_path / "q4_k_m.gguf").stat().st_size < 0.5 * (tmp_path / "f16.gguf").stat().st_size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f16.gguf", "model", "q4_k_m.gguf"]
