@@ -7,11 +7,10 @@ The peer of the index and of random access is megatron-core, in our environment.
 round of each counts. Only the ratios within one run are meaningful.
 """
 
-import shutil
 from collections.abc import Sequence
 
-from data.command_line import UserError, nearest, read_settings, run_script
-from launch.benchmarks.settings import PreparationSettings
+from data.command_line import read_settings, run_script
+from launch.benchmarks.settings import PreparationSettings, chosen, refuse_missing_python
 
 ROWS = ("sentencepiece", "huggingface", "gigatoken", "start_up", "index", "order", "random_access")
 """Names of the rows, in the order of the table."""
@@ -20,14 +19,11 @@ ROWS = ("sentencepiece", "huggingface", "gigatoken", "start_up", "index", "order
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
     settings = read_settings(PreparationSettings, arguments, "Measure preparation and reading of data, next to peers.")
-    for name in settings.only:
-        if name not in ROWS:
-            raise UserError(f'Unknown row "{name}".{nearest(name, list(ROWS))} Rows: {", ".join(ROWS)}.')
-    if settings.peer_python is not None and not shutil.which(settings.peer_python):
-        raise UserError(f"--peer_python {settings.peer_python} is not a program.")
+    names = chosen("row", ROWS, settings.only)
+    refuse_missing_python(settings.peer_python)
     from launch.benchmarks import preparation_rows  # numpy and tokenizers, which --help does not need
 
-    preparation_rows.measure([name for name in ROWS if name in (settings.only or ROWS)], settings)
+    preparation_rows.measure(names, settings)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@
 Both start from one model, one calibration text and the same settings; the outputs of both are measured by launch/evaluate.py.
 """
 
-import shutil
 from collections.abc import Sequence
 
-from data.command_line import UserError, nearest, read_settings, run_script
-from launch.benchmarks.settings import CompressionSettings
+from data.command_line import read_settings, run_script
+from launch.benchmarks.settings import CompressionSettings, chosen, refuse_missing_python
 
 PARTS = ("methods", "large", "generation")
 """Names of the parts, in their order."""
@@ -22,14 +21,11 @@ PARTS = ("methods", "large", "generation")
 def main(arguments: Sequence[str]) -> int:
     """Print the tables. Return the exit status."""
     settings = read_settings(CompressionSettings, arguments, "Measure pruning and quantization next to llm-compressor.")
-    for name in settings.only:
-        if name not in PARTS:
-            raise UserError(f'Unknown part "{name}".{nearest(name, list(PARTS))} Parts: {", ".join(PARTS)}.')
-    if settings.peer_python is not None and not shutil.which(settings.peer_python):
-        raise UserError(f"--peer_python {settings.peer_python} is not a program.")
+    names = chosen("part", PARTS, settings.only)
+    refuse_missing_python(settings.peer_python)
     from launch.benchmarks import compression_parts  # torch and transformers, which --help does not need
 
-    return compression_parts.measure([name for name in PARTS if name in (settings.only or PARTS)], settings)
+    return compression_parts.measure(names, settings)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Settings of the benchmarks."""
 
 import dataclasses
+import shutil
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
+
+from data.command_line import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,3 +94,17 @@ class GenerationSettings:
     """Tokens that are generated in each round."""
     rounds: Annotated[int, Ge(1)] = 3
     """How many times each contender is measured."""
+
+
+def chosen(kind: str, known: Sequence[str], only: Sequence[str]) -> list[str]:
+    """Return the names to measure, in the order of `known`; all of them if `only` is empty. Raises UserError for an unknown `kind`."""
+    for name in only:
+        if name not in known:
+            raise UserError(f'Unknown {kind} "{name}".{nearest(name, list(known))} {kind.capitalize()}s: {", ".join(known)}.')
+    return [name for name in known if name in (only or known)]
+
+
+def refuse_missing_python(peer_python: str | None) -> None:
+    """Raise UserError if the Python of the peer's environment does not exist."""
+    if peer_python is not None and not shutil.which(peer_python):
+        raise UserError(f"--peer_python {peer_python} is not a program.")

@@ -7,9 +7,9 @@ Every contender runs in its own process, one after the other, in several rounds.
 
 from collections.abc import Sequence
 
-from data.command_line import UserError, nearest, read_settings, run_script
+from data.command_line import read_settings, run_script
 from launch.benchmarks import training_step_rounds
-from launch.benchmarks.settings import TrainingStepSettings
+from launch.benchmarks.settings import TrainingStepSettings, chosen
 
 CONTENDERS = (
     "bare products",
@@ -33,14 +33,13 @@ CONTENDERS = (
 def main(arguments: Sequence[str]) -> int:
     """Print the table of seconds and tokens per second. Return the exit status."""
     settings = read_settings(TrainingStepSettings, arguments, "Measure the training step next to other implementations.")
-    for name in (settings.contender, *settings.only):
-        if name is not None and name not in CONTENDERS:
-            raise UserError(f'Unknown contender "{name}".{nearest(name, list(CONTENDERS))} Contenders: {", ".join(CONTENDERS)}.')
+    names = chosen("contender", CONTENDERS, settings.only)
     if settings.contender:
+        chosen("contender", CONTENDERS, [settings.contender])
         from launch.benchmarks import training_step_contenders  # torch, transformers and DeepSpeed, which --help does not need
 
         return training_step_contenders.measure(settings.contender, settings)
-    return training_step_rounds.run([name for name in CONTENDERS if name in (settings.only or CONTENDERS)], settings, arguments)
+    return training_step_rounds.run(names, settings, arguments)
 
 
 if __name__ == "__main__":
