@@ -25,6 +25,7 @@ from launch.evaluation.evaluation_sets import first_inputs
 from model import huggingface
 from model.compression.statistics import Matrix, matrices
 from model.config import SIZES, ModelConfig, count_parameters, named_size
+from model.finite import is_finite
 from model.layers import Stream
 
 Settings = TypeVar("Settings", bound=CompressionSettings)
@@ -175,7 +176,7 @@ def _check_weights(opened: OpenedModel, workers: Workers, dtype: torch.dtype, fo
             report.TensorReport(name, kinds[name], weight.numel(), zeros, weight.nbytes),
             checksum(weight.flatten().float(), whole),
         )
-        if not weight.isfinite().all():
+        if not is_finite(weight):
             complaints.append(
                 f"{_file_of(opened, name)}: {name} contains numbers that are not finite. The file is damaged, or the training diverged."
             )
