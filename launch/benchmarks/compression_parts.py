@@ -5,13 +5,11 @@ import dataclasses
 import io
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,21 @@ from data.command_line import UserError
 from data.shards import PreparedData
 from data.tokenization.huggingface_files import write_tokenizer
 from launch import REPOSITORY, export, prune, quantize
+from launch.benchmarks.measurement import Timing, describe_machine, timed
 from launch.benchmarks.settings import CompressionSettings
 from launch.checkpoints.opening import open_model
 from launch.checkpoints.run_record import versions
 from launch.compressing.samples import calibration_text
 from launch.evaluation.evaluating import evaluate
 from launch.evaluation.settings import EvaluateSettings
+from launch.ranks import processes
 from model import huggingface
 from model.compression.structured import sizes_for
 from model.config import ModelConfig, count_parameters, flops_per_token
 from model.generation import tokens_per_second
 from model.transformer import Transformer, parameter_shapes
 
-# Another Python runs this program. It prints the seconds of each recipe, from reading the model to the written folder.
+# Another Python runs this program. It prints the wall and CPU seconds of each recipe, from reading the model to the written folder.
 _LLM_COMPRESSOR = """
 import json, sys, time
 from llmcompressor import oneshot
@@ -46,10 +46,10 @@ from torch.utils.data import DataLoader
 model, calibration, output, recipes = sys.argv[1:]
 samples = [{"input_ids": row} for row in load_file(calibration)["tokens"]]
 for name, modifiers in json.loads(recipes).items():
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     recipe = json.dumps({"default_stage": {"default_modifiers": modifiers}})
     oneshot(model=model, recipe=recipe, dataset=DataLoader(samples, batch_size=16), output_dir=output + "/" + name)
-    print(json.dumps({name: time.perf_counter() - start}), flush=True)
+    print(json.dumps({name: [time.perf_counter() - wall, time.process_time() - cpu]}), flush=True)
 """
 _LARGE: dict[str, Any] = {  # a Llama of 0.49 B parameters
     "vocab_size": 32_000,
@@ -118,17 +118,18 @@ _METHODS = {
 
 def measure(names: Sequence[str], settings: CompressionSettings) -> int:
     """Measure these parts and print their tables."""
+    processes.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             print(f"{name} ...", file=sys.stderr, flush=True)
             TABLE[name](settings, Path(folder))
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    print(f"\nPython {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {packages}")
+    print(f"\n{describe_machine(torch.get_num_threads())}, {packages}")
     return 0
 
 
 def _methods(settings: CompressionSettings, folder: Path) -> None:
-    """Print the perplexity of both outputs and the seconds of both. Ours include the proof with transformers."""
+    """Print the perplexity of both outputs, and the wall and CPU seconds of both. Ours include the proof with transformers."""
     perplexity = lambda model: evaluate(EvaluateSettings(str(model), settings.data), show_progress=False).perplexity  # noqa: E731
     dense = folder / "dense"
     with contextlib.redirect_stdout(io.StringIO()):
@@ -137,22 +138,22 @@ def _methods(settings: CompressionSettings, folder: Path) -> None:
     options = f"--data {settings.data} --calibration_samples {settings.calibration_samples} --test_samples 0 --sensitivity_samples 0"
     scripts = {"prune": prune.main, "quantize": quantize.main}
     print(f"\n{'perplexity; dense: ' + format(perplexity(dense), '.4f'):28}{'ours':>12}{'theirs':>12}{'ours/theirs':>13}", end="")
-    print(f"{'seconds':>10}{'theirs':>10}")
+    print(f"{'seconds':>10}{'CPU s':>8}{'theirs':>10}{'CPU s':>8}")
     for number, (name, method) in enumerate(_METHODS.items()):
-        start = time.perf_counter()
+        output = folder / f"ours-{number}"
+        arguments = [str(dense), "--output", str(output), *options.split(), *method.options.split()]
         with contextlib.redirect_stdout(io.StringIO()):
-            output = folder / f"ours-{number}"
-            scripts[method.script]([str(dense), "--output", str(output), *options.split(), *method.options.split()])
-        seconds, ours = time.perf_counter() - start, perplexity(output)
+            timing = timed(lambda script=scripts[method.script], arguments=arguments: script(arguments))  # type: ignore[misc]
+        ours = perplexity(output)
         peer_perplexity, peer_seconds = f"{'':12}{'':13}", ""
         if name in theirs:
             peer = perplexity(folder / "theirs" / name)
-            peer_perplexity, peer_seconds = f"{peer:12.4f}{ours / peer:13.5f}", f"{theirs[name]:10.1f}"
-        print(f"{name:28}{ours:12.4f}{peer_perplexity}{seconds:10.1f}{peer_seconds}", flush=True)
+            peer_perplexity, peer_seconds = f"{peer:12.4f}{ours / peer:13.5f}", f"{theirs[name].wall:10.1f}{theirs[name].cpu:8.1f}"
+        print(f"{name:28}{ours:12.4f}{peer_perplexity}{timing.wall:10.1f}{timing.cpu:8.1f}{peer_seconds}", flush=True)
 
 
-def _llm_compressor(settings: CompressionSettings, dense: Path, folder: Path) -> dict[str, float]:
-    """Run llm-compressor and return its seconds by method. Its outputs are in folder/theirs, one folder per method."""
+def _llm_compressor(settings: CompressionSettings, dense: Path, folder: Path) -> dict[str, Timing]:
+    """Run llm-compressor and return its time by method. Its outputs are in folder/theirs, one folder per method."""
     text = calibration_text(open_model(str(dense)), str(dense), [settings.data], settings.calibration_samples, None)
     tokens, segments = (torch.cat([batch.inputs[index] for batch in text.batches]) for index in (0, 1))
     if (segments != 1).any():
@@ -163,7 +164,7 @@ def _llm_compressor(settings: CompressionSettings, dense: Path, folder: Path) ->
     recipes = json.dumps({name: method.modifiers for name, method in _METHODS.items() if method.modifiers})
     program = [str(settings.peer_python), "-c", _LLM_COMPRESSOR, str(dense), str(folder / "calibration.safetensors")]
     lines = _output([*program, str(folder / "theirs"), recipes])
-    return {name: seconds for line in lines if line.startswith("{") for name, seconds in json.loads(line).items()}
+    return {name: Timing(*times) for line in lines if line.startswith("{") for name, times in json.loads(line).items()}
 
 
 def _large(settings: CompressionSettings, folder: Path) -> None:
@@ -220,8 +221,12 @@ def _generation(settings: CompressionSettings, folder: Path) -> None:
 
 
 def _output(command: list[str]) -> Iterator[str]:
-    """Yield the lines of a command's standard output as they come. Raises RuntimeError if it fails."""
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+    """Yield the lines of a command's standard output as they come. It keeps freed memory, as we do. Raises RuntimeError if it fails."""
+    environment = os.environ | {"GLIBC_TUNABLES": processes.KEEP_FREED_MEMORY}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         assert process.stdout is not None
         yield from process.stdout
         if process.wait():

@@ -1,7 +1,8 @@
 """Measure how fast a decoder generates, next to transformers and llama.cpp: python launch/benchmarks/generation.py [--model runs/demo]
 
-Every contender generates one token at a time after a short prompt, with as many threads as torch uses, in rounds one after the other.
-A ratio is a ratio of medians.
+Every contender generates one token at a time after a short prompt, in this process, with as many threads as torch uses, in rounds one
+after the other. The first round is the warm-up and does not count. All keep freed memory. What differs is the precision of the weights,
+which is in each row's name. A ratio is a ratio of medians.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,9 @@
 
 The peer of data/prepare.py is datatrove's DocumentTokenizer, in an environment of its own (pip install datatrove orjson tokenizers).
 The peer of the index and of random access is megatron-core, in our environment. Every contender runs in several rounds, in turn; the best
-round of each counts. Only the ratios within one run are meaningful.
+round of each counts, and the spread and CPU time of all are printed. Scripts are measured from start to end, with one library thread in
+each process. What differs: ours also computes checksums and writes a report with pictures.
+Only the ratios within one run are meaningful.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import struct
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from data.tokenization.conversion import convert
 from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import load_tokenizer
 from launch import REPOSITORY
+from launch.benchmarks.measurement import Timing, describe_machine, timed
 from launch.benchmarks.settings import PreparationSettings
 
 _PREPARE = REPOSITORY / "data" / "prepare.py"
@@ -65,6 +65,8 @@ class Row:
     peer_name: str
     """Name of the peer, or the reason why there is none."""
     aim: str = ""
+    detail: str = ""
+    """Spread of the rounds and CPU time of both, where rounds are timed."""
 
     @property
     def ratio(self) -> float | None:
@@ -82,11 +84,13 @@ def measure(names: Sequence[str], settings: PreparationSettings) -> None:
         for name in names:
             print(f"{name} ...", file=sys.stderr, flush=True)
             rows += TABLE[name](bench)
-    print(f"\n{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores, {_versions()}")
+    print(f"\n{datetime.date.today()}, {describe_machine(1)} (each library in each process), {_versions()}")
     print(f"\n{'':52}{'unit':>13}{'ours':>12}{'peer':>12}{'ratio':>10}  {'aim':12}peer")
     for row in rows:
         peer = f"{row.peer:12.3g}{row.ratio:10,.1f}" if row.peer else f"{'':22}"
         print(f"{row.what:52}{row.unit:>13}{row.ours:12.3g}{peer}  {row.aim:12}{row.peer_name}")
+        if row.detail:
+            print(f"    {row.detail}")
 
 
 class Bench:
@@ -148,21 +152,19 @@ class Bench:
         """Return a folder with one document."""
         return self._write("one", self.documents[:1], 1)
 
-    def prepare(self, corpus: Path, tokenizer: Path, workers: int, *options: str) -> tuple[float, int]:
-        """Return the seconds that data/prepare.py takes from start to end, and the number of tokens that it wrote."""
+    def prepare(self, corpus: Path, tokenizer: Path, workers: int, *options: str) -> tuple[Timing, int]:
+        """Return the time that data/prepare.py takes from start to end, and the number of tokens that it wrote."""
         output = self.new_path("ours")
         command = [sys.executable, str(_PREPARE), "--input", str(corpus), "--tokenizer", str(tokenizer), "--output", str(output)]
-        seconds = _run([*command, "--workers", str(workers), "--held_out", "0", "--exact_duplicates", "keep", *options])
-        return seconds, json.loads((output / "manifest.json").read_text())["splits"]["train"]["tokens"]
+        timing = _run([*command, "--workers", str(workers), "--held_out", "0", "--exact_duplicates", "keep", *options])
+        return timing, json.loads((output / "manifest.json").read_text())["splits"]["train"]["tokens"]
 
-    def datatrove(self, corpus: Path, tokenizer: Path, workers: int) -> tuple[float, int]:
-        """Return the seconds and tokens of datatrove."""
+    def datatrove(self, corpus: Path, tokenizer: Path, workers: int) -> tuple[Timing, int]:
+        """Return the time and tokens of datatrove."""
         output, program = self.new_path("datatrove"), self.folder / "datatrove_pipeline.py"
         program.write_text(_DATATROVE)
-        seconds = _run(
-            [self.settings.peer_python or "", str(program), str(corpus), str(tokenizer), _END_OF_TEXT, str(output), str(workers)]
-        )
-        return seconds, sum(path.stat().st_size for path in output.glob("*.ds")) // 2
+        timing = _run([self.settings.peer_python or "", str(program), str(corpus), str(tokenizer), _END_OF_TEXT, str(output), str(workers)])
+        return timing, sum(path.stat().st_size for path in output.glob("*.ds")) // 2
 
     def _write(self, name: str, documents: list[str], files: int) -> Path:
         folder = self.folder / name
@@ -188,15 +190,14 @@ def _lines(files: Sequence[str]) -> Iterator[str]:
             yield from (json.dumps({"text": text[start : start + _DOCUMENT_CHARACTERS]}) + "\n" for start in starts)
 
 
-def _run(command: list[str]) -> float:
-    """Return the seconds that a command takes, with one library thread in each of its processes."""
+def _run(command: list[str]) -> Timing:
+    """Return the time that a command takes, with one library thread in each of its processes."""
     environment = os.environ | {"RAYON_NUM_THREADS": "1"}
-    start = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LONGEST_SECONDS)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return seconds
+    done: list[subprocess.CompletedProcess[str]] = []
+    timing = timed(lambda: done.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LONGEST_SECONDS)))
+    if done[0].returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done[0].stdout[-2000:]}{done[0].stderr[-2000:]}")
+    return timing
 
 
 def _compare_scripts(
@@ -204,35 +205,53 @@ def _compare_scripts(
 ) -> list[Row]:
     """Compare both scripts, JSON Lines to finished shards, with and without the time that each needs for a single document."""
     corpus, one = bench.corpus(workers), bench.one_document()
-    contenders: dict[str, Callable[[Path], tuple[float, int]]] = {
+    contenders: dict[str, Callable[[Path], tuple[Timing, int]]] = {
         f"gigatoken {fast}": functools.partial(_prepare, bench, tokenizer[0], workers, fast) for fast in engines
     }
     if bench.settings.peer_python:
         contenders["datatrove"] = lambda corpus: bench.datatrove(corpus, tokenizer[1], workers)
-    whole: dict[str, list[float]] = {name: [] for name in contenders}
-    start: dict[str, list[float]] = {name: [] for name in contenders}
+    whole: dict[str, list[Timing]] = {name: [] for name in contenders}
+    start: dict[str, list[Timing]] = {name: [] for name in contenders}
     tokens = set()
     for _ in range(bench.settings.rounds):
         for name, run in contenders.items():
-            seconds, written = run(corpus)
-            whole[name].append(seconds)
+            timing, written = run(corpus)
+            whole[name].append(timing)
             start[name].append(run(one)[0])
             tokens.add(written)
     if len(tokens) != 1:
         raise RuntimeError(f"{what}: the contenders wrote different numbers of tokens: {sorted(tokens)}.")
     megabytes = sum(path.stat().st_size for path in corpus.iterdir()) / 1e6
     peer_name = "datatrove" if "datatrove" in contenders else "not measured: no datatrove"
-    rate = {name: megabytes / min(seconds) for name, seconds in whole.items()}
-    without = {name: megabytes / max(min(whole[name]) - min(start[name]), 1e-3) for name in contenders}
+    rate = {name: megabytes / _least(timings) for name, timings in whole.items()}
+    without = {name: megabytes / max(_least(whole[name]) - _least(start[name]), 1e-3) for name in contenders}
     rows = []
     for fast in engines:
+        ours = f"gigatoken {fast}"
         kind = f"{what}, {'gigatoken' if fast else 'its own library'}"
-        for label, values, aim in ((kind, rate, our_aim), ("    without start-up", without, "")):
-            rows.append(Row(label, "MB/s", values[f"gigatoken {fast}"], values.get("datatrove"), peer_name, aim))
+        rows.append(
+            Row(kind, "MB/s", rate[ours], rate.get("datatrove"), peer_name, our_aim, _detail(whole[ours], whole.get("datatrove", [])))
+        )
+        rows.append(Row("    without start-up", "MB/s", without[ours], without.get("datatrove"), peer_name))
     return rows
 
 
-def _prepare(bench: Bench, tokenizer: Path, workers: int, fast: bool, corpus: Path) -> tuple[float, int]:
+def _least(timings: Sequence[Timing]) -> float:
+    """Return the wall time of the fastest round."""
+    return min(timing.wall for timing in timings)
+
+
+def _detail(ours: Sequence[Timing], peer: Sequence[Timing]) -> str:
+    """Return the least and greatest wall time of the rounds, and the least CPU time, of both sides."""
+    sides = (("ours", ours), ("peer", peer))
+    return "; ".join(
+        f"{side} {_least(timings):.2f} to {max(timing.wall for timing in timings):.2f} s, CPU {min(timing.cpu for timing in timings):.2f} s"
+        for side, timings in sides
+        if timings
+    )
+
+
+def _prepare(bench: Bench, tokenizer: Path, workers: int, fast: bool, corpus: Path) -> tuple[Timing, int]:
     return bench.prepare(corpus, tokenizer, workers, "--gigatoken", str(fast).lower())
 
 
@@ -255,9 +274,8 @@ def _start_up(bench: Bench) -> list[Row]:
         ours.append(bench.prepare(one, bench.byte_level[0], 1)[0])
         if bench.settings.peer_python:
             peer.append(bench.datatrove(one, bench.byte_level[1], 1)[0])
-    return [
-        Row("start-up", "seconds", min(ours), min(peer, default=None), "datatrove" if peer else "not measured: no datatrove", "below 2")
-    ]
+    peer_name = "datatrove" if peer else "not measured: no datatrove"
+    return [Row("start-up", "seconds", _least(ours), _least(peer) if peer else None, peer_name, "below 2", _detail(ours, peer))]
 
 
 def _index(bench: Bench) -> list[Row]:

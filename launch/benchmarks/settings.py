@@ -93,7 +93,7 @@ class GenerationSettings:
     new_tokens: Annotated[int, Ge(1)] = 64
     """Tokens that are generated in each round."""
     rounds: Annotated[int, Ge(1)] = 3
-    """How many times each contender is measured."""
+    """How many times each contender is measured, after a warm-up round."""
 
 
 def chosen(kind: str, known: Sequence[str], only: Sequence[str]) -> list[str]:

@@ -4,17 +4,17 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.sampling.batch_plan import BatchSettings
 from data.sampling.batches import Batch
 from launch import REPOSITORY
+from launch.benchmarks.measurement import timed
 from launch.benchmarks.settings import TrainingStepSettings
 from launch.ranks import processes
 from launch.ranks.rendezvous import connect
@@ -30,6 +30,8 @@ from model.transformer import Transformer
 
 def measure(name: str, settings: TrainingStepSettings) -> int:
     """Run a contender in this process, and print the seconds of its steps as JSON."""
+    processes.share_cores(processes.find_process())
+    processes.keep_freed_memory()
     measured = _measure(TABLE[name](settings), settings.steps)
     if dist.is_initialized():  # threads of a group that still exists when Python ends may end it with "terminate called"
         dist.barrier()
@@ -39,13 +41,16 @@ def measure(name: str, settings: TrainingStepSettings) -> int:
 
 
 def _measure(step: Callable[[], object], steps: int) -> dict:
-    """Return the seconds of each step after two warm-up steps, and, if a step reports them, the mean seconds of its parts."""
-    seconds, reported = [], []
+    """Return the wall and CPU seconds of each step after two warm-up steps, and, if a step reports them, the mean seconds of its parts."""
+    timings, reported = [], []
     for _ in range(steps + 2):
-        start = time.perf_counter()
-        reported.append(getattr(step(), "seconds", {}))
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[2:], "parts": {part: statistics.mean(one[part] for one in reported[2:]) for part in reported[-1]}}
+        timings.append(timed(lambda: reported.append(getattr(step(), "seconds", {}))))
+    return {
+        "wall": [timing.wall for timing in timings[2:]],
+        "cpu": [timing.cpu for timing in timings[2:]],
+        "threads": torch.get_num_threads(),
+        "parts": {part: statistics.mean(one[part] for one in reported[2:]) for part in reported[-1]},
+    }
 
 
 def _config(settings: TrainingStepSettings) -> ModelConfig:
@@ -101,9 +106,9 @@ def _bare_products(settings: TrainingStepSettings) -> Callable[[], object]:
     return step
 
 
-def _transformers(settings: TrainingStepSettings, compiled: bool) -> Callable[[], object]:
-    """Llama of transformers with the same shape in a plain loop: float32 weights, bf16 autocast, fused AdamW."""
-    model = LlamaForCausalLM(
+def _llama(settings: TrainingStepSettings) -> LlamaForCausalLM:
+    """Llama of transformers with the same shape as our model."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=settings.vocab_size,
             hidden_size=settings.hidden_size,
@@ -115,6 +120,20 @@ def _transformers(settings: TrainingStepSettings, compiled: bool) -> Callable[[]
             use_cache=False,
         )
     )
+
+
+def _transformers(settings: TrainingStepSettings, compiled: bool) -> Callable[[], object]:
+    """Llama of transformers in the plain loop; the whole network is compiled."""
+    model = _llama(settings).bfloat16()
+    call = torch.compile(model) if compiled else model
+    return _plain_loop(
+        settings, model, lambda tokens, _: call(input_ids=tokens, labels=tokens).loss / settings.accumulation
+    )  # it shifts them
+
+
+def _transformers_autocast(settings: TrainingStepSettings, compiled: bool) -> Callable[[], object]:
+    """Llama of transformers with float32 weights under bf16 autocast, as its users often train."""
+    model = _llama(settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     call = torch.compile(model) if compiled else model
 
@@ -133,12 +152,22 @@ def _transformers(settings: TrainingStepSettings, compiled: bool) -> Callable[[]
 
 
 def _ours_in_a_plain_loop(settings: TrainingStepSettings, compiled: bool) -> Callable[[], object]:
-    """Our layers without DeepSpeed: bf16 weights, float32 master weights and gradients, as ZeRO-1 keeps them."""
-    processes.keep_freed_memory()
+    """Our layers in the plain loop, without DeepSpeed; each block is compiled, as --compile does."""
     model = Transformer(_config(settings)).bfloat16()
     if compiled:
         for block in model.blocks():
             block.compile()
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a micro-batch, divided by the number of micro-batches."""
+        divisor = torch.tensor(float(targets.numel() * settings.accumulation))
+        return training_loss(model(tokens, torch.ones_like(tokens)), Labels(targets, divisor))
+
+    return _plain_loop(settings, model, loss)
+
+
+def _plain_loop(settings: TrainingStepSettings, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+    """Return a step with bf16 weights, and float32 master weights and gradients, as ZeRO-1 keeps them. `loss` takes tokens and targets."""
     weights = list(model.parameters())
     masters = [weight.detach().float() for weight in weights]
     gradients = [torch.zeros_like(master) for master in masters]
@@ -150,9 +179,7 @@ def _ours_in_a_plain_loop(settings: TrainingStepSettings, compiled: bool) -> Cal
         """Train for one step."""
         for _ in range(settings.accumulation):
             drawn = _draw(settings)
-            tokens, targets = drawn[:, :-1], drawn[:, 1:]
-            divisor = torch.tensor(float(targets.numel() * settings.accumulation))
-            training_loss(model(tokens, torch.ones_like(tokens)), Labels(targets, divisor)).backward()
+            loss(drawn[:, :-1], drawn[:, 1:]).backward()
             for weight, gradient in zip(weights, gradients, strict=True):
                 assert weight.grad is not None
                 gradient += weight.grad
@@ -175,8 +202,6 @@ def _ours_under_deepspeed(
 ) -> Callable[[], object]:
     """Our engine, as launch/pretrain.py runs it."""
     process = processes.find_process()
-    processes.share_cores(process)
-    processes.keep_freed_memory()
     initialize_communication(process, connect(process, 30, sys.argv), 600)
     path = str(REPOSITORY / "ds_configs" / f"{json_name}.json")
     batch = BatchSettings(settings.micro_batch_size * settings.accumulation, settings.micro_batch_size)
@@ -209,6 +234,8 @@ TABLE: dict[str, Callable[[TrainingStepSettings], Callable[[], object]]] = {
     "bare products": _bare_products,
     "transformers eager": functools.partial(_transformers, compiled=False),
     "transformers compiled": functools.partial(_transformers, compiled=True),
+    "transformers autocast, eager": functools.partial(_transformers_autocast, compiled=False),
+    "transformers autocast, compiled": functools.partial(_transformers_autocast, compiled=True),
     "ours plain eager": functools.partial(_ours_in_a_plain_loop, compiled=False),
     "ours plain compiled": functools.partial(_ours_in_a_plain_loop, compiled=True),
     "ours ZeRO-1 eager": _ours_under_deepspeed,

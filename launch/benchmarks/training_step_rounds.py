@@ -5,36 +5,47 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from launch import REPOSITORY
+from launch.benchmarks.measurement import Spread, describe_machine
 from launch.benchmarks.settings import TrainingStepSettings
 from launch.ranks.launchers import free_port
 
 _SCRIPT = REPOSITORY / "launch" / "benchmarks" / "training_step.py"
 
 
-def run(names: Sequence[str], settings: TrainingStepSettings, arguments: Sequence[str]) -> int:
-    """Measure these contenders in turn and print the medians, and where the time of each rank goes."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    parts: dict[str, list[dict[str, float]]] = {}
+def run(contenders: Mapping[str, str], settings: TrainingStepSettings, arguments: Sequence[str]) -> int:
+    """Measure these contenders in turn; print their times, their precision, and where the time of each rank goes."""
+    wall: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
+    last: dict[str, list[dict]] = {}
     for number in range(settings.rounds):
-        for name in names:
+        for name in contenders:
             print(f"round {number + 1}/{settings.rounds}: {name} ...", file=sys.stderr, flush=True)
-            ranks = _start(name, arguments)
-            seconds[name] += ranks[0]["seconds"]
-            parts[name] = [rank["parts"] for rank in ranks]
-    tokens = settings.micro_batch_size * settings.accumulation * settings.sequence_length
-    bare = statistics.median(seconds["bare products"]) if "bare products" in seconds else None
-    print(f"\n{'':40}{'s/step':>8}{'tokens/s':>11}{'of bare products':>18}")
-    for name in names:
-        median = statistics.median(seconds[name])
-        share = f"{bare / median:18.2f}" if bare else ""
-        print(f"{name:40}{median:8.3f}{tokens / median:11,.0f}{share}")
-    for name in names:
-        if parts[name][0]:
-            _print_parts(name, parts[name], settings.accumulation)
+            last[name] = ranks = _start(name, arguments)
+            wall[name] += ranks[0]["wall"]
+            cpu[name] += [sum(seconds) for seconds in zip(*(rank["cpu"] for rank in ranks), strict=True)]
+    _print_times(contenders, wall, cpu, settings.micro_batch_size * settings.accumulation * settings.sequence_length)
+    for name, ranks in last.items():
+        if ranks[0]["parts"]:
+            _print_parts(name, [rank["parts"] for rank in ranks], settings.accumulation)
+    threads = sorted({rank["threads"] * len(ranks) for ranks in last.values() for rank in ranks})
+    print(f"\n{describe_machine(max(threads))}")
     return 0
+
+
+def _print_times(contenders: Mapping[str, str], wall: dict[str, list[float]], cpu: dict[str, list[float]], tokens: int) -> None:
+    """Print a row for each contender: wall and CPU seconds per step, and both relative to the bare products."""
+    bare = {
+        kind: statistics.median(seconds["bare products"]) for kind, seconds in (("wall", wall), ("cpu", cpu)) if "bare products" in seconds
+    }
+    print(f"\n{'':34}{'s/step':>8}{'least':>8}{'most':>8}{'CPU s':>8}{'tokens/s':>10}{'of bare':>9}{'by CPU':>8}  weights and activations")
+    for name, precision in contenders.items():
+        seconds, computing = Spread.of(wall[name]), statistics.median(cpu[name])
+        shares = f"{bare['wall'] / seconds.median:9.2f}{bare['cpu'] / computing:8.2f}" if bare else f"{'':17}"
+        row = f"{seconds.median:8.3f}{seconds.least:8.3f}{seconds.most:8.3f}{computing:8.3f}{tokens / seconds.median:10,.0f}"
+        print(f"{name:34}{row}{shares}  {precision}")
 
 
 def _start(name: str, arguments: Sequence[str]) -> list[dict]:

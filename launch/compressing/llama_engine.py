@@ -8,8 +8,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +93,12 @@ def verify(file: Path, config: ModelConfig, tokenizer: Tokenizer, tolerance: flo
     return difference
 
 
-def tokens_per_second(file: Path, new_tokens: int = 64, prompt_tokens: int = 16, threads: int | None = None) -> float:
-    """Return the speed of generating token by token after a prompt, whose time is not counted. Default for `threads`: torch's number."""
-    threads = threads or torch.get_num_threads()
+def start_generation(file: Path, new_tokens: int, prompt_tokens: int) -> Callable[[], None]:
+    """Read a file and evaluate a prompt; return a function that evaluates one further token, with as many threads as torch uses."""
+    threads = torch.get_num_threads()
     model = _model(file, n_ctx=prompt_tokens + new_tokens, n_threads=threads, n_threads_batch=threads)
     model.eval(list(range(prompt_tokens)))
-    start = time.perf_counter()
-    for token in range(new_tokens):
-        model.eval([token])
-    return new_tokens / (time.perf_counter() - start)
+    return lambda: model.eval([0])
 
 
 @functools.cache

@@ -135,6 +135,10 @@ def share_cores(process: Process) -> None:
         torch.set_num_threads(max(1, cores))
 
 
+KEEP_FREED_MEMORY = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**31 - 1}"
+"""Value of GLIBC_TUNABLES with which glibc does the same as keep_freed_memory, in a process that does not run our code."""
+
+
 def keep_freed_memory() -> None:
     """With glibc, keep the memory of large freed tensors in this process.
 

@@ -84,11 +84,13 @@ def assemble(ready: Ready, stop: StopRequest) -> Run:
     _record_teacher(ready, engine)
     current_layout = layout.record(ready.merged_json["zero_optimization"]["stage"], settings.precision)
     first_step, how_loaded = _load_weights(ready, engine, current_layout)
-    peak, peak_source = peak_flops(settings, engine.device.type) if process.is_first else (1.0, "")
+    peak, peak_source = peak_flops(settings, engine.device.type) if process.is_first else (None, "")
     monitor = None
     if process.is_first:
         monitor = Monitor(Path(settings.output), first_step, settings.batch_plan)
-        _introduce(monitor, ready, first_step, how_loaded, f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+        _introduce(
+            monitor, ready, first_step, how_loaded, peak_source if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
+        )
     return Run(
         settings=settings,
         engine=engine,
@@ -196,7 +198,7 @@ def _sample_text(engine: Engine, tokenizer: Tokenizer, request: TextRequest, new
     return tokenizer.decode([*request.shown, *(ids[: ids.index(end)] if end in ids else ids)])
 
 
-def _figures(settings: RunSettings, data: RunData, peak: float, world_size: int) -> Figures:
+def _figures(settings: RunSettings, data: RunData, peak: float | None, world_size: int) -> Figures:
     return Figures(
         flops_per_token=flops_per_counted_token(settings.model, data.sampling.target_length),
         peak_flops=peak,

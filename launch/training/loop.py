@@ -30,8 +30,8 @@ class Figures:
 
     flops_per_token: float
     """FLOPs for each token that BatchPlan counts, forward and backward."""
-    peak_flops: float
-    """FLOP/s that one device can reach at most."""
+    peak_flops: float | None
+    """FLOP/s that one device can reach at most; None if that is not known."""
     world_size: int
     epochs: Callable[[int], dict[str, float]]
     """Epochs of each source, by its name, after a number of steps."""
@@ -163,6 +163,7 @@ def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: Ste
     figures = run.figures
     tokens_per_second = run.plan.tokens(done - 1) / seconds
     flops = figures.flops_per_device(tokens_per_second)
+    use = None if figures.peak_flops is None else flops / figures.peak_flops
     scalars = {
         "loss/train": report.loss,
         "optimization/learning_rate": rate,
@@ -180,19 +181,20 @@ def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: Ste
         scalars |= {
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tflops_per_device": flops / 1e12,
-            "throughput/utilization": flops / figures.peak_flops,
             "memory/peak_gib": run.engine.memory_bytes() / 2**30,
             "memory/free_disk_gib": shutil.disk_usage(run.settings.output).free / 2**30,
             "time/step": seconds,
             "time/data": data_seconds,
         } | {f"time/{part}": part_seconds for part, part_seconds in report.seconds.items()}
+        if use is not None:
+            scalars["throughput/utilization"] = use
         if _loss_is_nats_per_token(run):
             scalars["perplexity/train"] = perplexity(report.loss)
             if figures.train_bytes_per_token is not None:
                 scalars["bits_per_byte/train"] = bits_per_byte(report.loss, figures.train_bytes_per_token)
     monitor.step(done, scalars, seconds)
     if at_interval:
-        monitor.console(done, report.loss, rate, report.gradient_norm, tokens_per_second, flops / figures.peak_flops)
+        monitor.console(done, report.loss, rate, report.gradient_norm, tokens_per_second, use)
 
 
 def _loss_is_nats_per_token(run: Run) -> bool:

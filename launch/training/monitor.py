@@ -74,12 +74,15 @@ class Monitor:
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
         self._metrics.write(json.dumps({"step": step} | finite) + "\n")
 
-    def console(self, step: int, loss: float, learning_rate: float, gradient_norm: float, tokens_per_second: float, use: float) -> None:
-        """Log the line that appears every log.interval steps. `use` is the share of the peak FLOP/s (MFU), 0 to 1."""
+    def console(
+        self, step: int, loss: float, learning_rate: float, gradient_norm: float, tokens_per_second: float, use: float | None
+    ) -> None:
+        """Log the line that appears every log.interval steps. `use` is the share of the peak FLOP/s (MFU), 0 to 1; None if unknown."""
         left = median(self._recent_seconds) * (self._plan.steps - step)
+        mfu = "" if use is None else f" | MFU: {100 * use:.1f} %"
         self.log(
             f"step: {step}/{self._plan.steps} | loss: {loss:.4f} | learning rate: {learning_rate:.2e} | "
-            f"gradient norm: {gradient_norm:.3f} | tokens/s: {tokens_per_second:,.0f} | MFU: {100 * use:.1f} % | left: {_clock(left)}"
+            f"gradient norm: {gradient_norm:.3f} | tokens/s: {tokens_per_second:,.0f}{mfu} | left: {_clock(left)}"
         )
 
     def text(self, name: str, text: str, step: int = 0) -> None:

@@ -200,8 +200,8 @@ class RunSettings:
     allow_changes: bool = False
     """Resume even if settings that change the mathematics differ from those of the run so far."""
     peak_tflops: Annotated[float, Gt(0)] | None = None
-    """Peak speed of one device in TFLOP/s, for utilisation (default: from its data sheet; on an unknown device a measured matrix
-    product)."""
+    """Peak speed of one device in TFLOP/s, for utilisation (default: from its data sheet; on an unknown GPU a measured matrix product; on a
+    CPU none, and MFU is not shown)."""
     dry_run: bool = False
     """Print the plan and stop."""
 

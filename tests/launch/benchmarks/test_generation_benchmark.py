@@ -25,9 +25,11 @@ def exported(folder, **options) -> str:
 
 def test_every_installed_engine_has_a_row_and_ours_is_1(tmp_path, capsys):
     assert generation.main(["--model", exported(tmp_path / "hf"), "--types", "q8_0", "--new_tokens", "2", "--rounds", "1"]) == 0
-    rows = re.findall(r"^(\S.*?) {2,}[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M)
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^(\S.*?) {2,}[\d.]+ +[\d.]+ +[\d.]+ +([\d.]+) +[\d.]+$", printed, re.M)
     engines = ["ours, bf16", "transformers, bf16"] + ["llama.cpp, q8_0"] * llama_engine.is_installed()
     assert [name for name, _ in rows] == engines and rows[0][1] == "1.00"
+    assert re.search(r"\n\S.* with \w+, \d+ cores, \d+ threads for each contender, load [\d.]+ at the end", printed)
 
 
 @pytest.mark.parametrize(

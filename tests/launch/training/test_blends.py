@@ -183,7 +183,7 @@ def finished(prepared, other, tmp_path_factory):
     arguments += ["--model.vocab_size", "800", "--model.sequence_length", "32", "--model.hidden_size", "32", "--model.num_layers", "2"]
     arguments += ["--model.num_attention_heads", "2", "--model.document_mask", "--batch.global_batch_size", "8", "--log.interval", "1"]
     arguments += ["--batch.micro_batch_size", "2", "--train_steps", "8", "--schedule.warmup_steps", "2", "--log.validation_samples", "0"]
-    arguments += ["--log.validation_interval", "4", "--checkpoint.interval", "4", "--precision", "float32"]
+    arguments += ["--log.validation_interval", "4", "--checkpoint.interval", "4", "--precision", "float32", "--peak_tflops", "0.5"]
     finish(start_ranks(1, PRETRAIN, *arguments, OMP_NUM_THREADS="1"))
     return folder, arguments
 
@@ -204,6 +204,13 @@ def test_curves_of_a_blend_follow_each_source(finished, prepared, other):
     num_bytes = sum(one.splits["validation"].num_bytes for one in sampling.folders.values())
     assert last["bits_per_byte/validation"] == pytest.approx(last["loss/validation"] / np.log(2) * sum(tokens) / num_bytes, rel=1e-6)
     assert "validation loss: " in (folder / "log.txt").read_text() and "| numbers: " in (folder / "log.txt").read_text()
+
+
+def test_utilization_is_the_share_of_the_given_peak(finished):
+    for entry in entries(finished[0]).values():
+        assert entry["throughput/utilization"] == pytest.approx(entry["throughput/tflops_per_device"] / 0.5)
+    log = (finished[0] / "log.txt").read_text()
+    assert "; peak 0.5 TFLOP/s (peak_tflops)" in log and log.count("| MFU: ") == 8
 
 
 def test_evaluation_of_a_blended_run_gives_its_validation_losses(finished, other, capsys):

@@ -91,6 +91,7 @@ def recipe(run: Path) -> Path:
 
 def test_bert_trains_and_evaluates_as_it_was_validated(bert):
     said = last(bert)
+    assert "throughput/tflops_per_device" in said and "throughput/utilization" not in said  # the peak of a CPU is not known
     result = evaluating.evaluate(EvaluateSettings(str(bert)), show_progress=False)
     assert result.loss == pytest.approx(said["loss/validation"], abs=1e-5)
     assert result.score.accuracy == said["accuracy/validation"]

@@ -101,11 +101,12 @@ def test_incomplete_line_is_removed_and_the_others_stay(torn, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "log.txt", "tb"}
 
 
-def test_console_line_shows_progress_and_speed(tmp_path, capsys):
+@pytest.mark.parametrize(("use", "mfu"), [(0.4567, " | MFU: 45.7 %"), (None, "")])
+def test_console_line_shows_progress_and_speed(use, mfu, tmp_path, capsys):
     monitor = start(tmp_path, 0, 2, 3.0)
-    monitor.console(2, loss=2.34567, learning_rate=3e-4, gradient_norm=0.12345, tokens_per_second=12345.6, use=0.4567)
+    monitor.console(2, loss=2.34567, learning_rate=3e-4, gradient_norm=0.12345, tokens_per_second=12345.6, use=use)
     monitor.close()
-    line = "step: 2/10 | loss: 2.3457 | learning rate: 3.00e-04 | gradient norm: 0.123 | tokens/s: 12,346 | MFU: 45.7 % | left: 0:08"
+    line = f"step: 2/10 | loss: 2.3457 | learning rate: 3.00e-04 | gradient norm: 0.123 | tokens/s: 12,346{mfu} | left: 0:08"
     assert capsys.readouterr().out == line + "\n"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d " + re.escape(line) + "\n", (tmp_path / "log.txt").read_text())
 
