@@ -36,17 +36,18 @@ def peak_flops(settings: RunSettings, device: str) -> tuple[float | None, str]:
         for part, tflops in _DATA_SHEET_TFLOPS.items():
             if re.search(rf"{part}\b", name):  # an L40 is not an L4
                 return tflops * 1e12, f"data sheet of {part}"
-    return measured_flops(settings.precision), "measured: a matrix product of 1024 x 1024 x 1024"
+    return measured_flops(settings.precision, device), "measured: a matrix product of 1024 x 1024 x 1024"
 
 
-def measured_flops(precision: str) -> float:
-    """Measure the FLOP/s of the fastest of a few matrix products of 1024 x 1024 x 1024 on this GPU."""
+def measured_flops(precision: str, device: str) -> float:
+    """Measure the FLOP/s of the fastest of a few matrix products of 1024 x 1024 x 1024."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
-    a = torch.randn(1024, 1024, device="cuda").to(dtype)
-    best, end = float("inf"), time.perf_counter() + 0.5  # long enough for clock rates to settle
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    best, end = float("inf"), time.perf_counter() + 0.5  # long enough for clock rates and threads to settle
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ a
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best

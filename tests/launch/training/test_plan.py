@@ -374,13 +374,13 @@ def test_device_with_a_similar_name_is_measured(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
     product = SimpleNamespace(asked=None)
 
-    def measure(precision):
-        product.asked = precision
+    def measure(precision, where):
+        product.asked = precision, where
         return 7e12
 
     monkeypatch.setattr("launch.training.peak.measured_flops", measure)
     assert peak_flops(SETTINGS, "cuda") == (7e12, "measured: a matrix product of 1024 x 1024 x 1024")
-    assert product.asked == "bf16"
+    assert product.asked == ("bf16", "cuda")
 
 
 def test_peak_of_a_cpu_is_not_guessed():
