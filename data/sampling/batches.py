@@ -67,7 +67,7 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """`plan` must have a micro-batch size. Raises UserError if `world` data-parallel ranks cannot share its batches."""
+        """`plan` must have a micro-batch size. Raises UserError if `world` data-parallel ranks cannot share a batch of the last size."""
         assert plan.batch.micro_batch_size is not None
         plan.batch.accumulation_steps(world)
         self.sources = sources

@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt
 
 from data.command_line import UserError, describe, flatten, read_settings
-from data.sampling.batch_plan import BatchSettings
+from data.sampling.batch_plan import BatchSettings, Segment
 from data.sampling.settings import Architecture, SamplingSettings
 
 _NOT_FROM_RUN = ("run", "step", "rank", "characters")
@@ -98,11 +98,27 @@ def _settings_of_run(given: dict) -> dict:
         raise _invalid_record(given["run"], error) from error
 
 
+def segments_of_run(settings: ShowSettings) -> tuple[Segment, ...]:
+    """Return how many samples each step of the run read; empty if no run is given, or another batch size than the run's."""
+    record = read_run_record(settings.run) if settings.run else {}
+    try:
+        segments = tuple(Segment(**segment) for segment in record.get("batch_plan", []))
+    except (TypeError, AttributeError) as error:
+        raise _invalid_record(str(settings.run), error) from error
+    return segments if segments and segments[-1].size == settings.batch.global_batch_size else ()
+
+
 def changes_of_run(run: str) -> list[str]:
-    """Return the changes, each with its time, that a run was resumed with and that decide which samples are read."""
+    """Return the changes, each with its time, that a run was resumed with and that decide which samples an earlier step read.
+
+    A change of the batch size is not among them if run.json holds the batch plan.
+    """
     names = flatten(dataclasses.asdict(ShowSettings()))
     try:
-        changes = [(line, change["time"]) for change in read_run_record(run).get("changes", []) for line in change["lines"]]
+        record = read_run_record(run)
+        if "batch_plan" in record:
+            del names["batch.global_batch_size"]
+        changes = [(line, change["time"]) for change in record.get("changes", []) for line in change["lines"]]
         return [f"{line} ({time})" for line, time in changes if line.startswith("the ") or line.split(":")[0] in names]
     except (KeyError, TypeError, AttributeError) as error:
         raise _invalid_record(run, error) from error

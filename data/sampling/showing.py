@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.batches import TrainingBatches
 from data.sampling.samples import Piece, Sample
-from data.sampling.show_settings import ShowSettings, changes_of_run
+from data.sampling.show_settings import ShowSettings, changes_of_run, segments_of_run
 from data.sampling.sources import Sampling, open_folders, open_sampling
 
 
@@ -27,8 +27,10 @@ def show(settings: ShowSettings) -> Iterator[str]:
         model.architecture,
         model.token_types,
     )
-    micro_batch_size = settings.batch.micro_batch_size or settings.batch.accumulation_steps(settings.world_size)
-    plan = BatchPlan(dataclasses.replace(settings.batch, micro_batch_size=micro_batch_size), model.sequence_length)
+    plan = BatchPlan(settings.batch, model.sequence_length, segments=segments_of_run(settings))
+    batch = dataclasses.replace(settings.batch, global_batch_size=plan.size(settings.step - 1))
+    batch = dataclasses.replace(batch, micro_batch_size=batch.micro_batch_size or batch.accumulation_steps(settings.world_size))
+    plan = dataclasses.replace(plan, batch=batch)
     batches = TrainingBatches(sampling.samples, sampling.blend, plan, settings.rank, settings.world_size)
     yield (
         f"step {settings.step}, rank {settings.rank} of {settings.world_size}: samples of {model.sequence_length}"

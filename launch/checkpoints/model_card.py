@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.command_line import flatten
-from data.sampling.batch_plan import BatchPlan, BatchSettings
+from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment
 from data.sampling.objectives.table import OBJECTIVES, default_objective
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.opening import OpenedModel
@@ -70,7 +70,8 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
     record = read_json(opened.folder.parent.parent / "run.json")
     if opened.recipe:
         settings = flatten(opened.recipe)
-        plan = BatchPlan(BatchSettings(settings["batch.global_batch_size"]), settings["model.sequence_length"])
+        segments = tuple(Segment(**segment) for segment in manifest.get("batch_plan", []))
+        plan = BatchPlan(BatchSettings(settings["batch.global_batch_size"]), settings["model.sequence_length"], segments=segments)
         yield "tokens", f"{plan.tokens_before(opened.step):,}"
         yield (
             "data",

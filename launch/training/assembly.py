@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data.command_line import UserError, flatten
+from data.sampling.batch_plan import BatchPlan
 from data.sampling.batches import Batch, TrainingBatches, held_out_batches
 from data.sampling.samples import Samples
 from data.tokenization.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ def pretrain(settings: RunSettings, arguments: Sequence[str], stop: StopRequest)
     try:
         ready = get_ready(settings, arguments)
         if ready.process.is_first:
-            print(plan(ready.settings, ready.merged_json, ready.layout, ready.device, ready.data, ready.initial, ready.teacher), flush=True)
+            print(_plan(ready), flush=True)
         return 0 if settings.dry_run else _train(ready, stop)
     except FloatingPointError as error:  # the next start would fail in the same way
         print(error, file=sys.stderr)
@@ -54,6 +55,12 @@ def pretrain(settings: RunSettings, arguments: Sequence[str], stop: StopRequest)
         saved = [path.name for path in checkpoint.published(Path(settings.output) / "checkpoints")[:1]]
         print(message + (f" The newest checkpoint is {saved[0]}; the same command resumes from it." if saved else ""), file=sys.stderr)
     return 1
+
+
+def _plan(ready: Ready) -> str:
+    settings, start = ready.settings, ready.start
+    batches = start.plan if start else settings.batch_plan
+    return plan(settings, ready.merged_json, ready.layout, ready.device, batches, ready.data, ready.initial, ready.teacher)
 
 
 def _train(ready: Ready, stop: StopRequest) -> int:
@@ -78,28 +85,29 @@ def assemble(ready: Ready, stop: StopRequest) -> Run:
     assert data is not None and start is not None, "a dry run is not assembled"
     if process.is_first:
         run_folder.record(settings, ready.merged_json, start, data.fingerprint, data.tokenizer_path)
-    data_rank = layout.data_rank(process.rank)
-    batches = TrainingBatches(data.sampling.samples, data.sampling.blend, settings.batch_plan, data_rank, layout.data_parallel_size)
     engine = engine_for(layout)(settings, ready.merged_json, process, layout)
     _record_teacher(ready, engine)
     current_layout = layout.record(ready.merged_json["zero_optimization"]["stage"], settings.precision)
-    first_step, how_loaded = _load_weights(ready, engine, current_layout)
+    first_step, batch_plan, how_loaded = _load_weights(ready, engine, current_layout)
+    data_rank = layout.data_rank(process.rank)
+    batches = TrainingBatches(data.sampling.samples, data.sampling.blend, batch_plan, data_rank, layout.data_parallel_size)
     peak, peak_source = peak_flops(settings, engine.device.type) if process.is_first else (None, "")
     monitor = None
     if process.is_first:
-        monitor = Monitor(Path(settings.output), first_step, settings.batch_plan)
-        _introduce(
-            monitor, ready, first_step, how_loaded, peak_source if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
-        )
+        run_folder.record_batch_plan(settings, batch_plan)
+        monitor = Monitor(Path(settings.output), first_step, batch_plan)
+        shown_peak = peak_source if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
+        _introduce(monitor, ready, first_step, batch_plan, how_loaded, shown_peak)
     return Run(
         settings=settings,
+        plan=batch_plan,
         engine=engine,
         micro_batches=batches.step,
         validation_batches={name: functools.partial(_validation_batches, ready, samples) for name, samples in data.held_out.items()},
         sample_text=_text_sampler(settings, data, engine),
         first_step=first_step,
-        manifest=_manifest(settings, data, current_layout, engine.ranks.broadcast(start.run_id)),
-        figures=_figures(settings, data, peak, process.world_size),
+        manifest=_manifest(settings, batch_plan, data, current_layout, engine.ranks.broadcast(start.run_id)),
+        figures=_figures(settings, batch_plan, data, peak, process.world_size),
         monitor=monitor,
         stop=stop,
     )
@@ -113,10 +121,10 @@ def _record_teacher(ready: Ready, engine: Engine) -> None:
             raise UserError(complaint)
 
 
-def _load_weights(ready: Ready, engine: Engine, current_layout: dict) -> tuple[int, str]:
+def _load_weights(ready: Ready, engine: Engine, current_layout: dict) -> tuple[int, BatchPlan, str]:
     """Load the newest checkpoint, or the weights of --init if there is none.
 
-    Returns the step to begin with, and how the checkpoint was read ("" without one).
+    Returns the step to begin with, the samples that each step reads, and how the checkpoint was read ("" without one).
     """
     settings, start = ready.settings, ready.start
     assert start is not None
@@ -131,11 +139,11 @@ def _load_weights(ready: Ready, engine: Engine, current_layout: dict) -> tuple[i
         fingerprint = engine.start_from(weights)
         if ready.process.is_first:
             run_folder.record_initial_weights(settings, fingerprint)
-    return 0, ""
+    return 0, settings.batch_plan, ""
 
 
-def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], current_layout: dict) -> tuple[int, str]:
-    """Load the newest checkpoint that is not damaged. Returns its step, and the time and layouts as text."""
+def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], current_layout: dict) -> tuple[int, BatchPlan, str]:
+    """Load the newest checkpoint that is not damaged. Returns its step, the samples of each step, and the time and layouts as text."""
     process = ready.process
     folder = checkpoint.newest_undamaged(
         Path(ready.settings.output) / "checkpoints",
@@ -153,16 +161,18 @@ def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], curre
     how += (
         "" if saved_layout == current_layout else f", converted from {describe_layout(saved_layout)} to {describe_layout(current_layout)}"
     )
-    return checkpoint.step_of(folder), how
+    return checkpoint.step_of(folder), run_folder.plan_after(ready.settings, manifest), how
 
 
-def _introduce(monitor: Monitor, ready: Ready, first_step: int, how_loaded: str, peak: str) -> None:
+def _introduce(monitor: Monitor, ready: Ready, first_step: int, batch_plan: BatchPlan, how_loaded: str, peak: str) -> None:
     """Write the first lines of the log, and settings for TensorBoard."""
     settings, start = ready.settings, ready.start
     assert start is not None
     for note in start.notes:
         monitor.log(note)
-    steps = settings.batch_plan.steps
+    if new_size := run_folder.describe_new_size(settings, batch_plan, first_step):
+        monitor.log(new_size)
+    steps = batch_plan.steps
     begun = f"Resuming from step {first_step} of {steps}, {how_loaded}" if first_step else f"Starting at step 0 of {steps}"
     monitor.log(f"{begun}; {peak}")
     monitor.text("recipe", json.dumps(dataclasses.asdict(settings), indent=1))
@@ -198,24 +208,25 @@ def _sample_text(engine: Engine, tokenizer: Tokenizer, request: TextRequest, new
     return tokenizer.decode([*request.shown, *(ids[: ids.index(end)] if end in ids else ids)])
 
 
-def _figures(settings: RunSettings, data: RunData, peak: float | None, world_size: int) -> Figures:
+def _figures(settings: RunSettings, batch_plan: BatchPlan, data: RunData, peak: float | None, world_size: int) -> Figures:
     return Figures(
         flops_per_token=flops_per_counted_token(settings.model, data.sampling.target_length),
         peak_flops=peak,
         world_size=world_size,
-        epochs=lambda steps: data.sampling.epochs(settings.batch_plan.position(steps)),
+        epochs=lambda steps: data.sampling.epochs(batch_plan.position(steps)),
         train_bytes_per_token=data.sampling.bytes_per_token,
         validation_bytes_per_token={name: samples.stream.num_bytes / len(samples.stream) for name, samples in data.held_out.items()},
     )
 
 
-def _manifest(settings: RunSettings, data: RunData, layout: dict, run_id: str | None) -> dict:
+def _manifest(settings: RunSettings, batch_plan: BatchPlan, data: RunData, layout: dict, run_id: str | None) -> dict:
     """Facts about the run that every checkpoint's manifest holds."""
     return {
         "run_id": run_id,
         "model": dataclasses.asdict(settings.model),
         "layout": layout,
-        "data": {"fingerprint": data.fingerprint, "samples_per_step": len(settings.batch_plan.positions(0))},
+        "data": {"fingerprint": data.fingerprint, "samples_per_step": settings.batch.global_batch_size},
+        "batch_plan": batch_plan.record(),
         "random": {
             "seed": settings.seed,
             "streams": "order: (seed, epoch, sample); dropout: (seed, step, micro-batch, layer, part of the sequence)",

@@ -35,7 +35,7 @@ class RunData:
 def open_data(settings: RunSettings) -> RunData:
     """Open the prepared folders of a run.
 
-    Raises UserError if one is missing or damaged, or does not fit the other folders, the model or the length of the run.
+    Raises UserError if one is missing or damaged, or does not fit the other folders or the model.
     """
     folders = open_folders(settings.data.path)
     if sum(folder.stored_bytes for folder in folders.values()) < _MAX_HASHED_BYTES:
@@ -54,16 +54,13 @@ def open_data(settings: RunSettings) -> RunData:
     if complaints := TASKS[sampling.objective.name].model_complaints(model, settings.data):
         raise UserError("\n".join(complaints))
     held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, model.architecture, model.token_types)
-    _refuse_too_many_epochs(settings, sampling)
     fingerprints = [folder.fingerprint for folder in folders.values()]
     fingerprint = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
     return RunData(sampling, held_out, first.tokenizer_path, fingerprint)
 
 
-def _refuse_too_many_epochs(settings: RunSettings, sampling: Sampling) -> None:
-    """Raise UserError if the run reads a source for more than data.max_epochs, and name the most steps that fit."""
-    limit = settings.data.max_epochs
-    plan = settings.batch_plan
+def refuse_too_many_epochs(limit: float | None, sampling: Sampling, plan: BatchPlan) -> None:
+    """Raise UserError if a run reads a source for more than `limit`, data.max_epochs, and name the most steps that fit."""
     positions = plan.position(plan.steps)
     epochs = sampling.blend.epochs(positions).tolist()
     most = max(range(len(epochs)), key=epochs.__getitem__)

@@ -51,6 +51,8 @@ class Run:
     """Everything that the loop needs on one rank. `train` changes only what the engine, the monitor and `stop` hold."""
 
     settings: RunSettings
+    plan: BatchPlan
+    """The samples that each step reads."""
     engine: Engine
     micro_batches: Callable[[int], list[Batch]]
     """This rank's micro-batches of a step, counted from 0."""
@@ -66,11 +68,6 @@ class Run:
     monitor: Monitor | None
     """Log and curves, on rank 0; None on every other rank."""
     stop: StopRequest
-
-    @property
-    def plan(self) -> BatchPlan:
-        """The samples that each step reads."""
-        return self.settings.batch_plan
 
     @property
     def checkpoints(self) -> Path:

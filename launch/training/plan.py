@@ -2,6 +2,7 @@
 
 import torch
 
+from data.sampling.batch_plan import BatchPlan
 from launch.checkpoints.initial import InitialWeights
 from launch.ranks.layout import Layout, largest_micro_batch_size, min_micro_batches
 from launch.training.data import RunData
@@ -20,24 +21,28 @@ def plan(
     merged_json: dict,
     layout: Layout,
     device: str,
+    batches: BatchPlan,
     data: RunData | None,
     initial: InitialWeights | None = None,
     teacher: Teacher | None = None,
 ) -> str:
-    """Return the whole plan as lines to print. `data` is None if the embedded corpus would be prepared first."""
+    """Return the whole plan as lines to print. `data` is None if the embedded corpus would be prepared first.
+
+    `batches` says which samples each step reads, also those before a resume.
+    """
     rows = [
         ("model", _model(settings.model)),
         *([("init", str(initial) + ("; zero weights stay 0" if settings.hold_zeros else ""))] if initial else []),
         *([("teacher", str(teacher))] if teacher else []),
         *_quantization_rows(settings),
-        ("work", _work(settings, data)),
+        ("work", _work(settings.model, batches, data)),
         *(
-            _data_rows(settings, data)
+            _data_rows(settings, batches, data)
             if data
             else [("data", f"{', '.join(settings.data.path)} is missing: the embedded corpus is prepared first")]
         ),
-        ("batch", settings.batch_plan.describe(layout.data_parallel_size)),
-        ("length", _length(settings, data)),
+        ("batch", batches.describe(layout.data_parallel_size)),
+        ("length", _length(batches, data)),
         ("rate", _rate(settings)),
         ("engine", _engine(settings, merged_json["zero_optimization"], layout, device)),
         *_notes_on_one_node(merged_json["zero_optimization"], layout, device),
@@ -57,17 +62,15 @@ def _model(model: ModelConfig) -> str:
     )
 
 
-def _work(settings: RunSettings, data: RunData | None) -> str:
-    model, batches = settings.model, settings.batch_plan
+def _work(model: ModelConfig, batches: BatchPlan, data: RunData | None) -> str:
     flops = flops_per_counted_token(model, data.sampling.target_length if data else None)
     total = flops * batches.tokens_before(batches.steps)
     return f"{flops:,.0f} FLOPs per {_counted(model)}, forward and backward, {_attention(model)} counted; {total:.3g} in all"
 
 
-def _length(settings: RunSettings, data: RunData | None) -> str:
-    batches = settings.batch_plan
+def _length(batches: BatchPlan, data: RunData | None) -> str:
     text = f"{batches.steps:,} steps, {batches.tokens_before(batches.steps):,} tokens"
-    return text + (f", {_epochs(settings, data)} epochs" if data else "")
+    return text + (f", {_epochs(batches, data)} epochs" if data else "")
 
 
 def _rate(settings: RunSettings) -> str:
@@ -120,11 +123,11 @@ def _quantization_rows(settings: RunSettings) -> Rows:
     return [("rounding", text + "; the weights that are trained and saved are not rounded")]
 
 
-def _data_rows(settings: RunSettings, data: RunData) -> Rows:
+def _data_rows(settings: RunSettings, batches: BatchPlan, data: RunData) -> Rows:
     """Return a line for each source, one for how documents become samples, and warnings."""
     sampling, model = data.sampling, settings.model
     several, length = len(sampling.names) > 1, model.sequence_length
-    epochs = sampling.epochs(settings.batch_plan.position(settings.batch_plan.steps))
+    epochs = sampling.epochs(batches.position(batches.steps))
     rows: Rows = []
     warnings: Rows = []
     for path, share, (name, folder), samples in zip(
@@ -172,9 +175,9 @@ def _attention(model: ModelConfig) -> str:
     return {"decoder": "causal attention", "encoder": "bidirectional attention"}.get(model.architecture, "all attention")
 
 
-def _epochs(settings: RunSettings, data: RunData) -> str:
+def _epochs(batches: BatchPlan, data: RunData) -> str:
     """Return the epochs of the one source, or of the least and the most read of several."""
-    epochs = data.sampling.epochs(settings.batch_plan.position(settings.batch_plan.steps)).values()
+    epochs = data.sampling.epochs(batches.position(batches.steps)).values()
     return " to ".join(f"{end:.2f}" for end in sorted({min(epochs), max(epochs)}))
 
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from data.command_line import UserError, flatten
 from data.files import lock_file, nearest_existing, write_file
+from data.sampling.batch_plan import BatchPlan, Segment
 from launch import REPOSITORY
 from launch.checkpoints import checkpoint
 from launch.checkpoints.run_record import TOKENIZER_CONFIGURATION, data_paths, tokenizer_files, versions
@@ -49,6 +50,9 @@ _HARMLESS = (
     "dry_run",
 )
 
+# Settings that decide the order of samples. The batch size does not: after a change a run reads on at its position.
+_SAMPLE_ORDER = ("seed", "data.weights", "data.packing", "data.objective", "data.target_length", "data.next_sentence", "data.span_length")
+
 LOCK_NAME = ".lock"
 PROBE_PREFIX = ".preflight-"
 """Start of the names of the files that ranks write before the run begins, to check that they can."""
@@ -69,6 +73,8 @@ class Start:
 
     run_id: str
     resumes: bool
+    plan: BatchPlan
+    """The samples that each step reads, if the run resumes from its newest checkpoint."""
     notes: tuple[str, ...] = ()
     """Messages for the log, a line each."""
     changes: tuple[str, ...] = ()
@@ -93,7 +99,7 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
             raise UserError(f"output {folder} is not a run folder: it has files but no run.json. Give another --output.")
         if settings.resume:
             raise UserError(f"--resume: {folder} has no run to resume. Give the --output of a run, or leave --resume out.")
-        return Start(uuid.uuid4().hex[:12], resumes=False)
+        return Start(uuid.uuid4().hex[:12], resumes=False, plan=settings.batch_plan)
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
         before["run_id"], before["data_fingerprint"], before["recipe"]["data"]["path"], before["starts"], before["deepspeed"]
@@ -104,20 +110,45 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     if not started:
         if settings.resume:
             raise UserError(f"--resume: {folder} has a run without a checkpoint. Without --resume it starts again from step 0.")
-        return Start(before["run_id"], False, (f"{folder} has a run without a checkpoint: it starts again from step 0.",))
+        return Start(
+            before["run_id"], False, settings.batch_plan, (f"{folder} has a run without a checkpoint: it starts again from step 0.",)
+        )
     changed = _changes(before, settings, fingerprint, merged_json)
     if changed and not settings.allow_changes:
         raise UserError(
             f"{folder} has another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
             "Give another --output, or --allow_changes to resume with the new settings."
         )
+    plan = settings.batch_plan
     if newest := _newest_manifest(root):
         _refuse_other_model(*newest, settings)
-        if newest[1]["step"] > settings.batch_plan.steps:
-            raise UserError(
-                f"{newest[0]} is already beyond the {settings.batch_plan.steps} steps of this command. Nearest: {newest[1]['step']}."
-            )
-    return Start(before["run_id"], True, tuple(f"Resuming with a change: {line}" for line in changed), tuple(changed))
+        plan = plan_after(settings, newest[1])
+        if newest[1]["step"] > plan.steps:
+            raise UserError(f"{newest[0]} is already beyond the {plan.steps} steps of this command. Nearest: {newest[1]['step']}.")
+    notes = [f"Resuming with a change: {line}" for line in changed]
+    return Start(before["run_id"], True, plan, (*notes, *_note_on_order(changed, settings)), tuple(changed))
+
+
+def _note_on_order(changed: list[str], settings: RunSettings) -> list[str]:
+    """Return a note if the order of samples differs from that of the run so far, because the positions then stand for other samples."""
+    orders = (*_SAMPLE_ORDER, *(["data.mask_rate"] if settings.model.architecture == "encoder_decoder" else []), "the data", "the samples")
+    names = [name for name in (line.partition(":")[0] for line in changed) if name in orders]
+    if not names:
+        return []
+    return [
+        f"The order of samples changes with {', '.join(names)}: samples that the run has read may be read again, and others that it has "
+        "not read come later than without the change."
+    ]
+
+
+def plan_after(settings: RunSettings, manifest: dict) -> BatchPlan:
+    """Return the samples that each step reads in a run that resumes from the checkpoint with this manifest."""
+    # A version without batch_plan read equally many samples at every step, also before a change.
+    whole = [
+        {"first_step": 0, "first_position": 0, "size": manifest.get("data", {}).get("samples_per_step", settings.batch.global_batch_size)}
+    ]
+    segments = [Segment(**segment) for segment in manifest.get("batch_plan", whole)]
+    return settings.batch_plan.after(manifest["step"], segments)
 
 
 def _is_ours(name: str) -> bool:
@@ -152,7 +183,9 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     changes = before.get("changes", []) if start.resumes else []
     changes += [{"time": now, "lines": list(start.changes)}] if start.changes else []
-    about = {name: before[name] for name in ("init_fingerprint", "teacher_fingerprint") if start.resumes and name in before} | {
+    about = {
+        name: before[name] for name in ("init_fingerprint", "teacher_fingerprint", "batch_plan") if start.resumes and name in before
+    } | {
         "run_id": start.run_id,
         "recipe": dataclasses.asdict(settings),
         "deepspeed": merged_json,
@@ -169,6 +202,27 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
             path.unlink()
     for path in copied:
         write_file(folder / path.name, path.read_bytes())
+
+
+def describe_new_size(settings: RunSettings, plan: BatchPlan, first_step: int) -> str | None:
+    """Return a line on what changes with the batch size at the step that a run resumes at; None if it does not change there."""
+    if not first_step or plan.segments[-1].first_step != first_step:
+        return None
+    before = dataclasses.replace(plan, segments=plan.segments[:-1])
+    text = (
+        f"From step {first_step + 1} on a step reads {plan.size(first_step)} samples in place of {before.size(first_step)}, the first of "
+        f"them at position {plan.position(first_step):,}: none is read twice or left out. "
+    )
+    if settings.train_steps is not None:
+        samples = [f"{one.position(one.steps):,}" for one in (plan, before)]
+        return text + f"train_steps {plan.steps:,} stays, so the run reads {samples[0]} samples in place of {samples[1]}."
+    return text + f"train_tokens {settings.train_tokens:,.0f} stays, so the run has {plan.steps:,} steps in place of {before.steps:,}."
+
+
+def record_batch_plan(settings: RunSettings, plan: BatchPlan) -> None:
+    """Add to run.json the samples that each step reads, for data/show.py; a resume reads them from its checkpoint."""
+    path = Path(settings.output) / "run.json"
+    write_file(path, json.dumps(json.loads(path.read_text()) | {"batch_plan": plan.record()}, indent=1))
 
 
 def record_initial_weights(settings: RunSettings, fingerprint: str) -> None:

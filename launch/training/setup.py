@@ -24,7 +24,7 @@ from launch.ranks.processes import Process
 from launch.ranks.rendezvous import connect
 from launch.training import deepspeed_config, preflight, run_folder
 from launch.training.communication import initialize_communication
-from launch.training.data import RunData, open_data, prepare_embedded_corpus, wait_for, will_be_prepared
+from launch.training.data import RunData, open_data, prepare_embedded_corpus, refuse_too_many_epochs, wait_for, will_be_prepared
 from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.settings import RunSettings, share_the_batch
 from launch.training.teacher import Teacher
@@ -74,8 +74,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     settings = share_the_batch(settings, layout)
     merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size)
     if settings.dry_run:
-        data = None if will_be_prepared(settings) else open_data(settings)
-        start = run_folder.inspect(settings, data.fingerprint, merged) if data else None
+        data, start = (None, None) if will_be_prepared(settings) else _open_data_and_folder(settings, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
         return Ready(settings, process, device, layout, merged, data, start, initial, teacher, None)
     store = connect(process, settings.rendezvous_seconds, without_local_rank(arguments))
@@ -105,6 +104,14 @@ def compare_ranks(settings: RunSettings, arguments: Sequence[str]) -> int:
     if ready.process.is_first:
         print(f"All {ready.process.world_size} rank(s) agree.")
     return 0
+
+
+def _open_data_and_folder(settings: RunSettings, merged_json: dict) -> tuple[RunData, run_folder.Start]:
+    """Open the run's data and inspect its folder. Raises UserError if one of them is not as it must be, or they do not fit together."""
+    data = open_data(settings)
+    start = run_folder.inspect(settings, data.fingerprint, merged_json)
+    refuse_too_many_epochs(settings.data.max_epochs, data.sampling, start.plan)
+    return data, start
 
 
 def _initial_weights(settings: RunSettings, data: RunData | None, start: run_folder.Start | None) -> InitialWeights | None:
@@ -196,8 +203,7 @@ def _check_all_ranks(
     try:
         if device == "cuda":
             processes.device_index(process)
-        data = open_data(settings)
-        start = run_folder.inspect(settings, data.fingerprint, merged)
+        data, start = _open_data_and_folder(settings, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
         if compare:
             report |= preflight.probe(settings, merged, layout, process, device, data, probe_file)

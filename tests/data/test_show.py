@@ -239,6 +239,25 @@ def test_changes_that_decide_the_samples_are_shown_first(run, capsys):
     )
 
 
+def test_steps_before_and_after_a_change_of_the_batch_are_shown(run, capsys):
+    """Steps 1 and 2 of the run read 8 samples, the steps after them 16."""
+    about = json.loads((run / "run.json").read_text())
+    about["recipe"]["batch"]["global_batch_size"] = 16
+    about |= {"deepspeed": {"gradient_accumulation_steps": 4}, "changes": [{"time": "-", "lines": ["batch.global_batch_size: 8 -> 16"]}]}
+    about["batch_plan"] = [{"first_step": 0, "first_position": 0, "size": 8}, {"first_step": 2, "first_position": 16, "size": 16}]
+    (run / "run.json").write_text(json.dumps(about))
+    rows = []
+    for step in (1, 2, 3):
+        for rank in (0, 1):
+            show.main(["--run", str(run), "--step", str(step), "--rank", str(rank)])
+            lines = capsys.readouterr().out.splitlines()
+            assert lines[0].startswith(f"step {step}, rank {rank} of 2: "), "nothing to warn of"
+            rows += rows_of(lines)
+    other = ["--run", str(run), "--batch.global_batch_size", "32", "--world_size", "1", "--step", "1"]
+    show.main(other)
+    assert sorted(rows) == sorted(rows_of(capsys.readouterr().out.splitlines()))
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [

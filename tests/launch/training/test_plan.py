@@ -88,7 +88,7 @@ def data_of(settings: RunSettings, weights: tuple[float, ...] = (), **streams_an
 
 def lines(settings: RunSettings, zero: dict, layout: Layout = FOUR, device: str = "cpu", **more) -> dict[str, str]:
     """Return the rows of a plan by name; of several notes the last one."""
-    printed = plan(settings, {"zero_optimization": zero} | more, layout, device, data_of(settings, prepared=TRAIN))
+    printed = plan(settings, {"zero_optimization": zero} | more, layout, device, settings.batch_plan, data_of(settings, prepared=TRAIN))
     return dict(line.strip().split(": ", 1) for line in printed.splitlines())
 
 
@@ -113,7 +113,7 @@ def test_plan_shows_every_row_of_a_plain_run():
 
 
 def rows(settings: RunSettings, data: SimpleNamespace) -> list[str]:
-    return [line.strip() for line in plan(settings, {"zero_optimization": {}}, FOUR, "cpu", data).splitlines()]
+    return [line.strip() for line in plan(settings, {"zero_optimization": {}}, FOUR, "cpu", settings.batch_plan, data).splitlines()]
 
 
 def test_plan_of_a_blend_has_a_line_for_each_source():
@@ -216,7 +216,9 @@ def test_plan_counts_documents_that_are_cut():
 
 
 def test_plan_shows_the_initial_weights():
-    shown = plan(SETTINGS, {"zero_optimization": {}}, FOUR, "cpu", None, "bert: 3 of 4 parameters; fresh: 9.classes.weight")
+    shown = plan(
+        SETTINGS, {"zero_optimization": {}}, FOUR, "cpu", SETTINGS.batch_plan, None, "bert: 3 of 4 parameters; fresh: 9.classes.weight"
+    )
     assert "    init: bert: 3 of 4 parameters; fresh: 9.classes.weight" in shown.splitlines()
 
 

@@ -9,15 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data.sampling.samples import IGNORED
 from launch.checkpoints import checkpoint
 from launch.checkpoints.opening import AveragedState
 from launch.evaluation import evaluating
 from launch.evaluation.settings import EvaluateSettings
+from launch.training.data import open_data
 from launch.training.loop import SAVED_AND_UNFINISHED
+from launch.training.recipe import read_run_settings
+from model.transformer import Transformer
 from tests.ranks import ForkedRank, finish, start_ranks
 
 SCRIPT = Path(__file__).parents[1] / "pretrain_with_faults.py"
@@ -219,6 +224,57 @@ def test_run_resumes_in_other_layouts_with_its_own_curves(tiny, tmp_path):
             assert found[name][step] == pytest.approx(value, rel=1e-5), (name, step)
     evaluation = evaluating.evaluate(EvaluateSettings(str(moved)), show_progress=False)
     assert evaluation.loss == pytest.approx(found["loss/validation"][12], rel=1e-5)
+
+
+def train_plainly(arguments: list[str], sizes: list[int]) -> tuple[list[float], Transformer]:
+    """Train in this process, with torch alone, on the next samples of the run's order. Return the losses and the model."""
+    settings = read_run_settings(arguments)
+    sampling = open_data(settings).sampling
+    model = Transformer(settings.model, settings.seed).train()
+    groups = [[weight for weight in model.parameters() if (weight.dim() > 1) == is_matrix] for is_matrix in (True, False)]
+    decays = (settings.optimizer.weight_decay, 0.0)
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
+        settings.optimizer.learning_rate,
+        (settings.optimizer.beta1, settings.optimizer.beta2),
+        settings.optimizer.epsilon,
+    )
+    losses, position = [], 0
+    for size in sizes:
+        drawn = zip(*(column.tolist() for column in sampling.blend.draw(np.arange(position, position + size))), strict=True)
+        samples = [sampling.samples[source].sample(sample, epoch) for source, epoch, sample in drawn]
+        tokens, segments, targets = (torch.from_numpy(np.stack(rows)) for rows in zip(*(sample[:3] for sample in samples), strict=True))
+        loss = torch.nn.functional.cross_entropy(model(tokens, segments).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
+        optimizer.step()
+        losses.append(loss.item())
+        position += size
+    return losses, model
+
+
+def test_another_batch_size_reads_the_next_samples_as_one_plain_process(tiny, tmp_path, capsys):
+    """Four steps of 8 samples on one rank, then four of 16 on two: no sample is read twice or left out."""
+    arguments = [*tiny, "--precision", "float32", "--schedule.kind", "constant", "--schedule.warmup_steps", "0", "--train_steps", "4"]
+    changed = ["--train_steps", "8", "--batch.global_batch_size", "16", "--allow_changes"]
+    run(1, arguments)
+    output = run(2, [*arguments, *changed])
+    assert (
+        "From step 5 on a step reads 16 samples in place of 8, the first of them at position 32: none is read twice or left out." in output
+    )
+    assert "; steps 1 to 4 read 8\n" in output, "the plan"
+    losses, model = train_plainly(arguments, [8] * 4 + [16] * 4)
+    found = curves(tmp_path / "run")["loss/train"]
+    assert [found[step] for step in range(1, 9)] == pytest.approx(losses, abs=1e-5)
+    newest = checkpoint.published(tmp_path / "run" / "checkpoints")[0]
+    for name, weight in AveragedState([newest]).items():
+        assert torch.allclose(weight, model.get_parameter(name).detach(), rtol=0, atol=1e-5), name
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(entry.get("progress/tokens", 0) for entry in entries) == (4 * 8 + 4 * 16) * 32
+    segments = [{"first_step": 0, "first_position": 0, "size": 8}, {"first_step": 4, "first_position": 32, "size": 16}]
+    assert checkpoint.read_manifest(newest)["batch_plan"] == segments
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["batch_plan"] == segments
 
 
 def test_checkpoint_that_is_read_wrongly_is_not_trained_on(tiny):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.command_line import UserError
+from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment
 from launch.checkpoints import checkpoint, run_record
 from launch.ranks.layout import describe_layout
 from launch.training import run_folder
@@ -48,9 +49,10 @@ class Run:
         run_folder.record(self.settings, MERGED, start, "f" * 64, self.tokenizer)
         return start.run_id
 
-    def save(self, step: int, by_this_version: bool = True) -> Path:
+    def save(self, step: int, by_this_version: bool = True, batch_plan: BatchPlan | None = None, **facts) -> Path:
         about = {"model": dataclasses.asdict(self.settings.model), "layout": LAYOUT}
         about |= {"checksums": {}} if by_this_version else {"versions": {"megabatch": "0.0.9"}}
+        about |= facts | ({"batch_plan": batch_plan.record()} if batch_plan else {})
         folder = checkpoint.begin(self.root, step, "run")
         for rank in range(LAYOUT["world_size"]):
             checkpoint.write_part(folder, rank, {})
@@ -156,7 +158,79 @@ def test_changed_settings_are_refused_with_every_difference(saved):
         "Resuming with a change: optimizer.learning_rate: 0.0003 -> 0.001",
         "Resuming with a change: train_steps: 100 -> 200",
         "Resuming with a change: seed: 1 -> 2",
+        "The order of samples changes with seed: samples that the run has read may be read again, and others that it has not read come "
+        "later than without the change.",
     )
+
+
+ORDER_CHANGES = [
+    {"seed": 2},
+    {"data": DataSettings(("old",), weights=(2.0,))},
+    {"data": DataSettings(("old",), packing="best_fit")},
+    {"data": DataSettings(("old",), objective="prefix")},
+    {"fingerprint": "e" * 64},
+]
+SAME_ORDER = [
+    {"train_steps": 200},
+    {"batch": BatchSettings(16)},
+    {"optimizer": OptimizerSettings(learning_rate=1e-3)},
+    {"data": DataSettings(("old",), fim_rate=0.5)},
+]
+
+
+@pytest.mark.parametrize(("change", "is_noted"), [(change, change in ORDER_CHANGES) for change in ORDER_CHANGES + SAME_ORDER])
+def test_changes_of_the_sample_order_are_noted(saved, change, is_noted):
+    notes = saved.start(**change, allow_changes=True).notes
+    assert [note.startswith("The order of samples changes with ") for note in notes] == [False] * (len(notes) - is_noted) + [
+        True
+    ] * is_noted
+
+
+def test_run_with_another_batch_size_goes_on_at_its_position(run):
+    """Steps 1 to 10 read 8 samples, 11 to 20 read 16, then 4; a checkpoint before a change forgets the change."""
+    run.settings = dataclasses.replace(run.settings, batch=BatchSettings(8))
+    run.record()
+    run.save(10, batch_plan=run.settings.batch_plan)
+    wider = run.start(batch=BatchSettings(16), allow_changes=True).plan
+    assert wider.segments == (Segment(0, 0, 8), Segment(10, 80, 16))
+    assert [wider.positions(step) for step in (9, 10)] == [range(72, 80), range(80, 96)]
+    run.settings = dataclasses.replace(run.settings, batch=BatchSettings(16))
+    run.record(run.start(allow_changes=True))
+    assert run.start().plan == wider, "the process died before it saved again"
+    run.save(20, batch_plan=wider)
+    assert run.start().plan == wider, "a second resume"
+    smaller = run.start(batch=BatchSettings(4), allow_changes=True).plan
+    assert smaller.segments == (*wider.segments, Segment(20, 240, 4))
+    shutil.rmtree(run.root / "step_00000020")
+    assert run.start(batch=BatchSettings(4), allow_changes=True).plan.segments == (Segment(0, 0, 8), Segment(10, 80, 4))
+
+
+def test_checkpoint_without_a_batch_plan_has_one_size(run):
+    run.settings = dataclasses.replace(run.settings, batch=BatchSettings(8))
+    run.record()
+    run.save(10, data={"samples_per_step": 8})
+    assert run.start().plan == run.settings.batch_plan
+    assert run.start(batch=BatchSettings(16), allow_changes=True).plan.position(11) == 96
+
+
+@pytest.mark.parametrize(
+    ("length", "end"),
+    [
+        ({"train_steps": 100}, "train_steps 100 stays, so the run reads 1,520 samples in place of 800."),
+        ({"train_tokens": 204_800.0, "train_steps": None}, "train_tokens 204,800 stays, so the run has 55 steps in place of 100."),
+    ],
+)
+def test_another_batch_size_is_described_with_the_length_of_the_run(run, length, end):
+    run.settings = dataclasses.replace(run.settings, batch=BatchSettings(8), **length)
+    run.record()
+    run.save(10, batch_plan=run.settings.batch_plan)
+    settings = dataclasses.replace(run.settings, batch=BatchSettings(16))
+    plan = run.start(batch=BatchSettings(16), allow_changes=True).plan
+    assert run_folder.describe_new_size(settings, plan, 10) == (
+        f"From step 11 on a step reads 16 samples in place of 8, the first of them at position 80: none is read twice or left out. {end}"
+    )
+    assert run_folder.describe_new_size(settings, plan, 20) is None, "the change was at step 10"
+    assert run_folder.describe_new_size(run.settings, run.settings.batch_plan, 0) is None
 
 
 def test_run_json_keeps_all_allowed_changes_with_their_times(saved):
@@ -201,8 +275,8 @@ def test_run_of_a_version_before_packing_is_refused_with_its_differences(saved):
         "  data.packing: packed -> best_fit",
         f"  the data: old {'f' * 12} -> old {'e' * 12}",
     ]
-    assert saved.start(allow_changes=True).notes == (
-        "Resuming with a change: the samples: they began one token later, and the first token of the data was never predicted",
+    assert saved.start(allow_changes=True).notes[0] == (
+        "Resuming with a change: the samples: they began one token later, and the first token of the data was never predicted"
     )
 
 

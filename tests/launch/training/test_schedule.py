@@ -28,6 +28,17 @@ def test_rates_of_each_kind_match_values_by_hand(kind, rates):
         assert learning_rate(step, kind=kind, **RUN) == pytest.approx(rate, abs=1e-12), step
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
+def test_rate_after_a_change_of_the_batch_follows_the_samples(kind):
+    """50 steps of 4, then 25 of 8: each has the rate of the step of 4 at its position, and the end is the minimum."""
+    small = BatchPlan(BatchSettings(4), 1, 100)
+    changed = BatchPlan(BatchSettings(8), 1, 75).after(50, small.segments)
+    for step in range(76):
+        expected = learning_rate(changed.position(step) // 4, small, 1.0, kind, 10, 0.2)
+        assert learning_rate(step, changed, 1.0, kind, 10, 0.2) == pytest.approx(expected, abs=1e-12)
+    assert learning_rate(75, changed, 1.0, kind, 10, 0.2) == 0.2
+
+
 def test_first_step_has_the_peak_rate_without_warm_up():
     for kind in ("cosine", "linear", "constant", "wsd"):
         assert learning_rate(0, BatchPlan(BatchSettings(3), 1, 10), 3e-4, kind) == 3e-4
