@@ -12,6 +12,7 @@ import pyarrow
 
 from data.command_line import UserError
 from data.preparation.columnar import Table
+from data.preparation.dataset_folders import how_to_read
 from data.preparation.fields import Fields, Problem, read_fields
 from data.preparation.input_files import SourceFile, find_files
 from data.preparation.records import PartReader
@@ -65,8 +66,8 @@ class FileCorpus:
 
     files: list[SourceFile]
     fields: Fields
-    skipped_files: tuple[str, ...] = ()
-    """Names of files that are not read, because they have no known suffix."""
+    skipped_files: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Names of files that are not read, by reason."""
 
     @property
     def names(self) -> list[str]:
@@ -246,11 +247,13 @@ def embedded_corpus() -> StreamCorpus:
 def file_corpus(inputs: Sequence[str], fields: Fields, excluded_folders: Sequence[Path] = ()) -> FileCorpus:
     """Return the corpus of files, folders and glob patterns, without what lies in `excluded_folders`."""
     files, skipped = find_files(inputs, fields.format is not None, excluded_folders)
-    return FileCorpus(files, fields, tuple(skipped))
+    return FileCorpus(files, fields, skipped)
 
 
 def dataset_corpus(name: str, split: str, fields: Fields) -> StreamCorpus:
     """Return the corpus of a Hugging Face dataset, NAME, NAME:CONFIG or a local folder. It is streamed."""
+    if "save_to_disk" in (advice := how_to_read(Path(name)) or ""):
+        raise UserError(f"--dataset {name} {advice}")
     source = f"{Path(name.partition(':')[0]).name}:{split}"
     files = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
     stamp = [[path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -23,7 +23,7 @@ from data.preparation.corpus import (
     file_corpus,
 )
 from data.preparation.fields import Fields
-from data.preparation.input_files import path_as_text, store_standard_input
+from data.preparation.input_files import NO_KNOWN_SUFFIX, path_as_text, store_standard_input
 from data.preparation.node import PLAN, Node, describe_changes
 from data.preparation.settings import STANDARD_INPUT, PrepareSettings, partial_folder, rank_and_world_size
 from data.preparation.workers import WorkerLost
@@ -135,10 +135,11 @@ def _check_formats(settings: PrepareSettings, formats: dict[str, Path]) -> None:
         raise UserError(f"{formats['tokens']} contains tokens. Give the --tokenizer that it was written with.")
 
 
-def _log_skipped_files(names: Sequence[str], log: Callable[[str], object]) -> None:
-    if names:
+def _log_skipped_files(skipped: dict[str, list[str]], log: Callable[[str], object]) -> None:
+    for reason, names in skipped.items():
         examples = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        log(f"{len(names):,} files are not read because their names have no known suffix: {examples}. --input_format reads every file.")
+        advice = " --input_format reads files of any name." if reason == NO_KNOWN_SUFFIX else ""
+        log(f"Files that are not read because the name {reason}: {len(names):,} ({examples}).{advice}")
 
 
 def _refuse_other_end_of_text(corpus: FileCorpus, tokenizer: Tokenizer) -> None:

@@ -48,8 +48,8 @@ class Fields:
         return [self.text] if self.pair is None else [self.text, self.pair]
 
     def format_of(self, path: Path) -> str:
-        """Return the format that a file is read in; plain text if its suffix is unknown."""
-        return self.format or FORMATS.get(_suffix(path), "txt")
+        """Return the format that a file is read in. Without a given format, the suffix must be known (see `is_known`)."""
+        return self.format or FORMATS[_suffix(path)]
 
     def is_cut_by_bytes(self, path: Path) -> bool:
         """Return True if parts of this file are ranges of bytes."""

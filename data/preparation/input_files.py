@@ -13,8 +13,14 @@ from pathlib import Path
 from data.command_line import UserError
 from data.files import publish_file, sha256_of
 from data.preparation.compressed import COMPRESSED, is_compressed
+from data.preparation.dataset_folders import refuse_dataset_folder
 from data.preparation.fields import FORMATS, is_known
 from data.preparation.settings import STANDARD_INPUT
+
+_ARCHIVES = {".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".rar"}
+NO_KNOWN_SUFFIX = "has no known suffix"
+_NAMED_FILES = 5  # in a message about many files
+_URL_ADVICE = " It is not downloaded: download it and give the file, or use --dataset for a dataset of the Hugging Face Hub."
 
 
 @dataclass(frozen=True)
@@ -47,17 +53,21 @@ class SourceFile:
         return dataclasses.replace(self, size=sum(stat.st_size for stat in stats), stamp=stamp)
 
 
-def find_files(inputs: Sequence[str], any_name: bool = False, excluded_folders: Sequence[Path] = ()) -> tuple[list[SourceFile], list[str]]:
-    """Return the files that inputs name, each once, sorted within each input, and the names of files that are skipped.
+def find_files(
+    inputs: Sequence[str], any_name: bool = False, excluded_folders: Sequence[Path] = ()
+) -> tuple[list[SourceFile], dict[str, list[str]]]:
+    """Return the files that inputs name, each once, sorted within each input, and the files of folders that are not read, by reason.
 
-    Of a folder, only files with a known suffix are read, or all files if `any_name`. Raise UserError if an input has no file.
+    Of a folder, only files with a known suffix are read, or all files if `any_name`. Raise UserError if an input has no file, or if a
+    file cannot be read or its format is unknown.
     """
     files: dict[Path, SourceFile] = {}
-    skipped: list[str] = []
+    skipped: dict[str, list[str]] = {}
     excluded = [folder.resolve() for folder in excluded_folders]
     for name in inputs:
         root, paths, skipped_here = _files_of_input(name, any_name)
-        skipped += skipped_here
+        for path, reason in sorted(skipped_here.items()):
+            skipped.setdefault(reason, []).append(path_as_text(path))
         for path in sorted(paths):
             resolved = path.resolve()
             if not any(folder in resolved.parents for folder in excluded):
@@ -68,33 +78,116 @@ def find_files(inputs: Sequence[str], any_name: bool = False, excluded_folders: 
     return named, skipped
 
 
-def _files_of_input(name: str, any_name: bool) -> tuple[Path, list[Path], list[str]]:
-    """Return (root that names are relative to, files to read, names of skipped files) of one input."""
+def _files_of_input(name: str, any_name: bool) -> tuple[Path, set[Path], dict[Path, str]]:
+    """Return (root that names are relative to, files to read, reason for each file that is not read) of one input.
+
+    A pattern stands for the files and folders that it matches, as in a shell.
+    """
     if not name:
         raise UserError('--input "" is empty. Give a file, folder or pattern (is a shell variable empty?).')
     path = Path(name)
-    skipped: list[str] = []
-    if path.is_dir():
-        root, below = path, set(_files_below(path))
-        found = [file for file in below if any_name or is_known(file)]
-        skipped = [path_as_text(file) for file in sorted(below) if not (any_name or is_known(file) or file.with_suffix(".idx") in below)]
-    elif path.exists():
-        root, found = path.parent, [path]
-    else:
-        root, found = _glob_root(name), [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
-    found = [file.with_suffix(".idx") if file.suffix == ".bin" and file.with_suffix(".idx").exists() else file for file in found]
+    try:
+        os.lstat(path)
+        root, given = path if path.is_dir() else path.parent, [path]
+    except (FileNotFoundError, NotADirectoryError):
+        root, given = _glob_root(name), sorted(map(Path, glob.glob(name, recursive=True)))
+    except OSError as error:
+        raise UserError(f"--input {name} cannot be read: {error.strerror}.") from error
+    if not given:
+        raise UserError(f"--input {name}: no such file.{_URL_ADVICE if '://' in name else ''}")
+    found, skipped, visited = set(), dict[Path, str](), set[str]()
+    for one in given:
+        if one.is_dir():
+            found_below, skipped_below = _files_below(one, name, any_name, visited)
+            found |= found_below
+            skipped |= skipped_below
+        else:
+            _refuse_unreadable(one, name)
+            found.add(one)
+    found = {_index_of_token_file(file) for file in found}
+    if not any_name and (unknown := sorted(file for file in found if not is_known(file))):
+        raise UserError(f"--input {name}: {_unknown_format(unknown)}")
     if not found:
-        suffixes = f"no {', '.join(FORMATS)} file in this folder, plain or {', '.join(COMPRESSED)}."
-        raise UserError(f"--input {name}: {suffixes if path.is_dir() else 'no such file.'}")
-    return root, found, skipped
+        kinds = "" if any_name else f" {', '.join(FORMATS)}"
+        compressions = "" if any_name else f", plain or {', '.join(COMPRESSED)}"
+        others = f" Not read: {_list_of(sorted(skipped))}. --input_format reads files of any name." if skipped else ""
+        raise UserError(f"--input {name}: no{kinds} file in this folder{compressions}.{others}")
+    return root, found, {file: reason for file, reason in skipped.items() if file not in found}
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, name: str, any_name: bool, visited: set[str]) -> tuple[set[Path], dict[Path, str]]:
+    """Return (files to read, reason for each file that is not read) of a folder. `visited` has the folders that were read already."""
+    found, skipped = set(), dict[Path, str]()
+    below = {path for parent in _walk(folder, visited) for path in parent}
+    refuse_dataset_folder(name, below)
+    for path in below:
+        is_private = path.name.startswith((".", "_"))  # for example _SUCCESS and .part-00000.crc of Spark
+        if path.name.startswith("._"):
+            skipped[path] = "begins with ._ (written by macOS)"
+        elif is_known(path) or (any_name and not is_private):
+            _refuse_unreadable(path, name)
+            found.add(path)
+        elif any_name:
+            skipped[path] = "begins with . or _ and has no known suffix"
+        elif not (path.suffix == ".bin" and path.with_suffix(".idx") in below):
+            skipped[path] = NO_KNOWN_SUFFIX
+    return found, skipped
+
+
+def _walk(folder: Path, visited: set[str]) -> Iterator[list[Path]]:
+    """Yield the files of each folder below and including `folder`. Links to folders are followed; no folder is visited twice."""
+
     def _refuse(error: OSError) -> None:
         raise UserError(f"--input {folder}: {error.filename} cannot be read: {error.strerror}.") from error
 
-    for parent, _, names in os.walk(folder, onerror=_refuse, followlinks=False):
-        yield from (path for name in names if (path := Path(parent, name)).is_file())
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        resolved = os.path.realpath(parent)
+        if resolved in visited:
+            folders.clear()
+            continue
+        visited.add(resolved)
+        folders.sort()
+        yield [Path(parent, name) for name in names]
+
+
+def _refuse_unreadable(path: Path, name: str) -> None:
+    """Raise UserError if a path is not a file that can be read several times."""
+    subject = f"--input {name}" if path == Path(name) else f"--input {name}: {path}"
+    if path.is_file():
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{subject} cannot be read: no permission.")
+        return
+    if not path.exists():
+        raise UserError(f"{subject} is a symbolic link to {os.readlink(path)}, which does not exist. Restore that file or remove the link.")
+    if path.is_fifo():
+        raise UserError(
+            f"{subject} is a pipe, which can be read only once. Give its content as standard input: "
+            "COMMAND | python data/prepare.py --input - --input_format jsonl (or txt, csv or tsv)."
+        )
+    raise UserError(f"{subject} is not a regular file.")
+
+
+def _unknown_format(files: Sequence[Path]) -> str:
+    """Return the sentences about named files whose suffix does not determine a format."""
+    if archives := [file for file in files if _ARCHIVES & set(map(str.lower, file.suffixes))]:
+        return f"{_list_of(archives)} must be unpacked first: archives are not read. Unpack into a folder and give that folder."
+    if files[0].suffix == ".bin":
+        return f"{files[0]} is read as a token file, but its index {files[0].with_suffix('.idx').name} is missing."
+    return (
+        f"the format of {_list_of(files)} is unknown. Known suffixes: {' '.join(FORMATS)}, each plain or followed by "
+        f"{' '.join(COMPRESSED)}. Rename the file, or set the format of every input file with --input_format."
+    )
+
+
+def _list_of(files: Sequence[Path]) -> str:
+    """Return the names of the first files, and the number of all if there are more."""
+    names = ", ".join(path_as_text(file) for file in files[:_NAMED_FILES])
+    return names if len(files) <= _NAMED_FILES else f"{names} and {len(files) - _NAMED_FILES:,} more files"
+
+
+def _index_of_token_file(file: Path) -> Path:
+    index = file.with_suffix(".idx")
+    return index if file.suffix == ".bin" and index.exists() else file
 
 
 def _glob_root(pattern: str) -> Path:

@@ -23,12 +23,14 @@ class PrepareSettings:
     """Settings that describe the text to prepare and how to prepare it."""
 
     input: tuple[str, ...] = ()
-    """Files, folders (read recursively) and glob patterns. Supported: .txt .md .py and other plain text, .jsonl .ndjson, .csv .tsv,
-    .parquet and .arrow, each plain or compressed as .gz .zst .xz .bz2. Also supported: .idx or .bin, a token file that Megatron-LM or
-    gpt-neox wrote with the same tokenizer. "-" is standard input, which is stored in OUTPUT.partial until the work is done. Default, if
-    dataset is not given either: the source code and documentation of Python's standard library."""
+    """Files, folders (read recursively, links to folders included) and glob patterns. Supported: .txt .md .py (plain text), .jsonl
+    .ndjson .json (one JSON object in each line), .csv .tsv, .parquet and .arrow, each plain or compressed as .gz .zst .xz .bz2. Also
+    supported: .idx or .bin, a token file that Megatron-LM or gpt-neox wrote with the same tokenizer. "-" is standard input, which is
+    stored in OUTPUT.partial until the work is done. Default, if dataset is not given either: the source code and documentation of
+    Python's standard library."""
     input_format: Literal["txt", "jsonl", "csv", "tsv", "parquet", "arrow"] | None = None
-    """Format of every input file (default: the format that each file's name ends in). Required for standard input."""
+    """Format of every input file (default: the format that each file's name ends in). Required for standard input and for files with
+    another suffix or none."""
     dataset: str | None = None
     """Hugging Face dataset to read instead of input: NAME, NAME:CONFIG or a local folder. The dataset is streamed."""
     dataset_split: str = "train"

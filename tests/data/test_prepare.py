@@ -490,6 +490,7 @@ def test_real_text_in_three_languages_is_preserved(make, tmp_path, name, text_fi
         pytest.skip(f"{path} is not here: real text in English, Chinese and German")
     columns = ("task", "abstract", "title") if path.suffix == ".tsv" else ()
     settings = {"input": (str(path),), "held_out": 0.0, "exact_duplicates": "keep", "columns": columns, "text_field": text_field}
+    settings |= {"input_format": "txt"} if path.suffix == ".de" else {}
     prepared = make(**settings, separator=None if columns else "blank", tokenizer=None, vocab_size=6000, tokenizer_characters=300_000)
     if columns:
         expected = [line.split("\t")[1] for line in path.read_text().split("\n")[:-1]]

@@ -1,5 +1,10 @@
 """Corpora: which files are read, in which order, and how they are cut into units."""
 
+import os
+import re
+import shlex
+
+import datasets
 import numpy as np
 import pytest
 
@@ -59,15 +64,117 @@ def test_folder_is_read_recursively_and_in_order(tmp_path):
         (tmp_path / name).write_text(name)
     assert names(tmp_path) == ["a/y.py", "a/z.md", "a.txt", "b.txt", "c.parquet", "d.csv.gz", "e.arrow", "f.tsv", "g.ndjson"]
     others = find_files([str(tmp_path)])[1]
-    assert others == [f"{tmp_path}/a/.hidden.swp", f"{tmp_path}/image.png"], "files that are not read are returned too"
+    expected = {"has no known suffix": [f"{tmp_path}/a/.hidden.swp", f"{tmp_path}/image.png"]}
+    assert others == expected, "files that are not read are returned too"
 
 
 def test_glob_names_are_relative_to_its_fixed_part(tmp_path):
-    for name in ("x/1/a.log", "x/2/a.log", "y/1/a.log"):
+    for name in ("x/1/a.txt", "x/2/a.txt", "y/1/a.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(name)
-    assert names(tmp_path / "x" / "**" / "*.log") == ["1/a.log", "2/a.log"]
-    assert names(tmp_path / "y/1/a.log") == ["a.log"]
+    assert names(tmp_path / "x" / "**" / "*.txt") == ["1/a.txt", "2/a.txt"]
+    assert names(tmp_path / "y/1/a.txt") == ["a.txt"]
+    assert names(tmp_path / "x" / "*") == ["1/a.txt", "2/a.txt"], "a folder that a pattern matches is read"
+
+
+@pytest.mark.parametrize("name", ["part-00000", "a.log", "x.warc.wet.gz", "a.jsonl.bak", "a.jsonl.lz4", "a.gz"])
+def test_file_of_an_unknown_suffix_needs_input_format(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "one"}\n')
+    for given in (name, f"{name[:3]}*"):
+        with pytest.raises(UserError, match=rf"the format of .*{name} is unknown\. Known suffixes: \.txt .* \.idx, .* with --input_format"):
+            names(tmp_path / given)
+    with pytest.raises(UserError, match=rf"no \.txt, .* in this folder, .* Not read: .*{name}\. --input_format reads files of any name"):
+        names(tmp_path)
+    (tmp_path / "b.jsonl").write_text("")
+    files, skipped = find_files([str(tmp_path)])
+    assert [file.name for file in files] == ["b.jsonl"] and skipped == {"has no known suffix": [f"{tmp_path}/{name}"]}
+    assert [file.name for file in find_files([str(tmp_path / name)], any_name=True)[0]] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "A.TGZ", "a.zip", "a.7z", "a.jsonl.tar.zst"])
+def test_archive_must_be_unpacked(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{name} must be unpacked first: archives are not read"):
+        names(tmp_path / name)
+
+
+def test_files_next_to_the_parts_of_spark_are_not_read(tmp_path):
+    for name in ("part-00000", "_SUCCESS", "._SUCCESS.crc", ".part-00000.crc", "__init__.py", "._a.jsonl"):
+        (tmp_path / name).write_text("")
+    files, skipped = find_files([str(tmp_path)], any_name=True)
+    assert [file.name for file in files] == ["__init__.py", "part-00000"]
+    assert skipped == {
+        "begins with ._ (written by macOS)": [f"{tmp_path}/._SUCCESS.crc", f"{tmp_path}/._a.jsonl"],
+        "begins with . or _ and has no known suffix": [f"{tmp_path}/.part-00000.crc", f"{tmp_path}/_SUCCESS"],
+    }
+
+
+def test_links_to_folders_are_followed_and_no_file_is_read_twice(tmp_path):
+    for name in ("in/a/x.txt", "elsewhere/b/y.txt", "elsewhere/z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/link").symlink_to("../elsewhere")
+    (tmp_path / "in/link again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/a/loop").symlink_to("..")
+    (tmp_path / "elsewhere/b/to itself").symlink_to("../b")
+    (tmp_path / "in/same.txt").symlink_to("a/x.txt")
+    assert names(tmp_path / "in") == ["a/x.txt", "link/b/y.txt", "link/z.txt"]
+    assert names(tmp_path / "in/link") == ["b/y.txt", "z.txt"]
+
+
+def test_broken_link_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to("nowhere/b.txt")
+    for given in ("", "b.txt", "*.txt"):
+        with pytest.raises(UserError, match=r"b\.txt is a symbolic link to nowhere/b\.txt, which does not exist\. Restore that file or"):
+            names(tmp_path / given)
+    (tmp_path / "b.txt").rename(tmp_path / "lock")
+    assert find_files([str(tmp_path)])[1] == {"has no known suffix": [f"{tmp_path}/lock"]}
+
+
+def test_pipe_is_refused_with_standard_input_as_the_way(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    for given in ("a.jsonl", "*.jsonl", ""):
+        with pytest.raises(UserError, match=r"is a pipe, which can be read only once\. .* \| python data/prepare\.py --input - --input_format"):
+            names(tmp_path / given)
+    with pytest.raises(UserError, match=r"^--input /dev/null is not a regular file\.$"):
+        names("/dev/null")
+
+
+def test_file_without_permission_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read every file
+    with pytest.raises(UserError, match=r"a\.txt cannot be read: no permission\."):
+        names(tmp_path)
+
+
+def test_folder_of_save_to_disk_is_refused_with_its_pattern(tmp_path):
+    saved = tmp_path / "it's"
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(saved / "train")
+    (saved / "train/cache-1.arrow").write_bytes(b"")
+    expected = re.escape(f"was written by Dataset.save_to_disk. Use --input {shlex.quote(f'{saved}/train/data-*.arrow')}.")
+    for given in ("train", "*", ""):
+        with pytest.raises(UserError, match=expected):
+            names(saved / given)
+    with pytest.raises(UserError, match=f"^--dataset .*train {expected}$"):
+        dataset_corpus(str(saved / "train"), "train", TEXT)
+    assert names(saved / "train" / "data-*.arrow") == ["data-00000-of-00001.arrow"]
+    (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    either = " or ".join(f"--input {shlex.quote(f'{saved}/{split}/data-*.arrow')}" for split in ("train", "test"))
+    with pytest.raises(UserError, match=re.escape(f"was written by DatasetDict.save_to_disk and has several splits. Use {either}.")):
+        names(saved)
+
+
+def test_dataset_card_is_not_read_as_text(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train-00000-of-00001.parquet").write_bytes(b"")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ndataset_info:\n  features: []\n---\n# Card\n")
+    options = f"--dataset {tmp_path} --dataset_split train or --input '{tmp_path}/**/*.parquet*' for all splits"
+    with pytest.raises(UserError, match=re.escape(f"its README.md is not text to train on. Use {options}.")):
+        names(tmp_path)
+    assert names(tmp_path / "**" / "*.parquet*") == ["data/train-00000-of-00001.parquet"]
+    (tmp_path / "README.md").write_text("---\ntitle: notes\n---\n# Notes\n")
+    assert "README.md" in names(tmp_path)
 
 
 def test_file_in_two_inputs_belongs_to_the_first(tmp_path):
@@ -87,6 +194,8 @@ def test_input_without_files_is_refused(tmp_path):
         find_files([str(tmp_path)])
     with pytest.raises(UserError, match=r"--input .*\.txt: no such file"):
         find_files([str(tmp_path / "*.txt")])
+    with pytest.raises(UserError, match=r"https://.*: no such file\. It is not downloaded"):
+        find_files(["https://example.org/a.jsonl"])
     with pytest.raises(UserError, match=r'--input "" is empty'):
         find_files([""])  # an empty path would be the whole working folder
 

@@ -147,7 +147,8 @@ def test_columns_name_the_fields_of_files_without_a_header(tmp_path):
 def test_given_format_overrides_the_suffix(tmp_path):
     (tmp_path / "part-0001").write_text('{"text": "one"}\n')
     assert texts(tmp_path / "part-0001", Fields("text", format="jsonl")) == ["one"]
-    assert texts(tmp_path / "part-0001") == ['{"text": "one"}\n']
+    (tmp_path / "a.jsonl").write_text("{")
+    assert texts(tmp_path / "a.jsonl", Fields("text", format="txt")) == ["{"]
 
 
 def test_token_files_give_their_documents(write_shard):

@@ -1,0 +1,60 @@
+"""Folders that the Hugging Face library `datasets` or the hub wrote, and the options that read them.
+
+`Dataset.save_to_disk` writes data-*.arrow, dataset_info.json and state.json. `DatasetDict.save_to_disk` writes one such folder for each
+split, and dataset_dict.json. A dataset that was downloaded from the hub has a dataset card: README.md, which begins with metadata.
+"""
+
+import glob
+import json
+import shlex
+from collections.abc import Collection
+from pathlib import Path
+
+from data.command_line import UserError
+
+_STATE, _SPLITS, _CARD = "state.json", "dataset_dict.json", "README.md"
+_CARD_KEYS = ("dataset_info:", "configs:", "task_categories:", "size_categories:")
+"""Keys in the metadata of a dataset card. Other READMEs, such as model cards, do not have them."""
+_CARD_BYTES = 1 << 14
+_TABLES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv", ".txt")
+
+
+def refuse_dataset_folder(name: str, files: Collection[Path]) -> None:
+    """Raise UserError, with the options to use, if the files of input `name` contain a folder that a dataset library wrote."""
+    for folder in sorted({file.parent for file in files if file.name in (_STATE, _SPLITS, _CARD)}):
+        if advice := how_to_read(folder):
+            raise UserError(f"--input {name}: {folder} {advice}")
+
+
+def how_to_read(folder: Path) -> str | None:
+    """Return what a folder is and the option that reads it, or None if no dataset library wrote it."""
+    if (folder / _SPLITS).is_file():
+        options = " or ".join(f"--input {_pattern(folder, f'{split}/data-*.arrow')}" for split in _splits(folder))
+        return f"was written by DatasetDict.save_to_disk and has several splits. Use {options}."
+    if (folder / _STATE).is_file() and (folder / "dataset_info.json").is_file():
+        return f"was written by Dataset.save_to_disk. Use --input {_pattern(folder, 'data-*.arrow')}."  # cache-*.arrow repeat the data
+    if _is_dataset_card(folder / _CARD):
+        suffixes = {suffix for path in folder.rglob("*") for suffix in path.suffixes}
+        patterns = [f" or --input {_pattern(folder, f'**/*{suffix}*')} for all splits" for suffix in _TABLES if suffix in suffixes]
+        dataset = f"--dataset {shlex.quote(str(folder))} --dataset_split train"
+        return f"is a dataset of the Hugging Face Hub; its README.md is not text to train on. Use {dataset}{''.join(patterns[:1])}."
+    return None
+
+
+def _splits(folder: Path) -> list[str]:
+    try:
+        return [str(split) for split in json.loads((folder / _SPLITS).read_bytes())["splits"]]
+    except (ValueError, KeyError, TypeError):
+        return sorted(path.parent.name for path in folder.glob(f"*/{_STATE}"))
+
+
+def _pattern(folder: Path, names: str) -> str:
+    return shlex.quote(f"{glob.escape(str(folder))}/{names}")
+
+
+def _is_dataset_card(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read(_CARD_BYTES).splitlines()
+    return lines[:1] == ["---"] and any(line.startswith(_CARD_KEYS) for line in lines)
