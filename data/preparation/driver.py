@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
@@ -139,7 +139,7 @@ def _log_skipped_files(skipped: dict[str, list[str]], log: Callable[[str], objec
     for reason, names in skipped.items():
         examples = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         advice = " --input_format reads files of any name." if reason == NO_KNOWN_SUFFIX else ""
-        log(f"Files that are not read because the name {reason}: {len(names):,} ({examples}).{advice}")
+        log(f"Files not read because the name {reason}: {len(names):,} ({examples}).{advice}")
 
 
 def _refuse_other_end_of_text(corpus: FileCorpus, tokenizer: Tokenizer) -> None:

@@ -106,7 +106,7 @@ def _files_of_input(name: str, any_name: bool) -> tuple[Path, set[Path], dict[Pa
             found.add(one)
     found = {_index_of_token_file(file) for file in found}
     if not any_name and (unknown := sorted(file for file in found if not is_known(file))):
-        raise UserError(f"--input {name}: {_unknown_format(unknown)}")
+        raise UserError(f"--input {name}: {_unknown_format(unknown, name)}")
     if not found:
         kinds = "" if any_name else f" {', '.join(FORMATS)}"
         compressions = "" if any_name else f", plain or {', '.join(COMPRESSED)}"
@@ -167,14 +167,15 @@ def _refuse_unreadable(path: Path, name: str) -> None:
     raise UserError(f"{subject} is not a regular file.")
 
 
-def _unknown_format(files: Sequence[Path]) -> str:
-    """Return the sentences about named files whose suffix does not determine a format."""
+def _unknown_format(files: Sequence[Path], name: str) -> str:
+    """Return the sentences about files of input `name` whose suffix does not determine a format."""
     if archives := [file for file in files if _ARCHIVES & set(map(str.lower, file.suffixes))]:
         return f"{_list_of(archives)} must be unpacked first: archives are not read. Unpack into a folder and give that folder."
     if files[0].suffix == ".bin":
         return f"{files[0]} is read as a token file, but its index {files[0].with_suffix('.idx').name} is missing."
+    named = "this file" if files == [Path(name)] else _list_of(files)
     return (
-        f"the format of {_list_of(files)} is unknown. Known suffixes: {' '.join(FORMATS)}, each plain or followed by "
+        f"the format of {named} is unknown. Known suffixes: {' '.join(FORMATS)}, each plain or followed by "
         f"{' '.join(COMPRESSED)}. Rename the file, or set the format of every input file with --input_format."
     )
 

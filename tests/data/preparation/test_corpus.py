@@ -80,8 +80,8 @@ def test_glob_names_are_relative_to_its_fixed_part(tmp_path):
 @pytest.mark.parametrize("name", ["part-00000", "a.log", "x.warc.wet.gz", "a.jsonl.bak", "a.jsonl.lz4", "a.gz"])
 def test_file_of_an_unknown_suffix_needs_input_format(tmp_path, name):
     (tmp_path / name).write_text('{"text": "one"}\n')
-    for given in (name, f"{name[:3]}*"):
-        with pytest.raises(UserError, match=rf"the format of .*{name} is unknown\. Known suffixes: \.txt .* \.idx, .* with --input_format"):
+    for given, file in ((name, "this file"), (f"{name[:3]}*", f"{tmp_path}/{name}")):
+        with pytest.raises(UserError, match=rf"the format of {file} is unknown\. Known suffixes: \.txt .* \.idx, .* with --input_format"):
             names(tmp_path / given)
     with pytest.raises(UserError, match=rf"no \.txt, .* in this folder, .* Not read: .*{name}\. --input_format reads files of any name"):
         names(tmp_path)
@@ -135,7 +135,9 @@ def test_broken_link_is_named(tmp_path):
 def test_pipe_is_refused_with_standard_input_as_the_way(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     for given in ("a.jsonl", "*.jsonl", ""):
-        with pytest.raises(UserError, match=r"is a pipe, which can be read only once\. .* \| python data/prepare\.py --input - --input_format"):
+        with pytest.raises(
+            UserError, match=r"is a pipe, which can be read only once\. .* \| python data/prepare\.py --input - --input_format"
+        ):
             names(tmp_path / given)
     with pytest.raises(UserError, match=r"^--input /dev/null is not a regular file\.$"):
         names("/dev/null")
