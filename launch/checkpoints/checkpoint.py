@@ -120,6 +120,12 @@ def published(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def describe_newest(root: Path) -> str:
+    """Return a message that names the newest checkpoint, for a run that stops because of an error."""
+    newest = published(root)[:1]
+    return f"The newest checkpoint is {newest[0].name}; the same command resumes from it." if newest else "The run has no checkpoint yet."
+
+
 def step_of(folder: Path) -> int:
     """Step of a checkpoint folder, from its name."""
     match = _NAME.match(folder.name)

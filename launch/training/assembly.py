@@ -52,8 +52,7 @@ def pretrain(settings: RunSettings, arguments: Sequence[str], stop: StopRequest)
     except RuntimeError as error:
         if (message := describe_lost_ranks(error, settings.communication_timeout)) is None:
             raise
-        saved = [path.name for path in checkpoint.published(Path(settings.output) / "checkpoints")[:1]]
-        print(message + (f" The newest checkpoint is {saved[0]}; the same command resumes from it." if saved else ""), file=sys.stderr)
+        print(f"{message} {checkpoint.describe_newest(Path(settings.output) / 'checkpoints')}", file=sys.stderr)
     return 1
 
 
@@ -69,6 +68,11 @@ def _train(ready: Ready, stop: StopRequest) -> int:
         status = train(run)
     except RuntimeError as error:
         error.add_note(f"in step {run.engine.current_step + 1}")
+        raise
+    except (FloatingPointError, UserError) as error:
+        if run.monitor:
+            run.monitor.record(str(error))
+            run.monitor.close()
         raise
     if run.monitor:
         if status == 0:

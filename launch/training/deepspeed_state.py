@@ -50,6 +50,8 @@ class OptimizerState:
         self._zero = engine.optimizer
         self._stage = int(engine.zero_optimization_stage())
         self._built: torch.optim.Optimizer = engine.optimizer if self._stage == 0 else engine.optimizer.optimizer
+        self.training_dtype: torch.dtype = next(engine.module.parameters()).dtype
+        """Type of the weights that the network computes with."""
         self.slices: list[ShardSlice] = []
         self.owned: list[ShardSlice] = []
         """The slices that this rank writes into checkpoints. Over all ranks every value is in exactly one of them."""

@@ -1,6 +1,7 @@
 """The training loop: an engine with a few methods, a batch plan, and a monitor on rank 0."""
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -78,7 +79,8 @@ class Run:
 def train(run: Run) -> int:
     """Train from `run.first_step` to the end of the plan. Returns the exit status: 0 done, 85 stopped and saved, 1 not saved.
 
-    Raises FloatingPointError if the gradient was not finite in too many steps in a row.
+    Raises FloatingPointError if the gradient was not finite in too many steps in a row, or if a validation loss, or a value that a
+    checkpoint would hold, is not finite.
     """
     log, monitor, steps = run.settings.log, run.monitor, run.plan.steps
     saved_step = run.first_step or None
@@ -88,7 +90,10 @@ def train(run: Run) -> int:
         report = _train_step(run, step)
         skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
         if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(f"The gradient was not finite in {skipped_in_a_row} steps in a row; the last was step {done}.")
+            raise FloatingPointError(
+                f"The gradient was not finite in {skipped_in_a_row} steps in a row; the last was step {done}. "
+                + checkpoint.describe_newest(run.checkpoints)
+            )
         if run.validation_batches and (last or _is_due(done, log.validation_interval)):
             _validate(run, done)
         if run.sample_text and log.sample_interval and (last or _is_due(done, log.sample_interval)):
@@ -207,14 +212,22 @@ def _by_source(name: str, values: dict[str, float]) -> dict[str, float]:
 
 
 def _validate(run: Run, step: int) -> None:
-    """Measure the validation loss of each source, and of all together, weighted by token and by class."""
+    """Measure the validation loss of each source, and of all together, weighted by token and by class.
+
+    Raises FloatingPointError if a loss is not finite.
+    """
     start = time.perf_counter()
     scores = {source: run.engine.validate(batches()) for source, batches in run.validation_batches.items()}
+    total = sum(scores.values(), Score())
+    losses = {source: score.loss for source, score in scores.items()}
+    if wrong := [source for source, score in scores.items() if not math.isfinite(score.token_loss + score.class_loss)]:
+        raise FloatingPointError(
+            f"The validation loss of {wrong[0]} is {losses[wrong[0]]} after step {step}; no checkpoint of this step was written. "
+            + checkpoint.describe_newest(run.checkpoints)
+        )
     monitor, figures = run.monitor, run.figures
     if not monitor:
         return
-    total = sum(scores.values(), Score())
-    losses = {source: score.loss for source, score in scores.items()}
     scalars = {"loss/validation": total.loss, "time/validation": time.perf_counter() - start}
     shown = [f"validation loss: {total.loss:.4f}"]
     num_bytes = None

@@ -54,6 +54,10 @@ class Monitor:
                 tqdm.write(line)
         except OSError:  # the terminal, or the launcher that reads the pipe, has ended; the run continues, or saves and stops
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        self.record(line)
+
+    def record(self, line: str) -> None:
+        """Write a line to log.txt with the time."""
         self._guard(lambda: self._log_file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + line + "\n"))
 
     def step(self, step: int, scalars: dict[str, float], seconds: float) -> None:

@@ -3,7 +3,8 @@
 `where` is "step": before optimizer step `number`; "write": at the `number`-th write of checkpoint bytes; "publish": before the
 `number`-th checkpoint gets its name. FAULT_TERMINATE="rank:number" sends SIGTERM to that rank in step `number`.
 FULL_DISK="rank:number" makes the `number`-th write of checkpoint bytes fail, and none after it. MISREAD="rank" changes one
-moment a little on that rank while a checkpoint is loaded.
+moment a little on that rank while a checkpoint is loaded. RUIN="rank:step:kind:value" sets a tensor of that rank (a weight, or
+a state of the optimizer) before the checkpoint of `step` is written.
 """
 
 import errno
@@ -17,6 +18,7 @@ from launch import pretrain
 from launch.checkpoints import checkpoint
 from launch.checkpoints.state import SavedState
 from launch.ranks.stopping import exit_now
+from launch.training import saving
 from launch.training.engine import Engine
 
 
@@ -70,6 +72,21 @@ def plant_misreading(rank: str) -> None:
     SavedState.read = misread
 
 
+def plant_ruin(order: str) -> None:
+    rank, ruined_step, kind, value = order.split(":")
+    original = saving.save
+
+    def ruined(current, config, ranks, root, step, about):
+        if os.environ["RANK"] == rank and step == int(ruined_step):
+            for shard_slice, tensors in current.visit(current.owned, keep_changes=True):
+                if shard_slice.name.endswith("feed_forward.up.weight"):
+                    tensors[kind].fill_(float(value))
+                    break
+        return original(current, config, ranks, root, step, about)
+
+    saving.save = ruined
+
+
 if __name__ == "__main__":
     if "MISREAD" in os.environ:
         plant_misreading(os.environ["MISREAD"])
@@ -79,5 +96,7 @@ if __name__ == "__main__":
         plant_full_disk(os.environ["FULL_DISK"])
     if "FAULT_TERMINATE" in os.environ:
         plant_termination(os.environ["FAULT_TERMINATE"])
+    if "RUIN" in os.environ:
+        plant_ruin(os.environ["RUIN"])
     sys.argv[0] = pretrain.__file__
     run_script(pretrain.main, exit_now)

@@ -15,9 +15,11 @@ def test_nan_and_infinite_values_are_found_in_every_float_type(dtype):
         assert not is_finite(values.to(dtype))
 
 
-def test_finite_values_whose_sum_overflows_are_finite():
-    assert is_finite(torch.full((1000,), torch.finfo(torch.float32).max))
-    assert is_finite(torch.full((1000,), torch.finfo(torch.float16).max, dtype=torch.float16))
+def test_values_that_overflow_only_in_a_smaller_type_are_found():
+    largest = torch.full((1000,), torch.finfo(torch.float32).max)
+    assert is_finite(largest) and is_finite(torch.tensor([-65504.0]), torch.float16)
+    assert not is_finite(largest, torch.bfloat16)
+    assert not is_finite(torch.tensor([-70000.0]), torch.float16)
 
 
 def test_integers_and_empty_tensors_are_finite():

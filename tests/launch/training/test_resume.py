@@ -186,6 +186,28 @@ def test_run_whose_gradients_stay_not_finite_ends_with_status_93(tiny):
     assert output.splitlines()[-1].startswith("The gradient was not finite in 50 steps in a row")
 
 
+@pytest.mark.parametrize(
+    ("engine", "ruin", "message"),
+    [
+        ("zero1", "1:8:exp_avg:nan", r"The checkpoint of step 8 .*: \d\.\S+ \(exp_avg\) .* not finite in float32 on rank 1\."),
+        ("zero3", "0:8:weight:inf", r"The checkpoint of step 8 .*: \d\.\S+ \(weight\) .* not finite in bfloat16 on rank 0\."),
+        ("pipeline_zero1", "1:8:weight:3.4e38", r"The checkpoint of step 8 .*: \d\.\S+ \(weight\) .* not finite in bfloat16 on rank 1\."),
+        (
+            "zero2",
+            "1:4:weight:3e38",
+            r"The validation loss of prepared is (nan|inf) after step 6; no checkpoint ",
+        ),  # finite when step 4 is saved
+    ],
+)
+def test_model_that_is_not_finite_is_never_published_as_a_checkpoint(engine, ruin, message, tiny, tmp_path):
+    arguments = [*tiny, "--deepspeed", f"ds_configs/{engine}.json"]
+    ended = endings(start_ranks(2, SCRIPT, *arguments, OMP_NUM_THREADS="1", RUIN=ruin))
+    assert [status for status, _ in ended] == [93, 93], ended
+    lines = [output.splitlines()[-1] for _, output in ended] + [(tmp_path / "run" / "log.txt").read_text().splitlines()[-1]]
+    assert all(re.search(f"{message}.*The newest checkpoint is step_00000004;", line) for line in lines), lines
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_00000004"]
+
+
 # A checkpoint of this run is 13 writes on rank 0 and 55 on rank 1.
 @pytest.mark.parametrize(("fault", "last_whole"), [("1:write:80", 4), ("0:write:20", 4), ("0:publish:1", 4)])
 def test_crash_during_the_second_checkpoint_keeps_the_first(fault, last_whole, tiny, tmp_path):
