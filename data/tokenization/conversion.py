@@ -26,12 +26,13 @@ def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         return _convert_ranks(tokenizer)
     model = read_model(tokenizer.path)
     _refuse_unsupported(tokenizer.path, model)
-    names = [piece.piece.replace(SPACE, " ") if piece.type == PIECE.NORMAL else piece.piece for piece in model.pieces]
+    written = (PIECE.NORMAL, PIECE.USER_DEFINED)
+    names = [piece.piece.replace(SPACE, " ") if piece.type in written else piece.piece for piece in model.pieces]
     if model.trainer_spec.model_type == model.trainer_spec.BPE:
-        ids = {name: token for token, name in enumerate(names)}
-        converted = tokenizers.Tokenizer(
-            models.BPE(ids, _merges(model, names), unk_token=names[unknown_piece(model)], byte_fallback=True, fuse_unk=True)
-        )
+        converted = tokenizers.Tokenizer(_merging(model, names))
+        if kept := [name for name, piece in zip(names, model.pieces, strict=True) if piece.type == PIECE.USER_DEFINED]:
+            converted.pre_tokenizer = _isolated(kept, converted, names)
+            converted.model = _merging(model, names, ignore_merges=True)
     else:
         least = min(piece.score for piece in model.pieces if piece.type == PIECE.NORMAL)
         scores = [piece.score if piece.type == PIECE.NORMAL else least + _NEVER_CHOSEN for piece in model.pieces]
@@ -58,7 +59,7 @@ def _refuse_unsupported(path: Path, model: Any) -> None:
         "removes spaces": normalizer.remove_extra_whitespaces,
         "does not write spaces as \\u2581": not normalizer.escape_whitespaces,
         "puts the space after a word": trainer.treat_whitespace_as_suffix,
-        "holds user-defined pieces": PIECE.USER_DEFINED in kinds,
+        "is unigram with user-defined pieces": trainer.model_type == trainer.UNIGRAM and PIECE.USER_DEFINED in kinds,
         "holds unused pieces": PIECE.UNUSED in kinds,
     }
     if found := [complaint for complaint, applies in complaints.items() if applies]:
@@ -70,9 +71,43 @@ def unknown_piece(model: Any) -> int:
     return next(token for token, piece in enumerate(model.pieces) if piece.type == PIECE.UNKNOWN)
 
 
-def _merges(model: Any, names: list[str]) -> list[tuple[str, str]]:
-    best = sorted((-piece.score, name) for piece, name in zip(model.pieces, names, strict=True) if piece.type == PIECE.NORMAL)
-    return _every_merge([name for _, name in best])
+def _merging(model: Any, names: list[str], ignore_merges: bool = False) -> models.BPE:
+    """Return the bpe model of SentencePiece's pieces. With `ignore_merges` a part of a text that is a piece is never divided.
+
+    SentencePiece joins the pair with the best score, and of equal scores the leftmost pair. Equal scores are common for runs of spaces:
+    from the left, each run grows by one space until no longer run is a piece. Hugging Face joins in the order of a list, so the pairs that
+    make the longest piece come first there.
+    """
+    best = sorted((-piece.score, -len(name), name) for piece, name in zip(model.pieces, names, strict=True) if piece.type == PIECE.NORMAL)
+    ids = {name: token for token, name in enumerate(names)}
+    merges = _every_merge([name for *_, name in best])
+    unknown = names[unknown_piece(model)]
+    return models.BPE(ids, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True, ignore_merges=ignore_merges)
+
+
+def _isolated(kept: list[str], merging: tokenizers.Tokenizer, names: list[str]) -> pre_tokenizers.PreTokenizer:
+    """Return what divides a text so that each piece in `kept` is a part, as user-defined pieces of SentencePiece are.
+
+    The parts are tokenized with `ignore_merges`, by which each of these parts stays whole. A part that is the name of a byte or of a
+    special token, or a piece that no merges lead to, is divided here, at a place where `merging` divides it.
+    """
+
+    def _encode(text: str) -> list[int]:
+        return merging.encode(text, add_special_tokens=False).ids
+
+    longest_first = sorted(kept, key=len, reverse=True)
+    isolated = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
+    divided = {name for token, name in enumerate(names) if name not in kept and _encode(name) != [token]}
+
+    def _cut(name: str) -> str:
+        """Return the pattern of a name's first part, up to a place where its tokens end, before its second part and the end."""
+        for first, second in ((name[:cut], name[cut:]) for cut in range(1, len(name))):
+            if not divided & {first, second} and _encode(first) + _encode(second) == _encode(name):
+                return rf"{re.escape(first)}(?={re.escape(second)}\z)"
+        raise AssertionError(f"the tokens of {name!r} end nowhere inside it")
+
+    pattern = "|".join(map(_cut, sorted(divided)))  # never empty, because it has the names of bytes
+    return pre_tokenizers.Sequence([isolated, pre_tokenizers.Split(Regex(rf"\A(?:{pattern})"), "isolated")])
 
 
 def _every_merge(names: Iterable[str]) -> list[tuple[str, str]]:

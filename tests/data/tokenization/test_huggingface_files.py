@@ -13,6 +13,7 @@ from data.tokenization.conversion import convert
 from data.tokenization.huggingface_files import write_tokenizer
 from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import load_tokenizer
+from data.tokenization.sentencepiece_tokenizer import SPACE, read_model
 from data.tokenization.tiktoken_tokenizer import published_pattern
 from tests.data.tokenization.vocabularies import rank_file
 
@@ -112,13 +113,49 @@ def test_model_that_puts_a_space_before_a_text_is_converted(tmp_path, kind):
         assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text)), text
 
 
+def add_runs_of_spaces(path):
+    """Add pieces of 2 to 16 spaces with one score, which no pair of them beats, as Mistral's models have."""
+    model = read_model(path)
+    known = {piece.piece for piece in model.pieces}
+    for length in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 15):
+        if (run := length * SPACE) not in known:
+            model.pieces.add(piece=run)
+    for piece in model.pieces:
+        if set(piece.piece) == {SPACE}:
+            piece.score = -1e9
+    path.write_bytes(model.SerializeToString())
+
+
+def test_runs_of_spaces_with_equal_scores_are_joined_from_the_left(tmp_path):
+    path = sentencepiece_file(tmp_path / "own.model")
+    add_runs_of_spaces(path)
+    write_tokenizer(path, tmp_path, model_max_length=77)
+    ours, theirs = load_tokenizer(path), load_tokenizer(tmp_path / "tokenizer.json")
+    for length in range(1, 100):
+        for text in (length * " ", f"a{length * ' '}b", f"{length * ' '}\n{length * ' '}=="):
+            assert theirs.encode(text) == ours.encode(text), (length, text)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_user_defined_pieces_are_tokens_wherever_they_stand(tmp_path, prefix):
+    kept = ["[REF]", "[REF]2", "[/REF]", "a.b"]
+    path = sentencepiece_file(tmp_path / "own.model", user_defined_symbols=kept, add_dummy_prefix=prefix)
+    write_tokenizer(path, tmp_path, model_max_length=77)
+    ours, theirs = load_tokenizer(path), their_tokenizer(tmp_path)
+    draw, names = random.Random(4), [*kept, "[REF", "]", "<s>", "</s>", "<0x0A>", "<unk>", " ", "\n", "acb", "é", "def ", "return"]
+    texts = [*HARD, *names, *("".join(draw.choices(names, k=draw.randrange(1, 9))) for _ in range(2000))]
+    for text in texts:
+        assert theirs(text)["input_ids"] == ours.encode(text), text
+        assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text)), text
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"byte_fallback": False}, "no bytes for unknown characters"),
         ({"normalization_rule_name": "nmt_nfkc"}, 'normalises text ("nmt_nfkc")'),
         ({"remove_extra_whitespaces": True}, "removes spaces"),
-        ({"user_defined_symbols": ["<tool>"]}, "holds user-defined pieces"),
+        ({"model_type": "unigram", "user_defined_symbols": ["<tool>"]}, "is unigram with user-defined pieces"),
         ({"treat_whitespace_as_suffix": True}, "puts the space after a word"),
         ({"model_type": "char"}, "is neither bpe nor unigram"),
     ],
