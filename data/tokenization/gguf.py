@@ -6,6 +6,7 @@ import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
 from data.command_line import UserError
+from data.tokenization.companions import chat_templates, end_ids, published_configuration, role_tokens
 from data.tokenization.conversion import convert
 from data.tokenization.huggingface_files import padding
 from data.tokenization.huggingface_tokenizer import HuggingFaceTokenizer
@@ -41,7 +42,8 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str | boo
     Supported are SentencePiece's bpe with bytes for unknown characters, and byte-level BPE from a tokenizer.json or a tiktoken
     vocabulary whose pattern llama.cpp supports: the pattern with which Hugging Face's library gives our ids for texts of many kinds.
     Anything else raises UserError. No token is put before a text, as everywhere in this project; end of text begins a document and
-    ends generation. llama.cpp reads the character U+2581 in a text as a space, because SentencePiece writes a space so.
+    ends generation, unless a published tokenizer names other tokens for that. Its chat templates go along. llama.cpp reads the character
+    U+2581 in a text as a space, because SentencePiece writes a space so.
     """
     entries = _sentencepiece_entries(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _byte_level_entries(tokenizer)
     tokens, kinds = entries["tokens"], entries["token_type"]
@@ -50,11 +52,41 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str | boo
     entries["token_type"] = kinds + [_UNUSED] * len(unused)
     if "scores" in entries:
         entries["scores"] = entries["scores"] + [0.0] * len(unused)
-    entries |= {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "padding_token_id": padding(tokenizer)[1]}
+    entries |= _special_ids(tokenizer, entries["tokens"])
     entries |= {"add_bos_token": False, "add_eos_token": False}
     if len(set(entries["tokens"])) < len(entries["tokens"]):
         raise UserError(f"{tokenizer.path} cannot be written as GGUF: two of its tokens have the same text.")
-    return {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
+    return {f"tokenizer.ggml.{key}": value for key, value in entries.items()} | _chat_templates(tokenizer)
+
+
+def _special_ids(tokenizer: Tokenizer, tokens: list[str]) -> dict[str, int]:
+    """Return the ids of special tokens: those of a published tokenizer, and of others end of text before and after a text.
+
+    `eot_token_id` ends a turn of a chat: the first token of those that end a generated text which the chat template names.
+    """
+    ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "padding_token_id": padding(tokenizer)[1]}
+    folder = tokenizer.path.parent
+    if not published_configuration(folder):
+        return ids
+    numbers, roles = {token: number for number, token in enumerate(tokens)}, role_tokens(folder)
+    for key, role in (("bos", "bos_token"), ("unknown", "unk_token"), ("padding", "pad_token"), ("mask", "mask_token")):
+        if roles.get(role) in numbers:
+            ids[f"{key}_token_id"] = numbers[roles[role]]
+    template = chat_templates(folder).get("default", "")
+    if "eos_token" in template or tokenizer.end_of_text_token in template:
+        return ids | {"eot_token_id": tokenizer.end_of_text}
+    ends = [end for end in end_ids(folder) if end < len(tokens) and tokens[end] in template]
+    return ids | ({"eot_token_id": ends[0]} if ends else {})
+
+
+def _chat_templates(tokenizer: Tokenizer) -> dict[str, str | list]:
+    """Return the chat templates by their keys: the usual one, and others with the list of their names."""
+    templates = chat_templates(tokenizer.path.parent)
+    others = {name: template for name, template in templates.items() if name != "default"}
+    entries: dict[str, str | list] = {f"tokenizer.chat_template.{name}": template for name, template in others.items()}
+    if "default" in templates:
+        entries["tokenizer.chat_template"] = templates["default"]
+    return entries | ({"tokenizer.chat_templates": list(others)} if others else {})
 
 
 def _sentencepiece_entries(tokenizer: SentencePieceTokenizer) -> dict:

@@ -11,9 +11,12 @@ import tokenizers
 from tokenizers import processors
 
 from data.command_line import UserError
+from data.tokenization.companions import copy_companions, published_configuration, write_json
+from data.tokenization.configuration import CONFIGURATION
 from data.tokenization.conversion import convert, unknown_piece
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
+from data.tokenization.published_check import check_published_tokenizer
 from data.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer, read_model
 from data.tokenization.tokenizer import Tokenizer
 
@@ -35,11 +38,15 @@ def write_tokenizer(
     copied. The ids of the written file are compared with ours on texts of many kinds. UserError is raised if one differs, or if the
     `.model` has a feature that a tokenizer.json cannot express. `end_of_text` is that of load_tokenizer.
 
-    For an encoder, the written tokenizer puts `class_token` before a text and end of text after it, or after each of two texts, which
-    get types 0 and 1. For an encoder-decoder it puts end of text after a text. The name of a special token in a text stays text, as
-    with ours, unless the model fills in blanks, which a person names in a text: for an encoder with `mask_token`, and for an
-    encoder-decoder with <extra_id_0> and so on, special tokens in a text are read as tokens. A blank includes the spaces before it,
-    because they belong to the text that it replaces.
+    The files that a published tokenizer has next to it (roles of special tokens, chat templates) are copied. Only the roles that the model
+    was trained with are changed: end of text and, for an encoder, `class_token` and `mask_token`. AutoTokenizer then has to give the same
+    ids for the written folder and the original, also for chats.
+
+    For a tokenizer that has no such files the following holds. For an encoder, the written tokenizer puts `class_token` before a text and
+    end of text after it, or after each of two texts, which get types 0 and 1. For an encoder-decoder it puts end of text after a text. The
+    name of a special token in a text stays text, as with ours, unless the model fills in blanks, which a person names in a text: for an
+    encoder with `mask_token`, and for an encoder-decoder with <extra_id_0> and so on, special tokens in a text are read as tokens. A blank
+    includes the spaces before it, because they belong to the text that it replaces.
 
     With unigram, divisions of a text that are equally likely up to the last bits of a float32 sum, such as 18 spaces as 16 + 2 or
     2 + 16, may be chosen differently: SentencePiece adds in float32, Hugging Face in float64.
@@ -54,32 +61,51 @@ def write_tokenizer(
     if isinstance(ours, SentencePieceTokenizer):
         shutil.copyfile(ours.path, folder / "tokenizer.model")
     blanks = _blanks(ours, architecture, mask_token)
-    if architecture != "decoder":
-        _frame(written, ours, class_token if architecture == "encoder" else None, blanks)
+    published = published_configuration(ours.path.parent)
+    first = class_token if architecture == "encoder" else None
+    if architecture != "decoder" and not (published and _is_framed(written, ours, first)):
+        _frame(written, ours, first, blanks)
+    _compare_ids(written, ours)
+    roles = {"eos_token": ours.end_of_text_token}
+    if architecture == "encoder":
+        roles = {"cls_token": class_token, "sep_token": ours.end_of_text_token} | ({"mask_token": mask_token} if blanks else {})
+    if not published:
+        write_json(folder / CONFIGURATION, _own_configuration(ours, model_max_length, architecture, blanks) | roles)
+        return
+    if ours.path.suffix != ".json":
+        published["tokenizer_class"] = "PreTrainedTokenizerFast"  # other classes read their own formats
+    copy_companions(ours.path.parent, folder, published, roles)
+    check_published_tokenizer(folder, ours, roles)
+
+
+def _own_configuration(tokenizer: Tokenizer, model_max_length: int, architecture: str, blanks: list[str]) -> dict[str, Any]:
+    """Return the tokenizer_config.json of a tokenizer that has none, without the roles that depend on the architecture."""
+    configuration: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.end_of_text_token,
+        "eos_token": tokenizer.end_of_text_token,
+        "pad_token": padding(tokenizer)[0],
+        "model_max_length": model_max_length,
+        "split_special_tokens": not blanks,
+        "clean_up_tokenization_spaces": False,
+    }
+    if architecture == "encoder":
+        configuration["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    elif blanks:
+        configuration["additional_special_tokens"] = blanks
+    return configuration
+
+
+def _compare_ids(written: Path, ours: Tokenizer) -> None:
+    """Raise UserError if a tokenizer.json gives other ids than ours for a text, whose special tokens stay text."""
     theirs = tokenizers.Tokenizer.from_file(os.fspath(written))
-    theirs.encode_special_tokens = True  # the effect of split_special_tokens below
+    theirs.encode_special_tokens = True  # the effect of split_special_tokens
     theirs.no_truncation()
     scores = _unigram_scores(ours)
     for text in texts_of_many_kinds(ours):
         our_ids, their_ids = ours.encode(text), theirs.encode(text, add_special_tokens=False).ids
         if our_ids != their_ids and not (scores and _as_likely(our_ids, their_ids, scores) and ours.decode(their_ids) == text):
             raise UserError(f"{ours.path} cannot be written as a tokenizer.json: it would give other ids for {text[:80]!r}.")
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": ours.end_of_text_token,
-        "eos_token": ours.end_of_text_token,
-        "pad_token": padding(ours)[0],
-        "model_max_length": model_max_length,
-        "split_special_tokens": not blanks,
-        "clean_up_tokenization_spaces": False,
-    }
-    if architecture == "encoder":
-        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-        settings |= {"cls_token": class_token, "sep_token": ours.end_of_text_token}
-        settings |= {"mask_token": mask_token} if blanks else {}
-    elif blanks:
-        settings["additional_special_tokens"] = blanks
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def padding(tokenizer: Tokenizer) -> tuple[str, int]:
@@ -114,6 +140,14 @@ def _frame(path: Path, tokenizer: Tokenizer, class_token: str | None, blanks: li
         pair = f"{class_token}:0 $A:0 {end}:0 $B:1 {end}:1"
         written.post_processor = processors.TemplateProcessing(f"{class_token} $A {end}", pair, marks)
     written.save(os.fspath(path))
+
+
+def _is_framed(path: Path, tokenizer: Tokenizer, class_token: str | None) -> bool:
+    """Return True if a tokenizer.json adds the special tokens to a text that _frame would make it add."""
+    written = tokenizers.Tokenizer.from_file(os.fspath(path))
+    bare = written.encode("a", add_special_tokens=False).ids
+    before = [] if class_token is None else [tokenizer.special_token_id(class_token)]
+    return written.encode("a").ids == [*before, *bare, tokenizer.end_of_text]
 
 
 def _unigram_scores(tokenizer: Tokenizer) -> list[float]:

@@ -1,11 +1,11 @@
 """Opening, speeding up and copying the tokenizer of a file or folder."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import UserError
-from data.tokenization.configuration import CONFIGURATION, configured_end
+from data.tokenization.companions import copy_companions, published_configuration
+from data.tokenization.configuration import configured_end
 from data.tokenization.gigatoken_tokenizer import GigatokenTokenizer, texts_to_compare
 from data.tokenization.huggingface_tokenizer import HuggingFaceTokenizer, merges_of
 from data.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -67,7 +67,10 @@ def fastest(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Tokenizer, str
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
-    """Copy a tokenizer's file into a folder, under a name that load_tokenizer looks for, and write its settings next to it."""
+    """Copy a tokenizer's file into a folder, under a name that load_tokenizer looks for, with the files that belong to it.
+
+    Its tokenizer_config.json is copied without code, with the tokenizer's end of text and settings.
+    """
     suffix = tokenizer.path.suffix
     name = (
         "tokenizer.json" if suffix == ".json" else f"{tokenizer.path.stem}.tiktoken" if holds_ranks(tokenizer.path) else "tokenizer.model"
@@ -75,6 +78,6 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
     copy = Path(folder) / name
     if not copy.exists() or not copy.samefile(tokenizer.path):
         copy.write_bytes(tokenizer.file_bytes())
-    settings = {"eos_token": tokenizer.end_of_text_token} | tokenizer.settings
-    (Path(folder) / CONFIGURATION).write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+    configuration = published_configuration(tokenizer.path.parent) | tokenizer.settings
+    copy_companions(tokenizer.path.parent, Path(folder), configuration, {"eos_token": tokenizer.end_of_text_token})
     return copy

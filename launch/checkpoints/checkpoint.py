@@ -138,6 +138,8 @@ def read_manifest(folder: Path) -> dict:
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
+        if "splits" in manifest:
+            raise UserError(f"{folder} is prepared data, not a model. Give a run folder, a checkpoint in one, or a Hugging Face folder.")
         if manifest.pop("sha256") != _digest(manifest) or text != _as_text(manifest | {"sha256": _digest(manifest)}):
             raise ValueError("it was changed after it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:

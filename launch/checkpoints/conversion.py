@@ -15,7 +15,7 @@ import tqdm
 from data.command_line import UserError
 from data.files import nearest_existing, publish_folder, write_file
 from launch.checkpoints import checkpoint, state
-from launch.checkpoints.run_record import find_tokenizer, tokenizer_files
+from launch.checkpoints.run_record import GENERATION, find_tokenizer, tokenizer_files
 from launch.ranks.layout import Layout
 from launch.ranks.processes import peak_memory_bytes
 
@@ -57,9 +57,11 @@ def convert(folder: Path, output: Path, file_bytes: float, log: Callable[[str], 
         files = _write(source, manifest, unfinished, file_bytes, log)
         checkpoint.write_part(unfinished, 0, files)
         published = checkpoint.publish(unfinished, manifest["step"], _about(source, manifest))
-        for tokenizer in tokenizer_files(run):
-            write_file(partial / tokenizer.name, tokenizer.read_bytes())
-        write_file(partial / "run.json", (run / "run.json").read_bytes())
+        for path in (*tokenizer_files(run), run / GENERATION, run / "run.json"):
+            if path.is_file():
+                copy = partial / path.relative_to(run)
+                copy.parent.mkdir(exist_ok=True)
+                write_file(copy, path.read_bytes())
         publish_folder(partial, output, sync_contents=False)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}. Nothing was converted.") from error
@@ -99,6 +101,8 @@ def _source(folder: Path, output: Path, log: Callable[[str], None]) -> Path:
     is_checkpoint = (folder / checkpoint.MANIFEST).is_file()
     if not is_checkpoint and (folder / "config.json").is_file():
         raise UserError(f"{folder} is an exported model: training cannot resume from weights alone. Give a run folder.")
+    if is_checkpoint:
+        checkpoint.read_manifest(folder)  # raises UserError if it is prepared data, or damaged
     run = folder.parent.parent if is_checkpoint else folder
     if not is_checkpoint and not (run / "checkpoints").is_dir():
         raise UserError(f"{folder} contains no checkpoint. Give a run folder or a checkpoint in one.")

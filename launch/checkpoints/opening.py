@@ -50,11 +50,24 @@ class OpenedModel:
         """Quantization of the keys and values in the cache; None if they are not quantized."""
         return self.state.kv_cache if isinstance(self.state, huggingface.State) else None
 
+    @property
+    def root(self) -> Path:
+        """Folder of the files next to the weights: the run folder, or the Hugging Face folder."""
+        return self.folder if self.step is None else self.folder.parent.parent
+
     def refuse_quantized(self, reason: str) -> None:
         """Raise UserError, with the reason, if the model is quantized."""
         if self.schemes or self.kv_cache:
             kinds = describe_schemes(self.schemes.values(), self.kv_cache)
             raise UserError(f"{self.folder} is quantized ({kinds}): {reason}. Give the model that it was made from.")
+
+    def compare_with_transformers(self) -> None:
+        """Raise UserError if transformers reads the Hugging Face folder of this model otherwise. A run has no such folder."""
+        if isinstance(self.state, huggingface.State):
+            try:
+                huggingface.verify_source(self.folder, self.config, self.state)
+            except ValueError as error:
+                raise UserError(str(error)) from error
 
     def start_token(self, tokenizer: Tokenizer) -> int:
         """Token id with which the decoder of an encoder-decoder begins, from the run or the Hugging Face folder."""

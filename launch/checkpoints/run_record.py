@@ -6,14 +6,19 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+from data.tokenization.companions import companion_files, is_published_json
 from launch import REPOSITORY
 
 TOKENIZER_CONFIGURATION = "tokenizer_config.json"
+GENERATION = "generation_config.json"
+"""Name of the file with the tokens that end a generated text, and with the sampling settings of the model's makers."""
+_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tiktoken.model", "*.tiktoken")
 
 
 def read_json(path: Path) -> dict:
     """Return the contents of a JSON file; an empty dict if it does not exist."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
 
 
 def data_paths(recipe: dict) -> list[str]:
@@ -23,14 +28,26 @@ def data_paths(recipe: dict) -> list[str]:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Files of the tokenizer in a folder: its own file first, tokenizer_config.json last."""
-    patterns = ("tokenizer.model", "tokenizer.json", "tiktoken.model", "*.tiktoken", TOKENIZER_CONFIGURATION)
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    """Files of the tokenizer in a folder: its own file first, then tokenizer_config.json and the other files that belong to it."""
+    own = [path for pattern in _TOKENIZERS for path in sorted(folder.glob(pattern)) if path.is_file()]
+    if is_published_json(folder):  # it has tokens that the tokenizer.model next to it lacks
+        own.sort(key=lambda path: path.name != "tokenizer.json")
+    configuration = folder / TOKENIZER_CONFIGURATION
+    return [*own, *([configuration] if configuration.is_file() else []), *companion_files(folder)]
 
 
 def find_tokenizer(folder: Path) -> Path | None:
     """File of the tokenizer in a folder; None if there is none."""
-    return next((path for path in tokenizer_files(folder) if path.name != TOKENIZER_CONFIGURATION), None)
+    own = [path for path in tokenizer_files(folder) if any(path.match(pattern) for pattern in _TOKENIZERS)]
+    return own[0] if own else None
+
+
+def generation_settings(folder: Path) -> dict:
+    """Contents of the generation_config.json next to the weights; without one, the tokens that config.json names, as in transformers."""
+    if (folder / GENERATION).is_file():
+        return read_json(folder / GENERATION)
+    config_json = read_json(folder / "config.json")
+    return {key: config_json[key] for key in _GENERATION_KEYS if config_json.get(key) is not None}
 
 
 def versions() -> dict[str, str]:

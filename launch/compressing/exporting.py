@@ -9,15 +9,14 @@ import torch
 from data.command_line import UserError
 from data.files import new_file, new_folder
 from data.tokenization.gguf import gguf_tokenizer
-from data.tokenization.huggingface_files import padding, write_tokenizer
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.model_card import model_card
 from launch.checkpoints.opening import OpenedModel, open_model
 from launch.compressing import llama_engine
+from launch.compressing.beside_weights import special_tokens, write_tokenizer_of
 from launch.compressing.settings import ExportSettings
-from launch.evaluation.predictions import names_of
 from launch.evaluation.tasks.table import task_of
 from model import huggingface
 from model.compression import gguf_file
@@ -45,14 +44,13 @@ def export(settings: ExportSettings) -> int:
 
 def _write_huggingface(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokenizer, output: Path) -> str:
     opened.refuse_quantized("it is already a Hugging Face folder")
-    names = names_of(opened)
+    opened.compare_with_transformers()
     dtype = _DTYPES[settings.precision]
-    tokens = huggingface.SpecialTokens(tokenizer.end_of_text, padding(tokenizer)[1], names.labels, opened.start_token(tokenizer))
+    tokens = special_tokens(opened, tokenizer)
     tag = task_of(opened).pipeline_tag(huggingface.architecture(opened.config))
     with new_folder(output) as folder:
         huggingface.export(opened.config, opened.state, folder, tokens, dtype, int(settings.max_shard_gib * 2**30))
-        special = opened.config.architecture, names.class_token, names.mask_token
-        write_tokenizer(tokenizer.path, folder, opened.config.sequence_length, None, *special)
+        write_tokenizer_of(opened, tokenizer, folder)
         difference = huggingface.verify(folder, opened.config, opened.state)
         card = model_card(opened, output.name, settings.average, dtype, difference, tag)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -71,6 +69,7 @@ def _write_gguf(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokeni
         )
     if kind in llama_engine.K_QUANTS:
         llama_engine.refuse_missing(f"--type {kind} is written by llama.cpp")
+    opened.compare_with_transformers()
     tokenizer = _sentencepiece_original(tokenizer)
     entries = gguf_tokenizer(tokenizer, config.vocab_size)
     with new_file(output) as unfinished:

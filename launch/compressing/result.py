@@ -15,14 +15,13 @@ from torch import Tensor
 
 from data.command_line import UserError, flatten
 from data.files import new_folder, sha256_of
-from data.tokenization.huggingface_files import padding, write_tokenizer
 from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.run_record import versions
 from launch.compressing import report
+from launch.compressing.beside_weights import special_tokens, write_tokenizer_of
 from launch.compressing.layer_store import DequantizedWeights, LayerStore
 from launch.compressing.setup import Job
 from launch.compressing.streamed import StreamedModel, compare, perplexity_of
-from launch.evaluation.predictions import names_of
 from launch.evaluation.quality import Quality
 from launch.ranks.processes import peak_memory_bytes
 from model import huggingface
@@ -73,16 +72,15 @@ def finish(job: Job, result: Result, store: LayerStore) -> int:
     if not workers.is_first:
         return 0
     assert opened.tokenizer is not None
-    tokenizer, names = load_tokenizer(opened.tokenizer), names_of(opened)
-    tokens = huggingface.SpecialTokens(tokenizer.end_of_text, padding(tokenizer)[1], names.labels, opened.start_token(tokenizer))
+    tokenizer = load_tokenizer(opened.tokenizer)
+    tokens = special_tokens(opened, tokenizer)
     job.log(f"Writing {job.output}, and reading it with transformers.")
     try:
         with new_folder(job.output, store.whole) as folder:
             shard_bytes = int(settings.max_shard_gib * 2**30)
             arguments = result.config, result.state, folder, tokens, job.dtype, shard_bytes
             huggingface.export(*arguments, schemes=result.schemes, kv_cache=result.kv_cache)
-            marks = opened.config.architecture, names.class_token, names.mask_token
-            write_tokenizer(tokenizer.path, folder, opened.config.sequence_length, None, *marks)
+            write_tokenizer_of(opened, tokenizer, folder)
             finished = _report(job, result, after, store, quality, _proof(job, result, after, folder), folder)
             report.write(finished, folder)
     except (ValueError, OSError) as error:

@@ -140,6 +140,8 @@ def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Se
         _refuse_full_disk(Path(settings.output), opened.config, DTYPES[settings.precision])
     workers = find_workers(arguments)
     before, fingerprint = _check_weights(opened, workers, DTYPES[settings.precision], settings.force)
+    if not settings.dry_run:
+        workers.run_on_rank0(opened.compare_with_transformers)
     job = Job(settings, script, tuple(arguments), opened, workers, calibration, test, before, fingerprint, start_time)
     widest = max(matrix.shape[1] for matrix in matrices(opened.config).values())
     if calibration and calibration.tokens < widest:

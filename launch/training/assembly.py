@@ -88,7 +88,8 @@ def assemble(ready: Ready, stop: StopRequest) -> Run:
     settings, process, layout, data, start = ready.settings, ready.process, ready.layout, ready.data, ready.start
     assert data is not None and start is not None, "a dry run is not assembled"
     if process.is_first:
-        run_folder.record(settings, ready.merged_json, start, data.fingerprint, data.tokenizer_path)
+        initial = ready.initial.opened if ready.initial else None
+        run_folder.record(settings, ready.merged_json, start, data.fingerprint, data.tokenizer_path, initial)
     engine = engine_for(layout)(settings, ready.merged_json, process, layout)
     _record_teacher(ready, engine)
     current_layout = layout.record(ready.merged_json["zero_optimization"]["stage"], settings.precision)

@@ -1,7 +1,8 @@
 """Folder of a run: the record of how it was started, and the check whether another start may resume it.
 
 runs/<name>/run.json        recipe, merged DeepSpeed JSON, versions, commit, data: written before the first step
-            tokenizer*      copied from the data, so that launch/generate.py needs this folder alone
+            tokenizer*      copied from the data, with chat templates, so that launch/generate.py needs this folder alone
+            generation_config.json   copied from the model of --init
             checkpoints/    see checkpoint.py
             tb/  metrics.jsonl  log.txt
 """
@@ -18,9 +19,19 @@ from typing import BinaryIO
 from data.command_line import UserError, flatten
 from data.files import lock_file, nearest_existing, write_file
 from data.sampling.batch_plan import BatchPlan, Segment
+from data.tokenization.companions import companion_files, copy_companions, published_configuration
+from data.tokenization.configuration import read_configuration, token_content
 from launch import REPOSITORY
 from launch.checkpoints import checkpoint
-from launch.checkpoints.run_record import TOKENIZER_CONFIGURATION, data_paths, tokenizer_files, versions
+from launch.checkpoints.opening import OpenedModel
+from launch.checkpoints.run_record import (
+    GENERATION,
+    TOKENIZER_CONFIGURATION,
+    data_paths,
+    generation_settings,
+    tokenizer_files,
+    versions,
+)
 from launch.training.initial_model import NOT_IN_THE_WEIGHTS
 from launch.training.settings import RunSettings
 from model.config import ModelConfig
@@ -174,8 +185,13 @@ def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
     return file
 
 
-def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path) -> None:
-    """Write run.json and the tokenizer before the first step. A run that resumes adds to its starts and changes."""
+def record(
+    settings: RunSettings, merged_json: dict, start: Start, fingerprint: str, tokenizer: Path, initial: OpenedModel | None = None
+) -> None:
+    """Write run.json and the tokenizer before the first step. A run that resumes adds to its starts and changes.
+
+    `initial` is the model that the run starts from: what lies next to its weights goes along.
+    """
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
@@ -196,12 +212,36 @@ def record(settings: RunSettings, merged_json: dict, start: Start, fingerprint: 
         "changes": changes,
     }
     write_file(path, json.dumps(about, indent=1))
-    copied = [path for path in (tokenizer, tokenizer.with_name(TOKENIZER_CONFIGURATION)) if path.is_file()]
+    _copy_tokenizer(folder, tokenizer, initial, start.resumes)
+    if not start.resumes:
+        generation = generation_settings(initial.root) if initial and settings.model.architecture != "encoder" else {}
+        (folder / GENERATION).unlink(missing_ok=True)  # from an earlier start on other weights
+        if generation:
+            write_file(folder / GENERATION, json.dumps(generation, indent=2))
+
+
+def _copy_tokenizer(folder: Path, tokenizer: Path, initial: OpenedModel | None, resumes: bool) -> None:
+    """Copy the data's tokenizer into a run folder, with the files that belong to it.
+
+    If it has none, those of the initial model's tokenizer are used: it gives the same ids, else the run would have been refused.
+    """
+    source, copy = tokenizer.parent, folder / tokenizer.name
+    is_published = bool(published_configuration(source))
+    if resumes and not is_published and copy.is_file() and copy.read_bytes() == tokenizer.read_bytes():
+        return  # the files next to it may be those of the initial model, which is not opened again
+    new = [path for path in (tokenizer, source / TOKENIZER_CONFIGURATION, *companion_files(source)) if path.is_file()]
+    names = [path.relative_to(source) for path in new]
     for path in tokenizer_files(folder):
-        if path.name not in [new.name for new in copied]:  # from an earlier start on other data
+        if path.relative_to(folder) not in names:  # from an earlier start on other data
             path.unlink()
-    for path in copied:
-        write_file(folder / path.name, path.read_bytes())
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_file(folder / name, (source / name).read_bytes())
+    if not is_published and initial and initial.tokenizer and (published := published_configuration(initial.tokenizer.parent)):
+        own = read_configuration(folder)
+        roles = {key: str(token_content(value)) for key, value in own.items() if key.endswith("_token")}
+        others = {key: value for key, value in own.items() if key not in roles}
+        copy_companions(initial.tokenizer.parent, folder, published | others, roles)
 
 
 def describe_new_size(settings: RunSettings, plan: BatchPlan, first_step: int) -> str | None:

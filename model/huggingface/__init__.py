@@ -7,7 +7,7 @@ generation_config.json and safetensors files (https://github.com/huggingface/saf
 from model.huggingface.architecture import Counterpart, SpecialTokens
 from model.huggingface.choice import architecture, auto_class, counterparts, from_huggingface, model_type, to_huggingface
 from model.huggingface.folder import State, decoder_start, export, load, quantization_config
-from model.huggingface.verification import perplexity_by_transformers, verify
+from model.huggingface.verification import perplexity_by_transformers, verify, verify_source
 
 __all__ = [
     "Counterpart",
@@ -25,4 +25,5 @@ __all__ = [
     "quantization_config",
     "to_huggingface",
     "verify",
+    "verify_source",
 ]

@@ -45,6 +45,22 @@ class SpecialTokens:
     """Names of the classes."""
     decoder_start: int | None = None
     """Id of the token with which the decoder of an encoder-decoder begins; None: end of text."""
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Contents of the generation_config.json of the model that this one was made from; it goes along."""
+
+    @property
+    def ids(self) -> dict[str, int | list[int] | None]:
+        """Ids by their keys in config.json and generation_config.json: the original's, and end of text among those that end a text."""
+        if not self.generation:
+            return {"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text, "pad_token_id": self.padding}
+        given = self.generation.get("eos_token_id")
+        ends = [*(given if isinstance(given, list) else [] if given is None else [given]), self.end_of_text]
+        ends = list(dict.fromkeys(end for end in ends if end is not None))
+        return {
+            "bos_token_id": self.generation.get("bos_token_id"),
+            "eos_token_id": ends if isinstance(given, list) or len(ends) > 1 else ends[0] if ends else None,
+            "pad_token_id": self.generation.get("pad_token_id"),
+        }
 
     @property
     def start(self) -> int:
@@ -54,6 +70,8 @@ class SpecialTokens:
 
 NO_TOKENS = SpecialTokens()
 
+_SUPPORTED_BY_ALL: dict[str, Any] = {"per_layer_config": None}
+HEADLESS = "the network without its head, as AutoModel saves it"
 # Allowed values of options that most architectures lack; `Architecture.allowed` overrides them.
 _ALLOWED_BY_DEFAULT: dict[str, tuple | None] = {
     "norm_position": ("pre",),
@@ -80,6 +98,14 @@ class Architecture:
     """Hugging Face name of the embedding."""
     supported: dict[str, Any] = {}
     """Keys of config.json with the only value that we support, which is also the default of transformers."""
+    other_names: dict[str, str] = {}
+    """Other names that transformers accepts for keys of config.json -> the key. They override the key."""
+    not_null: tuple[str, ...] = ()
+    """Further keys that we read and that transformers does not allow to be null."""
+    headless: tuple[str, ...]
+    """Classes of the network without its head, which AutoModel saves."""
+    prefix: str
+    """Start of the names of tensors outside the head, which files that AutoModel saves lack."""
     constants: tuple[str, ...] = ()
     """Suffixes of the names of tensors that are not learned; they are ignored."""
     zeros: tuple[str, ...] = ()
@@ -113,11 +139,21 @@ class Architecture:
                 packed.parse_configuration(quantization)
             except ValueError as error:
                 yield str(error)
-        if len(classes := config_json.get("architectures") or [self.classes[0]]) != 1 or classes[0] not in self.classes:
+        classes = config_json.get("architectures") or [self.classes[0]]
+        if len(classes) == 1 and classes[0] in self.headless:
+            yield f"architectures is {classes}, {HEADLESS}; only {' or '.join(self.classes)} is supported."
+        elif len(classes) != 1 or classes[0] not in self.classes:
             yield f"architectures is {classes}; only {' or '.join(self.classes)} is supported."
-        for key, value in self.supported.items():
+        for key, value in (_SUPPORTED_BY_ALL | self.supported).items():
             if config_json.get(key, value) != value:
                 yield f"{key} is {json.dumps(config_json[key])}; only {json.dumps(value)} is supported."
+        for name, key in self.other_names.items():
+            if name in config_json and config_json[name] != config_json.get(key):
+                given = f"{key} {json.dumps(config_json[key])}" if key in config_json else f"no {key}"
+                yield f"{name} is {json.dumps(config_json[name])} next to {given}; transformers reads both as {key}. Keep one {key}."
+        for key in self.not_null:
+            if config_json.get(key, 0) is None:
+                yield f"{key} is null, which transformers refuses too. Remove it for its default, or give it a value."
 
     def missing_keys(self, config_json: Mapping[str, Any]) -> Iterator[str]:
         """Yield a message for each needed key that is missing or not an integer."""

@@ -47,6 +47,9 @@ class Bert(Architecture):
     }
     needed = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     supported = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute", "tie_word_embeddings": True}
+    not_null = ("layer_norm_eps", "initializer_range", "type_vocab_size", *_DROPOUTS)
+    headless = ("BertModel",)
+    prefix = "bert."
     constants = (".position_ids",)
     embedding = "bert.embeddings.word_embeddings.weight"
 
@@ -128,7 +131,7 @@ class Bert(Architecture):
             biases=True,
             tie_embeddings=True,
             token_types=config_json.get("type_vocab_size", 2),
-            num_classes={_TOKEN_HEAD: 0, _BOTH_HEADS: 2, _CLASSES: len(config_json.get("id2label") or (0, 1))}[class_name],
+            num_classes={_TOKEN_HEAD: 0, _BOTH_HEADS: 2, _CLASSES: _number_of_classes(config_json)}[class_name],
             token_head=class_name != _CLASSES,
             dropout=config_json.get("hidden_dropout_prob", 0.1),
             initializer_range=config_json.get("initializer_range", 0.02),
@@ -174,6 +177,12 @@ class Bert(Architecture):
         """Return BertForPreTraining as the class of Google's checkpoints: they name BertForMaskedLM but hold both heads."""
         has_both = config_json.get("architectures") == [_TOKEN_HEAD] and "cls.seq_relationship.weight" in tensors
         return {**config_json, "architectures": [_BOTH_HEADS]} if has_both else config_json
+
+
+def _number_of_classes(config_json: Mapping[str, Any]) -> int:
+    """Return the number of labels, or else num_labels, which transformers reads only without labels."""
+    labels = config_json.get("id2label")
+    return config_json.get("num_labels", 2) if labels is None else len(labels)
 
 
 def _their_token_types(config: ModelConfig) -> int:

@@ -53,9 +53,7 @@ def to_huggingface(config: ModelConfig, tokens: SpecialTokens = NO_TOKENS, dtype
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
-        "bos_token_id": tokens.end_of_text,
-        "eos_token_id": tokens.end_of_text,
-        "pad_token_id": tokens.padding,
+        **tokens.ids,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 4 reads this name, 5 both
     } | theirs.write_config(config, tokens)

@@ -18,7 +18,7 @@ from model.compression import packed
 from model.compression.grids import Byte, Quantized
 from model.compression.packed import CacheScheme, Scheme
 from model.config import ModelConfig
-from model.huggingface.architecture import NO_TOKENS, Architecture, Counterpart, SpecialTokens
+from model.huggingface.architecture import HEADLESS, NO_TOKENS, Architecture, Counterpart, SpecialTokens
 from model.huggingface.choice import ARCHITECTURES, architecture, counterparts, from_huggingface, model_type, to_huggingface
 from model.transformer import parameter_shapes
 
@@ -90,7 +90,8 @@ def export(
     _write_json(folder / "config.json", config_json)
     if config.architecture != "encoder":
         keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        _write_json(folder / "generation_config.json", {key: config_json[key] for key in keys if config_json.get(key) is not None})
+        ids = {key: config_json[key] for key in keys if config_json.get(key) is not None}
+        _write_json(folder / "generation_config.json", {**tokens.generation, **ids})
 
 
 def quantization_config(
@@ -181,6 +182,9 @@ class State(Mapping[str, Tensor]):
             if self._read(name).any():
                 raise ValueError(f"{folder}: {name} is not zero; only zeros are supported.")
             given.remove(name)
+        if not given & wanted and given <= {name.removeprefix(theirs.prefix) for name in wanted}:
+            named = f"no name of a tensor begins with {theirs.prefix}"
+            raise ValueError(f"{folder} holds {HEADLESS}: {named}. Save the model of {' or '.join(theirs.classes)}.")
         _check_names(given, wanted, str(folder))
         for tensor, (dtype, needed_shape) in layout.items():
             path, name = self._files[tensor]
@@ -259,7 +263,7 @@ def _read_config_json(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} is not a Hugging Face checkpoint: it has no config.json.")
     try:
-        config_json = json.loads(path.read_text(encoding="utf-8"))
+        config_json = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors of Windows write a byte-order mark
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(config_json, dict):

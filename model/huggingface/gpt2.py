@@ -29,7 +29,22 @@ class GPT2(Architecture):
     classes = ("GPT2LMHeadModel",)
     allowed = {"positions": ("learned",), "norm": ("layernorm",), "activation": tuple(_ACTIVATIONS)}
     needed = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-    supported = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    supported = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "is_causal": True,
+        "sliding_window": None,
+    }
+    other_names = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+    not_null = ("tie_word_embeddings", "layer_norm_epsilon", "initializer_range", *_DROPOUTS)
+    headless = ("GPT2Model",)
+    prefix = "transformer."
     constants = (".attn.bias", ".attn.masked_bias")
     embedding = "transformer.wte.weight"
 

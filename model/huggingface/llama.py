@@ -19,6 +19,7 @@ _LINEAR = {
     "mlp.down_proj": "feed_forward.down",
 }
 _NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
+_THETA = 10000.0  # if config.json does not name it
 # Keys whose values are fixed in our scalings, as in their papers and in Llama 3.1.
 _ROPE_CONSTANTS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -39,7 +40,10 @@ class Llama(Architecture):
         "rope_scaling": ("none", "linear", "ntk", "yarn", "llama3"),
     }
     needed = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    supported: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
+    supported: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0, "is_causal": True, "sliding_window": None}
+    not_null = ("tie_word_embeddings", "attention_bias", "mlp_bias", "rms_norm_eps", "initializer_range")
+    headless = ("LlamaModel",)
+    prefix = "model."
     constants = (".rotary_emb.inv_freq",)
     embedding = "model.embed_tokens.weight"
     norms = _NORMS
@@ -91,8 +95,10 @@ class Qwen3(Llama):
 
     label = "Qwen3"
     classes = ("Qwen3ForCausalLM",)
+    headless = ("Qwen3Model",)
     allowed = Llama.allowed | {"qk_norm": (True,), "biases": (False,), "sliding_window": None}
-    supported = Llama.supported | {"attention_bias": False}
+    supported = {key: value for key, value in Llama.supported.items() if key != "sliding_window"} | {"attention_bias": False}
+    not_null = ("tie_word_embeddings", "rms_norm_eps", "initializer_range", "head_dim", "use_sliding_window", "max_window_layers")
     norms = _NORMS | {"self_attn.q_norm": "attention.query_norm", "self_attn.k_norm": "attention.key_norm"}
 
     def unsupported_options(self, config: ModelConfig) -> Iterator[str]:
@@ -122,9 +128,10 @@ class Qwen3(Llama):
     def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
         """Return the configuration of Qwen3's config.json."""
         has_window = config_json.get("use_sliding_window", False) and _layer_types(config_json)[0] == "sliding_attention"
+        heads = config_json.get("num_key_value_heads", 32)
         return ModelConfig(
-            **_read_shape(config_json),
-            head_size=config_json.get("head_dim") or 128,
+            **_read_shape(config_json) | {"num_key_value_heads": heads},
+            head_size=config_json.get("head_dim", 128),
             qk_norm=True,
             sliding_window=config_json.get("sliding_window", 4096) if has_window else None,
         )
@@ -153,7 +160,8 @@ def _read_shape(config_json: Mapping[str, Any]) -> dict[str, Any]:
     if kind != "default":
         scaling = {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
     if kind in ("yarn", "llama3"):
-        scaling["rope_original_length"] = rope.get("original_max_position_embeddings", config_json["max_position_embeddings"])
+        given = rope.get("original_max_position_embeddings", config_json["max_position_embeddings"])
+        scaling["rope_original_length"] = config_json.get("original_max_position_embeddings", given)
     return scaling | {
         "vocab_size": config_json["vocab_size"],
         "sequence_length": config_json["max_position_embeddings"],
@@ -165,7 +173,7 @@ def _read_shape(config_json: Mapping[str, Any]) -> dict[str, Any]:
         "norm": "rmsnorm",
         "norm_epsilon": config_json.get("rms_norm_eps", 1e-6),
         "positions": "rotary",
-        "rope_theta": rope.get("rope_theta", config_json.get("rope_theta", 10000.0)),
+        "rope_theta": _rope_theta(config_json),
         "activation": "swiglu",
         "tie_embeddings": config_json.get("tie_word_embeddings", False),
         "initializer_range": config_json.get("initializer_range", 0.02),
@@ -187,16 +195,33 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def _rope_settings(config_json: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
+    """Return the settings of rotary positions that transformers uses: rope_scaling, and rope_parameters only without it."""
+    return config_json.get("rope_scaling") or config_json.get("rope_parameters") or {}
 
 
 def _rope_kind(rope: Mapping[str, Any]) -> str:
     return rope.get("rope_type", rope.get("type", "default"))
 
 
+def _rope_theta(config_json: Mapping[str, Any]) -> float:
+    return _rope_settings(config_json).get("rope_theta", config_json.get("rope_theta", _THETA))
+
+
 def _unsupported_rope(config_json: Mapping[str, Any]) -> Iterator[str]:
     rope = _rope_settings(config_json)
     kind = _rope_kind(rope)
+    if layers := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        yield f"rope_parameters that differ by kind of layer ({', '.join(layers)}) are not supported."
+        return
+    if not isinstance(theta := _rope_theta(config_json), int | float):
+        yield f"rope_theta is {json.dumps(theta)}; it must be a number."
+        return
+    unread = (config_json.get("rope_parameters") or {}).get("rope_theta", theta)
+    if "rope_theta" not in rope and unread != theta:
+        yield (
+            f"rope_scaling and rope_parameters are both given. transformers reads only rope_scaling, so rope_theta would be {theta:g} and "
+            f"not {unread:g}. Write all of them into rope_parameters, and remove rope_scaling."
+        )
     if rope.get("partial_rotary_factor", config_json.get("partial_rotary_factor", 1.0)) != 1.0:
         yield "partial_rotary_factor is not supported."
     if kind == "default":
@@ -206,6 +231,8 @@ def _unsupported_rope(config_json: Mapping[str, Any]) -> Iterator[str]:
         return
     if not rope.get("factor"):
         yield f'rope scaling "{kind}" has no "factor".'
+    if rope.get("truncate", True) is None:
+        yield f'truncate of rope scaling "{kind}" is null; only true is supported.'
     for key, value in _ROPE_CONSTANTS[kind].items():
         if (given := rope.get(key)) is not None and given != value:
             only = "the default" if value is None else json.dumps(value)

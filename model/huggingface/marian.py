@@ -68,7 +68,14 @@ class Marian(Architecture):
         "add_bias_logits": False,
         "encoder_layerdrop": 0.0,
         "decoder_layerdrop": 0.0,
+        "is_causal": True,
+        "is_encoder_decoder": True,
+        "is_decoder": False,
     }
+    other_names = {"hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads", "num_hidden_layers": "encoder_layers"}
+    not_null = ("scale_embedding", "activation_dropout", "init_std", "dropout", "attention_dropout", "decoder_attention_heads")
+    headless = ("MarianModel",)
+    prefix = "model."
     constants = (".embed_positions.weight",)
     zeros = ("final_logits_bias",)
     embedding = "model.shared.weight"

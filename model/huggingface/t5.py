@@ -3,6 +3,7 @@
 RMSNorm before each part, relative positions, no biases. Version 1.0 has a tied head and scales its input; 1.1 has an untied head.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,17 @@ class T5(Architecture):
     classes = ("T5ForConditionalGeneration",)
     allowed = {"positions": ("relative",), "norm": ("rmsnorm",), "activation": tuple(_ACTIVATIONS), "biases": (False,)}
     needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-    supported = {"relative_attention_num_buckets": RELATIVE_BUCKETS, "relative_attention_max_distance": RELATIVE_DISTANCE}
+    supported = {
+        "relative_attention_num_buckets": RELATIVE_BUCKETS,
+        "relative_attention_max_distance": RELATIVE_DISTANCE,
+        "is_causal": True,
+        "is_encoder_decoder": True,
+        "is_decoder": False,
+    }
+    other_names = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers", "head_dim": "d_kv"}
+    not_null = ("layer_norm_epsilon", "dropout_rate", "initializer_range")
+    headless = ("T5Model", "T5EncoderModel")
+    prefix = ""
     # A table for cross-attention, which old files hold and no code reads.
     constants = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
     embedding = "shared.weight"
@@ -68,6 +79,13 @@ class T5(Architecture):
         """Yield a message for each feature in T5's config.json that our network does not have."""
         yield from super().unsupported_features(config_json)
         yield from check_one_of(config_json, "feed_forward_proj", "relu", _ACTIVATIONS)
+        # Older files also hold what follows from feed_forward_proj, and transformers reads that instead.
+        projection = str(config_json.get("feed_forward_proj", "relu"))
+        name = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
+        for key, value in (("dense_act_fn", name), ("is_gated_act", projection.startswith("gated-"))):
+            if config_json.get(key, value) != value:
+                given, fitting = json.dumps(config_json[key]), json.dumps(value)
+                yield f'{key} is {given}; only {fitting} is supported with feed_forward_proj "{projection}".'
 
     def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
         """Return the configuration of T5's config.json.
@@ -89,7 +107,7 @@ class T5(Architecture):
             positions="relative",
             activation=our_value(_ACTIVATIONS, config_json.get("feed_forward_proj", "relu")),
             biases=False,
-            tie_embeddings=config_json.get("scale_decoder_outputs", config_json.get("tie_word_embeddings", True)),
+            tie_embeddings=config_json.get("scale_decoder_outputs", config_json.get("tie_word_embeddings") is not False),
             dropout=config_json.get("dropout_rate", 0.1),
             initializer_range=config_json.get("initializer_range", 0.02),
         )

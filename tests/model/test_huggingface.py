@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import importlib
+import inspect
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -17,7 +20,20 @@ from data.files import new_folder
 from model.cache import KeyValueCache
 from model.config import SIZES, ModelConfig, named_size
 from model.generation import generate
-from model.huggingface import SpecialTokens, architecture, auto_class, decoder_start, export, from_huggingface, load, to_huggingface, verify
+from model.huggingface import (
+    SpecialTokens,
+    architecture,
+    auto_class,
+    decoder_start,
+    export,
+    from_huggingface,
+    load,
+    to_huggingface,
+    verify,
+    verify_source,
+)
+from model.huggingface.choice import ARCHITECTURES
+from model.huggingface.llama import Llama
 from model.transformer import Transformer
 from tests.model.both_sides import BERT, GPT2, MARIAN, T5, our_logits, random_inputs, their_logits, without_padding
 from tests.ranks import REPOSITORY
@@ -76,11 +92,16 @@ def load_by_transformers(folder, config, **options):
     return getattr(transformers, auto_class(config)).from_pretrained(folder, **options)
 
 
+NULL = object()  # in changes of config.json, where None removes a key
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6}
+
+
 def rewrite(folder, **changes):
     """Change values in config.json; None removes a key."""
     path = folder / "config.json"
     config_json = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config_json.items() if value is not None}))
+    config_json = {key: value for key, value in config_json.items() if value is not None}
+    path.write_text(json.dumps(config_json, default=lambda value: None))
 
 
 @pytest.mark.parametrize(("dtype", "max_shard_bytes"), [(torch.float32, 10**9), (torch.bfloat16, 10_000)])
@@ -322,6 +343,22 @@ def test_verification_finds_missing_and_unexpected_tensors(llama, tmp_path, chan
         ({"auto_map": {"AutoModel": "code.Model"}}, '"auto_map" is not supported.'),
         ({"quantization_config": {"quant_method": "gptq"}}, 'quant_method "gptq" is not supported, only "compressed-tensors"'),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM is supported"),
+        ({"architectures": ["LlamaModel"]}, "the network without its head, as AutoModel saves it; only LlamaForCausalLM is supported"),
+        ({"is_causal": False}, "is_causal is false; only true is supported"),
+        ({"sliding_window": 4}, "sliding_window is 4; only null is supported"),
+        ({"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config is"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "that differ by kind of layer (full_attention) are not supported",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": NULL}}, "truncate of rope"),
+        ({"rope_theta": NULL, "rope_parameters": None}, "rope_theta is null; it must be a number."),
+        (
+            {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": YARN},
+            "are both given. transformers reads only rope_scaling, so rope_theta would be 10000 and not 500000",
+        ),
+        ({"tie_word_embeddings": NULL}, "tie_word_embeddings is null, which transformers refuses too."),
+        ({"rms_norm_eps": NULL}, "rms_norm_eps is null, which transformers refuses too."),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; only "silu" is supported'),
         ({"attention_bias": True}, "mlp_bias is false; only true is supported with attention_bias true"),
         ({"mlp_bias": True}, "mlp_bias is true; only false is supported with attention_bias false"),
@@ -358,6 +395,8 @@ def test_unsupported_llama_feature_is_refused_by_name(llama, tmp_path, changes, 
         ({"scale_attn_weights": False}, "scale_attn_weights is false; only true is supported"),
         ({"activation_function": "quick_gelu"}, 'activation_function is "quick_gelu"; supported are gelu_new, gelu, relu.'),
         ({"attn_pdrop": 0.5}, "only one dropout for all is supported."),
+        ({"num_attention_heads": 2}, "num_attention_heads is 2 next to n_head 4; transformers reads both as n_head. Keep one n_head."),
+        ({"architectures": ["GPT2Model"]}, "the network without its head, as AutoModel saves it"),
     ],
 )
 def test_unsupported_gpt2_feature_is_refused_by_name(tiny, tmp_path, changes, message):
@@ -388,6 +427,10 @@ def test_unsupported_gpt2_feature_is_refused_by_name(tiny, tmp_path, changes, me
         (T5, {"feed_forward_proj": "gated-relu"}, 'feed_forward_proj is "gated-relu"'),
         (T5, {"relative_attention_num_buckets": 16}, "relative_attention_num_buckets is 16; only 32 is supported."),
         (T5, {"d_kv": None}, '"d_kv" is missing.'),
+        (T5, {"dense_act_fn": "relu"}, 'dense_act_fn is "relu"; only "gelu_new" is supported with feed_forward_proj "gated-gelu".'),
+        (T5, {"num_attention_heads": 2}, "num_attention_heads is 2 next to num_heads 4; transformers reads both as num_heads."),
+        (MARIAN, {"num_attention_heads": 2}, "transformers reads both as encoder_attention_heads."),
+        (BERT, {"architectures": ["BertModel"]}, "the network without its head, as AutoModel saves it"),
         (T5, {"tie_word_embeddings": True}, "lm_head.weight differs from shared.weight"),
     ],
 )
@@ -398,6 +441,58 @@ def test_unsupported_feature_is_refused_by_name(tiny, tmp_path, options, changes
     with pytest.raises(ValueError) as refusal:
         load(tmp_path / "out")
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": YARN},  # next to rope_parameters and rope_theta, as model cards advise for long texts
+        {"rope_scaling": YARN | {"rope_theta": 500.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": YARN},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 6},
+        {"rope_scaling": NULL, "rope_parameters": YARN, "rope_theta": 500.0},
+        {"rope_parameters": None, "rope_theta": None},
+        {"num_key_value_heads": NULL, "head_dim": NULL},
+    ],
+)
+def test_settings_of_positions_are_read_as_by_transformers(llama, tmp_path, changes):
+    export(*llama, tmp_path / "out")
+    rewrite(tmp_path / "out", **changes)
+    path = tmp_path / "out" / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # with a byte-order mark
+    assert verify_source(tmp_path / "out", *load(tmp_path / "out")) < 1e-5
+
+
+def test_setting_that_only_transformers_obeys_is_found_in_the_source(llama, tmp_path, monkeypatch):
+    export(*llama, tmp_path / "out")
+    rewrite(tmp_path / "out", is_causal=False)
+    monkeypatch.setattr(Llama, "supported", {})  # as if nothing were known of is_causal
+    with pytest.raises(ValueError, match=r"does not read this model as we do, so nothing is written: .*logits differ from ours"):
+        verify_source(tmp_path / "out", *load(tmp_path / "out"))
+
+
+# Keys that transformers reads for other heads, for training, for speed or for rounding.
+HARMLESS = {
+    *("_attn_implementation", "use_cache", "pad_token_id", "eos_token_id", "chunk_size_feed_forward", "reorder_and_upcast_attn"),
+    *(
+        "summary_first_dropout",
+        "summary_last_dropout",
+        "summary_proj_to_labels",
+        "summary_use_proj",
+        "hidden_dropout",
+        "initializer_factor",
+    ),
+    *("classifier_dropout", "num_labels", "problem_type", "output_hidden_states", "is_encoder_decoder"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_key_that_transformers_reads_is_read_or_refused(name):
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    read = set(re.findall(r"config\.([a-z_]+)", inspect.getsource(module)))
+    source = "".join(inspect.getsource(sys.modules[kind.__module__]) for kind in type(ARCHITECTURES[name]).__mro__[:-1])
+    assert {key for key in read - HARMLESS if f'"{key}"' not in source} == set()
 
 
 def test_duplicate_tensors_and_old_names_are_read(tiny, network, tmp_path):
@@ -504,6 +599,16 @@ def test_old_tensor_names_and_config_keys_are_read(tiny, network, tmp_path):
     save_file(tensors | {"lm_head.weight": torch.ones(61, 32)}, path)
     with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight; they must be equal"):
         load(tmp_path / "llama")
+
+
+def test_folder_of_automodel_is_refused_as_a_network_without_its_head(llama, tmp_path):
+    export(*llama, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(
+        ValueError, match=r"holds the network without its head, as AutoModel saves it: .* Save the model of LlamaForCausalLM"
+    ):
+        load(tmp_path / "out")
 
 
 def test_pickled_weights_are_refused(llama, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from data.command_line import UserError
+from launch.checkpoints.conversion import convert
 from launch.checkpoints.initial import InitialWeights
 from launch.checkpoints.opening import load_model, open_model
 from model.compression.grids import Grid, fake_quantized_rows, round_to
@@ -32,6 +33,13 @@ def test_quantized_folder_is_loaded_with_dequantized_weights(quantized):
     x = torch.randn(2, 3, CONFIG.intermediate_size)
     assert torch.equal(model.get_submodule("1.feed_forward.down")(x), fake_quantized_rows(x, "int8") @ weight.T)
     assert torch.equal(model.get_submodule("1.feed_forward.up").weight, state["1.feed_forward.up.weight"])
+
+
+def test_prepared_data_is_not_a_model(prepared):
+    for door in (lambda: open_model(str(prepared)), lambda: convert(prepared, prepared.parent / "out", 1e9, print)):
+        with pytest.raises(UserError) as refusal:
+            door()
+        assert f"{prepared} is prepared data, not a model. Give a run folder" in str(refusal.value)
 
 
 def test_run_does_not_start_from_quantized_weights(quantized):

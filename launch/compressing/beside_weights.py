@@ -1,0 +1,24 @@
+"""The files next to the weights of an exported, pruned or quantized model: the tokenizer with all that belongs to it."""
+
+from pathlib import Path
+
+from data.tokenization.huggingface_files import padding, write_tokenizer
+from data.tokenization.tokenizer import Tokenizer
+from launch.checkpoints.opening import OpenedModel
+from launch.checkpoints.run_record import generation_settings
+from launch.evaluation.predictions import names_of
+from model import huggingface
+
+
+def special_tokens(opened: OpenedModel, tokenizer: Tokenizer) -> huggingface.SpecialTokens:
+    """Return the token ids and labels for config.json and generation_config.json, with those of the model that this one was made from."""
+    generation = {} if opened.config.architecture == "encoder" else generation_settings(opened.root)
+    ids = tokenizer.end_of_text, padding(tokenizer)[1]
+    return huggingface.SpecialTokens(*ids, names_of(opened).labels, opened.start_token(tokenizer), generation)
+
+
+def write_tokenizer_of(opened: OpenedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer of a model into a Hugging Face folder. Raises UserError if transformers reads it otherwise."""
+    names = names_of(opened)
+    marks = opened.config.architecture, names.class_token, names.mask_token
+    write_tokenizer(tokenizer.path, folder, opened.config.sequence_length, None, *marks)

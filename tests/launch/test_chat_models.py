@@ -1,0 +1,100 @@
+"""What lies next to the weights of a chat model goes along: through prepared data and runs, export, quantization and pruning."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from data.command_line import UserError
+from data.preparation.driver import prepare
+from data.preparation.settings import PrepareSettings
+from data.tokenization import published_check
+from launch import export, prune, quantize
+from launch.checkpoints import checkpoint, state
+from launch.checkpoints.opening import open_model
+from launch.training import run_folder
+from launch.training.settings import DataSettings, RunSettings
+from tests.launch.chat_model import TEXTS, facts, write_chat_model
+
+QUICK = ("--calibration_samples", "8", "--test_samples", "8", "--sensitivity_samples", "0")
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return write_chat_model(tmp_path_factory.mktemp("models") / "chat")
+
+
+@pytest.fixture(scope="module")
+def text(chat, tmp_path_factory):
+    """Text that is tokenized with the chat model's tokenizer."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number, text in enumerate(TEXTS * 5)))
+    output = folder / "prepared"
+    prepare(PrepareSettings(input=(str(folder / "texts.jsonl"),), output=str(output), tokenizer=str(chat), held_out=0.2, workers=1))
+    return output
+
+
+def run_from(initial, tokenizer, folder):
+    """Write the folder of a run that started from a model, with a checkpoint of its weights."""
+    opened = open_model(str(initial))
+    settings = RunSettings(output=str(folder), model=opened.config, data=DataSettings(("prepared",)), train_steps=10)
+    start = run_folder.Start("id", resumes=False)
+    run_folder.record(settings, {}, start, "f" * 64, tokenizer, opened)
+    unfinished = checkpoint.begin(folder / "checkpoints", 1, "id")
+    file = checkpoint.HashingFile(unfinished / "rank_00000.safetensors")
+    slices = [state.ShardSlice.of_whole(name, opened.state[name].shape) for name in opened.state]
+    kinds = state.kinds_in({})
+    state.write(file, slices, kinds, ((one, dict.fromkeys(kinds, opened.state[one.name].flatten())) for one in slices))
+    checkpoint.write_part(unfinished, 0, {file.path.name: file.finish()})
+    recipe = dataclasses.asdict(settings)
+    about = {"layout": {"world_size": 1}, "model": recipe["model"], "recipe": recipe, "checksums": {}, "data": {"fingerprint": "f" * 64}}
+    checkpoint.publish(unfinished, 1, about)
+    run_folder.record(settings, {}, dataclasses.replace(start, resumes=True), "f" * 64, tokenizer)  # the second start has no initial model
+    return folder
+
+
+def test_all_that_lies_next_to_a_chat_models_weights_goes_along(chat, text, tmp_path):
+    """The chain is: the published folder, a run from it, its export, a quantized model, and a pruned one."""
+    expected = facts(chat)
+    run = run_from(chat, text / "tokenizer.json", tmp_path / "run")
+    chain = [tmp_path / name for name in ("exported", "quantized", "pruned")]
+    assert export.main([str(run), "--output", str(chain[0])]) == 0
+    options = ["--data", str(text), *QUICK]
+    assert quantize.main([str(chain[0]), *options, "--output", str(chain[1]), "--group_size", "32"]) == 0
+    assert prune.main([str(chain[0]), *options, "--output", str(chain[2]), "--sparsity", "2:4"]) == 0
+    for folder in chain:
+        assert facts(folder) == expected, folder
+        assert (folder / "tokenizer.json").read_bytes() == (chat / "tokenizer.json").read_bytes()
+        assert not list(folder.rglob("*.py")) and "auto_map" not in (folder / "tokenizer_config.json").read_text()
+
+
+def test_templates_in_the_configuration_go_along_too(tmp_path):
+    chat = write_chat_model(tmp_path / "chat", as_files=False)
+    (chat / "generation_config.json").unlink()  # transformers then reads config.json
+    assert export.main([str(chat), "--output", str(tmp_path / "exported")]) == 0
+    before, after = facts(chat), facts(tmp_path / "exported")
+    assert after == before and after["ids"][1] == [308, 310]
+
+
+def test_a_run_with_the_bare_tokenizer_takes_the_rest_from_its_init(chat, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(chat / "tokenizer.json", bare)
+    (bare / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))  # as data/prepare.py --end_of_text writes it
+    run = run_from(chat, bare / "tokenizer.json", tmp_path / "run")
+    assert export.main([str(run), "--output", str(tmp_path / "exported")]) == 0
+    before, after = facts(chat), facts(tmp_path / "exported")
+    assert after["roles"].pop("eos_token") == ("<|end|>", 308) and before["roles"].pop("eos_token")[0] == "<|im_end|>"
+    assert after["chat"] == before["chat"] and after["ids"] == before["ids"] and after["roles"] == before["roles"]
+
+
+def test_export_is_refused_if_a_chat_would_get_other_ids(chat, tmp_path, monkeypatch):
+    def forgetful(folder, *details):
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+        published_check.check_published_tokenizer(folder, *details)
+
+    monkeypatch.setattr("data.tokenization.huggingface_files.check_published_tokenizer", forgetful)
+    with pytest.raises(UserError, match="differs from it in chat templates"):
+        export.main([str(chat), "--output", str(tmp_path / "exported")])
+    assert not (tmp_path / "exported").exists()
