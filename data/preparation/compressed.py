@@ -1,20 +1,30 @@
-"""Files that may be compressed, read as decompressed bytes from any position."""
+"""Files that may be compressed, read as decompressed bytes from any position.
+
+A compressed file is a sequence of streams: gzip calls them members (RFC 1952), Zstandard frames (RFC 8878). Python's gzip, bz2, lzma and
+zstandard readers take bytes after a stream that they cannot parse for the end of the file. The reader here decodes the streams itself, so
+that each file is read to its last byte, or is an error.
+"""
 
 import bz2
-import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-_READ_AT_ONCE = 1 << 14  # bytes of a .zst: few, because repetitive text decompresses to a thousand times as much
-READ_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
-"""Exceptions that the readers raise if a file is cut off or damaged."""
+_READ_AT_ONCE = 1 << 14  # bytes of a compressed file: few, because repetitive text decompresses to a thousand times as much
+_DECOMPRESSED_AT_ONCE = 1 << 20
+_MAX_ZSTANDARD_WINDOW = 1 << 31  # the largest that zstd writes (--long=31)
+
+
+class DamagedFile(Exception):
+    """A compressed file is cut off, damaged, or followed by other bytes."""
+
+
+READ_ERRORS = (OSError, DamagedFile)
+"""Exceptions that the readers raise if a file cannot be read to its end."""
 
 
 def open_decompressed(path: Path) -> BinaryIO:
@@ -24,9 +34,9 @@ def open_decompressed(path: Path) -> BinaryIO:
 
 def decompressed(file: BinaryIO, path: Path) -> BinaryIO:
     """Return the decompressed bytes of an open file. The caller closes the file; its position shows how much was read."""
-    openers: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _ZstandardFile.open_file}
-    opener = openers.get(path.suffix.lower())
-    return opener(file) if opener else file
+    if not is_compressed(path):
+        return file
+    return io.BufferedReader(_DecompressedFile(file, path.suffix.lower()), buffer_size=_DECOMPRESSED_AT_ONCE)
 
 
 def is_compressed(path: Path) -> bool:
@@ -34,21 +44,86 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSED
 
 
-class _ZstandardFile(io.RawIOBase):
-    """All frames of a .zst file. A file that is cut off raises EOFError; zstandard's own reader would end silently."""
+class _GzipMember:
+    """A decoder of one gzip member, with the interface of bz2.BZ2Decompressor and lzma.LZMADecompressor."""
 
-    @classmethod
-    def open_file(cls, file: BinaryIO) -> BinaryIO:
-        """Return the decompressed bytes of an open .zst file, buffered."""
-        return io.BufferedReader(cls(file), buffer_size=1 << 20)
+    def __init__(self) -> None:
+        self._decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: with gzip's header, checksum and size, which it compares
 
-    def __init__(self, file: BinaryIO) -> None:
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """Return at most max_length decompressed bytes of this data and of the data that was not used before."""
+        return self._decoder.decompress(self._decoder.unconsumed_tail + data, max_length)
+
+    @property
+    def needs_input(self) -> bool:
+        """True if all data was used."""
+        return not self._decoder.unconsumed_tail
+
+    @property
+    def eof(self) -> bool:
+        """True at the end of the member."""
+        return self._decoder.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """Data after the end of the member."""
+        return self._decoder.unused_data
+
+
+class _ZstandardFrame:
+    """A decoder of one Zstandard frame, with the same interface."""
+
+    needs_input = True
+
+    def __init__(self) -> None:
+        self._decoder = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTANDARD_WINDOW).decompressobj()
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """Return all decompressed bytes of this data: the library has no limit on their number."""
+        try:
+            return self._decoder.decompress(data)
+        except zstandard.ZstdError as error:
+            if "not enough memory" in str(error):
+                raise MemoryError from error
+            raise
+
+    @property
+    def eof(self) -> bool:
+        """True at the end of the frame."""
+        return self._decoder.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """Data after the end of the frame."""
+        return self._decoder.unused_data
+
+
+_STREAMS: dict[str, tuple[str, Any, int]] = {
+    ".gz": ("gzip member", _GzipMember, 1),
+    ".zst": ("Zstandard frame", _ZstandardFrame, 0),
+    ".xz": ("xz stream", lzma.LZMADecompressor, 4),
+    ".bz2": ("bzip2 stream", bz2.BZ2Decompressor, 1),
+}
+"""For each suffix the name of a stream, its decoder, and the padding: zero bytes after a stream, in multiples of this number (0: none).
+
+The xz specification allows padding (section 2.2). gzip and bzip2 ignore zero bytes after the last stream.
+"""
+COMPRESSED = tuple(_STREAMS)
+
+
+class _DecompressedFile(io.RawIOBase):
+    """All streams of a compressed file as one file. Raise DamagedFile unless its last byte ends a stream or padding."""
+
+    def __init__(self, file: BinaryIO, suffix: str) -> None:
         self._file = file
+        self._stream_name, self._new_decoder, self._padding = _STREAMS[suffix]
         self._restart()
 
     def _restart(self) -> None:
         self._file.seek(0)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._decoder = self._new_decoder()
+        self._at_end = False
+        self._stream_start = 0  # position in the compressed bytes
         self._compressed = self._plain = b""
         self._num_read = 0  # bytes of _plain that were read
         self._position = 0
@@ -79,18 +154,43 @@ class _ZstandardFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer with decompressed bytes and return their number; 0 at the end of the file."""
         while self._num_read == len(self._plain):
-            self._compressed = self._compressed or self._file.read(_READ_AT_ONCE)
-            if not self._compressed:
-                if self._frame:
-                    raise EOFError("the file ends inside a Zstandard frame")
+            if self._decoder.eof and not self._at_end:
+                self._open_next_stream()
+            if self._at_end:
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._plain, self._num_read = self._frame.decompress(self._compressed), 0
-            self._compressed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
+            self._plain, self._num_read = self._decompress(), 0
         count = min(len(buffer), len(self._plain) - self._num_read)
         buffer[:count] = memoryview(self._plain)[self._num_read : self._num_read + count]
         self._num_read += count
         self._position += count
         return count
+
+    def _open_next_stream(self) -> None:
+        """Go past padding to the next stream, or to the end of the file."""
+        num_zeros, rest = 0, self._decoder.unused_data
+        while not self._compressed and (rest := rest or self._file.read(_READ_AT_ONCE)):
+            self._compressed = rest.lstrip(b"\0") if self._padding else rest
+            num_zeros += len(rest) - len(self._compressed)
+            rest = b""
+        self._stream_start = self._file.tell() - len(self._compressed)
+        if num_zeros and num_zeros % self._padding:
+            raise self._damaged(f"{num_zeros:,} zero bytes before it are not a multiple of {self._padding}")
+        self._at_end = not self._compressed
+        self._decoder = self._new_decoder()
+
+    def _decompress(self) -> bytes:
+        """Return the next decompressed bytes of the stream, which may be none."""
+        data = b""
+        if self._decoder.needs_input:
+            data, self._compressed = self._compressed or self._file.read(_READ_AT_ONCE), b""
+        try:
+            plain = self._decoder.decompress(data, _DECOMPRESSED_AT_ONCE)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+            raise self._damaged(str(error)) from error
+        if not (plain or data or self._decoder.eof) and self._decoder.needs_input:
+            raise self._damaged("the file ends inside it")
+        return plain
+
+    def _damaged(self, reason: str) -> DamagedFile:
+        place = f"the {self._stream_name} that begins at byte {self._stream_start:,}"
+        return DamagedFile(f"{place} is invalid before byte {self._file.tell():,}: {reason}")

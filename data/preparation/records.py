@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
-from data.command_line import nearest
+from data.command_line import UserError, nearest
 from data.preparation.columnar import Table
 from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed, open_decompressed
 from data.preparation.fields import Fields, Problem, Record, TokenRecord, damaged, decode_text, read_json, read_row
@@ -45,6 +45,12 @@ class PartReader:
             self.close()
             self.at_end = True
             yield position, damaged(error, ends_file=True)
+        except MemoryError as error:
+            self.close()
+            raise UserError(
+                f"{path} cannot be read: there is not enough memory. A compressed file needs its window in each process "
+                "(zstd --long=31: 2 GiB): use fewer --workers, or compress the file with a smaller window."
+            ) from error
 
     def bytes_on_disk(self) -> int:
         """Return how many bytes of the open file have been read; those of a compressed file are counted compressed."""
@@ -173,7 +179,7 @@ class PartReader:
         self.at_end = True
         try:
             table = Table(path, self.fields)
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             if start == 0:
                 yield 0, damaged(error, ends_file=True)
             return
