@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data.file_array import FileArray
 from data.files import publish_file, write_file
 from data.preparation.duplicates import INDEXED_DIGEST, NUM_PERMUTATIONS, exact_duplicates, near_duplicates
 from data.preparation.work_units import EXAMPLES, document_dtype
@@ -126,7 +127,7 @@ class UnitMerger:
             for index in indices[: EXAMPLES - len(examples)]:
                 first = int(documents["lengths"][:index].sum(dtype=np.int64))
                 length = int(documents["lengths"][index, 0]) - 1
-                tokens = _map_file(self.units_folder / f"{name}.tokens", self.dtype)[first : first + length]
+                tokens = FileArray(self.units_folder / f"{name}.tokens", self.dtype)[first : first + length]
                 examples.append((int(documents["source"][index]), int(documents["position"][index]), np.array(tokens)))
 
     def plan(self, names: list[str], shard_tokens: int) -> list[ShardPlan]:
@@ -187,7 +188,7 @@ class UnitMerger:
         start = int(documents["lengths"][:first].sum(dtype=np.int64))
         documents, is_member = documents[first:last], verdicts[first:last] == split
         sizes = documents["lengths"].sum(axis=1, dtype=np.int64)
-        tokens = _map_file(self.units_folder / f"{name}.tokens", self.dtype)[start : start + int(sizes.sum())]
+        tokens = FileArray(self.units_folder / f"{name}.tokens", self.dtype)[start : start + int(sizes.sum())]
         if is_member.all():
             return documents, tokens, sizes
         return documents[is_member], tokens[np.repeat(is_member, sizes)], sizes[is_member]
@@ -232,9 +233,6 @@ class _MappedFiles(Sequence):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> NDArray:  # type: ignore[override]  # no slices
-        array = _map_file(self._paths[index], self._dtype)
+        path = self._paths[index]
+        array = np.memmap(path, self._dtype, "r") if path.stat().st_size else np.empty(0, self._dtype)
         return array if self._width is None else array.reshape(-1, self._width)
-
-
-def _map_file(path: Path, dtype: np.dtype) -> NDArray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)

@@ -193,8 +193,8 @@ class PartReader:
 
     def _read_tokens(self, path: Path, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
         shard = Shard(path.with_suffix(""))
-        for number in range(start, shard.num_documents if end is None else end):
-            yield number, TokenRecord(shard.tokens[shard.document_start(number) : shard.document_start(number + 1)])
+        tokens = shard.documents(start, shard.num_documents if end is None else end)
+        yield from ((number, TokenRecord(document)) for number, document in enumerate(tokens, start))
         self.at_end = True
 
 

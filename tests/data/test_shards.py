@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.command_line import UserError
-from data.shards import PreparedData, Shard, ShardWriter, token_dtype
+from data.shards import PreparedData, Shard, ShardWriter, TokenStream, token_dtype
 
 FOREIGN = Path(__file__).parents[3] / "shared/corpora/megatron-owt1000/meg-gpt2-openwebtext_text_document"
 HEADER = "<9sQBQQ"
@@ -102,6 +103,22 @@ def test_truncated_file_is_refused_at_every_length(tmp_path):
             with pytest.raises(UserError, match=f"shard{kind} is (empty|{size} bytes long)"):
                 Shard(prefix)
         prefix.with_suffix(kind).write_bytes(whole)
+
+
+@pytest.mark.parametrize("kind", [".bin", ".idx"])
+def test_shard_that_is_truncated_while_it_is_read_is_named(write_shard, kind):
+    """A memory map would end the process with SIGBUS."""
+    prefix = write_shard([[1, 2, 3]] * 3000)
+    stream = TokenStream([Shard(prefix)], 0)
+    path = prefix.with_suffix(kind)
+    os.truncate(path, 4)
+    reads = {
+        ".bin": [lambda: stream.read(0, 9000), lambda: stream.gather(np.array([8000]))],
+        ".idx": [lambda: stream.document_start(2500), lambda: stream.document_lengths(0, 3000), lambda: stream.document_starts(8000, 9)],
+    }
+    for read in reads[kind]:
+        with pytest.raises(UserError, match=rf"{path} was truncated while it was read: it is 4 bytes long; "):
+            read()
 
 
 def test_missing_file_is_named(tmp_path):
