@@ -277,7 +277,7 @@ def _normalize(arguments: Sequence[str], options: dict[str, _Option], aliases: d
             result.append(f"{name}={json.dumps(items)}")
         elif equals:
             result.append(f"{name}={value}")
-        elif kind is bool and (not words or words[0].lower() not in ("true", "false")):
+        elif kind in (bool, bool | None) and (not words or words[0].lower() not in ("true", "false", "null")):
             result.append(f"{name}=true")
         elif not words or words[0].startswith("--"):
             raise UserError(f"{name} needs a value.")

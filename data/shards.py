@@ -239,11 +239,13 @@ class Shard:
 class TokenStream:
     """All shards of a split as one row of tokens, with the starts of its documents."""
 
-    def __init__(self, shards: list[Shard], num_bytes: int, vocab_size: int | None = None) -> None:
+    def __init__(self, shards: list[Shard], num_bytes: int, vocab_size: int | None = None, begin_of_text: int | None = None) -> None:
         self.shards = shards
         self._vocab_size = vocab_size
         self.num_bytes = num_bytes
         """UTF-8 bytes of the text of all tokens, the divisor of bits per byte."""
+        self.begin_of_text = begin_of_text
+        """Id of the first token of each document, which is read and never predicted; None if documents begin with their text."""
         self._starts = [0, *itertools.accumulate(len(shard.tokens) for shard in shards)]
         self.first_documents = [0, *itertools.accumulate(shard.num_documents for shard in shards)]
         """Index in the stream of each shard's first document, and at the end the number of documents."""
@@ -255,6 +257,11 @@ class TokenStream:
     def num_documents(self) -> int:
         """Number of documents."""
         return self.first_documents[-1]
+
+    @property
+    def num_predicted(self) -> int:
+        """Number of tokens without those that begin a document, which are not predicted."""
+        return len(self) - (0 if self.begin_of_text is None else self.num_documents)
 
     def read(self, start: int, count: int) -> NDArray:
         """Return `count` tokens from index `start`: a view if they are in one shard, joined if they are in several.  -> [count]"""
@@ -352,6 +359,7 @@ class PreparedData:
             self.tokenizer_path = self.folder / tokenizer["file"]
             self.vocab_size: int = tokenizer["vocab_size"]
             self.end_of_text: int = tokenizer["end_of_text"]
+            self.begin_of_text: int | None = tokenizer.get("begin_of_text")
             self.splits = {name: self._open_split(split) for name, split in self.manifest["splits"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -407,7 +415,7 @@ class PreparedData:
                     f"{self.folder / MANIFEST} lists {entry['documents']} and {entry['tokens']}."
                 )
             shards.append(shard)
-        return TokenStream(shards, split["bytes"], self.vocab_size)
+        return TokenStream(shards, split["bytes"], self.vocab_size, self.begin_of_text)
 
 
 def describe_place(source: str, unit: str, position: int) -> str:

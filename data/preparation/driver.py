@@ -55,7 +55,7 @@ def prepare(settings: PrepareSettings, log: Callable[[str], object] = print) -> 
     """
     settings.validate()
     rank, world_size = rank_and_world_size(settings)
-    given_tokenizer = load_tokenizer(settings.tokenizer, settings.end_of_text) if settings.tokenizer else None
+    given_tokenizer = _given_tokenizer(settings)
     output = Path(settings.output)
     partial = partial_folder(output)
     if os.path.lexists(output):
@@ -155,16 +155,24 @@ def _refuse_other_end_of_text(corpus: FileCorpus, tokenizer: Tokenizer) -> None:
                 )
 
 
+def _given_tokenizer(settings: PrepareSettings) -> Tokenizer | None:
+    """Load the given tokenizer; None if one is to be trained. Pairs never begin with begin of text."""
+    add_bos = settings.add_bos if settings.pair_field is None else False
+    return load_tokenizer(settings.tokenizer, settings.end_of_text, add_bos=add_bos) if settings.tokenizer else None
+
+
 def _record_of(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer | None) -> dict:
     """Return what determines the tokens; two prepared folders with the same record have the same content."""
     recorded = dataclasses.asdict(settings) | {name: list(getattr(settings, name)) for name in ("columns", "special_tokens")}
     recorded["input"] = [path_as_text(Path(name)) for name in settings.input]
     for name in _NOT_RECORDED:
         del recorded[name]
+    recorded["add_bos"] = tokenizer is not None and tokenizer.adds_bos
     given_tokenizer = None
     if tokenizer:
         digest = hashlib.sha256(tokenizer.file_bytes()).hexdigest()
         given_tokenizer = {"sha256": digest, "end_of_text": tokenizer.end_of_text, "settings": tokenizer.settings}
+        given_tokenizer |= {"begin_of_text": tokenizer.begin_of_text} if tokenizer.adds_bos else {}
     text = hashlib.sha256(json.dumps(corpus.identity()).encode()).hexdigest()
     return {"format": MANIFEST_FORMAT, "settings": recorded, "text": text, "given_tokenizer": given_tokenizer}
 

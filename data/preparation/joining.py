@@ -125,6 +125,7 @@ def _write_shards(node: Node, workers: Workers, totals: _UnitTotals, record: dic
             "sha256": sha256_of(tokenizer.path),
             "vocab_size": tokenizer.vocab_size,
             "end_of_text": tokenizer.end_of_text,
+            **({"begin_of_text": tokenizer.begin_of_text} if tokenizer.adds_bos else {}),
             "settings": tokenizer.settings,
             "configuration_sha256": sha256_of(node.result_folder / "tokenizer_config.json"),
             "engine": node.fast_tokenizer.engine,
@@ -227,4 +228,6 @@ def _summary(manifest: dict, output: Path) -> str:
         lines.append("           no document is held out (too few documents for this --held_out): training will have no validation loss")
     if settings["separator"] and manifest["documents_read"] <= len(manifest["sources"]):
         lines.append(f"           --separator {settings['separator']} does not occur in the input: each file is one document")
-    return "\n".join([*lines, f"dropped    {dropped}", f"tokenizer  {manifest['tokenizer']['vocab_size']:,} ids", f"written to {output}"])
+    begin = f"; each document begins with token {manifest['tokenizer']['begin_of_text']}" if settings["add_bos"] else ""
+    tokenizer = f"tokenizer  {manifest['tokenizer']['vocab_size']:,} ids{begin}"
+    return "\n".join([*lines, f"dropped    {dropped}", tokenizer, f"written to {output}"])

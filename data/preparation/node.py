@@ -212,7 +212,7 @@ def describe_changes(saved: dict, current: dict) -> str:
     """Return the differences between two records of a preparation as text; empty if there are none."""
     if saved.get("format") != current["format"]:
         return f"it was written by another version of this project (format {saved.get('format')}; this version writes {current['format']})"
-    settings = saved.get("settings", {})
+    settings = {"add_bos": False} | saved.get("settings", {})  # earlier versions had no add_bos
     changes = [
         f"--{name} was {settings.get(name)} and is now {value}"
         for name, value in current["settings"].items()

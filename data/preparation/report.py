@@ -272,6 +272,8 @@ def _piece(number: int, tokenizer: dict, decode: Callable[[Sequence[int]], str])
     """Return a token as visible text."""
     if number == tokenizer["end_of_text"]:
         return "(end of text)"
+    if number == tokenizer.get("begin_of_text"):
+        return "(begin of text)"
     text = decode([number])
     for invisible, sign in {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}.items():
         text = text.replace(invisible, sign)

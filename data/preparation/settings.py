@@ -51,6 +51,10 @@ class PrepareSettings:
     a tokenizer on the text)."""
     end_of_text: str | None = None
     """Token of the given tokenizer that ends each document. Needed only if the tokenizer's files do not define it."""
+    add_bos: bool | None = None
+    """Begin each document with the given tokenizer's begin-of-text token, such as Llama 3's <|begin_of_text|>. Training, evaluation,
+    generation and exported tokenizers follow it. Not supported with pair_field (default: true if the tokenizer itself puts the token
+    before each text)."""
     gigatoken: bool = True
     """Tokenize with gigatoken, which is several times faster, if it gives the same ids. This is checked at the start and in every work
     unit."""
@@ -128,9 +132,16 @@ class PrepareSettings:
         return complaints
 
     def _tokenizer_complaints(self) -> list[str]:
+        if self.add_bos and self.pair_field is not None:
+            message = "the objectives that read pairs put their own special tokens around a text. Remove one of the two"
+            return [f"{describe(self, 'add_bos')} and {describe(self, 'pair_field')} are both given; {message}."]
         if not self.tokenizer:
-            message = "applies only to a given tokenizer; a tokenizer that is trained here has its own"
-            return [f"{describe(self, 'end_of_text')} {message}."] if self.end_of_text else []
+            message = "applies only to a given tokenizer; a tokenizer that is trained here has"
+            return [
+                f"{describe(self, name)} {message} {own}."
+                for name, own in (("end_of_text", "its own"), ("add_bos", "no begin-of-text token"))
+                if getattr(self, name)
+            ]
         training = [name for name in _TRAINING_SETTINGS if getattr(self, name) != getattr(PrepareSettings, name)]
         message = f"applies only to a tokenizer that is trained here, but {describe(self, 'tokenizer')} is given. Remove one of the two."
         return [f"{describe(self, name)} {message}" for name in training]

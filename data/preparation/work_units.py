@@ -189,13 +189,19 @@ class UnitWorker:
         counts.bytes += int(records["bytes"].sum())
 
     def _concatenate(self, documents: list[NDArray]) -> tuple[NDArray, NDArray[np.int32]]:
-        """Return (tokens, lengths) of documents that are tokens already, each with an end-of-text token."""
-        end = np.array([self._tokenizer.end_of_text], self._dtype)
-        ended = [
-            document if len(document) and document[-1] == end[0] else np.concatenate([document.astype(self._dtype), end])
-            for document in documents
-        ]
-        return np.concatenate(ended).astype(self._dtype), np.array([len(document) for document in ended], np.int32)
+        """Return (tokens, lengths) of documents that are tokens already, each with an end-of-text token.
+
+        If the tokenizer has a begin-of-text token, each document gets it or loses it, as `add_bos` says.
+        """
+        tokenizer, end = self._tokenizer, np.array([self._tokenizer.end_of_text], self._dtype)
+        beginning = np.array(tokenizer.beginning, self._dtype)
+        written = []
+        for document in documents:
+            if len(document) > 1 and document[0] == tokenizer.begin_of_text:
+                document = document[1:]
+            ended = document[-1:] == end
+            written.append(np.concatenate([beginning, document.astype(self._dtype), end[ended.sum() :]]))
+        return np.concatenate(written), np.array([len(document) for document in written], np.int32)
 
     def _compare_with_reference(self, text: str) -> None:
         """Raise UserError if the fast tokenizer, which gave the same ids at the start, gives others for this text."""

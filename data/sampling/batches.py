@@ -91,8 +91,9 @@ class TrainingBatches:
         return np.stack(self.blend.draw(share.ravel()), axis=-1).reshape(*share.shape, 3)
 
 
-def num_evaluation_samples(num_tokens: int, sequence_length: int, stride: int) -> int:
-    """Return how many samples, `stride` tokens apart, cover a stream of `num_tokens` tokens."""
+def num_evaluation_samples(stream: TokenStream, sequence_length: int, stride: int) -> int:
+    """Return how many samples, `stride` tokens apart, cover a stream; a begin-of-text token at its start is only read."""
+    num_tokens = len(stream) - (stream.begin_of_text is not None)
     return 1 + max(0, -(-(num_tokens - sequence_length) // stride))
 
 
@@ -109,6 +110,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield the whole stream in a fixed order. Every token is a target once, the first one after end_of_text; the last sample is padded.
 
+    If the documents begin with begin_of_text, it is no target, and each sample begins with it.
+
     Each rank gets the same number of batches, because ranks must call the model together; the last batches may be padding.
     `limit_samples` takes that many samples, evenly spread. Samples begin `stride` tokens apart (default: sequence_length); where they
     overlap, the later sample reads the tokens again but does not predict them again.
@@ -117,7 +120,7 @@ def evaluation_batches(
         raise UserError("The split to evaluate on has 0 tokens: no document was held out. Prepare the data with a larger --held_out.")
     stride = stride or sequence_length
     packed = PackedSamples(stream, sequence_length, end_of_text, document_mask)
-    num_samples = num_evaluation_samples(len(stream), sequence_length, stride)
+    num_samples = num_evaluation_samples(stream, sequence_length, stride)
     for numbers in _evenly_spread(num_samples, limit_samples, micro_batch_size, rank, world):
         rows = _rows(lambda number: packed.window(number * stride), numbers)
         for number, row in zip(numbers, rows, strict=True):

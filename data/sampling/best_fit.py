@@ -18,12 +18,13 @@ class BestFit:
     """A best-fit-decreasing packing of the documents of a stream into samples of at most `content` tokens.
 
     If each piece needs `marks` special tokens of its own, a sample has room for `content + marks` tokens, so that a full piece fills
-    one sample. The last `ends` tokens of each document are left out.
+    one sample. The last `ends` tokens of each document are left out, and its begin-of-text token, if the stream has one.
     """
 
     def __init__(self, stream: TokenStream, content: int, marks: int = 0, ends: int = 0) -> None:
         self._first_documents = stream.first_documents
-        self._shards = [_PackedShard(shard, content, marks, ends) for shard in stream.shards]
+        begins = int(stream.begin_of_text is not None)
+        self._shards = [_PackedShard(shard, content, marks, begins, ends) for shard in stream.shards]
         self._first_samples = [0, *itertools.accumulate(shard.num_samples for shard in self._shards)]
 
     @property
@@ -55,9 +56,9 @@ class _PackedShard:
     the documents in the order of their pieces' lengths, four bytes a document; it is computed when the shard is first read.
     """
 
-    def __init__(self, shard: Shard, content: int, marks: int, ends: int) -> None:
+    def __init__(self, shard: Shard, content: int, marks: int, begins: int, ends: int) -> None:
         self._shard = shard
-        self._content, self._ends = content, ends
+        self._content, self._begins, self._ends = content, begins, ends
         lengths = self._lengths()
         counts = np.bincount(lengths % content, minlength=content)
         next_of_length = np.cumsum(counts) - counts  # index in _by_length of the next document of each length
@@ -109,11 +110,11 @@ class _PackedShard:
         document = int(np.searchsorted(ends, number, side="right"))
         if document:
             number -= int(ends[document - 1])
-        return Piece(first + document, number * self._content, self._content)
+        return Piece(first + document, self._begins + number * self._content, self._content)
 
     def _lengths(self, first: int = 0, last: int | None = None) -> NDArray[np.int64]:
-        """Return the lengths of the documents without their last `ends` tokens.  -> [documents]"""
-        return np.maximum(self._shard.document_lengths(first, last) - self._ends, 0)
+        """Return the lengths of the documents without their first `begins` and last `ends` tokens.  -> [documents]"""
+        return np.maximum(self._shard.document_lengths(first, last) - self._begins - self._ends, 0)
 
     @functools.cached_property
     def _by_length(self) -> NDArray[np.int32]:

@@ -59,8 +59,8 @@ class Samples:
 
     @property
     def padding_share(self) -> float:
-        """Share of all positions that hold no token of a document: padding and the room for special tokens."""
-        return 1 - len(self.stream) / (self.num_samples * (self.sequence_length + (self.target_length or 0)))
+        """Share of all positions that hold no token of a document to predict: padding and the room for special tokens."""
+        return 1 - self.stream.num_predicted / (self.num_samples * (self.sequence_length + (self.target_length or 0)))
 
     @property
     def filled_share(self) -> float:

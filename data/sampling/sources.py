@@ -48,11 +48,11 @@ class Sampling:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Mean UTF-8 bytes of a token in the text that the blend reads; None if the objective does not predict every token."""
+        """Mean UTF-8 bytes of a predicted token in the text that the blend reads; None if the objective does not predict every token."""
         if not self.objective.predicts_every_token:
             return None
         streams = [folder.splits["train"] for folder in self.folders.values()]
-        return sum(float(share) * stream.num_bytes / len(stream) for share, stream in zip(self.blend.shares, streams, strict=True))
+        return sum(float(share) * stream.num_bytes / stream.num_predicted for share, stream in zip(self.blend.shares, streams, strict=True))
 
     def epochs(self, positions: int) -> dict[str, float]:
         """Return how often the first `positions` samples of the run read each source, by the source's name."""
@@ -66,6 +66,12 @@ def open_folders(paths: Sequence[str]) -> dict[str, PreparedData]:
     folders = dict(zip(names_of(paths), map(PreparedData, paths), strict=True))
     first, *others = folders.values()
     for other in others:
+        if other.begin_of_text != first.begin_of_text:
+            with_bos, without = (other, first) if first.begin_of_text is None else (first, other)
+            raise UserError(
+                f"{with_bos.folder} was prepared with --add_bos true and {without.folder} with --add_bos false, so that only the documents "
+                "of the first begin with the begin-of-text token. Prepare one of them again with the value of the other."
+            )
         if difference := _difference(other, first):
             raise UserError(
                 f"{other.folder} and {first.folder} have different tokenizers: {difference}. All folders of data.path need the same "
@@ -129,7 +135,14 @@ def open_held_out(
 
 def _open_objective(folders: dict[str, PreparedData], settings: SamplingSettings, model: ModelShape) -> Objective:
     first = next(iter(folders.values()))
-    return open_objective(settings, model, load_tokenizer(first.tokenizer_path), first.end_of_text)
+    tokenizer = load_tokenizer(first.tokenizer_path)
+    objective = open_objective(settings, model, tokenizer, first.end_of_text)
+    if first.begin_of_text is not None and not objective.reads_begin_of_text:
+        raise UserError(
+            f"{first.folder} was prepared with --add_bos true, so each document begins with {tokenizer.begin_of_text_token}; "
+            f"data.objective {objective.name} has special tokens of its own around a text. Prepare the text again with --add_bos false."
+        )
+    return objective
 
 
 def _difference(prepared: PreparedData, first: PreparedData) -> str:

@@ -8,6 +8,17 @@ from data.tokenization.loading import load_tokenizer
 _COMPARED_TOKENS = 100_000  # of the text that both tokenizers encode
 
 
+def beginnings_differ(folder: PreparedData, tokenizer: Path, name: str) -> str:
+    """Return a sentence if only one of a folder and a model's tokenizer begins texts with a token, else "". `name` names the model."""
+    model = load_tokenizer(tokenizer)
+    if [token for token in [folder.begin_of_text] if token is not None] == model.beginning:
+        return ""
+    choice = "false" if folder.begin_of_text is None else "true"
+    before = model.begin_of_text_token if model.beginning else "nothing"
+    sentence = f"{folder.folder} was prepared with --add_bos {choice}, but the tokenizer of {name} puts {before} before each text."
+    return sentence + f" Prepare the text again with --add_bos {'true' if model.beginning else 'false'}."
+
+
 def tokens_differ(folder: PreparedData, tokenizer: Path) -> bool:
     """Return True if a folder's tokens differ from those that a tokenizer makes.
 

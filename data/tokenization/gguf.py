@@ -41,9 +41,9 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str | boo
 
     Supported are SentencePiece's bpe with bytes for unknown characters, and byte-level BPE from a tokenizer.json or a tiktoken
     vocabulary whose pattern llama.cpp supports: the pattern with which Hugging Face's library gives our ids for texts of many kinds.
-    Anything else raises UserError. No token is put before a text, as everywhere in this project; end of text begins a document and
-    ends generation, unless a published tokenizer names other tokens for that. Its chat templates go along. llama.cpp reads the character
-    U+2581 in a text as a space, because SentencePiece writes a space so.
+    Anything else raises UserError. The begin-of-text token is put before a text if the tokenizer does so; a tokenizer without one names
+    its end of text there. End of text ends generation, unless a published tokenizer names other tokens for that. Its chat templates go
+    along. llama.cpp reads the character U+2581 in a text as a space, because SentencePiece writes a space so.
     """
     entries = _sentencepiece_entries(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _byte_level_entries(tokenizer)
     tokens, kinds = entries["tokens"], entries["token_type"]
@@ -53,23 +53,24 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str | boo
     if "scores" in entries:
         entries["scores"] = entries["scores"] + [0.0] * len(unused)
     entries |= _special_ids(tokenizer, entries["tokens"])
-    entries |= {"add_bos_token": False, "add_eos_token": False}
+    entries |= {"add_bos_token": tokenizer.adds_bos, "add_eos_token": False}
     if len(set(entries["tokens"])) < len(entries["tokens"]):
         raise UserError(f"{tokenizer.path} cannot be written as GGUF: two of its tokens have the same text.")
     return {f"tokenizer.ggml.{key}": value for key, value in entries.items()} | _chat_templates(tokenizer)
 
 
 def _special_ids(tokenizer: Tokenizer, tokens: list[str]) -> dict[str, int]:
-    """Return the ids of special tokens: those of a published tokenizer, and of others end of text before and after a text.
+    """Return the ids of special tokens: those of a published tokenizer, and of others end of text for every role that has no token.
 
     `eot_token_id` ends a turn of a chat: the first token of those that end a generated text which the chat template names.
     """
-    ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "padding_token_id": padding(tokenizer)[1]}
+    begin = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
+    ids = {"bos_token_id": begin, "eos_token_id": tokenizer.end_of_text, "padding_token_id": padding(tokenizer)[1]}
     folder = tokenizer.path.parent
     if not published_configuration(folder):
         return ids
     numbers, roles = {token: number for number, token in enumerate(tokens)}, role_tokens(folder)
-    for key, role in (("bos", "bos_token"), ("unknown", "unk_token"), ("padding", "pad_token"), ("mask", "mask_token")):
+    for key, role in (("unknown", "unk_token"), ("padding", "pad_token"), ("mask", "mask_token")):
         if roles.get(role) in numbers:
             ids[f"{key}_token_id"] = numbers[roles[role]]
     template = chat_templates(folder).get("default", "")

@@ -39,6 +39,11 @@ class GigatokenTokenizer(Tokenizer):
         self.reference = reference
         self.path, self.vocab_size, self.settings = reference.path, reference.vocab_size, reference.settings
         self.end_of_text, self.end_of_text_token = reference.end_of_text, reference.end_of_text_token
+        self.begin_of_text, self.begin_of_text_token, self.adds_bos = (
+            reference.begin_of_text,
+            reference.begin_of_text_token,
+            reference.adds_bos,
+        )
         self.special_tokens = reference.special_tokens
         self.engine = f"gigatoken {importlib.metadata.version('gigatoken')}"
         normalizers = _normalizers(reference)

@@ -41,6 +41,17 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the text of the ids, without end of text."""
         return self._model.decode([int(token) for token in ids], skip_special_tokens=True)
 
+    def _own_beginning(self) -> tuple[str | None, bool | None]:
+        """Return the one token that the post-processor puts before a text, with nothing after it, as Llama 3's and Gemma's do."""
+        if self.path.name != "tokenizer.json" and merges_of(self.path):
+            return None, None
+        bare, framed = (self._model.encode("a", add_special_tokens=add).ids for add in (False, True))
+        adds = len(framed) == 1 + len(bare) and framed[1:] == bare
+        return self._model.id_to_token(framed[0]) if adds else None, adds
+
+    def _id_of(self, name: str) -> int | None:
+        return self._model.token_to_id(name)
+
     def _encode_each(self, texts: Sequence[str]) -> Iterable[list[int]]:
         if self._threads == 1:  # the library encodes the texts of a batch on as many threads as there are cores
             return map(self.encode, texts)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import UserError
-from data.tokenization.companions import copy_companions, published_configuration
-from data.tokenization.configuration import configured_end
+from data.tokenization.companions import copy_companions, published_configuration, role_tokens
+from data.tokenization.configuration import configured_end, read_configuration
 from data.tokenization.gigatoken_tokenizer import GigatokenTokenizer, texts_to_compare
 from data.tokenization.huggingface_tokenizer import HuggingFaceTokenizer, merges_of
 from data.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -15,14 +15,17 @@ from data.tokenization.tokenizer import Tokenizer
 _FILE_NAMES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 
 
-def load_tokenizer(path: str | Path, end_of_text: str | None = None, fast: bool = False, threads: int = 1) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, end_of_text: str | None = None, fast: bool = False, threads: int = 1, add_bos: bool | None = None
+) -> Tokenizer:
     """Return the tokenizer of a file or folder. Raises UserError if there is none.
 
     `path` is a SentencePiece model, a tokenizer.json, a .tiktoken file, the first of GPT-2's two files (PREFIXvocab.json and
     PREFIXmerges.txt), or a folder that holds one of them. A document ends with the token `end_of_text`, else with `eos_token` of a
-    tokenizer_config.json next to the file, else with the file's own. `threads` is 1, or the number of threads that encode_documents
-    may use if the library has a choice. `fast` encodes with gigatoken, without a check: use it for a tokenizer for which `fastest`
-    has found the same ids.
+    tokenizer_config.json next to the file, else with the file's own. `add_bos` tells whether it begins with the begin-of-text token
+    (default: what the files say, see Tokenizer.set_beginning). `threads` is 1, or the number of threads that encode_documents may use
+    if the library has a choice. `fast` encodes with gigatoken, without a check: use it for a tokenizer for which `fastest` has found
+    the same ids.
     """
     path = Path(path)
     if path.is_dir():
@@ -44,9 +47,8 @@ def load_tokenizer(path: str | Path, end_of_text: str | None = None, fast: bool 
         tokenizer = TiktokenTokenizer(path, end_of_text)
     else:
         tokenizer = SentencePieceTokenizer(path, end_of_text, threads)
-    if not fast:
-        return tokenizer
-    return GigatokenTokenizer(tokenizer)
+    tokenizer.set_beginning(role_tokens(path.parent) | read_configuration(path.parent), add_bos)
+    return GigatokenTokenizer(tokenizer) if fast else tokenizer
 
 
 def fastest(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Tokenizer, str]:
@@ -69,7 +71,7 @@ def fastest(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Tokenizer, str
 def copy_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
     """Copy a tokenizer's file into a folder, under a name that load_tokenizer looks for, with the files that belong to it.
 
-    Its tokenizer_config.json is copied without code, with the tokenizer's end of text and settings.
+    Its tokenizer_config.json is copied without code, with the tokenizer's begin and end of text and settings.
     """
     suffix = tokenizer.path.suffix
     name = (
@@ -79,5 +81,9 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
     if not copy.exists() or not copy.samefile(tokenizer.path):
         copy.write_bytes(tokenizer.file_bytes())
     configuration = published_configuration(tokenizer.path.parent) | tokenizer.settings
-    copy_companions(tokenizer.path.parent, Path(folder), configuration, {"eos_token": tokenizer.end_of_text_token})
+    roles = {"eos_token": tokenizer.end_of_text_token}
+    if tokenizer.begin_of_text_token is not None:
+        configuration |= {"add_bos": tokenizer.adds_bos}
+        roles |= {"bos_token": tokenizer.begin_of_text_token}
+    copy_companions(tokenizer.path.parent, Path(folder), configuration, roles)
     return copy

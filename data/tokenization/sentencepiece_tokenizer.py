@@ -49,6 +49,10 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the text of the ids, without end of text."""
         return self._model.decode([int(token) for token in ids])
 
+    def _own_beginning(self) -> tuple[str | None, bool | None]:
+        number = self._model.bos_id()
+        return None if number < 0 else self._model.id_to_piece(number), None
+
     def _encode_each(self, texts: Sequence[str]) -> Iterable[list[int]]:
         if self._threads == 1:
             return map(self.encode, texts)

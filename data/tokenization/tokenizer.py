@@ -3,11 +3,13 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.command_line import UserError, nearest
+from data.tokenization.configuration import token_content
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -26,6 +28,12 @@ class Tokenizer:
     """Id that ends each document."""
     end_of_text_token: str
     """Name of that token."""
+    begin_of_text: int | None = None
+    """Id of the token that may begin each document; None if the tokenizer has none."""
+    begin_of_text_token: str | None = None
+    """Name of that token."""
+    adds_bos: bool = False
+    """True if each document begins with that token."""
     special_tokens: dict[str, int]
     """Ids that no text is encoded to, by the names of their tokens."""
     settings: dict
@@ -38,11 +46,20 @@ class Tokenizer:
         return self.path.read_bytes()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without end of text."""
+        """Return the ids of a text, without begin of text and end of text."""
         raise NotImplementedError
 
+    @property
+    def beginning(self) -> list[int]:
+        """Ids before the text of each document: begin of text if `adds_bos`, else none."""
+        return [self.begin_of_text] if self.adds_bos and self.begin_of_text is not None else []
+
+    def encode_beginning(self, text: str) -> list[int]:
+        """Return the ids of a document that begins with a text, without end of text."""
+        return self.beginning + self.encode(text)
+
     def encode_documents(self, texts: Sequence[str], dtype: np.dtype) -> tuple[NDArray, NDArray[np.int32]]:
-        """Return the ids of all texts, each followed by end of text, and the length of each with it.  -> [tokens], [texts]"""
+        """Return the ids of all texts, each after `beginning` and before end of text, and the length of each.  -> [tokens], [texts]"""
         return self._join([np.asarray(ids, dtype) for ids in self._encode_each(texts)], dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -58,8 +75,9 @@ class Tokenizer:
 
     @property
     def special_names(self) -> dict[int, str]:
-        """Names of the special tokens and of the end-of-text token, by id."""
-        return {token: name for name, token in self.special_tokens.items()} | {self.end_of_text: self.end_of_text_token}
+        """Names of the special tokens and of the tokens that begin and end a text, by id."""
+        begin = {self.begin_of_text: self.begin_of_text_token} if self.begin_of_text_token and self.begin_of_text is not None else {}
+        return {token: name for name, token in self.special_tokens.items()} | begin | {self.end_of_text: self.end_of_text_token}
 
     @property
     def sentinels(self) -> dict[str, int]:
@@ -89,13 +107,49 @@ class Tokenizer:
 
     def _join(self, encoded: Sequence[NDArray], dtype: np.dtype) -> tuple[NDArray, NDArray[np.int32]]:
         assert self.vocab_size - 1 <= np.iinfo(dtype).max, f"{self.vocab_size} ids do not fit {dtype}"
-        lengths = np.fromiter((len(ids) + 1 for ids in encoded), np.int32, len(encoded))
+        marks = 1 + len(self.beginning)
+        lengths = np.fromiter((len(ids) + marks for ids in encoded), np.int32, len(encoded))
         tokens = np.full(lengths.sum(dtype=np.int64), self.end_of_text, dtype)
         if len(encoded):
             is_text = np.ones(len(tokens), dtype=bool)
-            is_text[np.cumsum(lengths, dtype=np.int64) - 1] = False
+            ends = np.cumsum(lengths, dtype=np.int64)
+            is_text[ends - 1] = False
+            if self.beginning:
+                is_text[ends - lengths] = False
+                tokens[ends - lengths] = self.begin_of_text
             tokens[is_text] = np.concatenate(encoded)
         return tokens, lengths
+
+    def set_beginning(self, configuration: Mapping[str, Any], add_bos: bool | None = None) -> None:
+        """Set `begin_of_text` and `adds_bos` from the tokenizer's file and the tokenizer_config.json next to it.
+
+        The first of these decides whether it is added: the argument `add_bos`; `add_bos` of the configuration, which copy_tokenizer
+        writes; the file itself; `add_bos_token` of the configuration, as in transformers 5. Raises UserError if it is to be added and
+        there is none.
+        """
+        token, file_adds = self._own_beginning()
+        if set(configuration) == {"eos_token"}:  # of a folder by an earlier version, which never added a token
+            configuration = {"add_bos": False} | dict(configuration)
+        if not file_adds and (name := token_content(configuration.get("bos_token"))) and self._id_of(name) is not None:
+            token = name
+        stated = configuration.get("add_bos") if add_bos is None else add_bos
+        if stated is None:
+            stated = configuration.get("add_bos_token") is True if file_adds is None else file_adds
+        if token is None and add_bos:
+            raise UserError(
+                f"--add_bos true needs a token that begins a text, and {self.path} has none: neither the file nor bos_token of a "
+                "tokenizer_config.json next to it names one. Use --add_bos false."
+            )
+        if token is not None:
+            self.begin_of_text_token, self.begin_of_text, self.adds_bos = token, self._id_of(token), bool(stated)
+
+    def _own_beginning(self) -> tuple[str | None, bool | None]:
+        """Return the token that the file names for the beginning of a text, and whether it is put there; None if the file does not tell."""
+        return None, None
+
+    def _id_of(self, name: str) -> int | None:
+        """Return the id of a special token; None if there is no such token."""
+        return self.special_tokens.get(name)
 
     def _set_end(self, token: str, ids: Mapping[str, int]) -> None:
         if token not in ids:

@@ -109,7 +109,7 @@ def _sentencepiece_original(tokenizer: Tokenizer) -> Tokenizer:
     original_path = tokenizer.path.with_name("tokenizer.model")
     if tokenizer.path.suffix == ".json" and original_path.is_file():
         with contextlib.suppress(UserError):
-            original = load_tokenizer(original_path)
+            original = load_tokenizer(original_path, add_bos=tokenizer.adds_bos)
             if all(original.encode(text) == tokenizer.encode(text) for text in texts_of_many_kinds(tokenizer)):
                 return original
     return tokenizer

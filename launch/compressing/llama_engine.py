@@ -52,9 +52,9 @@ def quantize(file: Path, kind: str, output: Path) -> None:
 
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text. Special tokens in it are read as text, and none is put before it."""
+    """Return the ids of each text, after begin of text if the file asks for it. Special tokens in the text are read as text."""
     model = _model(file, vocab_only=True)
-    return [model.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
+    return [model.tokenize(text.encode(), add_bos=True, special=False) for text in texts]
 
 
 def logits(file: Path, tokens: Tensor) -> Iterator[Tensor]:
@@ -80,9 +80,9 @@ def verify(file: Path, config: ModelConfig, tokenizer: Tokenizer, tolerance: flo
     """
     texts = [text for text in texts_of_many_kinds(tokenizer) if SPACE not in text]  # llama.cpp reads it as a space
     for text, theirs in zip(texts, tokenize(file, texts), strict=True):
-        if theirs != tokenizer.encode(text):
+        if theirs != tokenizer.encode_beginning(text):
             raise RuntimeError(f"{file}: llama.cpp gives other ids than {tokenizer.path} for {text[:80]!r}.")
-    ids = tokenizer.encode("\n".join(texts))
+    ids = tokenizer.encode_beginning("\n".join(texts))
     length = min(config.sequence_length, _SAMPLE_TOKENS)
     tokens = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:_SAMPLES]
     our_logits = gguf_file.logits(config, gguf_file.GGUFState(file, config), tokens)

@@ -106,7 +106,9 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
         num_samples=sum(folder_set.num_samples for folder_set in sets.values()),
         tokens=sum(int((stream.segments != 0).sum()) for stream in first_inputs(batches, torch.device("cpu"))),
         fingerprint=hashed.hexdigest(),
-        bytes_per_token=sum(stream.num_bytes for stream in streams) / sum(map(len, streams)) if task.predicts_every_token else None,
+        bytes_per_token=sum(one.num_bytes for one in streams) / sum(one.num_predicted for one in streams)
+        if task.predicts_every_token
+        else None,
     )
 
 

@@ -124,7 +124,9 @@ def _row(
                 after = before if other is first else token_logits(networks[1](*batch.inputs))
                 total += compared(before, after, batch.targets)
     streams = [one.stream for one in sets.values()]
-    bytes_per_token = sum(stream.num_bytes for stream in streams) / sum(map(len, streams)) if is_whole_text else None
+    bytes_per_token = (
+        sum(stream.num_bytes for stream in streams) / sum(stream.num_predicted for stream in streams) if is_whole_text else None
+    )
     zeros = sum(int((weight == 0).sum()) for weight in other.model.parameters())
     return ModelRow(name, _kind(other), count_parameters(other.config), zeros, weights_bytes(other), total.quality(bytes_per_token))
 

@@ -29,6 +29,8 @@ class Evaluation:
     """The result of evaluating one split.
 
     A causal model predicts every token once, the first token (with document_mask, the first of each document) from the end-of-text token.
+    If the documents begin with a begin-of-text token, each window begins with it. It is read and not predicted, so that neither the loss,
+    the perplexity nor the bits per byte count it.
     Other models predict what their objective asks for; masked tokens, spans and prefixes are the same in every evaluation.
     """
 

@@ -10,7 +10,7 @@ from data.sampling.batches import Batch, evaluation_batches, held_out_batches, n
 from data.sampling.settings import SamplingSettings
 from data.sampling.sources import open_held_out
 from data.shards import PreparedData, TokenStream
-from data.tokenization.comparison import tokens_differ
+from data.tokenization.comparison import beginnings_differ, tokens_differ
 from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.opening import OpenedModel
 from model.config import ModelConfig
@@ -43,7 +43,7 @@ def window_sets(
         batches = evaluation_batches(
             stream, length, micro_batch_size, end, limit_samples=limit_samples, document_mask=config.document_mask, stride=stride
         )
-        count = num_evaluation_samples(len(stream), length, stride)
+        count = num_evaluation_samples(stream, length, stride)
         sets[name] = EvaluationSet(batches, min(count, limit_samples or count), stream)
     return sets
 
@@ -82,13 +82,18 @@ def mismatched_tokens(opened: OpenedModel, prepared: PreparedData, name: str) ->
             f"{prepared.folder} has token ids up to {prepared.vocab_size - 1}; the vocabulary of {name} has {opened.config.vocab_size} ids."
         )
     tokenizer, other = opened.tokenizer, prepared.tokenizer_path
-    if tokenizer and tokenizer.name == other.name:
-        if tokenizer.read_bytes() != other.read_bytes():
-            complaints.append(f"{prepared.folder} was tokenized with a different {other.name} than {name} was trained with.")
-        elif load_tokenizer(tokenizer).settings != load_tokenizer(other).settings:
+    if tokenizer and tokenizer.name == other.name and tokenizer.read_bytes() == other.read_bytes():
+        if load_tokenizer(tokenizer).settings != load_tokenizer(other).settings:
             complaints.append(f"{prepared.folder} was tokenized with different settings next to {other.name} than {name} was trained with.")
     elif tokenizer and not complaints and tokens_differ(prepared, tokenizer):
-        complaints.append(f"{prepared.folder} was tokenized with {other.name}, which gives different ids than {name}'s {tokenizer.name}.")
+        if tokenizer.name == other.name:
+            complaints.append(f"{prepared.folder} was tokenized with a different {other.name} than {name} was trained with.")
+        else:
+            complaints.append(
+                f"{prepared.folder} was tokenized with {other.name}, which gives different ids than {name}'s {tokenizer.name}."
+            )
+    if tokenizer and not complaints and opened.config.architecture == "decoder":
+        complaints += filter(None, [beginnings_differ(prepared, tokenizer, name)])
     return complaints
 
 

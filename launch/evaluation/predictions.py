@@ -111,8 +111,13 @@ class Continuation(Predictor):
         self.sampling = sampling
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the prompt; an empty prompt is the end of the text before."""
-        return self.tokenizer.encode(text) or [self.tokenizer.end_of_text]
+        """Return the ids of the prompt, which begins like a document; an empty prompt without a beginning is the end of the text before.
+
+        A rendered chat already names the token that begins it, which is not added twice.
+        """
+        begin = self.tokenizer.begin_of_text_token
+        text = text.removeprefix(begin) if begin and self.tokenizer.adds_bos else text
+        return self.tokenizer.encode_beginning(text) or [self.tokenizer.end_of_text]
 
     def stream(self, text: str) -> Iterator[str]:
         """Yield the prompt and its continuation as it is generated; the bytes of a character that is not complete yet are held back."""

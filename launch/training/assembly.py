@@ -197,7 +197,7 @@ def _validation_batches(ready: Ready, samples: Samples) -> Iterator[Batch]:
 def _text_sampler(settings: RunSettings, data: RunData, engine: Engine) -> Callable[[int], str] | None:
     """Return a function that generates a text after log.sample_prompt; all ranks must call it together. None if the model writes none."""
     tokenizer, sampling = data.sampling.tokenizer, data.sampling
-    prompt, end = tokenizer.encode(settings.log.sample_prompt), tokenizer.end_of_text
+    prompt, end = tokenizer.encode_beginning(settings.log.sample_prompt), tokenizer.end_of_text
     new_tokens = max(1, min(128, (sampling.target_length or settings.model.sequence_length) // 2))
     request = engine.task.text_request(prompt, end, sampling.start_token, settings.model)
     if request is None:
@@ -220,7 +220,9 @@ def _figures(settings: RunSettings, batch_plan: BatchPlan, data: RunData, peak: 
         world_size=world_size,
         epochs=lambda steps: data.sampling.epochs(batch_plan.position(steps)),
         train_bytes_per_token=data.sampling.bytes_per_token,
-        validation_bytes_per_token={name: samples.stream.num_bytes / len(samples.stream) for name, samples in data.held_out.items()},
+        validation_bytes_per_token={
+            name: samples.stream.num_bytes / samples.stream.num_predicted for name, samples in data.held_out.items()
+        },
     )
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from data.sampling.batch_plan import BatchPlan
+from data.tokenization.comparison import beginnings_differ
 from launch.checkpoints.initial import InitialWeights
 from launch.ranks.layout import Layout, largest_micro_batch_size, min_micro_batches
 from launch.training.data import RunData
@@ -34,6 +35,7 @@ def plan(
         ("model", _model(settings.model)),
         *([("init", str(initial) + ("; zero weights stay 0" if settings.hold_zeros else ""))] if initial else []),
         *([("teacher", str(teacher))] if teacher else []),
+        *(_beginning_rows(data, initial, teacher) if data else []),
         *_quantization_rows(settings),
         ("work", _work(settings.model, batches, data)),
         *(
@@ -121,6 +123,14 @@ def _quantization_rows(settings: RunSettings) -> Rows:
     text = f"the blocks compute with {chosen.bits}-bit weights, one scale{'' if chosen.symmetric else ' and zero point'} per {shared}"
     text += f", and {chosen.activations} inputs" if chosen.activations != "none" else ""
     return [("rounding", text + "; the weights that are trained and saved are not rounded")]
+
+
+def _beginning_rows(data: RunData, initial: InitialWeights | None, teacher: Teacher | None) -> Rows:
+    """Return a warning for each other model whose tokenizer begins texts as the data does not."""
+    first = next(iter(data.sampling.folders.values()))
+    others = [model for model in (initial, teacher) if model and model.tokenizer and model.opened.config.architecture == "decoder"]
+    sentences = [beginnings_differ(first, model.tokenizer, str(model.path)) for model in others if model.tokenizer]
+    return [("warning", sentence.removesuffix(".")) for sentence in sentences if sentence]
 
 
 def _data_rows(settings: RunSettings, batches: BatchPlan, data: RunData) -> Rows:

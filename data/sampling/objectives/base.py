@@ -57,6 +57,9 @@ class Objective:
     """True if every token of the text is predicted once, from the tokens before it, so that bits per byte are defined and a text can be
     read in windows."""
 
+    reads_begin_of_text: ClassVar[bool] = False
+    """True if documents may begin with a begin-of-text token (--add_bos of data/prepare.py)."""
+
     def __init__(self, settings: SamplingSettings, model: ModelShape, tokenizer: Tokenizer, end_of_text: int) -> None:
         self.settings, self.model, self.tokenizer, self.end_of_text = settings, model, tokenizer, end_of_text
 

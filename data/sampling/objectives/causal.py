@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from data.command_line import UserError
 from data.sampling.fill_in_the_middle import MARKS, FillInTheMiddle
 from data.sampling.objectives.base import ModelShape, Objective, ShownPart
 from data.sampling.packing import CausalSamples, PackedSamples, causal_samples
-from data.sampling.samples import Piece, Sample, Samples
+from data.sampling.samples import IGNORED, Piece, Sample, Samples
 from data.sampling.settings import SamplingSettings
 from data.shards import PreparedData
 from data.tokenization.tokenizer import Tokenizer
@@ -19,6 +21,7 @@ class Causal(Objective):
     architecture = "decoder"
     own_settings = ("packing", "fim_rate")  # fim_tokens is only read if fim_rate is above 0
     predicts_every_token = True
+    reads_begin_of_text = True
 
     def __init__(self, settings: SamplingSettings, model: ModelShape, tokenizer: Tokenizer, end_of_text: int) -> None:
         super().__init__(settings, model, tokenizer, end_of_text)
@@ -49,11 +52,13 @@ class Causal(Objective):
 
     def shown_parts(self, sample: Sample, pieces: Sequence[Piece]) -> Iterator[ShownPart]:
         """Yield each piece of a document with its tokens, in the order in which the model reads them."""
-        start = 0
+        beginning, start = np.array(self.tokenizer.beginning, np.int64), 0
         for piece in pieces:
             is_filled = self.fill is not None and int(sample.targets[start]) == self.fill.prefix
             end = start + piece.num_tokens + (MARKS if is_filled else 0)
-            yield ShownPart(piece, ", transformed by fill-in-the-middle" if is_filled else "", [("", sample.targets[start:end])])
+            targets = sample.targets[start:end]
+            tokens = np.concatenate([beginning, targets[targets != IGNORED]])
+            yield ShownPart(piece, ", transformed by fill-in-the-middle" if is_filled else "", [("", tokens)])
             start = end
 
     def _summary(self, samples: Sequence[Samples]) -> str:

@@ -17,6 +17,7 @@ class Prefix(Objective):
     name = "prefix"
     architecture = "decoder"
     own_settings = ("packing",)
+    reads_begin_of_text = True
 
     def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> Samples:
         """Return the training samples of a split."""

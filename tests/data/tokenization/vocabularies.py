@@ -49,3 +49,18 @@ def rank_file(path: Path, texts: list[str], pattern: str | None = None) -> None:
     added = {str(len(vocabulary) + 10 + number): {"content": token} for number, token in enumerate(SPECIAL_TOKENS)}
     configuration = {"pat_str": pattern or published_pattern("cl100k_base"), "added_tokens_decoder": added}
     (path.parent / "tokenizer_config.json").write_text(json.dumps(configuration))
+
+
+def begin_of_text_file(folder: Path, texts: list[str]) -> Path:
+    """Write a tokenizer.json that puts <|begin_of_text|> before each text, as Llama 3's does, with its configuration."""
+    begin, special = "<|begin_of_text|>", ["<|begin_of_text|>", "<|end_of_text|>", "<|pre|>", "<|suf|>", "<|mid|>", "[MASK]", "[CLS]"]
+    model = learnt_byte_level(texts, special)
+    template = tokenizers.processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B:1", special_tokens=[(begin, model.token_to_id(begin))]
+    )
+    model.post_processor = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(trim_offsets=True), template])
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(str(folder / "tokenizer.json"))
+    configuration = {"bos_token": begin, "eos_token": special[1], "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(configuration))
+    return folder / "tokenizer.json"
