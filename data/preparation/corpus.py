@@ -12,8 +12,10 @@ import pyarrow
 
 from data.command_line import UserError
 from data.preparation.columnar import Table
+from data.preparation.compressed import READ_ERRORS
 from data.preparation.dataset_folders import how_to_read
 from data.preparation.fields import Fields, Problem, read_fields
+from data.preparation.file_content import OtherContent, check_file
 from data.preparation.input_files import SourceFile, find_files
 from data.preparation.records import PartReader
 from data.preparation.standard_library import embedded_documents
@@ -135,6 +137,17 @@ class FileCorpus:
         else:
             ends = [None]
         return list(zip([0, *(end for end in ends if end is not None)], ends, strict=True))
+
+    def check_contents(self) -> None:
+        """Raise UserError if the content of a file is not of its format; of many files, only some are looked at."""
+        for file in self.files[:: -(-len(self.files) // _MAX_SAMPLED_FILES)]:
+            if (format := self.fields.format_of(file.path)) != "tokens":
+                try:
+                    check_file(file.path, format)
+                except OtherContent as error:
+                    raise UserError(f"{file.path}: {error}.") from error
+                except READ_ERRORS:  # reported with its place when the file is read
+                    pass
 
     def first_problem(self) -> str | None:
         """Return the first record at the beginning of a file that is not valid text, with its problem, or None."""

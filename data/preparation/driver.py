@@ -67,6 +67,8 @@ def prepare(settings: PrepareSettings, log: Callable[[str], object] = print) -> 
     corpus = None if STANDARD_INPUT in settings.input else _open_corpus(settings, None)  # report a wrong input before a folder is made
     if isinstance(corpus, FileCorpus):
         _log_skipped_files(corpus.skipped_files, log)
+        if settings.on_error == "fail":
+            corpus.check_contents()
         if given_tokenizer:
             _refuse_other_end_of_text(corpus, given_tokenizer)
     try:

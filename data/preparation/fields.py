@@ -1,8 +1,10 @@
 """Where the text of a record is, and what is wrong with a record that has no valid text."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,18 @@ class Fields:
         """Names of the fields to read."""
         return [self.text] if self.pair is None else [self.text, self.pair]
 
+    def option_of(self, name: str) -> str:
+        """Return the option that names a field."""
+        return "--pair_field" if name == self.pair else "--text_field"
+
     def format_of(self, path: Path) -> str:
         """Return the format that a file is read in. Without a given format, the suffix must be known (see `is_known`)."""
         return self.format or FORMATS[_suffix(path)]
+
+    @cached_property
+    def json_keys(self) -> list[bytes]:
+        """Names of the fields to read, as JSON usually has them."""
+        return [f'"{name}"'.encode() for name in self.names]
 
     def is_cut_by_bytes(self, path: Path) -> bool:
         """Return True if parts of this file are ranges of bytes."""
@@ -72,6 +83,8 @@ class Problem:
     """The record as it is in the file."""
     ends_file: bool = False
     """True if the rest of the file cannot be read."""
+    option: str = ""
+    """Option that names the field that is missing or of a wrong type."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +119,40 @@ def read_json(line: bytes, fields: Fields) -> TextRecord:
         except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
             return Problem("broken JSON", f"it is not JSON that Python can read: {error}", line)
     if not isinstance(record, dict):
-        return Problem("wrong type", f'it is a {type(record).__name__}; a record must be an object with the field "{fields.text}"', line)
-    return read_fields(record, fields, line)
+        message = f'it is a {type(record).__name__}; a record must be an object with the field "{fields.text}".'
+        return Problem("wrong type", message + _jq_advice(record, ".[]"), line)
+    might_repeat = max(map(line.count, fields.json_keys)) > 1
+    found = (might_repeat and _repeated_field(line, fields)) or read_fields(record, fields, line)
+    if isinstance(found, Problem) and found.reason == "missing field":
+        return dataclasses.replace(found, message=found.message + _jq_advice(record.get("data"), ".data[]"))
+    return found
+
+
+def _jq_advice(value: Any, jq: str) -> str:
+    """Return how to convert a file whose records are in a list, or nothing if `value` is no list of records."""
+    is_list_of_records = isinstance(value, list) and value and isinstance(value[0], dict)
+    if is_list_of_records and "paragraphs" in value[0]:  # SQuAD: each paragraph has the fields "context" and "qas"
+        jq += ".paragraphs[]"
+    return f" If it has the records of the whole file, convert it (jq -c '{jq}' FILE > NEW_FILE.jsonl)." if is_list_of_records else ""
+
+
+def _repeated_field(line: bytes, fields: Fields) -> Problem | None:
+    """Return the problem of a JSON object that has a field to read more than once. Parsers take one of its values without a message."""
+    try:
+        names = [name for name, _ in json.loads(line, object_pairs_hook=list, parse_int=float)]
+    except RecursionError as error:
+        return Problem("broken JSON", f"it is not JSON that Python can read: {error}", line)
+    repeated = [name for name in fields.names if names.count(name) > 1]
+    return Problem("repeated field", f'it has the field "{repeated[0]}" {names.count(repeated[0])} times', line) if repeated else None
+
+
+def check_columns(columns: Sequence[str], fields: Fields) -> Problem | None:
+    """Return the problem of a table that has a column to read more than once, or None."""
+    for name in fields.names:
+        numbers = [str(number) for number, column in enumerate(columns, start=1) if column == name]
+        if len(numbers) > 1:
+            return Problem("repeated field", f'columns {" and ".join(numbers)} have the same name, "{name}"', ends_file=True)
+    return None
 
 
 def read_fields(record: dict, fields: Fields, raw: bytes) -> TextRecord:
@@ -116,12 +161,13 @@ def read_fields(record: dict, fields: Fields, raw: bytes) -> TextRecord:
     for name in fields.names:
         if name not in record:
             names = [str(key).encode(errors="backslashreplace").decode() for key in record]
-            return Problem("missing field", f'it has no field "{name}".{nearest(name, names)}', raw)
+            return Problem("missing field", f'it has no field "{name}".{nearest(name, names)}', raw, option=fields.option_of(name))
         text = record[name]
         if name == fields.pair and isinstance(text, int) and not isinstance(text, bool):  # a label
             text = str(text)
         if not isinstance(text, str):
-            return Problem("wrong type", f'"{name}" is {str(text)[:40]}, a {type(text).__name__}; it must be a string', raw)
+            message = f'"{name}" is {str(text)[:40]}, a {type(text).__name__}; it must be a string'
+            return Problem("wrong type", message, raw, option=fields.option_of(name))
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair

@@ -21,11 +21,11 @@ from data.files import lock_file, write_file
 from data.preparation import merging
 from data.preparation.corpus import Corpus, FileCorpus, Row, Unit
 from data.preparation.duplicates import DIGEST, digest_of
-from data.preparation.settings import PrepareSettings
+from data.preparation.settings import MIN_VOCAB_SIZE, PrepareSettings
 from data.preparation.work_units import UnitWorker, WorkerSettings, read_entry, remove_unfinished
 from data.preparation.workers import Progress, Workers
 from data.shards import token_dtype
-from data.tokenization.learning import train_sentencepiece
+from data.tokenization.learning import TextTooShort, train_sentencepiece
 from data.tokenization.loading import copy_tokenizer, fastest, load_tokenizer
 from data.tokenization.tokenizer import Tokenizer
 
@@ -109,9 +109,17 @@ class Node:
             raise UserError(f"The input contains no text to train a tokenizer on. {problem}.")
         texts = itertools.chain([] if first is None else [first], texts)
         path = self.result_folder / "tokenizer.model"
-        train_sentencepiece(
-            texts, path, settings.vocab_size, settings.tokenizer_kind, settings.special_tokens, settings.pieces_within_words
-        )
+        try:
+            train_sentencepiece(
+                texts, path, settings.vocab_size, settings.tokenizer_kind, settings.special_tokens, settings.pieces_within_words
+            )
+        except TextTooShort as error:
+            if error.largest >= MIN_VOCAB_SIZE:
+                raise
+            raise UserError(
+                f"The text is too short to train a tokenizer on: it is enough for {error.largest} ids, and vocab_size must be at least "
+                f"{MIN_VOCAB_SIZE}. Give a --tokenizer, or more text."
+            ) from error
         copy_tokenizer(load_tokenizer(path), self.result_folder)
         return load_tokenizer(self.result_folder)
 

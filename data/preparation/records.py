@@ -16,7 +16,8 @@ import pyarrow
 from data.command_line import UserError, nearest
 from data.preparation.columnar import Table
 from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed, open_decompressed
-from data.preparation.fields import Fields, Problem, Record, TokenRecord, damaged, decode_text, read_json, read_row
+from data.preparation.fields import Fields, Problem, Record, TokenRecord, check_columns, damaged, decode_text, read_json, read_row
+from data.preparation.file_content import OtherContent, check_file, check_stream
 from data.shards import Shard
 
 _MAX_CSV_RECORD_BYTES = 64 << 20  # in a longer record, the opening quote is assumed to have no closing quote
@@ -51,6 +52,11 @@ class PartReader:
                 f"{path} cannot be read: there is not enough memory. A compressed file needs its window in each process "
                 "(zstd --long=31: 2 GiB): use fewer --workers, or compress the file with a smaller window."
             ) from error
+        except OtherContent as error:
+            self.close()
+            self.at_end = True
+            if start == 0:  # reported once: by the first part of the file
+                yield 0, Problem("other format", str(error), ends_file=True)
 
     def bytes_on_disk(self) -> int:
         """Return how many bytes of the open file have been read; those of a compressed file are counted compressed."""
@@ -83,6 +89,10 @@ class PartReader:
                 yield position, read_json(line, fields)
         elif format == "tsv":
             columns = fields.columns or _first_line(path)
+            if problem := check_columns(columns, fields):
+                self.at_end = True
+                yield from [(0, problem)] if start == 0 else []
+                return
             for position, line in self._records_of_part(path, start, end, self._non_empty_lines):
                 if position > 0 or fields.columns:
                     yield position, read_row(_split_at_tabs, line, columns, line, fields)
@@ -96,6 +106,7 @@ class PartReader:
         self.close()
         self._file = open(path, "rb")  # noqa: SIM115  closed by close
         self._path, self._stream = path, decompressed(self._file, path)
+        check_stream(self._stream, path, self.fields.format_of(path))
         return self._stream
 
     def _records_of_part(self, path: Path, start: int, end: int | None, records: "_ReadRecords") -> Iterator[tuple[int, Any]]:
@@ -171,12 +182,16 @@ class PartReader:
                 return
             if not columns:
                 columns = row
+                if problem := check_columns(columns, self.fields):
+                    yield position, position, (line, problem, columns)
+                    return
             elif not line.isspace():
                 yield position, position, (line, row, columns)
 
     def _read_table(self, path: Path, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
         """Yield rows of the row groups or record batches [start, end). A problem of the whole file is reported by its first part."""
         self.at_end = True
+        check_file(path, self.fields.format_of(path))
         try:
             table = Table(path, self.fields)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -184,12 +199,15 @@ class PartReader:
                 yield 0, damaged(error, ends_file=True)
             return
         with table:
-            for name in self.fields.names if start == 0 else ():
-                if (count := table.schema.names.count(name)) != 1:
-                    message = f'it has {count or "no"} column{"s" * (count > 1)} "{name}"'
-                    yield 0, Problem("missing field", message + nearest(name, table.schema.names) * (not count), ends_file=True)
-            if all(table.schema.names.count(name) == 1 for name in self.fields.names):
+            columns = table.schema.names
+            problem = check_columns(columns, self.fields)
+            if missing := [name for name in self.fields.names if name not in columns]:
+                message = f'it has no column "{missing[0]}".{nearest(missing[0], columns)}'
+                problem = Problem("missing field", message, ends_file=True, option=self.fields.option_of(missing[0]))
+            if problem is None:
                 yield from table.rows(start, end)
+            elif start == 0:
+                yield 0, problem
 
     def _read_tokens(self, path: Path, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
         shard = Shard(path.with_suffix(""))

@@ -14,6 +14,7 @@ from data.ranges import range_complaints
 
 OnError = Literal["fail", "skip", "quarantine"]
 STANDARD_INPUT = "-"
+MIN_VOCAB_SIZE = 512
 _TRAINING_SETTINGS = ("vocab_size", "pieces_within_words", "special_tokens")
 """Settings of a tokenizer that is trained here."""
 
@@ -58,7 +59,7 @@ class PrepareSettings:
     gigatoken: bool = True
     """Tokenize with gigatoken, which is several times faster, if it gives the same ids. This is checked at the start and in every work
     unit."""
-    vocab_size: Annotated[int, Ge(512), Lt(2**31)] = 4096
+    vocab_size: Annotated[int, Ge(MIN_VOCAB_SIZE), Lt(2**31)] = 4096
     """Number of ids of the tokenizer to train, including the 256 bytes; at least 512."""
     tokenizer_kind: Literal["bpe", "unigram"] = "bpe"
     """Algorithm of the tokenizer to train: bpe gives fewer tokens and trains faster, unigram tokenizes faster."""
@@ -127,6 +128,10 @@ class PrepareSettings:
                 complaints.append("input - is standard input, which only one node can read. Give files, or world_size 1.")
         if self.pair_field == self.text_field:
             complaints.append(f"{describe(self, 'pair_field')} must be another field than {describe(self, 'text_field')}.")
+        if repeated := [name for name in (self.text_field, self.pair_field) if self.columns.count(name or "") > 1]:
+            complaints.append(
+                f'{describe(self, "columns")} has "{repeated[0]}" more than once. Give each column to read a name of its own.'
+            )
         if self.separator is not None and (not self.separator.strip() or set(self.separator) & set("\r\n")):
             complaints.append(f'separator {self.separator!r} must be "blank", "line" or a marker that is alone on its line.')
         return complaints

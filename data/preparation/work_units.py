@@ -322,8 +322,10 @@ def _count_newlines(stream: BinaryIO, num_bytes: int) -> int:
 
 
 def _advice(problem: Problem) -> str:
-    if problem.reason in ("missing field", "wrong type"):
-        return "Set the field with --text_field, or leave out such records with --on_error skip or quarantine."
+    if problem.option:
+        return f"Set the field with {problem.option}, or leave out such records with --on_error skip or quarantine."
+    if problem.ends_file:
+        return "--on_error skip or quarantine leaves out the rest of such files."
     if problem.reason == "broken JSON":
         return "Each record must be one line, in .json files too. --on_error skip or quarantine leaves out such records."
     return "--on_error skip or quarantine leaves out such records."

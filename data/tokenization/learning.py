@@ -17,6 +17,17 @@ _PAGE_CHARACTERS = 4000  # of one training sentence: long, so that a newline and
 _UNIGRAM_PAGES = 500  # at most: the time of "unigram" grows faster than the text (these take 10 seconds, 10 times as many 5 minutes)
 
 
+class TextTooShort(UserError):
+    """A text has too few different pieces for a vocabulary of the wanted size."""
+
+    def __init__(self, vocab_size: int, largest: int) -> None:
+        """`largest` is the size that no vocabulary of this text can exceed."""
+        self.largest = largest
+        super().__init__(
+            f"This text is too short to learn {vocab_size} pieces from it. Use a vocab_size of at most {largest}, or give a tokenizer."
+        )
+
+
 def train_sentencepiece(
     texts: Iterable[str],
     path: str | Path,
@@ -65,7 +76,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(_learning_error(error, vocab_size)) from error
+        raise _learning_error(error, vocab_size) from error
     Path(path).write_bytes(model.getvalue())
 
 
@@ -80,8 +91,13 @@ def _pages(texts: Iterable[str], num_characters: int) -> list[str]:
     return [page.translate(rare) for page in pages] if rare else pages
 
 
-def _learning_error(error: RuntimeError, vocab_size: int) -> str:
+def _learning_error(error: RuntimeError, vocab_size: int) -> UserError:
     """Return SentencePiece's message in terms of our settings, without the line of its source code."""
     if most := re.search(r"Please set it to a value <= (\d+)", str(error)):
-        return f"This text is too short to learn {vocab_size} pieces from it. Use a vocab_size of at most {most[1]}, or give a tokenizer."
-    return f"A vocabulary of {vocab_size} pieces cannot be learnt from this text: {str(error).rpartition('] ')[2] or 'it is empty.'}"
+        return TextTooShort(vocab_size, int(most[1]))
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        return UserError(
+            f"vocab_size {vocab_size} is too small for the 256 bytes, the characters and the special tokens. Use {least[1]} or more."
+        )
+    message = str(error).rpartition("] ")[2] or "it is empty. Give more text, or a --tokenizer."
+    return UserError(f"A vocabulary of {vocab_size} pieces cannot be learnt from this text: {message}")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from data.command_line import UserError
@@ -249,10 +250,36 @@ def test_second_process_with_the_same_rank_is_refused(make, corpus, invalid_inpu
             make(input=(str(corpus), invalid_input))
 
 
+def test_missing_pair_field_is_blamed_on_pair_field(make, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "label": null}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "a.parquet")
+    for name, field in (("a.jsonl", "lable"), ("a.jsonl", "label"), ("a.parquet", "label")):
+        with pytest.raises(UserError, match=f'"{field}".* Set the field with --pair_field'):
+            make(input=(str(tmp_path / name),), pair_field=field, output=str(tmp_path / field / name))
+    with pytest.raises(UserError, match=r'no field "txt".* Set the field with --text_field'):
+        make(input=(str(tmp_path / "a.jsonl"),), text_field="txt", pair_field="text")
+
+
+def test_file_of_another_format_is_refused_before_a_folder_is_made(make, tmp_path, invalid_input):
+    (tmp_path / "in/worse.txt").write_bytes("one".encode("utf-16"))
+    with pytest.raises(UserError, match=r"worse\.txt: it is read as txt, but its content is UTF-16, not UTF-8\. Convert it \(iconv"):
+        make(input=(invalid_input,))
+    assert list(files(tmp_path)) == ["in/bad.jsonl", "in/worse.txt"]
+    assert make(input=(invalid_input,), on_error="skip").manifest["dropped"]["other format"] == 1
+
+
 def test_error_explains_why_there_is_no_text_to_train_a_tokenizer(make, tmp_path):
     (tmp_path / "a.tsv").write_text("abstract\tone\ttwo\nmore\tone\ttwo\n")
     with pytest.raises(UserError, match=r'contains no text to train a tokenizer on\. .*a\.tsv: it has no field "text"'):
         make(tokenizer=None, input=(str(tmp_path / "a.tsv"),))
+
+
+@pytest.mark.parametrize("more", [{}, {"tokenizer_kind": "unigram"}, {"pieces_within_words": True}, {"vocab_size": 4096}])
+def test_text_too_short_for_any_tokenizer_needs_a_tokenizer(make, tmp_path, more):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"short document {number}"}) + "\n" for number in range(5)))
+    with pytest.raises(UserError, match=r"^The text is too short .* for \d+ ids, .* at least 512\. Give a --tokenizer, or more text\.$"):
+        make(tokenizer=None, input=(str(tmp_path / "a.jsonl"),), **{"vocab_size": 512} | more)
+    assert list(files(tmp_path)) == ["a.jsonl"]
 
 
 def test_same_tokenizer_under_another_path_is_accepted(make, tokenizer):
@@ -519,6 +546,7 @@ def test_real_text_in_three_languages_is_preserved(make, tmp_path, name, text_fi
         ({"tokenizer": None, "vocab_size": 2**40}, "^vocab_size is 1099511627776; it must be at least 512 and below 2147483648"),
         ({"pair_field": "label"}, r"--pair_field label applies only to records with fields; .* has none"),
         ({"columns": ("a",)}, r"--columns applies only to \.csv and \.tsv files, and --input contains none"),
+        ({"columns": ("text", "n", "text")}, r'^columns .* has "text" more than once\. Give each column to read a name of its own\.'),
         ({"separator": "###\n"}, 'must be "blank"'),
         ({"input": ("-",)}, "it needs input_format"),
         ({"input": ("-",), "input_format": "parquet"}, "^input_format parquet is not supported for standard input"),

@@ -2,11 +2,16 @@
 
 import bz2
 import csv
+import functools
 import gzip
 import io
 import json
 import lzma
 import os
+import re
+import shlex
+import tarfile
+import zipfile
 import zlib
 
 import numpy as np
@@ -17,6 +22,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.command_line import UserError
+from data.preparation.corpus import file_corpus
 from data.preparation.fields import Fields, Problem, TokenRecord
 from data.preparation.records import PartReader
 
@@ -162,6 +169,10 @@ def test_token_files_give_their_documents(write_shard):
 BAD_LINES = [
     (b'{"text": "cut', "broken JSON", "Unterminated string starting at, column 10"),
     (b'["text"]', "wrong type", "it is a list; a record must be an object"),
+    (b'[{"text": "a"}]', "wrong type", "convert it (jq -c '.[]' FILE > NEW_FILE.jsonl)."),
+    (b'{"data": [{"title": "a", "paragraphs": []}]}', "missing field", "convert it (jq -c '.data[].paragraphs[]' FILE > NEW_FILE.jsonl)."),
+    (b'{"text": "a", "text": "b"}', "repeated field", 'it has the field "text" 2 times'),
+    (b'{"text": "a", "n": NaN, "t": {"text": "c"}, "text": "b"}', "repeated field", 'it has the field "text" 2 times'),
     (b'{"txt": "a"}', "missing field", 'no field "text". Did you mean "txt"?'),
     (b'{"text": 7}', "wrong type", '"text" is 7, a int; it must be a string'),
     (b'{"text": null}', "wrong type", '"text" is None, a NoneType; it must be a string'),
@@ -193,6 +204,8 @@ def test_invalid_line_is_one_problem(tmp_path, line, reason, message):
         (b"txt,n\none,1\n", ["missing field"]),
         (b"text\xff,n\none,1\n", ["invalid UTF-8"]),
         (b"text,n\n,1\n", ["empty document"]),
+        (b"text,n,text\none,1,zwei\ntwo,2,drei\n", ["repeated field"]),
+        (b"text,,\none,1,2\n", ["one"]),
     ],
 )
 def test_invalid_csv_row_is_one_problem(tmp_path, content, expected):
@@ -267,7 +280,116 @@ def test_suffix_ignores_case_and_json_is_read_by_line(tmp_path):
         assert texts(tmp_path / name) == ["one"]
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst", "a.txt.xz"])
-def test_file_of_another_format_is_damaged(tmp_path, name):
-    (tmp_path / name).write_bytes(b"nothing of the kind")
-    assert reasons(tmp_path / name) == ["cut off or damaged"]
+def test_file_of_another_format_is_damaged(tmp_path):
+    for name in ("a.parquet", "a.arrow"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        assert reasons(tmp_path / name) == ["cut off or damaged"]
+
+
+def test_field_that_a_record_has_twice_is_refused_in_each_format(tmp_path):
+    repeated = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, ["text", "other", "text"])
+    pyarrow.parquet.write_table(repeated, tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("text,other,text\na,b,c\n" * 20)
+    (tmp_path / "a.tsv").write_text("text\tother\ttext\na\tb\tc\n" * 20)
+    for name in ("a.parquet", "a.csv", "a.tsv"):
+        for cuts in ([], [1, 60, 200]):
+            ((_, problem),) = records(tmp_path / name, cuts=cuts)
+            assert (problem.reason, problem.message) == ("repeated field", 'columns 1 and 3 have the same name, "text"')
+        assert records(tmp_path / name, Fields("other")), "a column that is not read may have any name"
+    nested = b'{"text": "a", "more": {"text": "b"}, "kind": "text"}\n'
+    (tmp_path / "a.jsonl").write_bytes(nested + b'{"text": "a", "label": 1, "label": 0}\n')
+    assert texts(tmp_path / "a.jsonl") == ["a", "a"]
+    assert [record.message for _, record in records(tmp_path / "a.jsonl", Fields("text", "label")) if isinstance(record, Problem)] == [
+        'it has no field "label".',
+        'it has the field "label" 2 times',
+    ]
+
+
+def tar(name, content):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    return buffer.getvalue() + content
+
+
+def zipped(name, content):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def table_bytes(write):
+    buffer = io.BytesIO()
+    write(pyarrow.table({"text": ["one"]}), buffer)
+    return buffer.getvalue()
+
+
+def arrow_file(new, table, buffer):
+    with new(buffer, table.schema) as writer:
+        writer.write_table(table)
+
+
+LINE = b'{"text": "one"}\n'
+OTHER_CONTENTS = [
+    ("a.jsonl", gzip.compress(LINE), "gzip data. Its name must end in .gz"),
+    ("a.txt", zstandard.compress(LINE), "Zstandard data. Its name must end in .zst"),
+    ("a.csv", lzma.compress(LINE), "xz data. Its name must end in .xz"),
+    ("a.tsv", bz2.compress(LINE), "bzip2 data. Its name must end in .bz2"),
+    ("a.jsonl.gz", zstandard.compress(LINE), "Zstandard data. Its name must end in .zst"),
+    ("a.jsonl.xz", gzip.compress(LINE), "gzip data. Its name must end in .gz"),
+    ("a.jsonl.gz", gzip.compress(gzip.compress(LINE)), "gzip data. Its name must end in .gz"),
+    *((f"a.jsonl{suffix}", LINE, f"plain text. Remove {suffix} from its name") for suffix in COMPRESS if suffix),
+    ("a.jsonl.gz", gzip.compress(tar("a.jsonl", LINE)), "a tar archive. Unpack it and give its files"),
+    ("a.txt", zipped("a.txt", LINE), "a zip archive. Unpack it and give its files"),
+    ("a.jsonl", table_bytes(pyarrow.parquet.write_table), "of format parquet. Set --input_format parquet, or let its name end in .parquet"),
+    ("a.txt", table_bytes(functools.partial(arrow_file, pyarrow.ipc.new_file)), "of format arrow. Set --input_format arrow"),
+    ("a.parquet", table_bytes(functools.partial(arrow_file, pyarrow.ipc.new_stream)), "of format arrow. Set --input_format arrow"),
+    ("a.arrow", table_bytes(pyarrow.parquet.write_table), "of format parquet. Set --input_format parquet"),
+    ("a.txt", b"%PDF-1.7\n", "a PDF document, which is not supported"),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS in place of the file"),
+    ("a.txt", "one".encode("utf-16"), "UTF-16, not UTF-8. Convert it (iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE)"),
+    ("a.jsonl", LINE.decode().encode("utf-32"), "UTF-32, not UTF-8"),
+    ("a.csv", "text\none\n".encode("utf-16-le"), "many of its first bytes are NUL"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", OTHER_CONTENTS, ids=[f"{name}: {kind}" for name, _, kind in OTHER_CONTENTS])
+def test_content_of_another_format_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    for cuts in ([], [3, 8, 15]):
+        ((position, problem),) = records(path, cuts=cuts)
+        assert (position, problem.reason, problem.ends_file) == (0, "other format", True)
+        assert message in problem.message
+    with pytest.raises(UserError, match=f"{name}: .*{re.escape(message)}"):
+        file_corpus([str(path)], Fields("text")).check_contents()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "value, jq",
+    [
+        ([{"text": "one"}, {"text": "two"}], ".[]"),
+        ({"text": "one", "n": [1]}, "."),
+        ({"data": [{"title": "", "paragraphs": []}]}, ".data[].paragraphs[]"),
+    ],
+)
+def test_file_that_is_one_json_document_is_refused_with_its_conversion(tmp_path, value, jq, indent):
+    path = tmp_path / "it's.json"
+    path.write_text(json.dumps(value, indent=indent))
+    if indent is None and jq == ".":
+        assert texts(path) == ["one"]
+        return
+    ((_, problem),) = records(path)
+    assert f"jq -c '{jq}' {shlex.quote(str(path)) if indent else 'FILE'}" in problem.message and "not JSON" not in problem.message
+    compressed = tmp_path / "b.json.xz"
+    compressed.write_bytes(lzma.compress(path.read_bytes()))
+    ((_, problem),) = records(compressed)
+    assert f"xz -dc {compressed} | jq -c '{jq}' > b.jsonl" in problem.message or not indent
+
+
+def test_broken_first_line_between_json_lines_is_one_problem(tmp_path):
+    for first in (b'{"text": ', b"{", b'{"text": "cut', b'{"text": ["a",'):
+        (tmp_path / "a.jsonl").write_bytes(first + b"\n" + LINE * 3)
+        assert [getattr(record, "reason", record) for _, record in records(tmp_path / "a.jsonl")] == ["broken JSON", *[("one",)] * 3]

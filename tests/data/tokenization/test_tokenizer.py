@@ -142,6 +142,15 @@ def test_text_too_short_for_the_vocabulary_is_refused(tmp_path):
         train_sentencepiece([], tmp_path / "empty.model", 4096)
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_too_many_special_tokens_for_the_vocabulary_are_refused(tmp_path, kind):
+    names = [f"<{number}>" for number in range(300)]
+    with pytest.raises(UserError, match=r"^vocab_size 512 is too small for the 256 bytes, .* Use 65\d or more\.$") as refused:
+        train_sentencepiece(["one two three four. " * 50], tmp_path / "a.model", 512, kind, names)
+    enough = int(str(refused.value).split()[-3])
+    train_sentencepiece(["one two three four. " * 50], tmp_path / "a.model", enough, kind, names)
+
+
 @pytest.mark.parametrize("kind", ["bpe", "tokenizer", "tiktoken"])
 def test_copied_tokenizer_is_the_same(trained, kind, tmp_path):
     copy = copy_tokenizer(trained[kind], tmp_path)
