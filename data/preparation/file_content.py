@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -42,15 +41,10 @@ class OtherContent(ValueError):
 
 def check_file(path: Path, format: str) -> None:
     """Raise OtherContent if the content of a file is not of this format, as far as its first bytes show."""
-    with open_decompressed(path) as stream:
-        check_stream(stream, path, format)
-
-
-def check_stream(stream: Any, path: Path, format: str) -> None:
-    """Raise OtherContent as `check_file` does, for a file that is open at its beginning, where it stays."""
-    check_compression(path)
+    _check_compression(path)
     try:
-        head = bytes(stream.peek(_HEAD_BYTES)[:_HEAD_BYTES])
+        with open_decompressed(path) as stream:
+            head = stream.read1(_HEAD_BYTES)  # type: ignore[attr-defined]  # read() would fail if the file is cut off after fewer bytes
     except (*READ_ERRORS, MemoryError):  # reported with its place when the file is read
         return
     for pattern, kind in _KINDS:
@@ -63,7 +57,7 @@ def check_stream(stream: Any, path: Path, format: str) -> None:
         raise OtherContent(f"the whole file is one JSON {kind}; each line must be a JSON object. Convert it ({_conversion(path, jq)})")
 
 
-def check_compression(path: Path) -> None:
+def _check_compression(path: Path) -> None:
     """Raise OtherContent if the suffix is one of a compression and the content is another kind of data."""
     if (suffix := path.suffix.lower()) not in _COMPRESSIONS:
         return

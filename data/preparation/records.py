@@ -17,7 +17,7 @@ from data.command_line import UserError, nearest
 from data.preparation.columnar import Table
 from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed, open_decompressed
 from data.preparation.fields import Fields, Problem, Record, TokenRecord, check_columns, damaged, decode_text, read_json, read_row
-from data.preparation.file_content import OtherContent, check_file, check_stream
+from data.preparation.file_content import OtherContent, check_file
 from data.shards import Shard
 
 _MAX_CSV_RECORD_BYTES = 64 << 20  # in a longer record, the opening quote is assumed to have no closing quote
@@ -104,9 +104,9 @@ class PartReader:
         if path == self._path and self._stream is not None:
             return self._stream
         self.close()
+        check_file(path, self.fields.format_of(path))
         self._file = open(path, "rb")  # noqa: SIM115  closed by close
         self._path, self._stream = path, decompressed(self._file, path)
-        check_stream(self._stream, path, self.fields.format_of(path))
         return self._stream
 
     def _records_of_part(self, path: Path, start: int, end: int | None, records: "_ReadRecords") -> Iterator[tuple[int, Any]]:
