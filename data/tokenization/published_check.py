@@ -1,6 +1,6 @@
 """Comparison of a written tokenizer with the published one that it was made from, as transformers reads both."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def check_published_tokenizer(folder: Path, original: Tokenizer, roles: Mapping[
     except Exception as error:  # transformers raises errors of any type
         raise UserError(f"{original.path}: transformers cannot read this tokenizer: {error}") from error
     if original.path.suffix != ".json":
-        expected = role_tokens(original.path.parent) | roles
+        expected = role_tokens(original.path.parent) | dict(roles)
         found = {role: token for role in ROLES if (token := getattr(written, role)) is not None}
         _compare(original.path, "roles of special tokens", expected, found)
         return
@@ -44,16 +44,19 @@ def check_published_tokenizer(folder: Path, original: Tokenizer, roles: Mapping[
 
 def _comparisons(written: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
     """Yield (what is compared, value of the written tokenizer, value of the original)."""
-    both = written, theirs
-    yield "roles of special tokens", *({role: (getattr(one, role), getattr(one, f"{role}_id")) for role in ROLES} for one in both)
-    yield "special tokens", *(sorted(zip(one.all_special_ids, one.all_special_tokens, strict=True)) for one in both)
     text = " a".join(dict.fromkeys([*theirs.all_special_tokens, *map(str, theirs.added_tokens_decoder.values())]))
-    yield "a text with all special tokens", *(one(text, add_special_tokens=False)["input_ids"] for one in both)
-    templates = [one.chat_template if isinstance(one.chat_template, dict) else {"default": one.chat_template} for one in both]
-    yield "chat templates", *templates
-    for name, template in templates[1].items():
+    values: dict[str, Callable[[Any], Any]] = {
+        "roles of special tokens": lambda one: {role: (getattr(one, role), getattr(one, f"{role}_id")) for role in ROLES},
+        "special tokens": lambda one: sorted(zip(one.all_special_ids, one.all_special_tokens, strict=True)),
+        "a text with all special tokens": lambda one: one(text, add_special_tokens=False)["input_ids"],
+        "chat templates": lambda one: one.chat_template,
+    }
+    for what, value_of in values.items():
+        yield what, value_of(written), value_of(theirs)
+    templates = theirs.chat_template if isinstance(theirs.chat_template, dict) else {"default": theirs.chat_template}
+    for name, template in templates.items():
         for chat, turns in _CHATS.items() if template is not None else ():
-            yield f'{chat} by template "{name}"', *(_chat_ids(one, turns, template) for one in both)
+            yield f'{chat} by template "{name}"', _chat_ids(written, turns, template), _chat_ids(theirs, turns, template)
 
 
 def _chat_ids(tokenizer: Any, turns: list[dict[str, str]], template: str) -> list[int] | str:

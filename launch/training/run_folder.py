@@ -223,7 +223,7 @@ def record(
 def _copy_tokenizer(folder: Path, tokenizer: Path, initial: OpenedModel | None, resumes: bool) -> None:
     """Copy the data's tokenizer into a run folder, with the files that belong to it.
 
-    If it has none, those of the initial model's tokenizer are used: it gives the same ids, else the run would have been refused.
+    If it has none, those of the initial model are used, provided that it has the same tokenizer.
     """
     source, copy = tokenizer.parent, folder / tokenizer.name
     is_published = bool(published_configuration(source))
@@ -237,11 +237,14 @@ def _copy_tokenizer(folder: Path, tokenizer: Path, initial: OpenedModel | None, 
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         write_file(folder / name, (source / name).read_bytes())
-    if not is_published and initial and initial.tokenizer and (published := published_configuration(initial.tokenizer.parent)):
+    other = initial.tokenizer if initial else None
+    if is_published or other is None or other.read_bytes() != tokenizer.read_bytes():
+        return
+    if published := published_configuration(other.parent):
         own = read_configuration(folder)
         roles = {key: str(token_content(value)) for key, value in own.items() if key.endswith("_token")}
         others = {key: value for key, value in own.items() if key not in roles}
-        copy_companions(initial.tokenizer.parent, folder, published | others, roles)
+        copy_companions(other.parent, folder, published | others, roles)
 
 
 def describe_new_size(settings: RunSettings, plan: BatchPlan, first_step: int) -> str | None:

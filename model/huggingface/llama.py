@@ -41,7 +41,7 @@ class Llama(Architecture):
     }
     needed = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     supported: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0, "is_causal": True, "sliding_window": None}
-    not_null = ("tie_word_embeddings", "attention_bias", "mlp_bias", "rms_norm_eps", "initializer_range")
+    not_null: tuple[str, ...] = ("tie_word_embeddings", "attention_bias", "mlp_bias", "rms_norm_eps", "initializer_range")
     headless = ("LlamaModel",)
     prefix = "model."
     constants = (".rotary_emb.inv_freq",)

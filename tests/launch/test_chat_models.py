@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import gguf
 import pytest
 
 from data.command_line import UserError
@@ -12,11 +13,21 @@ from data.preparation.settings import PrepareSettings
 from data.tokenization import published_check
 from launch import export, prune, quantize
 from launch.checkpoints import checkpoint, state
+from launch.checkpoints.conversion import convert
 from launch.checkpoints.opening import open_model
+from launch.checkpoints.run_record import find_tokenizer
 from launch.training import run_folder
 from launch.training.settings import DataSettings, RunSettings
-from tests.launch.chat_model import TEXTS, facts, write_chat_model
+from tests.launch.chat_model import SHORT, TEMPLATE, TEXTS, facts, write_chat_model
 
+LAYOUT = {
+    "world_size": 1,
+    "pipeline_stages": 1,
+    "tensor_parallel_size": 1,
+    "sequence_parallel_size": 1,
+    "zero_stage": 0,
+    "precision": "bf16",
+}
 QUICK = ("--calibration_samples", "8", "--test_samples", "8", "--sensitivity_samples", "0")
 
 
@@ -39,27 +50,35 @@ def run_from(initial, tokenizer, folder):
     """Write the folder of a run that started from a model, with a checkpoint of its weights."""
     opened = open_model(str(initial))
     settings = RunSettings(output=str(folder), model=opened.config, data=DataSettings(("prepared",)), train_steps=10)
-    start = run_folder.Start("id", resumes=False)
+    start = run_folder.Start("id", False, settings.batch_plan)
     run_folder.record(settings, {}, start, "f" * 64, tokenizer, opened)
     unfinished = checkpoint.begin(folder / "checkpoints", 1, "id")
     file = checkpoint.HashingFile(unfinished / "rank_00000.safetensors")
     slices = [state.ShardSlice.of_whole(name, opened.state[name].shape) for name in opened.state]
     kinds = state.kinds_in({})
+    sums = {one.name: [state.checksum(opened.state[one.name].flatten(), one)] * len(kinds) for one in slices}
     state.write(file, slices, kinds, ((one, dict.fromkeys(kinds, opened.state[one.name].flatten())) for one in slices))
     checkpoint.write_part(unfinished, 0, {file.path.name: file.finish()})
     recipe = dataclasses.asdict(settings)
-    about = {"layout": {"world_size": 1}, "model": recipe["model"], "recipe": recipe, "checksums": {}, "data": {"fingerprint": "f" * 64}}
+    about = {
+        "run_id": "id",
+        "layout": LAYOUT,
+        "model": recipe["model"],
+        "recipe": recipe,
+        "checksums": sums,
+        "data": {"fingerprint": "f" * 64},
+    }
     checkpoint.publish(unfinished, 1, about)
     run_folder.record(settings, {}, dataclasses.replace(start, resumes=True), "f" * 64, tokenizer)  # the second start has no initial model
     return folder
 
 
 def test_all_that_lies_next_to_a_chat_models_weights_goes_along(chat, text, tmp_path):
-    """The chain is: the published folder, a run from it, its export, a quantized model, and a pruned one."""
+    """The chain is: the published folder, a run from it, its converted checkpoint, the export, a quantized model, and a pruned one."""
     expected = facts(chat)
-    run = run_from(chat, text / "tokenizer.json", tmp_path / "run")
+    convert(run_from(chat, text / "tokenizer.json", tmp_path / "run"), tmp_path / "converted", 1e9, print)
     chain = [tmp_path / name for name in ("exported", "quantized", "pruned")]
-    assert export.main([str(run), "--output", str(chain[0])]) == 0
+    assert export.main([str(tmp_path / "converted"), "--output", str(chain[0])]) == 0
     options = ["--data", str(text), *QUICK]
     assert quantize.main([str(chain[0]), *options, "--output", str(chain[1]), "--group_size", "32"]) == 0
     assert prune.main([str(chain[0]), *options, "--output", str(chain[2]), "--sparsity", "2:4"]) == 0
@@ -87,6 +106,26 @@ def test_a_run_with_the_bare_tokenizer_takes_the_rest_from_its_init(chat, tmp_pa
     before, after = facts(chat), facts(tmp_path / "exported")
     assert after["roles"].pop("eos_token") == ("<|end|>", 308) and before["roles"].pop("eos_token")[0] == "<|im_end|>"
     assert after["chat"] == before["chat"] and after["ids"] == before["ids"] and after["roles"] == before["roles"]
+
+
+def test_gguf_file_has_the_chat_templates_and_ids_of_special_tokens(tmp_path):
+    chat = write_chat_model(tmp_path / "chat", added=())
+    file = tmp_path / "chat.gguf"
+    assert export.main([str(chat), "--output", str(file), "--format", "gguf", "--type", "f32"]) == 0
+    fields = {key.removeprefix("tokenizer."): field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
+    assert (fields["chat_template"], fields["chat_template.short"], fields["chat_templates"]) == (TEMPLATE, SHORT, ["short"])
+    ids = {name: fields["ggml.tokens"][fields[f"ggml.{name}_token_id"]] for name in ("bos", "eos", "eot", "padding")}
+    assert ids == {"bos": "<|begin|>", "eos": "<|im_end|>", "eot": "<|im_end|>", "padding": "<|pad|>"}
+    engine = pytest.importorskip("llama_cpp", reason="the independent reader is llama.cpp").Llama(str(file), vocab_only=True, verbose=False)
+    assert engine.metadata["tokenizer.chat_template"] == TEMPLATE
+    assert fields["ggml.tokens"][engine.token_bos()] == "<|begin|>" and fields["ggml.tokens"][engine.token_eos()] == "<|im_end|>"
+
+
+def test_tokenizer_json_is_preferred_to_an_older_model_next_to_it(chat, tmp_path):
+    """Fine-tuned models have added tokens that only the tokenizer.json holds."""
+    folder = shutil.copytree(chat, tmp_path / "both")
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    assert find_tokenizer(folder) == folder / "tokenizer.json"
 
 
 def test_export_is_refused_if_a_chat_would_get_other_ids(chat, tmp_path, monkeypatch):
