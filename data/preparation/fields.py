@@ -27,6 +27,7 @@ FORMATS = {
     ".arrow": "arrow",
     ".idx": "tokens",
 }
+_NAMED_FIELDS = 10  # in a message about a missing field
 _POSITION_UNITS = {"jsonl": "byte", "csv": "byte", "tsv": "byte", "parquet": "row", "arrow": "row", "tokens": "document"}
 
 
@@ -161,7 +162,8 @@ def read_fields(record: dict, fields: Fields, raw: bytes) -> TextRecord:
     for name in fields.names:
         if name not in record:
             names = [str(key).encode(errors="backslashreplace").decode() for key in record]
-            return Problem("missing field", f'it has no field "{name}".{nearest(name, names)}', raw, option=fields.option_of(name))
+            found = nearest(name, names) or f" Its fields: {', '.join(names[:_NAMED_FIELDS])}."
+            return Problem("missing field", f'it has no field "{name}".{found}', raw, option=fields.option_of(name))
         text = record[name]
         if name == fields.pair and isinstance(text, int) and not isinstance(text, bool):  # a label
             text = str(text)
@@ -186,7 +188,11 @@ def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequen
         return Problem("invalid UTF-8", f"it is not UTF-8: {error}", raw)
     if len(row) != len(columns):
         return Problem("wrong number of fields", f"it has {len(row)} fields; the columns are {', '.join(columns)}", raw)
-    return read_fields(dict(zip(columns, row, strict=True)), fields, raw)
+    found = read_fields(dict(zip(columns, row, strict=True)), fields, raw)
+    if isinstance(found, Problem) and found.reason == "missing field" and len(columns) == 1:
+        message = f'it has one column, "{columns[0]}". Fields are separated by commas in csv and by tabs in tsv (see --input_format).'
+        return dataclasses.replace(found, message=message)
+    return found
 
 
 def decode_text(data: bytes) -> TextRecord:

@@ -32,6 +32,7 @@ _KINDS = [  # (pattern of the first bytes, what they are)
     *((pattern, f"{name}, not UTF-8. Convert it (iconv -f {name} -t UTF-8 FILE > NEW_FILE)") for name, pattern in _ENCODINGS.items()),
 ]
 _HEAD_BYTES = 1 << 13
+_FEW_NULS = 15  # can stand in any text
 _NUL_SHARE = 0.1  # of the first bytes: UTF-16 without a byte-order mark has more; text that was extracted from documents has less
 
 
@@ -50,11 +51,15 @@ def check_file(path: Path, format: str) -> None:
     for pattern, kind in _KINDS:
         if pattern != _TABLES.get(format) and re.match(pattern, head, re.DOTALL):
             raise OtherContent(f"it is read as {format}, but its content is {kind}")
-    if format not in _TABLES and head.count(0) > _NUL_SHARE * len(head):
+    if format in _TABLES and _is_text(head):
+        raise OtherContent(f"it is read as {format}, but its content is plain text")
+    if format not in _TABLES and head.count(0) > max(_FEW_NULS, _NUL_SHARE * len(head)):
         raise OtherContent(f"it is read as {format}, but many of its first bytes are NUL, as in binary files and in UTF-16 text")
     if format == "jsonl" and (jq := _filter_for_json_document(head)):
-        kind = "array" if jq == ".[]" else "object"
-        raise OtherContent(f"the whole file is one JSON {kind}; each line must be a JSON object. Convert it ({_conversion(path, jq)})")
+        kind = {".[]": "the whole file is one JSON array", ".": "a JSON object takes several lines"}.get(
+            jq, "the whole file is one JSON object"
+        )
+        raise OtherContent(f"{kind}; each line must be a JSON object. Convert it ({_conversion(path, jq)})")
 
 
 def _check_compression(path: Path) -> None:
@@ -92,9 +97,9 @@ def _filter_for_json_document(head: bytes) -> str | None:
 
     Its first line is the beginning of a JSON value, and its second line is no value; a broken line between JSON lines is followed by one.
     """
-    lines = [line for line in head.split(b"\n") if line.strip()]
+    lines = [line for line in head.split(b"\n") if line.strip()] or [b""]
     is_cut = len(lines) < 2 or (len(lines) == 2 and not head.endswith(b"\n"))
-    if not _is_incomplete(lines[0] if lines else b"") or _is_object(lines[1] if len(lines) > 1 else b""):
+    if not _is_incomplete(lines[0]) or _is_object(lines[1] if len(lines) > 1 else b""):
         return None
     if lines[0].lstrip().startswith(b"["):
         return ".[]"

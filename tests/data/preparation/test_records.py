@@ -274,6 +274,8 @@ def test_byte_order_mark_is_removed(tmp_path):
 
 
 def test_suffix_ignores_case_and_json_is_read_by_line(tmp_path):
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert records(tmp_path / "empty.jsonl") == []
     for name in ("a.JSONL", "b.json", "c.Json.gz"):
         content = b'{"text": "one"}\n'
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -282,7 +284,7 @@ def test_suffix_ignores_case_and_json_is_read_by_line(tmp_path):
 
 def test_file_of_another_format_is_damaged(tmp_path):
     for name in ("a.parquet", "a.arrow"):
-        (tmp_path / name).write_bytes(b"nothing of the kind")
+        (tmp_path / name).write_bytes(b"\x00\x01nothing of the kind")
         assert reasons(tmp_path / name) == ["cut off or damaged"]
 
 
@@ -300,7 +302,7 @@ def test_field_that_a_record_has_twice_is_refused_in_each_format(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(nested + b'{"text": "a", "label": 1, "label": 0}\n')
     assert texts(tmp_path / "a.jsonl") == ["a", "a"]
     assert [record.message for _, record in records(tmp_path / "a.jsonl", Fields("text", "label")) if isinstance(record, Problem)] == [
-        'it has no field "label".',
+        'it has no field "label". Its fields: text, more, kind.',
         'it has the field "label" 2 times',
     ]
 
@@ -346,11 +348,12 @@ OTHER_CONTENTS = [
     ("a.txt", table_bytes(functools.partial(arrow_file, pyarrow.ipc.new_file)), "of format arrow. Set --input_format arrow"),
     ("a.parquet", table_bytes(functools.partial(arrow_file, pyarrow.ipc.new_stream)), "of format arrow. Set --input_format arrow"),
     ("a.arrow", table_bytes(pyarrow.parquet.write_table), "of format parquet. Set --input_format parquet"),
+    ("a.arrow", LINE, "it is read as arrow, but its content is plain text"),
     ("a.txt", b"%PDF-1.7\n", "a PDF document, which is not supported"),
     ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS in place of the file"),
     ("a.txt", "one".encode("utf-16"), "UTF-16, not UTF-8. Convert it (iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE)"),
     ("a.jsonl", LINE.decode().encode("utf-32"), "UTF-32, not UTF-8"),
-    ("a.csv", "text\none\n".encode("utf-16-le"), "many of its first bytes are NUL"),
+    ("a.csv", ("text\n" + "one\n" * 9).encode("utf-16-le"), "many of its first bytes are NUL"),
 ]
 
 
@@ -387,6 +390,13 @@ def test_file_that_is_one_json_document_is_refused_with_its_conversion(tmp_path,
     compressed.write_bytes(lzma.compress(path.read_bytes()))
     ((_, problem),) = records(compressed)
     assert f"xz -dc {compressed} | jq -c '{jq}' > b.jsonl" in problem.message or not indent
+
+
+@pytest.mark.parametrize("name, line", [("a.csv", "text;label"), ("a.csv", "text\tlabel"), ("a.tsv", "text,label")])
+def test_wrong_separator_of_fields_is_named(tmp_path, name, line):
+    (tmp_path / name).write_text(f"{line}\n{line}\n")
+    ((_, problem),) = records(tmp_path / name)
+    assert f'it has one column, "{line}". Fields are separated by commas in csv and by tabs in tsv' in problem.message
 
 
 def test_broken_first_line_between_json_lines_is_one_problem(tmp_path):
