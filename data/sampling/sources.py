@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.command_line import UserError
 from data.sampling.objectives.base import ModelShape, Objective
-from data.sampling.objectives.table import open_objective
+from data.sampling.objectives.table import open_objective, refuse_other_records
 from data.sampling.order import Blend
 from data.sampling.samples import Samples
 from data.sampling.settings import Architecture, SamplingSettings
@@ -111,6 +111,8 @@ def open_sampling(
     empty = [folder.folder for folder in folders.values() if not len(folder.splits["train"])]
     if empty:
         raise UserError(f"{empty[0]} has no tokens to train on.")
+    for folder in folders.values():
+        refuse_other_records(type(objective), folder, "train")
     samples = [objective.samples(folder, "train", seed, source) for source, folder in enumerate(folders.values())]
     blend = Blend([one.num_samples for one in samples], settings.weights or None, seed)
     return Sampling(folders, samples, blend, objective.tokenizer, objective)
@@ -130,7 +132,10 @@ def open_held_out(
     The parameters are those of open_sampling; the samples are the same for every seed.
     """
     objective = _open_objective(folders, settings, ModelShape(sequence_length, document_mask, architecture, token_types))
-    return {name: objective.evaluation_samples(folder, split) for name, folder in folders.items() if len(folder.splits[split])}
+    chosen = {name: folder for name, folder in folders.items() if len(folder.splits[split])}
+    for folder in chosen.values():
+        refuse_other_records(type(objective), folder, split)
+    return {name: objective.evaluation_samples(folder, split) for name, folder in chosen.items()}
 
 
 def _open_objective(folders: dict[str, PreparedData], settings: SamplingSettings, model: ModelShape) -> Objective:

@@ -7,6 +7,8 @@ import torch
 
 from data.command_line import UserError
 from data.sampling.batches import Batch, evaluation_batches, held_out_batches, num_evaluation_samples
+from data.sampling.objectives.causal import Causal
+from data.sampling.objectives.table import refuse_other_records
 from data.sampling.settings import SamplingSettings
 from data.sampling.sources import open_held_out
 from data.shards import PreparedData, TokenStream
@@ -39,6 +41,7 @@ def window_sets(
     """Return windows over the whole text of each folder; the arguments are those of Task.evaluation_sets."""
     sets = {}
     for name, folder in _with_split(folders, split).items():
+        refuse_other_records(Causal, folder, split)
         stream, end = folder.splits[split], folder.end_of_text
         batches = evaluation_batches(
             stream, length, micro_batch_size, end, limit_samples=limit_samples, document_mask=config.document_mask, stride=stride

@@ -317,21 +317,22 @@ OBJECTIVES = {
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> str:
-    """Texts with labels, in a folder whose tokenizer has the special tokens of all objectives."""
+def labelled(tmp_path_factory) -> tuple[str, str]:
+    """Texts with labels, and the same texts alone, in folders whose tokenizer has the special tokens of all objectives."""
     root = tmp_path_factory.mktemp("labelled")
     records = [{"text": f"fish number {number} swims", "label": ("even", "odd")[number % 2]} for number in range(40)]
     (root / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     texts = [record["text"] for record in records] + ["even", "odd"]
     train_sentencepiece(texts, root / "tokenizer.model", 370, special_tokens=("[CLS]", "[MASK]", "<extra_id_0>"))
-    output, tokenizer = str(root / "prepared"), str(root / "tokenizer.model")
-    prepare(PrepareSettings((str(root / "text.jsonl"),), pair_field="label", output=output, tokenizer=tokenizer, workers=1))
-    return output
+    tokenizer, pairs, alone = (str(root / name) for name in ("tokenizer.model", "pairs", "alone"))
+    for output, pair_field in ((pairs, "label"), (alone, None)):
+        prepare(PrepareSettings((str(root / "text.jsonl"),), pair_field=pair_field, output=output, tokenizer=tokenizer, workers=1))
+    return pairs, alone
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_shows_its_inputs_and_targets(labelled, capsys, objective):
-    lines = shown(capsys, labelled, *OBJECTIVES[objective])
+    lines = shown(capsys, labelled[objective not in ("pairs", "classification")], *OBJECTIVES[objective])
     assert len(rows_of(lines)) == 8
     names = [line.split(":")[0].strip() for line in lines if line.startswith("    ")]
     assert {

@@ -7,10 +7,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.command_line import UserError
 from data.sampling.samples import IGNORED, Piece, Sample, Samples
 from data.sampling.settings import Architecture, ObjectiveName, SamplingSettings
-from data.shards import PreparedData, TokenStream
+from data.shards import PreparedData
 from data.tokenization.tokenizer import Tokenizer
 
 
@@ -53,6 +52,8 @@ class Objective:
     """The model.architecture that can learn it."""
     own_settings: ClassVar[tuple[str, ...]] = ()
     """Names of SamplingSettings that this objective reads and some others do not. The others refuse any value but the default."""
+    reads_pairs: ClassVar[bool] = False
+    """True if a document must be a pair of texts, as data/prepare.py --pair_field writes them; false if it must be a single text."""
     predicts_every_token: ClassVar[bool] = False
     """True if every token of the text is predicted once, from the tokens before it, so that bits per byte are defined and a text can be
     read in windows."""
@@ -117,10 +118,3 @@ class Objective:
         return {"packed": "documents joined and cut", "best_fit": "documents packed by best fit, not cut if they fit"}[
             self.settings.packing
         ]
-
-    def _pairs_of(self, folder: PreparedData, split: str) -> TokenStream:
-        """Return a split of a folder that holds pairs of texts. Raises UserError if it holds single texts."""
-        stream = folder.splits[split]
-        if not stream.holds_pairs:
-            raise UserError(f"{folder.folder} holds single texts; data.objective {self.name} needs pairs: prepare it with --pair_field.")
-        return stream

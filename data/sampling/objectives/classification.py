@@ -24,6 +24,7 @@ class Classification(Objective):
     name = "classification"
     architecture = "encoder"
     own_settings = ("labels", "class_token")
+    reads_pairs = True
 
     def __init__(self, settings: SamplingSettings, model: ModelShape, tokenizer: Tokenizer, end_of_text: int) -> None:
         super().__init__(settings, model, tokenizer, end_of_text)
@@ -38,7 +39,7 @@ class Classification(Objective):
 
     def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> Samples:
         """Return the training samples of a split."""
-        stream, model = self._pairs_of(folder, split), self.model
+        stream, model = folder.splits[split], self.model
         classes = self._classes(folder, split)
         return ClassificationSamples(stream, model.sequence_length, classes, self._class_token, self.end_of_text, model.token_types > 0)
 

@@ -20,6 +20,7 @@ class Pairs(Objective):
     name = "pairs"
     architecture = "encoder_decoder"
     own_settings = ("target_length", "start_token")
+    reads_pairs = True
 
     def __init__(self, settings: SamplingSettings, model: ModelShape, tokenizer: Tokenizer, end_of_text: int) -> None:
         super().__init__(settings, model, tokenizer, end_of_text)
@@ -35,7 +36,7 @@ class Pairs(Objective):
 
     def samples(self, folder: PreparedData, split: str, seed: int, source: int) -> Samples:
         """Return the training samples of a split."""
-        stream, length, target = self._pairs_of(folder, split), self.model.sequence_length, self.settings.target_length
+        stream, length, target = folder.splits[split], self.model.sequence_length, self.settings.target_length
         return PairSamples(stream, length, length if target is None else target, self.end_of_text, self._start_token, seed, source)
 
     def _summary(self, samples: Sequence[Samples]) -> str:

@@ -12,6 +12,7 @@ from data.sampling.objectives.pairs import Pairs
 from data.sampling.objectives.prefix import Prefix
 from data.sampling.objectives.span_corruption import SpanCorruption
 from data.sampling.settings import Architecture, SamplingSettings
+from data.shards import PreparedData
 from data.tokenization.tokenizer import Tokenizer
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -39,6 +40,21 @@ def objective_complaints(settings: SamplingSettings, model: ModelShape) -> list[
     """Return a message for each setting that fits neither the objective, the model nor another setting. Ranges are not checked."""
     objective = _objective(settings, model)
     return [*_misplaced(objective, settings, model.architecture), *objective.complaints(settings, model)]
+
+
+def refuse_other_records(objective: type[Objective], folder: PreparedData, split: str) -> None:
+    """Raise UserError if the documents of a split are pairs of texts and the objective reads single texts, or the other way round."""
+    stream = folder.splits[split]
+    if not stream.num_documents or stream.holds_pairs == objective.reads_pairs:
+        return
+    if objective.reads_pairs:
+        raise UserError(f"{folder.folder} holds single texts; data.objective {objective.name} needs pairs: prepare it with --pair_field.")
+    others = [f"{one.name} (model.architecture {one.architecture})" for one in OBJECTIVES.values() if one.reads_pairs]
+    raise UserError(
+        f"{folder.folder} holds pairs of texts (--pair_field); data.objective {objective.name} learns single texts, and would predict both "
+        f"texts of a pair. Use data.objective {' or '.join(others)}. To learn both as one text, write them into one field and prepare it "
+        "without --pair_field."
+    )
 
 
 def _objective(settings: SamplingSettings, model: ModelShape) -> type[Objective]:

@@ -528,7 +528,7 @@ def test_labels_become_classes_in_both_splits(prepared):
 
 @pytest.mark.parametrize("objective", ["pairs", "span_corruption"])
 def test_decoder_reads_the_given_start_token_first(prepared, objective):
-    folder, options = prepared["labels"], {"objective": objective, "start_token": "[CLS]"}
+    folder, options = prepared["labels" if objective == "pairs" else "texts"], {"objective": objective, "start_token": "[CLS]"}
     sampling = opened(folder, "encoder_decoder", 14, **options)
     (held_out,) = open_held_out(sampling.folders, SamplingSettings(**options), 14, False, "encoder_decoder").values()
     assert sampling.start_token == sampling.tokenizer.special_tokens["[CLS]"] != sampling.end_of_text
@@ -540,6 +540,41 @@ def test_decoder_reads_the_given_start_token_first(prepared, objective):
         sample = samples.sample(0, 0)
         first = np.flatnonzero(np.diff(sample.segments, prepend=0) > 0)
         assert (sample.tokens[first] == start).all() and sample.targets[sample.segments > 0][-1] == sampling.end_of_text
+
+
+FITTING = {
+    "causal": ("texts", "decoder", {}),
+    "prefix": ("texts", "decoder", {}),
+    "masked": ("texts", "encoder", {}),
+    "next_sentence": ("texts", "encoder", {"objective": "masked", "next_sentence": True, "token_types": 2}),
+    "classification": ("labels", "encoder", {"labels": ("blue", "red")}),
+    "span_corruption": ("texts", "encoder_decoder", {}),
+    "pairs": ("labels", "encoder_decoder", {}),
+}
+"""For each objective the records that it learns, the architecture, and its settings."""
+
+
+@pytest.mark.parametrize("records", ["texts", "labels"])
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "next_sentence"])
+def test_objectives_refuse_records_that_do_not_fit(prepared, objective, records):
+    fitting, architecture, options = FITTING[objective]
+    options = {"objective": objective, "sequence_length": 14} | options
+    if records == fitting:
+        assert opened(prepared[records], architecture, **options).samples[0].num_samples
+        return
+    needs = "holds single texts; data.objective .* needs pairs" if fitting == "labels" else "holds pairs of texts .*; data.objective "
+    with pytest.raises(UserError, match=needs) as refused:
+        opened(prepared[records], architecture, **options)
+    assert fitting == "labels" or (
+        "Use data.objective classification (model.architecture encoder) or pairs (model.architecture encoder_decoder). To learn both as "
+        "one text, write them into one field and prepare it without --pair_field."
+    ) in str(refused.value)
+    of_model = {name: options.pop(name) for name in ("sequence_length", "token_types") if name in options}
+    with pytest.raises(UserError, match=needs):
+        sampling = SamplingSettings(**options)
+        open_held_out(
+            open_folders([prepared[records]]), sampling, of_model["sequence_length"], False, architecture, of_model.get("token_types", 0)
+        )
 
 
 def test_labels_with_the_same_tokens_are_refused(tmp_path):
