@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from data.command_line import UserError, describe, flatten, read_settings
+from data.recorded_paths import require_path
 from data.sampling.batch_plan import BatchSettings, Segment
 from data.sampling.settings import Architecture, SamplingSettings
 
@@ -36,7 +37,7 @@ class ShowSettings:
 
     run: str | None = None
     """Run folder. Its run.json gives all settings that are not given here, except step, rank and characters."""
-    step: Annotated[int, Gt(0)] = 1
+    step: Annotated[int, Gt(0), Lt(2**31)] = 1
     """Optimizer step, counted from 1, as on the console and in TensorBoard."""
     rank: Annotated[int, Ge(0)] = 0
     """Data-parallel rank, from 0."""
@@ -85,6 +86,8 @@ def _settings_of_run(given: dict) -> dict:
             raise UserError(
                 f"--run {given['run']} was written by a version whose samples began one token later; this version cannot show them."
             )
+        if "paths" in record:
+            recipe["data.path"] = [require_path(one, Path(given["run"]), "--data") for one in record["paths"]["data.path"]]
         samples_per_rank = recipe["batch.micro_batch_size"] * deepspeed["gradient_accumulation_steps"]
         recipe["world_size"] = recipe["batch.global_batch_size"] // samples_per_rank
         defaults = {name: value for name, value in flatten(dataclasses.asdict(ShowSettings())).items() if name not in _NOT_FROM_RUN}

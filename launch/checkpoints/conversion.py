@@ -1,6 +1,7 @@
 """Conversion of a checkpoint of any layout into files of whole parameters: verified, streamed, compared and then published."""
 
 import dataclasses
+import json
 import os
 import secrets
 import shutil
@@ -15,7 +16,7 @@ import tqdm
 from data.command_line import UserError
 from data.files import nearest_existing, publish_folder, write_file
 from launch.checkpoints import checkpoint, state
-from launch.checkpoints.run_record import GENERATION, find_tokenizer, tokenizer_files
+from launch.checkpoints.run_record import GENERATION, find_tokenizer, moved_paths, tokenizer_files
 from launch.ranks.layout import Layout
 from launch.ranks.processes import peak_memory_bytes
 
@@ -51,17 +52,19 @@ def convert(folder: Path, output: Path, file_bytes: float, log: Callable[[str], 
     _refuse_output(output)
     source = _source(folder, output, log)
     manifest, run = checkpoint.read_manifest(source), source.parent.parent
+    record = _record_for(output, run)
     partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
     try:
         unfinished = checkpoint.begin(partial / "checkpoints", manifest["step"], manifest["run_id"])
         files = _write(source, manifest, unfinished, file_bytes, log)
         checkpoint.write_part(unfinished, 0, files)
-        published = checkpoint.publish(unfinished, manifest["step"], _about(source, manifest))
-        for path in (*tokenizer_files(run), run / GENERATION, run / "run.json"):
+        published = checkpoint.publish(unfinished, manifest["step"], _about(source, moved_paths(manifest, run, output)))
+        for path in (*tokenizer_files(run), run / GENERATION):
             if path.is_file():
                 copy = partial / path.relative_to(run)
                 copy.parent.mkdir(exist_ok=True)
                 write_file(copy, path.read_bytes())
+        write_file(partial / "run.json", record)
         publish_folder(partial, output, sync_contents=False)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}. Nothing was converted.") from error
@@ -249,6 +252,17 @@ class _Progress:
         if self._bar.disable and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._log(f"{self._done} {self._bytes / 1e9:,.1f} of {self._total_bytes / 1e9:,.1f} GB ...")
             self._last_line = time.monotonic()
+
+
+def _record_for(output: Path, run: Path) -> bytes:
+    """Return run.json, with paths that lead from the folder `output` to the same places. Raises UserError if it cannot be read."""
+    try:
+        text = (run / "run.json").read_bytes()
+        record = json.loads(text)
+        moved = moved_paths(record, run, output)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / 'run.json'} is damaged ({type(error).__name__}: {error}).") from error
+    return text if moved == record else json.dumps(moved, indent=1).encode()
 
 
 def _about(source: Path, manifest: dict) -> dict:

@@ -10,10 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from data.command_line import UserError
+from data.recorded_paths import require_path
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints import checkpoint
-from launch.checkpoints.run_record import find_tokenizer
+from launch.checkpoints.run_record import find_tokenizer, recorded_paths
 from launch.checkpoints.state import SavedState
 from model import huggingface
 from model.compression.activations import round_activations
@@ -68,6 +69,11 @@ class OpenedModel:
                 huggingface.verify_source(self.folder, self.config, self.state)
             except ValueError as error:
                 raise UserError(str(error)) from error
+
+    def data_paths(self) -> list[str]:
+        """Return the folders of the data that the run was trained on. Raises UserError if one is at none of its recorded places."""
+        recorded = recorded_paths(checkpoint.read_manifest(self.folder), "data.path")
+        return [require_path(one, self.folder.parent.parent, "--data") for one in recorded]
 
     def start_token(self, tokenizer: Tokenizer) -> int:
         """Token id with which the decoder of an encoder-decoder begins, from the run or the Hugging Face folder."""

@@ -1,11 +1,14 @@
 """Files of a run folder next to its checkpoints: the recipe's data folders, the tokenizer, versions."""
 
 import json
+import os
 import platform
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+from data.command_line import flatten
+from data.recorded_paths import record_path
 from data.tokenization.companions import companion_files, is_published_json
 from launch import REPOSITORY
 
@@ -22,9 +25,35 @@ def read_json(path: Path) -> dict:
 
 
 def data_paths(recipe: dict) -> list[str]:
-    """Data folders of a recorded recipe. Versions before blends recorded one folder as text."""
+    """Data folders of a recorded recipe, as they were given. Versions before blends recorded one folder as text."""
     path = recipe["data"]["path"]
     return [path] if isinstance(path, str) else path
+
+
+def record_paths(recipe: dict, run: Path) -> dict[str, list[dict[str, str]]]:
+    """Return where the data, the initial weights and the teacher of a recipe are, by the setting's name, for the record of a run."""
+    given = {"data.path": data_paths(recipe), "init": [recipe["init"]], "distillation.teacher": [recipe["distillation"]["teacher"]]}
+    return {name: [record_path(path, run) for path in paths if path] for name, paths in given.items()}
+
+
+def recorded_paths(record: dict, name: str) -> list[dict[str, str]]:
+    """Return the recorded paths of a setting, from run.json or a checkpoint's manifest. Earlier versions recorded them as given."""
+    if "paths" in record:
+        return record["paths"][name]
+    recipe = record["recipe"]
+    given = data_paths(recipe) if name == "data.path" else [flatten(recipe).get(name)]
+    return [{"given": path} for path in given if path]
+
+
+def moved_paths(record: dict, run: Path, other: Path) -> dict:
+    """Return run.json or a manifest of the run in `run` for a copy of it in `other`: the relative paths lead to the same places."""
+    if "paths" not in record:
+        return record
+    paths = {
+        name: [one | {"relative": os.path.relpath(run.resolve() / one["relative"], os.path.realpath(other))} for one in places]
+        for name, places in record["paths"].items()
+    }
+    return record | {"paths": paths}
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -14,7 +14,6 @@ from data.command_line import UserError
 from data.sampling.batches import Batch
 from data.sampling.sources import open_folders
 from launch.checkpoints.opening import OpenedModel
-from launch.checkpoints.run_record import data_paths
 from launch.evaluation.evaluation_sets import first_inputs, mismatched_tokens
 from launch.evaluation.tasks.table import task_of
 from launch.evaluation.tasks.task import Task
@@ -76,7 +75,7 @@ def paths_for(opened: OpenedModel, data: str | None, name: str) -> list[str]:
         return [data]
     if not opened.recipe:
         raise UserError(f"{name} does not record its training data. Give --data, or use no text: --calibration_samples 0 --test_samples 0.")
-    return data_paths(opened.recipe)
+    return opened.data_paths()
 
 
 def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_samples: int, length: int | None) -> Text:

@@ -13,7 +13,6 @@ from data.command_line import UserError
 from data.sampling.sources import open_folders
 from data.shards import PreparedData
 from launch.checkpoints.opening import LoadedModel, OpenedModel, load_weights, open_model, weights_bytes
-from launch.checkpoints.run_record import data_paths
 from launch.evaluation import pictures
 from launch.evaluation.evaluation_sets import EvaluationSet, mismatched_tokens
 from launch.evaluation.quality import Comparison, Quality, compared
@@ -65,10 +64,10 @@ def compare(settings: CompareSettings, show_progress: bool = True) -> list[Model
     opened: dict[str, OpenedModel] = {}
     for name in settings.models:
         opened[name] = _open(name, list(opened.values()))
-    recipes = [one.recipe for one in opened.values() if one.recipe]
-    if not settings.data and not recipes:
+    trained = [one for one in opened.values() if one.recipe]
+    if not settings.data and not trained:
         raise UserError("None of the models records which data it was trained on. Give --data.")
-    folders = open_folders([settings.data] if settings.data else data_paths(recipes[0]))
+    folders = open_folders([settings.data] if settings.data else trained[0].data_paths())
     _refuse_incomparable(settings, opened, folders)
     first = load_weights(opened[settings.models[0]])
     task = task_of(first)

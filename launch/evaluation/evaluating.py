@@ -12,8 +12,7 @@ from tqdm import tqdm
 from data.command_line import UserError
 from data.sampling.sources import open_folders
 from data.shards import PreparedData
-from launch.checkpoints.opening import LoadedModel, load_model
-from launch.checkpoints.run_record import data_paths
+from launch.checkpoints.opening import LoadedModel, OpenedModel, load_model
 from launch.evaluation.evaluation_sets import mismatched_tokens
 from launch.evaluation.score import Score
 from launch.evaluation.settings import EvaluateSettings
@@ -92,7 +91,7 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
     """Return the evaluation of each source that has the split, by the source's name. Raises UserError if the model does not fit."""
     keep_freed_memory()
     trained = load_model(settings.model, settings.average)
-    folders = open_folders(_paths(settings, trained.recipe))
+    folders = open_folders(_paths(settings, trained))
     task = task_of(trained, settings.objective)
     sampling = task.sampling_settings(trained, settings.model, settings.labels)
     length = trained.config.sequence_length if settings.sequence_length is None else settings.sequence_length
@@ -149,9 +148,9 @@ def _refuse_unsuitable(
         raise UserError("\n".join(complaints))
 
 
-def _paths(settings: EvaluateSettings, recipe: dict) -> list[str]:
+def _paths(settings: EvaluateSettings, opened: OpenedModel) -> list[str]:
     if settings.data:
         return [settings.data]
-    if not recipe:
+    if not opened.recipe:
         raise UserError(f"{settings.model} does not record which data it was trained on. Give --data.")
-    return data_paths(recipe)
+    return opened.data_paths()

@@ -239,5 +239,6 @@ def _manifest(settings: RunSettings, batch_plan: BatchPlan, data: RunData, layou
             "streams": "order: (seed, epoch, sample); dropout: (seed, step, micro-batch, layer, part of the sequence)",
         },
         "recipe": dataclasses.asdict(settings),
+        "paths": run_record.record_paths(dataclasses.asdict(settings), Path(settings.output)),
         "versions": run_record.versions(),
     }

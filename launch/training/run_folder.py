@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from data.command_line import UserError, flatten
 from data.files import lock_file, nearest_existing, write_file
+from data.recorded_paths import find_path, places_of
 from data.sampling.batch_plan import BatchPlan, Segment
 from data.tokenization.companions import companion_files, copy_companions, published_configuration
 from data.tokenization.configuration import read_configuration, token_content
@@ -29,6 +30,9 @@ from launch.checkpoints.run_record import (
     TOKENIZER_CONFIGURATION,
     data_paths,
     generation_settings,
+    read_json,
+    record_paths,
+    recorded_paths,
     tokenizer_files,
     versions,
 )
@@ -64,6 +68,8 @@ _HARMLESS = (
 # Settings that decide the order of samples. The batch size does not: after a change a run reads on at its position.
 _SAMPLE_ORDER = ("seed", "data.weights", "data.packing", "data.objective", "data.target_length", "data.next_sentence", "data.span_length")
 
+_MODEL_PATHS = ("init", "distillation.teacher")
+"""Settings that are the path of another model."""
 LOCK_NAME = ".lock"
 PROBE_PREFIX = ".preflight-"
 """Start of the names of the files that ranks write before the run begins, to check that they can."""
@@ -90,6 +96,36 @@ class Start:
     """Messages for the log, a line each."""
     changes: tuple[str, ...] = ()
     """Settings and data that differ from those of the run so far, a line each."""
+
+
+def find_paths(settings: RunSettings) -> RunSettings:
+    """Return the settings of a run that resumes from another working folder, or was moved, with the paths that its record leads to.
+
+    A path is replaced if nothing is at it and the run in `output` recorded the same one.
+    """
+    folder = Path(settings.output)
+    try:
+        record = read_json(folder / "run.json")
+        recorded = {name: recorded_paths(record, name) for name in ("data.path", *_MODEL_PATHS) if record}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged run.json, which `inspect` names
+        return settings
+
+    def found(name: str, path: str) -> str:
+        """Return the place of a path of the setting `name`."""
+        same = [one for one in recorded.get(name, []) if one["given"] == path and not os.path.exists(path)]
+        return (find_path(same[0], folder) or path) if same else path
+
+    path, init, teacher = settings.data.path, settings.init, settings.distillation.teacher
+    places = (
+        tuple(found("data.path", one) for one in path),
+        init and found("init", init),
+        teacher and found("distillation.teacher", teacher),
+    )
+    if places == (path, init, teacher):
+        return settings
+    data = dataclasses.replace(settings.data, path=places[0])
+    distillation = dataclasses.replace(settings.distillation, teacher=places[2])
+    return dataclasses.replace(settings, data=data, init=places[1], distillation=distillation)
 
 
 def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start:
@@ -204,6 +240,7 @@ def record(
     } | {
         "run_id": start.run_id,
         "recipe": dataclasses.asdict(settings),
+        "paths": record_paths(dataclasses.asdict(settings), folder),
         "deepspeed": merged_json,
         "data_fingerprint": fingerprint,
         "versions": versions(),
@@ -297,6 +334,9 @@ def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json:
     if "data.packing" not in old:  # a run of a version without this setting
         changed.append("the samples: they began one token later, and the first token of the data was never predicted")
     old = flatten(json.loads(json.dumps(dataclasses.asdict(RunSettings())))) | old  # settings that an older version did not have
+    for name in _MODEL_PATHS:
+        if new[name] and any(_is_at(new[name], one, Path(settings.output)) for one in recorded_paths(before, name)):
+            old[name] = new[name]  # another spelling of the same path
     changed += [
         f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if not name.startswith(_HARMLESS) and old.get(name) != value
     ]
@@ -310,6 +350,11 @@ def _changes(before: dict, settings: RunSettings, fingerprint: str, merged_json:
         saved_paths, paths = ", ".join(data_paths(before["recipe"])), ", ".join(settings.data.path)
         changed.append(f"the data: {saved_paths} {before['data_fingerprint'][:12]} -> {paths} {fingerprint[:12]}")
     return changed
+
+
+def _is_at(path: str, recorded: dict[str, str], run: Path) -> bool:
+    """True if a path leads to one of the places of a recorded path."""
+    return os.path.realpath(path) in map(os.path.realpath, places_of(recorded, run))
 
 
 def _newest_manifest(root: Path) -> tuple[Path, dict] | None:

@@ -64,6 +64,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     `preflight_alone`: compare the ranks also if there is one node and no batch job, and do not change the run's folder. Raises
     UserError if the settings of this rank are wrong, and on every rank if one of them cannot take part or differs from rank 0.
     """
+    settings = run_folder.find_paths(settings)
     process = processes.find_process()
     processes.share_cores(process)
     device = processes.device_name()

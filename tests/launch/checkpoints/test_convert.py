@@ -19,6 +19,7 @@ import safetensors
 import torch
 
 from data.command_line import UserError
+from data.recorded_paths import record_path
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.conversion import convert
 from launch.checkpoints.settings import ConvertSettings
@@ -202,6 +203,16 @@ def test_the_new_manifest_differs_only_in_layout_files_and_origin(run, tmp_path)
     for name in ("run.json", "tokenizer.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (run / name).read_bytes()
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"run.json", "tokenizer.json", "checkpoints"}
+
+
+def test_paths_of_a_converted_run_lead_to_the_same_places(run, tmp_path):
+    (run.parent / "prepared").mkdir()
+    recorded = {"paths": {"data.path": [record_path(str(run.parent / "prepared"), run)]}, "recipe": {}}
+    (run / "run.json").write_text(json.dumps(recorded))
+    converted(run, tmp_path / "deeper" / "still" / "whole")
+    (place,) = json.loads((tmp_path / "deeper" / "still" / "whole" / "run.json").read_text())["paths"]["data.path"]
+    whole = tmp_path / "deeper" / "still" / "whole"
+    assert (whole / place["relative"]).resolve() == (run.parent / "prepared").resolve()
 
 
 def test_files_respect_file_gib_unless_one_parameter_is_larger(run, tmp_path):

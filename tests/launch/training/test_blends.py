@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
@@ -18,8 +19,9 @@ from data.sampling.batches import evaluation_batches
 from data.sampling.show_settings import ShowSettings
 from data.tokenization.tiktoken_tokenizer import published_pattern
 from launch import evaluate, pretrain
-from launch.checkpoints.opening import load_model
+from launch.checkpoints.opening import load_model, open_model
 from launch.checkpoints.run_record import tokenizer_files
+from launch.compressing.samples import paths_for
 from launch.evaluation import evaluating
 from launch.evaluation.settings import EvaluateSettings
 from launch.training.data import open_data
@@ -288,6 +290,30 @@ def test_show_names_changes_of_what_the_run_reads(finished, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert re.fullmatch(r"The run was resumed with changes: seed: 1 -> 9 \([-\d]+ [:\d]+\)\. Earlier steps read other samples .*", first)
     assert second.startswith("step 8, rank 0 of 1: ") and second.endswith("seed 9")
+
+
+def test_scripts_find_the_data_of_a_run_that_moved_with_it(finished, prepared, other, tmp_path, monkeypatch, capsys):
+    """The run and its data, in a copy of the tree they are in, used from another working folder."""
+    folder, arguments = finished
+    root = Path(os.path.commonpath([folder, prepared, other]))
+    run, *data = (tmp_path / "tree" / path.relative_to(root) for path in (folder, prepared, other))
+    for old, new in zip((folder, prepared, other), (run, *data), strict=True):
+        shutil.copytree(old, new)
+    monkeypatch.chdir(tmp_path)
+    opened = open_model(str(run))
+    assert opened.data_paths() == paths_for(opened, None, str(run)) == [str(path) for path in data]
+    assert set(evaluating.evaluate_sources(EvaluateSettings(str(run)), False)) == {"prepared", "numbers"}
+    show.main(["--run", str(run), "--step", "3"])
+    assert "micro-batch 0, row 0: " in capsys.readouterr().out
+    moved = over(arguments, ["--data", "../gone/prepared", "../gone/numbers", "--output", str(run)])
+    record = json.loads((run / "run.json").read_text())
+    for place, given in zip(record["paths"]["data.path"], ("../gone/prepared", "../gone/numbers"), strict=True):
+        place["given"] = given
+    (run / "run.json").write_text(json.dumps(record))
+    rows = plan_of(moved, monkeypatch, capsys)
+    assert [row.partition(": ")[0] for row in rows["data"]] == [str(path) for path in data], "a resume finds them too"
+    shutil.rmtree(data[0])
+    assert open_model(str(run)).data_paths()[0] == str(prepared), "where it was"
 
 
 def test_longer_resumed_run_must_respect_max_epochs(finished, monkeypatch):

@@ -13,7 +13,7 @@ from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment
 from launch.checkpoints import checkpoint, run_record
 from launch.ranks.layout import describe_layout
 from launch.training import run_folder
-from launch.training.settings import DataSettings, LogSettings, OptimizerSettings, RunSettings
+from launch.training.settings import DataSettings, DistillationSettings, LogSettings, OptimizerSettings, RunSettings
 from model.config import ModelConfig
 
 MERGED = {"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}
@@ -252,6 +252,27 @@ def test_run_json_keeps_all_allowed_changes_with_their_times(saved):
 def test_settings_without_effect_on_results_may_change(saved):
     harmless = {"recompute": True, "compile": True, "log": LogSettings(interval=1), "peak_tflops": 5.0, "deepspeed": "other.json"}
     assert saved.start(**harmless, data=DataSettings(("moved",)), dry_run=True).notes == ()
+
+
+def test_another_spelling_of_a_recorded_path_is_no_change(run, tmp_path, monkeypatch):
+    """The teacher and the initial weights, given by another spelling, from another working folder, or both moved with the run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "base", "old"):
+        (tmp_path / name).mkdir()
+    run.settings = dataclasses.replace(run.settings, init="base", distillation=DistillationSettings(teacher="teacher"))
+    run.record()
+    run.save(10)
+    given = {"init": str(tmp_path / "base"), "distillation": DistillationSettings(teacher="./teacher")}
+    assert run.start(**given).notes == ()
+    assert "  init: base -> other\n" in run.refusal(init="other")
+    monkeypatch.chdir(tmp_path.parent)
+    found = run_folder.find_paths(run.settings)
+    assert (found.init, found.distillation.teacher, found.data.path) == (
+        *(str(tmp_path / one) for one in ("base", "teacher")),
+        (str(tmp_path / "old"),),
+    )
+    run.settings = found
+    assert run.start().notes == ()
 
 
 def test_changed_data_is_refused(saved):
