@@ -116,8 +116,13 @@ def describe(settings: object, name: str) -> str:
 
     The place is left out of settings that `read_settings` did not read.
     """
-    origin = getattr(settings, "_origins", {}).get(name)
+    origin = origin_of(settings, name)
     return f"{name} {as_text(operator.attrgetter(name)(settings))}{f' ({origin})' if origin else ''}"
+
+
+def origin_of(settings: object, name: str) -> str | None:
+    """Return where a setting was set: "command line", "default" or the path of a recipe. None if `read_settings` did not read it."""
+    return getattr(settings, "_origins", {}).get(name)
 
 
 def add_origins(message: str, settings: object) -> str:

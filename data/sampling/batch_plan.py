@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-from annotated_types import Gt
+from annotated_types import Gt, Lt
 
 from data.command_line import UserError
 
@@ -17,9 +17,9 @@ from data.command_line import UserError
 class BatchSettings:
     """Sizes of a batch as a recipe gives them."""
 
-    global_batch_size: Annotated[int, Gt(0)] = 32
+    global_batch_size: Annotated[int, Gt(0), Lt(2**31)] = 32
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: Annotated[int, Gt(0)] | None = None
+    micro_batch_size: Annotated[int, Gt(0), Lt(2**31)] | None = None
     """Sequences per forward pass of one rank. Gradient accumulation follows from it (default: the whole share of the rank, which needs
     no accumulation; in a pipeline, the size that gives four micro-batches a stage)."""
 

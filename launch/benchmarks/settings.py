@@ -14,17 +14,17 @@ from data.command_line import UserError, nearest
 class TrainingStepSettings:
     """Settings of launch/benchmarks/training_step.py."""
 
-    hidden_size: int = 384
+    hidden_size: Annotated[int, Ge(1)] = 384
     """Hidden size."""
-    num_layers: int = 6
+    num_layers: Annotated[int, Ge(1)] = 6
     """Number of blocks."""
-    num_attention_heads: int = 6
+    num_attention_heads: Annotated[int, Ge(1)] = 6
     """Number of attention heads."""
-    intermediate_size: int = 1024
+    intermediate_size: Annotated[int, Ge(1)] = 1024
     """Feed-forward width."""
-    vocab_size: int = 8192
+    vocab_size: Annotated[int, Ge(1)] = 8192
     """Rows of the embedding and of the head, which are not tied."""
-    sequence_length: int = 256
+    sequence_length: Annotated[int, Ge(1)] = 256
     """Tokens per sequence."""
     micro_batch_size: Annotated[int, Ge(1)] = 16
     """Sequences per forward pass."""

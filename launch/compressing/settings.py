@@ -29,7 +29,7 @@ class CompressionSettings:
     """Another such folder, whose training split calibrates (default: the folder of data)."""
     calibration_samples: Annotated[int, Ge(0)] = 128
     """Number of calibration samples, evenly spread over the split. 0: none, for methods that read only the weights."""
-    sequence_length: int | None = None
+    sequence_length: Annotated[int, Ge(1)] | None = None
     """Tokens of a sample (default: the model's context, at most 2,048)."""
     test_samples: Annotated[int, Ge(0)] = 256
     """Number of validation samples on which the model is measured before and after. 0: none."""
@@ -86,15 +86,15 @@ class PruneSettings(CompressionSettings):
     be inverted."""
     parameters: float | None = None
     """Structured pruning: share of all parameters to keep. The feed-forward width follows from it."""
-    intermediate_size: int | None = None
+    intermediate_size: Annotated[int, Ge(1)] | None = None
     """Structured pruning: feed-forward width to keep."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: Annotated[int, Ge(1)] | None = None
     """Structured pruning: number of key/value heads to keep, each with the query heads that read it."""
-    hidden_size: int | None = None
+    hidden_size: Annotated[int, Ge(1)] | None = None
     """Structured pruning: width of the residual stream to keep."""
-    num_layers: int | None = None
+    num_layers: Annotated[int, Ge(1)] | None = None
     """Structured pruning: number of blocks to keep (in an encoder-decoder, blocks of the encoder)."""
-    num_decoder_layers: int | None = None
+    num_decoder_layers: Annotated[int, Ge(1)] | None = None
     """Structured pruning: number of blocks of an encoder-decoder's decoder to keep."""
     depth_by: Literal["influence", "loss"] = "influence"
     """Structured pruning: which blocks are removed. influence: those that change the residual stream least (arXiv 2403.03853). loss: those

@@ -133,7 +133,9 @@ def _train_step(run: Run, step: int) -> StepReport:
 
 def _learning_rate(run: Run, step: int) -> float:
     schedule, peak = run.settings.schedule, run.settings.optimizer.learning_rate
-    return learning_rate(step, run.plan, peak, schedule.kind, schedule.warmup_steps, schedule.min_learning_rate, schedule.decay_fraction)
+    return learning_rate(
+        step, run.plan, peak, schedule.kind, run.settings.warmup_steps, schedule.min_learning_rate, schedule.decay_fraction
+    )
 
 
 def _save(run: Run, step: int) -> bool:

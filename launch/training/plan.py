@@ -79,7 +79,7 @@ def _rate(settings: RunSettings) -> str:
     schedule, optimizer = settings.schedule, settings.optimizer
     end = f", down to {schedule.min_learning_rate:g}" if schedule.kind != "constant" else ""
     return (
-        f"{optimizer.learning_rate:g}, {schedule.kind}, warm-up {schedule.warmup_steps} steps{end}; "
+        f"{optimizer.learning_rate:g}, {schedule.kind}, warm-up {settings.warmup_steps} steps{end}; "
         f"clipping {optimizer.gradient_clipping:g}, decay {optimizer.weight_decay:g}"
     )
 

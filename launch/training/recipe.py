@@ -5,13 +5,11 @@ import itertools
 from collections.abc import Sequence
 
 from data.command_line import UserError, read_settings
-from launch import REPOSITORY
 from launch.ranks.launchers import without_local_rank
 from launch.training.initial_model import model_of_init
-from launch.training.settings import RunSettings
+from launch.training.settings import DEMO_RECIPE, RunSettings
 from model.config import ModelConfig, named_size
 
-DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 ALIASES = {"--deepspeed_config": "--deepspeed", "--data": "--data.path", "--preserve_sparsity": "--hold_zeros"}
 """Other names of options. The first two are the names that DeepSpeed's users and other tools of this project use."""
 

@@ -9,13 +9,15 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from data.command_line import UserError, add_origins, describe
+from data.command_line import UserError, add_origins, describe, origin_of
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.settings import SamplingSettings
 from launch import REPOSITORY
 from launch.ranks.layout import Layout, largest_micro_batch_size
 from launch.training.initial_model import differences_from_init
 from model.config import ModelConfig
+
+DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,8 @@ class ScheduleSettings:
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape of the learning rate after warm-up. wsd (warmup-stable-decay, arXiv 2404.06395) is constant and falls at the end."""
-    warmup_steps: Annotated[int, Ge(0)] = 100
-    """Steps in which the learning rate rises linearly from 0."""
+    warmup_steps: Annotated[int, Ge(0), Lt(2**31)] | None = None
+    """Steps in which the learning rate rises linearly from 0 (default: a tenth of all steps, at most 100)."""
     min_learning_rate: Annotated[float, Ge(0)] = 0.0
     """Learning rate at the end, one step after the last. Not used by kind constant."""
     decay_fraction: Annotated[float, Gt(0), Le(1)] = 0.2
@@ -111,7 +113,7 @@ class DataSettings(SamplingSettings):
     max_epochs: Annotated[float, Gt(0)] | None = None
     """Largest number of epochs that a run may read of a folder. A run that would read more is refused before it starts (default: no
     limit)."""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, Ge(512), Lt(2**31)] = 4096
     """Vocabulary size of the tokenizer that is trained if the embedded corpus has to be prepared."""
 
 
@@ -165,9 +167,9 @@ class RunSettings:
     quantization: QuantizationSettings = dataclasses.field(default_factory=QuantizationSettings)
     hold_zeros: bool = False
     """Keep every weight of the blocks' linear layers at 0 that is exactly 0 in init, so that a pruned model stays sparse."""
-    train_steps: Annotated[int, Gt(0)] | None = None
+    train_steps: Annotated[int, Gt(0), Lt(2**31)] | None = None
     """Length of training in optimizer steps. Give this or train_tokens."""
-    train_tokens: Annotated[float, Gt(0)] | None = None
+    train_tokens: Annotated[float, Gt(0), Lt(1e18)] | None = None
     """Length of training in tokens, rounded down to whole steps. Every position of a sample counts, padding too. In an encoder-decoder
     only the positions of the source count."""
     precision: Literal["bf16", "fp16", "float32"] = "bf16"
@@ -210,6 +212,16 @@ class RunSettings:
         """The samples that each step reads, and the run's steps and tokens, which follow from them."""
         return BatchPlan(self.batch, self.model.sequence_length, self.train_steps, self.train_tokens)
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up: those that were set, else the default, which follows the length of the run."""
+        chosen = self.schedule.warmup_steps
+        # A user who gives no recipe and a length that is shorter than the demo recipe's warm-up has not asked for that warm-up.
+        is_of_demo = origin_of(self, "schedule.warmup_steps") == str(DEMO_RECIPE)
+        if chosen is None or (is_of_demo and chosen >= self.batch_plan.steps):
+            return min(100, self.batch_plan.steps // 10)
+        return chosen
+
     def complaints(self) -> list[str]:
         """Return a message for each combination of settings that is invalid. Ranges are checked before."""
         return [
@@ -247,7 +259,7 @@ def _complaints_about_length(settings: RunSettings) -> list[str]:
     of_a_step = f"{describe(settings, 'batch.global_batch_size')} x {describe(settings, 'model.sequence_length')}"
     if settings.train_tokens is not None and settings.train_tokens < plan.tokens(0):
         complaints.append(f"{tokens} is less than one step, which is {of_a_step} = {plan.tokens(0):,} tokens.")
-    elif settings.schedule.warmup_steps >= plan.steps and settings.schedule.kind != "constant":
+    elif settings.warmup_steps >= plan.steps and settings.schedule.kind != "constant":
         length = steps if settings.train_steps is not None else f"{plan.steps}, the steps of {tokens} with {of_a_step}"
         complaints.append(
             f"{describe(settings, 'schedule.warmup_steps')} must be below {length}. Use --schedule.warmup_steps {plan.steps - 1} or less."
@@ -306,11 +318,12 @@ def _without_effect(settings: RunSettings, section: str, switch: str) -> list[st
 
 
 def share_the_batch(settings: RunSettings, layout: Layout) -> RunSettings:
-    """Return the settings with a micro-batch size, if none was given. Raises UserError if the ranks cannot share the batch."""
+    """Return the settings with a micro-batch size and warm-up, if none were given. Raises UserError if ranks cannot share the batch."""
     try:
         share = settings.batch.accumulation_steps(layout.data_parallel_size)
     except UserError as error:
         raise UserError(add_origins(str(error), settings)) from error
     size = settings.batch.micro_batch_size or largest_micro_batch_size(share, layout.pipeline_stages)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
-    return dataclasses.replace(settings, batch=batch, pipeline_stages=layout.pipeline_stages)
+    schedule = dataclasses.replace(settings.schedule, warmup_steps=settings.warmup_steps)
+    return dataclasses.replace(settings, batch=batch, schedule=schedule, pipeline_stages=layout.pipeline_stages)

@@ -102,7 +102,7 @@ def test_plan_shows_every_row_of_a_plain_run():
     assert shown["samples"] == "3,200 of 128 tokens: documents joined and cut, seeing one another, 0.00% padding"
     assert shown["batch"] == "64 sequences = micro-batch 4 x accumulation 4 x data parallel 4; 8,192 tokens a step"
     assert shown["length"] == "100 steps, 819,200 tokens, 2.00 epochs"
-    assert shown["rate"] == "0.0003, cosine, warm-up 100 steps, down to 0; clipping 1, decay 0.1"
+    assert shown["rate"] == "0.0003, cosine, warm-up 10 steps, down to 0; clipping 1, decay 0.1"
     assert shown["engine"] == f"ZeRO-2, bf16, 4 rank(s) on cpu, optimizer on cpu; {SETTINGS.deepspeed}"
     mib = parameters / 2**20
     assert shown["memory"] == (
@@ -237,7 +237,7 @@ def test_plan_shows_the_share_of_fill_in_the_middle():
 
 def test_plan_of_a_constant_rate_shows_no_end_rate():
     constant = dataclasses.replace(SETTINGS, schedule=ScheduleSettings(kind="constant"))
-    assert lines(constant, {"stage": 1})["rate"] == "0.0003, constant, warm-up 100 steps; clipping 1, decay 0.1"
+    assert lines(constant, {"stage": 1})["rate"] == "0.0003, constant, warm-up 10 steps; clipping 1, decay 0.1"
 
 
 PIPELINE = {"stages": 2, "partition": "parameters", "schedule": "1f1b"}

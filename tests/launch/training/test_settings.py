@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 
 from data.command_line import UserError
 from data.sampling.batch_plan import BatchSettings
+from data.sampling.objectives.table import OBJECTIVES
 from launch.ranks.layout import Layout
 from launch.training.recipe import read_run_settings
-from launch.training.settings import share_the_batch
+from launch.training.schedule import learning_rate
+from launch.training.settings import DataSettings, RunSettings, ScheduleSettings, share_the_batch
 from model.config import SIZES, ModelConfig
 
 
@@ -135,6 +137,30 @@ def test_a_warm_up_as_long_as_the_run_is_refused_with_the_longest():
     read_run_settings(["--train_steps", "20", "--schedule.warmup_steps", "20", "--schedule.kind", "constant"])
 
 
+@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (2, 0), (9, 0), (10, 1), (25, 2), (999, 99), (1000, 100), (5000, 100)])
+def test_the_default_warm_up_follows_the_length(steps, warm_up):
+    settings = RunSettings(train_steps=steps)
+    assert settings.warmup_steps == share_the_batch(settings, Layout(1)).schedule.warmup_steps == warm_up
+
+
+@pytest.mark.parametrize("words", [["--train_steps", "10"], ["--train_tokens", "20480"], ["--train_steps", "1"], ["--train_steps", "60"]])
+def test_a_length_below_the_demo_recipes_warm_up_needs_no_other_option(words):
+    settings = read_run_settings(words)
+    assert settings.warmup_steps == settings.batch_plan.steps // 10
+    assert read_run_settings(["--train_steps", "61"]).warmup_steps == 60
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+def test_every_short_length_is_accepted_with_the_defaults(objective, kind):
+    model, data = ModelConfig(architecture=objective.architecture), DataSettings(objective=objective.name)
+    for steps in (1, 2, 5, 10):
+        settings = RunSettings(model=model, data=data, schedule=ScheduleSettings(kind), train_steps=steps)
+        assert settings.complaints() == []
+        rates = [learning_rate(step, settings.batch_plan, 1.0, kind, settings.warmup_steps) for step in range(steps)]
+        assert max(rates) == 1.0 and min(rates) > 0
+
+
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_a_number_that_is_not_finite_is_refused(recipe, value):
     path = recipe(f"train_steps: 200\noptimizer: {{learning_rate: {value}}}\n")
@@ -196,11 +222,11 @@ def test_aliases_of_settings_are_accepted():
 
 
 def test_complaints_of_ranges_model_length_and_objective_come_together(recipe):
-    path = recipe("train_steps: 20\ndata: {objective: prefix, fim_rate: 0.5}\noptimizer: {beta1: 2.0}\n")
+    path = recipe("train_steps: 20\nschedule: {warmup_steps: 100}\ndata: {objective: prefix, fim_rate: 0.5}\noptimizer: {beta1: 2.0}\n")
     assert refusal("--config", path, "--model.hidden_size=100", "--model.num_attention_heads=3") == [
         f"optimizer.beta1 is 2; it must be at least 0 and below 1. Set in {path}.",
         "model.hidden_size 100 (command line) is not a multiple of model.num_attention_heads 3 (command line). "
         "Nearest number of heads: 2; or set model.head_size.",
-        f"schedule.warmup_steps 100 (default) must be below train_steps 20 ({path}). Use --schedule.warmup_steps 19 or less.",
+        f"schedule.warmup_steps 100 ({path}) must be below train_steps 20 ({path}). Use --schedule.warmup_steps 19 or less.",
         f"data.fim_rate is 0.5 ({path}); it is for data.objective causal, and this is prefix.",
     ]
