@@ -16,7 +16,7 @@ from data.tokenization.configuration import CONFIGURATION
 from data.tokenization.conversion import convert, unknown_piece
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
-from data.tokenization.published_check import check_published_tokenizer
+from data.tokenization.published_check import check_published_tokenizer, is_class_of_transformers
 from data.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer, read_model
 from data.tokenization.tokenizer import Tokenizer
 
@@ -72,8 +72,8 @@ def write_tokenizer(
     if not published:
         write_json(folder / CONFIGURATION, _own_configuration(ours, model_max_length, architecture, blanks) | roles)
         return
-    if ours.path.suffix != ".json":
-        published["tokenizer_class"] = "PreTrainedTokenizerFast"  # other classes read their own formats
+    if ours.path.suffix != ".json" or not is_class_of_transformers(published):  # other classes read their own formats, or are code
+        published["tokenizer_class"] = "PreTrainedTokenizerFast"
     copy_companions(ours.path.parent, folder, published, roles)
     check_published_tokenizer(folder, ours, roles)
 

@@ -18,6 +18,11 @@ _TURNS = [
 _CHATS = {"a chat": _TURNS, "a chat with a system message": [{"role": "system", "content": "Be brief."}, *_TURNS]}
 
 
+def is_class_of_transformers(configuration: Mapping[str, Any]) -> bool:
+    """Return True if the class that a tokenizer_config.json names is one of transformers, or if it names none."""
+    return hasattr(transformers, configuration.get("tokenizer_class") or "AutoTokenizer")
+
+
 def check_published_tokenizer(folder: Path, original: Tokenizer, roles: Mapping[str, str]) -> None:
     """Raise UserError if AutoTokenizer reads `folder` otherwise than the files that `original` was read from.
 

@@ -22,14 +22,20 @@ def read_run_settings(arguments: Sequence[str]) -> RunSettings:
     words = without_local_rank(arguments)
     if not any(has_option(words, name) for name in ("--config", "--size", "--init")):
         words = ["--config", str(DEMO_RECIPE), *words]
-    return read_settings(
-        RunSettings,
-        [*expand_size_option(words), *expand_length_option(words), *words],
-        "Train a transformer with DeepSpeed.",
-        aliases=ALIASES,
-        defaults=_model_defaults,
-        defaults_from=("init", "size"),
-    )
+    try:
+        return read_settings(
+            RunSettings,
+            [*expand_size_option(words), *expand_length_option(words), *words],
+            "Train a transformer with DeepSpeed.",
+            aliases=ALIASES,
+            defaults=_model_defaults,
+            defaults_from=("init", "size"),
+        )
+    except UserError as error:
+        if "(init " not in str(error):  # no value that follows from init
+            raise
+        advice = "Remove the settings that contradict those of init, which its weights fix, or start from other weights."
+        raise UserError(f"{error}\n{advice}") from error
 
 
 def expand_size_option(words: list[str]) -> list[str]:

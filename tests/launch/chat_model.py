@@ -45,7 +45,7 @@ def write_chat_model(folder: Path, as_files: bool = True, added: tuple[str, ...]
         "padding_side": "left",
         "model_max_length": 4096,
         "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast" if as_files else "ClassInTheCodeOfTheFolder",
     }
     if as_files:
         (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -73,9 +73,9 @@ def write_chat_model(folder: Path, as_files: bool = True, added: tuple[str, ...]
     return folder
 
 
-def facts(folder: Path) -> dict:
+def facts(folder: Path, tokenizer_class: type = transformers.AutoTokenizer) -> dict:
     """Return what a user of a chat model sees of a folder through transformers."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_class.from_pretrained(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     generation = transformers.GenerationConfig.from_model_config(config)
     if (folder / "generation_config.json").is_file():

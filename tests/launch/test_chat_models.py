@@ -6,12 +6,13 @@ import shutil
 
 import gguf
 import pytest
+import transformers
 
 from data.command_line import UserError
 from data.preparation.driver import prepare
 from data.preparation.settings import PrepareSettings
 from data.tokenization import published_check
-from launch import export, prune, quantize
+from launch import export, pretrain, prune, quantize
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.conversion import convert
 from launch.checkpoints.opening import open_model
@@ -92,7 +93,7 @@ def test_templates_in_the_configuration_go_along_too(tmp_path):
     chat = write_chat_model(tmp_path / "chat", as_files=False)
     (chat / "generation_config.json").unlink()  # transformers then reads config.json
     assert export.main([str(chat), "--output", str(tmp_path / "exported")]) == 0
-    before, after = facts(chat), facts(tmp_path / "exported")
+    before, after = facts(chat, transformers.PreTrainedTokenizerFast), facts(tmp_path / "exported")
     assert after == before and after["ids"][1] == [308, 310]
 
 
@@ -126,6 +127,13 @@ def test_tokenizer_json_is_preferred_to_an_older_model_next_to_it(chat, tmp_path
     folder = shutil.copytree(chat, tmp_path / "both")
     (folder / "tokenizer.model").write_bytes(b"pieces")
     assert find_tokenizer(folder) == folder / "tokenizer.json"
+
+
+def test_contradiction_of_init_and_recipe_names_both(chat, tmp_path):
+    with pytest.raises(UserError) as refusal:
+        pretrain.main(["--config", "launch/recipes/sst2.yaml", "--init", str(chat), "--output", str(tmp_path / "run"), "--dry_run"])
+    values = f"model.num_key_value_heads 2 (init {chat}) does not divide model.num_attention_heads 3 (launch/recipes/sst2.yaml)."
+    assert str(refusal.value).startswith(f"{values}\nRemove the settings that contradict those of init, which its weights fix")
 
 
 def test_export_is_refused_if_a_chat_would_get_other_ids(chat, tmp_path, monkeypatch):
