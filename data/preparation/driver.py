@@ -120,6 +120,8 @@ def _open_corpus(settings: PrepareSettings, partial: Path | None) -> Corpus:
         corpus = file_corpus(settings.input, fields, excluded_folders=(output, partial_folder(output)))
     else:
         return embedded_corpus()
+    if not any(file.size for file in corpus.files):
+        raise UserError("The input is empty: every file has 0 bytes.")
     _check_formats(settings, {fields.format_of(file.path): file.path for file in corpus.files})
     return corpus
 

@@ -27,7 +27,7 @@ FORMATS = {
     ".arrow": "arrow",
     ".idx": "tokens",
 }
-_NAMED_FIELDS = 10  # in a message about a missing field
+_NAMED_FIELDS, _NAMED_CHARACTERS = 10, 40  # in a message about a missing field
 _POSITION_UNITS = {"jsonl": "byte", "csv": "byte", "tsv": "byte", "parquet": "row", "arrow": "row", "tokens": "document"}
 
 
@@ -162,7 +162,7 @@ def read_fields(record: dict, fields: Fields, raw: bytes) -> TextRecord:
     for name in fields.names:
         if name not in record:
             names = [str(key).encode(errors="backslashreplace").decode() for key in record]
-            found = nearest(name, names) or f" Its fields: {', '.join(names[:_NAMED_FIELDS])}."
+            found = nearest(name, names) or f" Its fields: {', '.join(key[:_NAMED_CHARACTERS] for key in names[:_NAMED_FIELDS])}."
             return Problem("missing field", f'it has no field "{name}".{found}', raw, option=fields.option_of(name))
         text = record[name]
         if name == fields.pair and isinstance(text, int) and not isinstance(text, bool):  # a label
@@ -189,9 +189,12 @@ def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequen
     if len(row) != len(columns):
         return Problem("wrong number of fields", f"it has {len(row)} fields; the columns are {', '.join(columns)}", raw)
     found = read_fields(dict(zip(columns, row, strict=True)), fields, raw)
-    if isinstance(found, Problem) and found.reason == "missing field" and len(columns) == 1:
-        message = f'it has one column, "{columns[0]}". Fields are separated by commas in csv and by tabs in tsv (see --input_format).'
-        return dataclasses.replace(found, message=message)
+    if isinstance(found, Problem) and found.reason == "missing field":
+        if len(columns) == 1:
+            message = f'it has one column, "{columns[0]}". Fields are separated by commas in csv and by tabs in tsv (see --input_format).'
+        else:
+            message = f"{found.message} If the first line of the file is a record, name the columns with --columns." * (not fields.columns)
+        return dataclasses.replace(found, message=message or found.message)
     return found
 
 

@@ -20,7 +20,7 @@ _TABLES = {"parquet": rb"PAR[1E][\x00-\x1f]", "arrow": rb"ARROW1\0\0|\xff\xff\xf
 _ARCHIVES = {"zip": rb"PK(?:\x03\x04|\x05\x06)", "7z": rb"7z\xbc\xaf\x27\x1c", "rar": rb"Rar!\x1a\x07", "tar": rb".{257}ustar"}
 _ENCODINGS = {"UTF-32": rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-16": rb"\xff\xfe|\xfe\xff"}
 _KINDS = [  # (pattern of the first bytes, what they are)
-    *((pattern, f"{name} data. Its name must end in {suffix}") for suffix, (name, pattern, _) in _COMPRESSIONS.items()),
+    *((pattern, f"{name} data. Decompress it, or let its name end in {suffix}") for suffix, (name, pattern, _) in _COMPRESSIONS.items()),
     (rb"\x04\x22\x4d\x18", "LZ4 data. Decompress it first"),
     *((pattern, f"of format {name}. Set --input_format {name}, or let its name end in .{name}") for name, pattern in _TABLES.items()),
     *((pattern, f"a {name} archive. Unpack it and give its files") for name, pattern in _ARCHIVES.items()),

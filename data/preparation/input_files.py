@@ -208,6 +208,8 @@ def store_standard_input(folder: Path | None) -> SourceFile:
 
     If the file exists already, standard input is compared with it: raise UserError if it differs.
     """
+    if sys.stdin is None:
+        raise UserError("--input - reads standard input, which is closed. Give the text through a pipe, or name a file.")
     digest, size = hashlib.sha256(), 0
     path = (folder or Path()) / "standard-input"
     incomplete = path.with_suffix(".incomplete")
@@ -215,6 +217,10 @@ def store_standard_input(folder: Path | None) -> SourceFile:
         while piece := sys.stdin.buffer.read(1 << 20):
             digest.update(piece)
             size += file.write(piece)
+    if not size:
+        if folder:
+            incomplete.unlink()
+        raise UserError("--input - read nothing from standard input. Did the command before the pipe fail?")
     if folder and path.exists():
         incomplete.unlink()
         if sha256_of(path) != digest.hexdigest():

@@ -151,6 +151,8 @@ def _write_shard(worker: UnitWorker, merger: merging.UnitMerger, plan: merging.S
 def _describe_empty_training_split(node: Node, totals: _UnitTotals, dropped: Counter, has_held_out: bool) -> str:
     counts = ", ".join(f"{number:,} {reason}" for reason, number in sorted(dropped.items()))
     reason = f"--held_out {node.settings.held_out} holds out all of them" if has_held_out else f"all {totals.documents:,} were dropped"
+    if not totals.documents:
+        reason = "the input contains no record"
     return (
         f"There is no document to train on: {reason}{f' ({counts})' if counts else ''}. "
         f"Delete {node.partial} to start again with other settings."

@@ -361,6 +361,22 @@ def test_other_standard_input_of_the_same_size_is_refused(make, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
 
 
+def test_empty_input_is_refused_before_a_folder_is_made(make, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"^The input is empty: every file has 0 bytes\.$"):
+        make(input=(str(tmp_path / "a.jsonl"),))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(UserError, match=r"^--input - read nothing from standard input"):
+        make(input=("-",), input_format="jsonl")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match=r"^--input - reads standard input, which is closed"):
+        make(input=("-",), input_format="jsonl")
+    assert list(files(tmp_path)) == ["a.jsonl"]
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="There is no document to train on: the input contains no record"):
+        make(input=(str(tmp_path / "a.jsonl"),))
+
+
 def test_more_units_than_open_files_allowed_are_merged(make, corpus):
     import resource
 

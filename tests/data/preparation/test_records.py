@@ -334,13 +334,13 @@ def arrow_file(new, table, buffer):
 
 LINE = b'{"text": "one"}\n'
 OTHER_CONTENTS = [
-    ("a.jsonl", gzip.compress(LINE), "gzip data. Its name must end in .gz"),
-    ("a.txt", zstandard.compress(LINE), "Zstandard data. Its name must end in .zst"),
-    ("a.csv", lzma.compress(LINE), "xz data. Its name must end in .xz"),
-    ("a.tsv", bz2.compress(LINE), "bzip2 data. Its name must end in .bz2"),
-    ("a.jsonl.gz", zstandard.compress(LINE), "Zstandard data. Its name must end in .zst"),
-    ("a.jsonl.xz", gzip.compress(LINE), "gzip data. Its name must end in .gz"),
-    ("a.jsonl.gz", gzip.compress(gzip.compress(LINE)), "gzip data. Its name must end in .gz"),
+    ("a.jsonl", gzip.compress(LINE), "gzip data. Decompress it, or let its name end in .gz"),
+    ("a.txt", zstandard.compress(LINE), "Zstandard data. Decompress it, or let its name end in .zst"),
+    ("a.csv", lzma.compress(LINE), "xz data. Decompress it, or let its name end in .xz"),
+    ("a.tsv", bz2.compress(LINE), "bzip2 data. Decompress it, or let its name end in .bz2"),
+    ("a.jsonl.gz", zstandard.compress(LINE), "Zstandard data. Decompress it, or let its name end in .zst"),
+    ("a.jsonl.xz", gzip.compress(LINE), "gzip data. Decompress it, or let its name end in .gz"),
+    ("a.jsonl.gz", gzip.compress(gzip.compress(LINE)), "gzip data. Decompress it, or let its name end in .gz"),
     *((f"a.jsonl{suffix}", LINE, f"plain text. Remove {suffix} from its name") for suffix in COMPRESS if suffix),
     ("a.jsonl.gz", gzip.compress(tar("a.jsonl", LINE)), "a tar archive. Unpack it and give its files"),
     ("a.txt", zipped("a.txt", LINE), "a zip archive. Unpack it and give its files"),
@@ -397,6 +397,9 @@ def test_wrong_separator_of_fields_is_named(tmp_path, name, line):
     (tmp_path / name).write_text(f"{line}\n{line}\n")
     ((_, problem),) = records(tmp_path / name)
     assert f'it has one column, "{line}". Fields are separated by commas in csv and by tabs in tsv' in problem.message
+    (tmp_path / "b.csv").write_text("good,1\nbad,0\n")
+    ((_, problem),) = records(tmp_path / "b.csv")
+    assert problem.message.endswith("Its fields: good, 1. If the first line of the file is a record, name the columns with --columns.")
 
 
 def test_broken_first_line_between_json_lines_is_one_problem(tmp_path):
