@@ -15,6 +15,7 @@ from data.tokenization.companions import copy_companions, published_configuratio
 from data.tokenization.configuration import CONFIGURATION
 from data.tokenization.conversion import convert, unknown_piece
 from data.tokenization.loading import load_tokenizer
+from data.tokenization.post_processor import begin_like
 from data.tokenization.probe_texts import texts_of_many_kinds
 from data.tokenization.published_check import check_published_tokenizer, is_class_of_transformers
 from data.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer, read_model
@@ -37,6 +38,8 @@ def write_tokenizer(
     A tokenizer.json is copied, a tiktoken vocabulary is converted, and a SentencePiece `.model` (bpe or unigram) is converted and also
     copied. The ids of the written file are compared with ours on texts of many kinds. UserError is raised if one differs, or if the
     `.model` has a feature that a tokenizer.json cannot express. `end_of_text` is that of load_tokenizer.
+
+    For a decoder, the written tokenizer begins a text as a document begins in training: with the begin-of-text token or not.
 
     The files that a published tokenizer has next to it (roles of special tokens, chat templates) are copied. Only the roles that the model
     was trained with are changed: end of text and, for an encoder, `class_token` and `mask_token`. AutoTokenizer then has to give the same
@@ -67,13 +70,24 @@ def write_tokenizer(
         _frame(written, ours, first, blanks)
     _compare_ids(written, ours)
     roles = {"eos_token": ours.end_of_text_token}
+    if architecture == "decoder":
+        begin_like(ours, written)
+        roles |= {"bos_token": ours.begin_of_text_token} if ours.adds_bos and ours.begin_of_text_token else {}
     if architecture == "encoder":
         roles = {"cls_token": class_token, "sep_token": ours.end_of_text_token} | ({"mask_token": mask_token} if blanks else {})
     if not published:
         write_json(folder / CONFIGURATION, _own_configuration(ours, model_max_length, architecture, blanks) | roles)
         return
+    _write_published(ours, folder, published, roles)
+
+
+def _write_published(ours: Tokenizer, folder: Path, published: dict[str, Any], roles: dict[str, str]) -> None:
+    """Write the configuration that a tokenizer was published with, with `roles`, and the files next to it; compare both folders."""
     if ours.path.suffix != ".json" or not is_class_of_transformers(published):  # other classes read their own formats, or are code
         published["tokenizer_class"] = "PreTrainedTokenizerFast"
+    published.pop("add_bos", None)  # tokenizer.json says it now
+    if "add_bos_token" in published:
+        published["add_bos_token"] = ours.adds_bos
     copy_companions(ours.path.parent, folder, published, roles)
     check_published_tokenizer(folder, ours, roles)
 
@@ -82,9 +96,10 @@ def _own_configuration(tokenizer: Tokenizer, model_max_length: int, architecture
     """Return the tokenizer_config.json of a tokenizer that has none, without the roles that depend on the architecture."""
     configuration: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.end_of_text_token,
+        "bos_token": tokenizer.begin_of_text_token or tokenizer.end_of_text_token,
         "eos_token": tokenizer.end_of_text_token,
         "pad_token": padding(tokenizer)[0],
+        "add_bos_token": tokenizer.adds_bos,  # for software that does not read tokenizer.json
         "model_max_length": model_max_length,
         "split_special_tokens": not blanks,
         "clean_up_tokenization_spaces": False,

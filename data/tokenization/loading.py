@@ -1,5 +1,6 @@
 """Opening, speeding up and copying the tokenizer of a file or folder."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +48,12 @@ def load_tokenizer(
         tokenizer = TiktokenTokenizer(path, end_of_text)
     else:
         tokenizer = SentencePieceTokenizer(path, end_of_text, threads)
-    tokenizer.set_beginning(role_tokens(path.parent) | read_configuration(path.parent), add_bos)
+    configuration = role_tokens(path.parent) | read_configuration(path.parent)
+    sibling = path.with_name("tokenizer.json")
+    if path.suffix != ".json" and sibling.is_file() and {"add_bos", "add_bos_token"}.isdisjoint(configuration):
+        with contextlib.suppress(UserError):
+            configuration["add_bos_token"] = load_tokenizer(sibling).adds_bos  # transformers reads it in place of this file
+    tokenizer.set_beginning(configuration, add_bos)
     return GigatokenTokenizer(tokenizer) if fast else tokenizer
 
 
@@ -82,8 +88,9 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
         copy.write_bytes(tokenizer.file_bytes())
     configuration = published_configuration(tokenizer.path.parent) | tokenizer.settings
     roles = {"eos_token": tokenizer.end_of_text_token}
-    if tokenizer.begin_of_text_token is not None:
+    if tokenizer.begin_of_text_token is not None or suffix == ".json":
         configuration |= {"add_bos": tokenizer.adds_bos}
+    if tokenizer.begin_of_text_token is not None:
         roles |= {"bos_token": tokenizer.begin_of_text_token}
     copy_companions(tokenizer.path.parent, Path(folder), configuration, roles)
     return copy

@@ -14,7 +14,7 @@ def special_tokens(opened: OpenedModel, tokenizer: Tokenizer) -> huggingface.Spe
     """Return the token ids and labels for config.json and generation_config.json, with those of the model that this one was made from."""
     generation = {} if opened.config.architecture == "encoder" else generation_settings(opened.root)
     ids = tokenizer.end_of_text, padding(tokenizer)[1]
-    return huggingface.SpecialTokens(*ids, names_of(opened).labels, opened.start_token(tokenizer), generation)
+    return huggingface.SpecialTokens(*ids, names_of(opened).labels, opened.start_token(tokenizer), generation, tokenizer.begin_of_text)
 
 
 def write_tokenizer_of(opened: OpenedModel, tokenizer: Tokenizer, folder: Path) -> None:

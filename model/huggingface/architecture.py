@@ -38,7 +38,7 @@ class SpecialTokens:
     """Token ids and class names that config.json contains."""
 
     end_of_text: int | None = None
-    """Id of the token that ends a document, and also begins one."""
+    """Id of the token that ends a document."""
     padding: int | None = None
     """Id of the padding token."""
     labels: tuple[str, ...] = ()
@@ -47,12 +47,15 @@ class SpecialTokens:
     """Id of the token with which the decoder of an encoder-decoder begins; None: end of text."""
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Contents of the generation_config.json of the model that this one was made from; it goes along."""
+    begin_of_text: int | None = None
+    """Id of the token that begins a document; None: end of text."""
 
     @property
     def ids(self) -> dict[str, int | list[int] | None]:
         """Ids by their keys in config.json and generation_config.json: the original's, and end of text among those that end a text."""
         if not self.generation:
-            return {"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text, "pad_token_id": self.padding}
+            begin = self.end_of_text if self.begin_of_text is None else self.begin_of_text
+            return {"bos_token_id": begin, "eos_token_id": self.end_of_text, "pad_token_id": self.padding}
         given = self.generation.get("eos_token_id")
         ends = [*(given if isinstance(given, list) else [] if given is None else [given]), self.end_of_text]
         ends = list(dict.fromkeys(end for end in ends if end is not None))

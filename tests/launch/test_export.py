@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from data.command_line import UserError
+from data.tokenization.huggingface_files import write_tokenizer
 from data.tokenization.learning import train_sentencepiece
-from data.tokenization.loading import load_tokenizer
+from data.tokenization.loading import copy_tokenizer, load_tokenizer
 from launch import export
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.opening import load_model, open_model
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tests.data.tokenization.vocabularies import begin_of_text_file, rank_file
 from tests.model.both_sides import BERT, MARIAN, T5
 
 transformers = pytest.importorskip("transformers", reason="the independent reference is transformers")
@@ -170,6 +172,42 @@ def test_damaged_checkpoint_is_named_on_standard_error(run, capsys):
     assert open_model(str(folder)).step == 5
     output = capsys.readouterr()
     assert output.out == "" and "Damaged checkpoint: " in output.err
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_exported_tokenizer_begins_a_text_as_the_data_did(run, tmp_path, add_bos):
+    folder = run(10, vocab_size=608)
+    (folder / "tokenizer.model").unlink()
+    given = begin_of_text_file(tmp_path / "given", [TEXT])
+    copy_tokenizer(load_tokenizer(given, add_bos=add_bos), folder)
+    ours = load_tokenizer(folder)
+    output = export_run(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(output)
+    begin = [theirs.convert_tokens_to_ids("<|begin_of_text|>")] if add_bos else []
+    for text in ("", PROMPT, "two\n\nlines é"):
+        assert theirs(text)["input_ids"] == ours.encode_beginning(text) == [*begin, *ours.encode(text)]
+    assert theirs(PROMPT, " again")["input_ids"] == [*begin, *ours.encode(PROMPT), *begin, *ours.encode(" again")]
+    assert (output / "tokenizer.json").read_bytes() == given.read_bytes() or not add_bos
+    assert load_tokenizer(output).adds_bos is add_bos
+    assert json.loads((output / "config.json").read_text())["bos_token_id"] == ours.begin_of_text
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.model", "own.tiktoken"])
+def test_converted_tokenizer_gets_the_token_before_a_text(tmp_path, kind):
+    path = tmp_path / "given" / kind
+    path.parent.mkdir()
+    if kind == "tokenizer.model":
+        train_sentencepiece([TEXT], path, vocab_size=600, special_tokens=("<s>",))
+    else:
+        rank_file(path, [TEXT])
+    configuration = path.with_name("tokenizer_config.json")
+    known = json.loads(configuration.read_text()) if configuration.is_file() else {}
+    configuration.write_text(json.dumps(known | {"bos_token": "<s>", "add_bos": True}))
+    (tmp_path / "to").mkdir()
+    write_tokenizer(path, tmp_path / "to", 48)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "to"), load_tokenizer(path)
+    assert theirs(PROMPT)["input_ids"] == [ours.special_token_id("<s>"), *ours.encode(PROMPT)] and theirs.bos_token == "<s>"
+    assert load_tokenizer(tmp_path / "to").adds_bos
 
 
 def test_shard_size_zero_is_refused(run):
