@@ -348,13 +348,15 @@ class TokenStream:
 class PreparedData:
     """A folder that data/prepare.py wrote: one TokenStream a split, the tokenizer's file, and the manifest.
 
-    Opening checks the sizes of all files and the indexes; `verify` reads every byte.
+    Opening checks the sizes of all files and the indexes; `verify` reads every byte; `find_change` is for readers with long work.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         try:
+            watched = {self.folder / MANIFEST: sha256_of(self.folder / MANIFEST)} | self._shard_hashes()
+            self._watched = {path: (digest, _stamp(path)) for path, digest in watched.items()}
             tokenizer = self.manifest["tokenizer"]
             self.tokenizer_path = self.folder / tokenizer["file"]
             self.vocab_size: int = tokenizer["vocab_size"]
@@ -391,18 +393,35 @@ class PreparedData:
         source, position = FileArray(path, PLACE)[document].tolist()
         return describe_place(self.manifest["sources"][source], self.manifest["position_unit"][source], position)
 
+    def find_change(self) -> str | None:
+        """Return a message about the first shard that has other bytes than the folder was opened with, or None.
+
+        A file is hashed again only if its size, its time or its inode has changed: one that was only touched or copied back is the same.
+        A deleted file can still be read while it is open, so it is no change.
+        """
+        for path, (digest, stamp) in self._watched.items():
+            current = _stamp(path)
+            if current is None or current == stamp:
+                continue
+            if sha256_of(path) != digest:
+                return f"{path} was changed while it was read: its contents are not those with which {self.folder} was opened."
+            self._watched[path] = digest, current
+        return None
+
     def verify(self) -> None:
         """Hash every file. Raises UserError with the first file whose bytes have changed."""
         tokenizer = self.manifest["tokenizer"]
         expected = {self.tokenizer_path: tokenizer["sha256"]}
         if "configuration_sha256" in tokenizer:  # earlier versions did not record it
             expected[self.folder / "tokenizer_config.json"] = tokenizer["configuration_sha256"]
-        for split in self.manifest["splits"].values():
-            for shard in split["shards"]:
-                expected |= {self.folder / f"{shard['prefix']}.{kind}": digest for kind, digest in shard["sha256"].items()}
-        for path, digest in expected.items():
+        for path, digest in (expected | self._shard_hashes()).items():
             if sha256_of(path) != digest:
                 raise UserError(f"{path} was changed after it was written: its sha256 is not the one in {self.folder / MANIFEST}.")
+
+    def _shard_hashes(self) -> dict[Path, str]:
+        """Return the SHA-256 of every file of the shards, by path, as the manifest lists it."""
+        shards = [shard for split in self.manifest["splits"].values() for shard in split["shards"]]
+        return {self.folder / f"{shard['prefix']}.{kind}": digest for shard in shards for kind, digest in shard["sha256"].items()}
 
     def _open_split(self, split: dict) -> TokenStream:
         shards = []
@@ -416,6 +435,15 @@ class PreparedData:
                 )
             shards.append(shard)
         return TokenStream(shards, split["bytes"], self.vocab_size, self.begin_of_text)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file is written or replaced: its size, time and inode. None if it does not exist."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def describe_place(source: str, unit: str, position: int) -> str:

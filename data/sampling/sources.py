@@ -1,7 +1,7 @@
 """The sources of a run: prepared folders cut into samples, and the blend that orders them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data.command_line import UserError
@@ -78,6 +78,13 @@ def open_folders(paths: Sequence[str]) -> dict[str, PreparedData]:
                 f"tokenizer: prepare again with --tokenizer {first.tokenizer_path}."
             )
     return folders
+
+
+def refuse_changed(folders: Iterable[PreparedData]) -> None:
+    """Raise UserError if a shard has changed since its folder was opened, so that a result may be of other text."""
+    for folder in folders:
+        if change := folder.find_change():
+            raise UserError(f"{change} The result would be of both texts, so there is none. Start again.")
 
 
 def names_of(paths: Sequence[str]) -> list[str]:

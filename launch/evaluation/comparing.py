@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from data.command_line import UserError
-from data.sampling.sources import open_folders
+from data.sampling.sources import open_folders, refuse_changed
 from data.shards import PreparedData
 from launch.checkpoints.opening import LoadedModel, OpenedModel, load_weights, open_model, weights_bytes
 from launch.evaluation import pictures
@@ -80,6 +80,7 @@ def compare(settings: CompareSettings, show_progress: bool = True) -> list[Model
         # The batches of a set can be read once, so each model gets sets of its own.
         sets = task.evaluation_sets(config, folders, sampling, settings.split, settings.micro_batch_size, length)
         rows.append(_row(name, first, other, sets, task.predicts_every_token, settings.micro_batch_size, show_progress))
+    refuse_changed(folders.values())
     return rows
 
 

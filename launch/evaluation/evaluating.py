@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from data.command_line import UserError
-from data.sampling.sources import open_folders
+from data.sampling.sources import open_folders, refuse_changed
 from data.shards import PreparedData
 from launch.checkpoints.opening import LoadedModel, OpenedModel, load_model
 from launch.evaluation.evaluation_sets import mismatched_tokens
@@ -115,6 +115,7 @@ def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> 
         evaluations[name] = Evaluation(
             task, score, one.stream.num_bytes if task.predicts_every_token else None, time.perf_counter() - start
         )
+    refuse_changed(folders.values())
     return evaluations
 
 

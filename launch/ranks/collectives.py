@@ -151,14 +151,15 @@ class CollectedError:
     def __init__(self) -> None:
         self.message: str | None = None
 
-    def run(self, operation: Callable[[], object]) -> None:
-        """Call a function; keep the message if it raises UserError or OSError."""
+    def run(self, operation: Callable[[], Value]) -> Value | None:
+        """Call a function and return its result; keep the message, and return None, if it raises UserError or OSError."""
         try:
-            operation()
+            return operation()
         except UserError as error:
             self.message = self.message or str(error)
         except OSError as error:
             self.message = self.message or f"{type(error).__name__}: {error}."
+        return None
 
 
 def describe_lost_ranks(error: RuntimeError, communication_timeout: float) -> str | None:

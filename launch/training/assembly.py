@@ -22,6 +22,7 @@ from launch.ranks.layout import describe_layout
 from launch.ranks.stopping import StopRequest
 from launch.training import run_folder
 from launch.training.data import RunData
+from launch.training.disk_watch import DiskWatch
 from launch.training.engine import Engine
 from launch.training.estimates import flops_per_counted_token
 from launch.training.loop import Figures, Run, train
@@ -114,6 +115,7 @@ def assemble(ready: Ready, stop: StopRequest) -> Run:
         manifest=_manifest(settings, batch_plan, data, current_layout, engine.ranks.broadcast(start.run_id)),
         figures=_figures(settings, batch_plan, data, peak, process.world_size),
         monitor=monitor,
+        disk=DiskWatch(Path(settings.output), data.sampling.folders.values(), process),
         stop=stop,
     )
 

@@ -1,17 +1,22 @@
 """The training loop: an engine with a few methods, a batch plan, and a monitor on rank 0."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from data.command_line import RankError, UserError
+from data.files import nearest_existing
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.batches import Batch
 from launch.checkpoints import checkpoint
 from launch.evaluation.score import Score, bits_per_byte, perplexity
+from launch.ranks.collectives import CollectedError
 from launch.ranks.stopping import StopRequest
+from launch.training.disk_watch import DiskWatch
 from launch.training.engine import Engine, StepReport
 from launch.training.monitor import Monitor
 from launch.training.schedule import learning_rate
@@ -68,6 +73,7 @@ class Run:
     figures: Figures
     monitor: Monitor | None
     """Log and curves, on rank 0; None on every other rank."""
+    disk: DiskWatch
     stop: StopRequest
 
     @property
@@ -100,9 +106,14 @@ def train(run: Run) -> int:
             text = run.sample_text(done)
             if monitor:
                 monitor.text("samples", text, done)
-        save_is_due = last or report.stop_asked or _is_due(done, run.settings.checkpoint.interval)
-        if save_is_due and _save(run, done):
-            saved_step = done
+        lost_folder = None
+        if last or report.stop_asked or _is_due(done, run.settings.checkpoint.interval):
+            lost_folder = _check_disk(run, done)
+            saved_step = done if _save(run, done) else saved_step
+        if lost_folder:
+            if monitor:
+                monitor.log(f"{lost_folder}; {_how_to_resume(saved_step, done)}")
+            return SAVED_AND_UNFINISHED if saved_step == done else 1
         if report.stop_asked and not last:
             if monitor:
                 monitor.log(
@@ -122,7 +133,8 @@ def _train_step(run: Run, step: int) -> StepReport:
     """Take one optimizer step and report it to the monitor."""
     start = time.perf_counter()
     rate = _learning_rate(run, step)
-    micro_batches = run.micro_batches(step)
+    with _reading(run):
+        micro_batches = run.micro_batches(step)
     data_seconds = time.perf_counter() - start
     report = run.engine.train_step(micro_batches, rate, step, stop_asked=run.stop.signal_name is not None)
     seconds = time.perf_counter() - start
@@ -131,11 +143,32 @@ def _train_step(run: Run, step: int) -> StepReport:
     return report
 
 
+@contextlib.contextmanager
+def _reading(run: Run) -> Iterator[None]:
+    """Name the rank and the newest checkpoint in the error of a file of the data, which only this rank may see."""
+    try:
+        yield
+    except UserError as error:
+        raise RankError(f"{run.engine.process}: {error} {checkpoint.describe_newest(run.checkpoints)}") from error
+
+
 def _learning_rate(run: Run, step: int) -> float:
     schedule, peak = run.settings.schedule, run.settings.optimizer.learning_rate
     return learning_rate(
         step, run.plan, peak, schedule.kind, run.settings.warmup_steps, schedule.min_learning_rate, schedule.decay_fraction
     )
+
+
+def _check_disk(run: Run, step: int) -> str | None:
+    """Check the files on which the run relies. Return a message, on every rank, if its folder was removed and recorded again.
+
+    Raises UserError on every rank if the data has changed.
+    """
+    ranks = run.engine.ranks
+    if change := ranks.first_error_of_any_rank(run.disk.find_change()):
+        raise UserError(f"{change} The checkpoint of step {step} was not written.")
+    collected = CollectedError()  # a disk that cannot be written is reported when the checkpoint is
+    return ranks.broadcast(collected.run(run.disk.restore_folder))
 
 
 def _save(run: Run, step: int) -> bool:
@@ -186,7 +219,7 @@ def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: Ste
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tflops_per_device": flops / 1e12,
             "memory/peak_gib": run.engine.memory_bytes() / 2**30,
-            "memory/free_disk_gib": shutil.disk_usage(run.settings.output).free / 2**30,
+            "memory/free_disk_gib": shutil.disk_usage(nearest_existing(Path(run.settings.output))).free / 2**30,
             "time/step": seconds,
             "time/data": data_seconds,
         } | {f"time/{part}": part_seconds for part, part_seconds in report.seconds.items()}
@@ -219,7 +252,8 @@ def _validate(run: Run, step: int) -> None:
     Raises FloatingPointError if a loss is not finite.
     """
     start = time.perf_counter()
-    scores = {source: run.engine.validate(batches()) for source, batches in run.validation_batches.items()}
+    with _reading(run):
+        scores = {source: run.engine.validate(batches()) for source, batches in run.validation_batches.items()}
     total = sum(scores.values(), Score())
     losses = {source: score.loss for source, score in scores.items()}
     if wrong := [source for source, score in scores.items() if not math.isfinite(score.token_loss + score.class_loss)]:

@@ -4,13 +4,15 @@
 `number`-th checkpoint gets its name. FAULT_TERMINATE="rank:number" sends SIGTERM to that rank in step `number`.
 FULL_DISK="rank:number" makes the `number`-th write of checkpoint bytes fail, and none after it. MISREAD="rank" changes one
 moment a little on that rank while a checkpoint is loaded. RUIN="rank:step:kind:value" sets a tensor of that rank (a weight, or
-a state of the optimizer) before the checkpoint of `step` is written.
+a state of the optimizer) before the checkpoint of `step` is written. COMMANDS="number:command;number:command" runs shell commands on
+rank 0 before those optimizer steps.
 """
 
 import errno
 import itertools
 import os
 import signal
+import subprocess
 import sys
 
 from data.command_line import run_script
@@ -87,6 +89,18 @@ def plant_ruin(order: str) -> None:
     saving.save = ruined
 
 
+def plant_commands(order: str) -> None:
+    commands = dict(one.split(":", 1) for one in order.split(";"))
+    original = Engine.train_step
+
+    def after_a_command(self, micro_batches, learning_rate, step, stop_asked=False):
+        if os.environ["RANK"] == "0" and str(step) in commands:
+            subprocess.run(commands[str(step)], shell=True, check=True)
+        return original(self, micro_batches, learning_rate, step, stop_asked)
+
+    Engine.train_step = after_a_command
+
+
 if __name__ == "__main__":
     if "MISREAD" in os.environ:
         plant_misreading(os.environ["MISREAD"])
@@ -98,5 +112,7 @@ if __name__ == "__main__":
         plant_termination(os.environ["FAULT_TERMINATE"])
     if "RUIN" in os.environ:
         plant_ruin(os.environ["RUIN"])
+    if "COMMANDS" in os.environ:
+        plant_commands(os.environ["COMMANDS"])
     sys.argv[0] = pretrain.__file__
     run_script(pretrain.main, exit_now)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,47 @@ def test_model_that_is_not_finite_is_never_published_as_a_checkpoint(engine, rui
     lines = [output.splitlines()[-1] for _, output in ended] + [(tmp_path / "run" / "log.txt").read_text().splitlines()[-1]]
     assert all(re.search(f"{message}.*The newest checkpoint is step_00000004;", line) for line in lines), lines
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_00000004"]
+
+
+@pytest.fixture
+def own_data(tiny, prepared, tmp_path):
+    """The arguments of the tiny run on a copy of the data, which may be damaged, and the first training shard of the copy."""
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    return [str(copy) if word == str(prepared) else word for word in tiny], copy / "train" / "00000.bin"
+
+
+def test_shard_with_other_tokens_stops_the_run_before_its_next_checkpoint(own_data, tmp_path):
+    arguments, shard = own_data
+    overwrite = f"dd if=/dev/zero of={shard} bs=64 count=1 conv=notrunc status=none"  # token 0 is valid
+    ranks = start_ranks(2, SCRIPT, *arguments, OMP_NUM_THREADS="1", COMMANDS=f"1:touch {shard};5:{overwrite}")
+    (first, output), (other, quiet) = endings(ranks)
+    assert (first, other) == (2, 2), output
+    message = rf"{shard} was changed while it was read: .*newest checkpoint is step_00000004; .* checkpoint of step 8 was not written\."
+    assert re.search(message, output.splitlines()[-1]), output
+    assert re.search(message, (tmp_path / "run" / "log.txt").read_text().splitlines()[-1])
+    assert "was changed" not in quiet
+    assert [checkpoint.step_of(folder) for folder in checkpoint.published(tmp_path / "run" / "checkpoints")] == [4]
+
+
+def test_shard_that_is_truncated_under_a_run_is_named(own_data):
+    """A memory map would end the rank with SIGBUS."""
+    arguments, shard = own_data
+    ((status, output),) = endings(start_ranks(1, SCRIPT, *arguments, OMP_NUM_THREADS="1", COMMANDS=f"5:truncate --size 64 {shard}"))
+    assert status == 2, output
+    assert re.match(
+        rf"Rank 0 on \S+: {shard} was truncated while it was read: it is 64 bytes long; .* The newest checkpoint is step_00000004;",
+        output.splitlines()[-1],
+    ), output
+
+
+def test_run_whose_folder_is_removed_saves_what_a_resume_needs(tiny, tmp_path):
+    folder = tmp_path / "run"
+    ((status, output),) = endings(start_ranks(1, SCRIPT, *tiny, OMP_NUM_THREADS="1", COMMANDS=f"5:rm -r {folder}"))
+    assert status == SAVED_AND_UNFINISHED, output
+    assert f"output {folder} was removed or renamed" in output.splitlines()[-1]
+    assert "was removed or renamed" in (folder / "log.txt").read_text()
+    assert [checkpoint.step_of(one) for one in checkpoint.published(folder / "checkpoints")] == [8]
+    assert "Resuming from step 8 of 12" in run(1, [*tiny, "--resume"])
 
 
 # A checkpoint of this run is 13 writes on rank 0 and 55 on rank 1.
