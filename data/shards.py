@@ -408,14 +408,26 @@ class PreparedData:
             self._watched[path] = digest, current
         return None
 
-    def verify(self) -> None:
-        """Hash every file. Raises UserError with the first file whose bytes have changed."""
+    @property
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and time of each watched file, by its path inside the folder: equal stamps mean that it was not written again."""
+        stamps = {path.relative_to(self.folder).as_posix(): stamp for path, (_, stamp) in self._watched.items()}
+        return {name: list(stamp[:2]) for name, stamp in stamps.items() if stamp is not None}
+
+    def verify(self, earlier: dict[str, list[int]] | None = None) -> None:
+        """Hash every file; with the `stamps` of an earlier time only those of another stamp.
+
+        Raises UserError with the first file whose bytes have changed.
+        """
+        stamps = self.stamps
         tokenizer = self.manifest["tokenizer"]
         expected = {self.tokenizer_path: tokenizer["sha256"]}
         if "configuration_sha256" in tokenizer:  # earlier versions did not record it
             expected[self.folder / "tokenizer_config.json"] = tokenizer["configuration_sha256"]
         for path, digest in (expected | self._shard_hashes()).items():
-            if sha256_of(path) != digest:
+            name = path.relative_to(self.folder).as_posix()
+            is_known = earlier is not None and name in stamps and stamps[name] == earlier.get(name)
+            if not is_known and sha256_of(path) != digest:
                 raise UserError(f"{path} was changed after it was written: its sha256 is not the one in {self.folder / MANIFEST}.")
 
     def _shard_hashes(self) -> dict[Path, str]:

@@ -56,6 +56,14 @@ def moved_paths(record: dict, run: Path, other: Path) -> dict:
     return record | {"paths": paths}
 
 
+def data_stamps(folder: Path) -> list[dict[str, list[int]]]:
+    """Size and time of the files of each data folder when the run in `folder` started last; nothing if it is not known."""
+    try:
+        return read_json(folder / "run.json").get("data_stamps", [])
+    except ValueError:  # reported when the folder is inspected
+        return []
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """Files of the tokenizer in a folder: its own file first, then tokenizer_config.json and the other files that belong to it."""
     own = [path for pattern in _TOKENIZERS for path in sorted(folder.glob(pattern)) if path.is_file()]

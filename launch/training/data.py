@@ -13,10 +13,13 @@ from data.sampling.batch_plan import BatchPlan
 from data.sampling.order import Blend
 from data.sampling.samples import Samples
 from data.sampling.sources import Sampling, open_folders, open_held_out, open_sampling
+from launch.checkpoints import run_record
 from launch.evaluation.tasks.table import TASKS
 from launch.training.settings import DataSettings, RunSettings
 
-_MAX_HASHED_BYTES = 4 << 30  # hashed in two or three seconds; of more, only sizes and indexes are checked here, and ids while reading
+_MAX_HASHED_BYTES = 4 << 30
+"""Tokens of at most this size are hashed at every start, in two or three seconds. Of more, sizes and indexes are checked at the first
+start, and the files that were written since then are hashed when the run resumes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,11 @@ class RunData:
     fingerprint: str
     """Hash of all tokens of all sources, in their order."""
 
+    @property
+    def stamps(self) -> list[dict[str, list[int]]]:
+        """Size and time of every file, for run.json: what has other stamps at the next start is hashed then."""
+        return [folder.stamps for folder in self.sampling.folders.values()]
+
 
 def open_data(settings: RunSettings) -> RunData:
     """Open the prepared folders of a run.
@@ -41,6 +49,9 @@ def open_data(settings: RunSettings) -> RunData:
     if sum(folder.stored_bytes for folder in folders.values()) < _MAX_HASHED_BYTES:
         for folder in folders.values():
             folder.verify()
+    else:
+        for folder, stamps in zip(folders.values(), run_record.data_stamps(Path(settings.output)), strict=False):
+            folder.verify(stamps)
     first = next(iter(folders.values()))
     if first.vocab_size > settings.model.vocab_size:
         raise UserError(

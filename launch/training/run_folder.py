@@ -305,6 +305,12 @@ def record_batch_plan(settings: RunSettings, plan: BatchPlan) -> None:
     write_file(path, json.dumps(json.loads(path.read_text()) | {"batch_plan": plan.record()}, indent=1))
 
 
+def record_data_stamps(settings: RunSettings, stamps: list[dict[str, list[int]]]) -> None:
+    """Add to run.json size and time of the files of each data folder."""
+    path = Path(settings.output) / "run.json"
+    write_file(path, json.dumps(json.loads(path.read_text()) | {"data_stamps": stamps}, indent=1))
+
+
 def record_initial_weights(settings: RunSettings, fingerprint: str) -> None:
     """Add to run.json a hash of the weights that a run with --init starts from."""
     path = Path(settings.output) / "run.json"

@@ -9,7 +9,9 @@ from data.command_line import UserError
 from data.sampling.sources import open_folders, refuse_changed
 from data.shards import PreparedData
 from launch.ranks.processes import Process
+from launch.training import data, run_folder
 from launch.training.disk_watch import DiskWatch
+from launch.training.recipe import read_run_settings
 
 
 @pytest.fixture
@@ -55,8 +57,27 @@ def test_only_changed_contents_of_a_shard_are_a_change(prepared, tmp_path, folde
     refuse_changed(folders.values())
 
 
+def test_large_data_that_changed_between_two_starts_is_refused(tiny, prepared, tmp_path, monkeypatch):
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    settings = read_run_settings([str(copy) if word == str(prepared) else word for word in tiny])
+    monkeypatch.setattr(data, "_MAX_HASHED_BYTES", 0)
+    shard = copy / "train" / "00000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(bytes(64) + whole[64:])  # token 0 is valid
+    opened = data.open_data(settings)  # the first start hashes none of it
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    run_folder.record_data_stamps(settings, opened.stamps)
+    data.open_data(settings)
+    shard.write_bytes(bytes(128) + whole[128:])
+    with pytest.raises(UserError, match=f"{shard} was changed after it was written"):
+        data.open_data(settings)
+    shard.write_bytes(whole)
+    data.open_data(settings)
+
+
 def test_changed_manifest_of_the_data_is_a_change(prepared, tmp_path):
     copy = shutil.copytree(prepared, tmp_path / "data")
-    data = PreparedData(copy)
+    opened = PreparedData(copy)
     (copy / "manifest.json").write_text((copy / "manifest.json").read_text() + "\n")
-    assert data.find_change().startswith(f"{copy}/manifest.json was changed")
+    assert opened.find_change().startswith(f"{copy}/manifest.json was changed")
