@@ -1,7 +1,7 @@
 """Arrays in files, read with pread.
 
-A memory map would be as fast, but if another process truncates the file, an access behind its new end kills this process (SIGBUS).
-With pread the same access is an error that names the file.
+A memory map is as fast for long reads, but if another process truncates the file, an access after its new end kills this process
+(SIGBUS). With pread the same access is an error that names the file.
 """
 
 import itertools

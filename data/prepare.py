@@ -9,7 +9,7 @@ from data.preparation.settings import PrepareSettings
 def main(arguments: Sequence[str]) -> int:
     """Read the settings, prepare the folder and return the exit status."""
     description = (
-        "Read a corpus, tokenize it and write memory-mapped token shards. Without --input and --dataset, the text is the source code of "
+        "Read a corpus, tokenize it and write token shards. Without --input and --dataset, the text is the source code of "
         "Python's standard library. Without --tokenizer, a tokenizer is trained on the text. To resume a command that was stopped or "
         "killed, give it again. On several nodes, start it on each node with its own --rank (srun sets it)."
     )
