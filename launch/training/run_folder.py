@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from data.command_line import UserError, flatten
 from data.files import lock_file, nearest_existing, write_file
-from data.recorded_paths import find_path, places_of
+from data.recorded_paths import find_path, places_of, require_path
 from data.sampling.batch_plan import BatchPlan, Segment
 from data.tokenization.companions import companion_files, copy_companions, published_configuration
 from data.tokenization.configuration import read_configuration, token_content
@@ -103,17 +103,11 @@ def find_paths(settings: RunSettings) -> RunSettings:
 
     A path is replaced if nothing is at it and the run in `output` recorded the same one.
     """
-    folder = Path(settings.output)
-    try:
-        record = read_json(folder / "run.json")
-        recorded = {name: recorded_paths(record, name) for name in ("data.path", *_MODEL_PATHS) if record}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged run.json, which `inspect` names
-        return settings
 
     def found(name: str, path: str) -> str:
         """Return the place of a path of the setting `name`."""
-        same = [one for one in recorded.get(name, []) if one["given"] == path and not os.path.exists(path)]
-        return (find_path(same[0], folder) or path) if same else path
+        recorded = _record_of_missing(settings, name, path)
+        return (recorded and find_path(recorded, Path(settings.output))) or path
 
     path, init, teacher = settings.data.path, settings.init, settings.distillation.teacher
     places = (
@@ -126,6 +120,24 @@ def find_paths(settings: RunSettings) -> RunSettings:
     data = dataclasses.replace(settings.data, path=places[0])
     distillation = dataclasses.replace(settings.distillation, teacher=places[2])
     return dataclasses.replace(settings, data=data, init=places[1], distillation=distillation)
+
+
+def refuse_missing_data(settings: RunSettings) -> None:
+    """Raise UserError with every place that was tried if the data of a run that resumes is missing."""
+    for path in settings.data.path:
+        if recorded := _record_of_missing(settings, "data.path", path):
+            require_path(recorded, Path(settings.output), "--data")
+
+
+def _record_of_missing(settings: RunSettings, name: str, path: str) -> dict[str, str] | None:
+    """Return the record of a path by the run in `output`; None if something is at the path or the run has not recorded it."""
+    if os.path.exists(path):
+        return None
+    try:
+        record = read_json(Path(settings.output) / "run.json")
+        return next((one for one in recorded_paths(record, name) if one["given"] == path), None) if record else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged run.json, which `inspect` names
+        return None
 
 
 def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start:

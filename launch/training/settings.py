@@ -200,7 +200,8 @@ class RunSettings:
     resume: bool = False
     """Resume from a checkpoint, and refuse to start if there is none."""
     allow_changes: bool = False
-    """Resume even if settings that change the mathematics differ from those of the run so far."""
+    """Resume even if settings that change the mathematics differ from those of the run so far. With another batch size the run reads
+    the next samples, and train_steps or train_tokens, whichever is given, stays."""
     peak_tflops: Annotated[float, Gt(0)] | None = None
     """Peak speed of one device in TFLOP/s, for utilisation (default: from its data sheet; on an unknown GPU a measured matrix product; on a
     CPU none, and MFU is not shown)."""
@@ -262,7 +263,8 @@ def _complaints_about_length(settings: RunSettings) -> list[str]:
     elif settings.warmup_steps >= plan.steps and settings.schedule.kind != "constant":
         length = steps if settings.train_steps is not None else f"{plan.steps}, the steps of {tokens} with {of_a_step}"
         complaints.append(
-            f"{describe(settings, 'schedule.warmup_steps')} must be below {length}. Use --schedule.warmup_steps {plan.steps - 1} or less."
+            f"{describe(settings, 'schedule.warmup_steps')} must be below {length}. "
+            f"Use --schedule.warmup_steps {plan.steps - 1}{' or less' if plan.steps > 1 else ''}."
         )
     return complaints
 

@@ -109,6 +109,7 @@ def compare_ranks(settings: RunSettings, arguments: Sequence[str]) -> int:
 
 def _open_data_and_folder(settings: RunSettings, merged_json: dict) -> tuple[RunData, run_folder.Start]:
     """Open the run's data and inspect its folder. Raises UserError if one of them is not as it must be, or they do not fit together."""
+    run_folder.refuse_missing_data(settings)
     data = open_data(settings)
     start = run_folder.inspect(settings, data.fingerprint, merged_json)
     refuse_too_many_epochs(settings.data.max_epochs, data.sampling, start.plan)

@@ -12,10 +12,12 @@ import pytest
 from data.command_line import UserError
 from data.preparation.driver import prepare
 from data.preparation.settings import PrepareSettings
+from data.sampling.sources import open_folders
 from data.tokenization.loading import load_tokenizer
 from launch import pretrain
 from launch.checkpoints.opening import load_model
 from launch.evaluation import evaluating
+from launch.evaluation.evaluation_sets import window_sets
 from launch.evaluation.settings import EvaluateSettings
 from model.config import ModelConfig
 from model.huggingface import SpecialTokens, export
@@ -217,6 +219,12 @@ def test_weights_of_another_tokenizer_are_refused(bert, tmp_path):
         match=r"prepared was tokenized with \S+/tokenizer\.model, which gives other ids than \S+/bert/tokenizer\.model, the tokenizer of",
     ):
         pretrain.main(words)
+
+
+def test_windows_over_pairs_are_refused(pairs):
+    """The loss of a causal model would count both texts of a pair."""
+    with pytest.raises(UserError, match=r"holds pairs of texts \(--pair_field\); data.objective causal learns single texts"):
+        window_sets(ModelConfig(), open_folders([str(pairs)]), "validation", 1, 16, 16)
 
 
 def test_another_start_token_than_that_of_init_is_refused(pairs, tmp_path):

@@ -271,6 +271,13 @@ def test_another_spelling_of_a_recorded_path_is_no_change(run, tmp_path, monkeyp
         *(str(tmp_path / one) for one in ("base", "teacher")),
         (str(tmp_path / "old"),),
     )
+    (tmp_path / "old").rename(tmp_path / "away")
+    with pytest.raises(UserError) as refused:
+        run_folder.refuse_missing_data(run.settings)
+    places = f"{tmp_path}/old, old"
+    assert str(refused.value) == (
+        f"The data that {run.output} was trained on is at none of the recorded places: {places}. Give it with --data."
+    )
     run.settings = found
     assert run.start().notes == ()
 
