@@ -30,17 +30,16 @@ class Table:
         self._fields = fields
         self._file = _uncompressed(path)
         self._parquet = fields.format_of(path) == "parquet"
-        self._num_blocks: int | None
         if self._parquet:
             self._table = pyarrow.parquet.ParquetFile(self._file, page_checksum_verification=True)
-            self.schema, self._num_blocks = self._table.schema_arrow, self._table.metadata.num_row_groups
+            self.columns: list[str] = self._table.schema_arrow.names
             return
         self._source = self._file if is_compressed(path) else pyarrow.memory_map(str(path))
         is_file = self._source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
         self._source.seek(0)
         self._table = pyarrow.ipc.open_file(self._source) if is_file else pyarrow.ipc.open_stream(self._source)
-        self._num_blocks = self._table.num_record_batches if is_file else None  # unknown for a stream until it is read
-        self.schema = self._table.schema
+        self._num_blocks: int | None = self._table.num_record_batches if is_file else None  # unknown for a stream until it is read
+        self.columns = self._table.schema.names
 
     def block_bytes(self) -> list[int]:
         """Return the bytes that each block needs in memory."""

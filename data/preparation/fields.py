@@ -148,8 +148,11 @@ def _repeated_field(line: bytes, fields: Fields) -> Problem | None:
 
 
 def check_columns(columns: Sequence[str], fields: Fields) -> Problem | None:
-    """Return the problem of a table that has a column to read more than once, or None."""
+    """Return the problem of a file whose columns do not contain each field to read exactly once, or None."""
     for name in fields.names:
+        if name not in columns:
+            message = f'it has no column "{name}".{nearest(name, columns)}'
+            return Problem("missing field", message, ends_file=True, option=fields.option_of(name))
         numbers = [str(number) for number, column in enumerate(columns, start=1) if column == name]
         if len(numbers) > 1:
             return Problem("repeated field", f'columns {" and ".join(numbers)} have the same name, "{name}"', ends_file=True)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
-from data.command_line import UserError, nearest
+from data.command_line import UserError
 from data.preparation.columnar import Table
 from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed, open_decompressed
 from data.preparation.fields import Fields, Problem, Record, TokenRecord, check_columns, damaged, decode_text, read_json, read_row
@@ -89,7 +89,7 @@ class PartReader:
                 yield position, read_json(line, fields)
         elif format == "tsv":
             columns = fields.columns or _first_line(path)
-            if problem := check_columns(columns, fields):
+            if any(columns) and (problem := check_columns(columns, fields)):  # an empty file has no column and no record
                 self.at_end = True
                 yield from [(0, problem)] if start == 0 else []
                 return
@@ -199,11 +199,7 @@ class PartReader:
                 yield 0, damaged(error, ends_file=True)
             return
         with table:
-            columns = table.schema.names
-            problem = check_columns(columns, self.fields)
-            if missing := [name for name in self.fields.names if name not in columns]:
-                message = f'it has no column "{missing[0]}".{nearest(missing[0], columns)}'
-                problem = Problem("missing field", message, ends_file=True, option=self.fields.option_of(missing[0]))
+            problem = check_columns(table.columns, self.fields)
             if problem is None:
                 yield from table.rows(start, end)
             elif start == 0:

@@ -264,6 +264,67 @@ def test_damaged_row_group_is_one_problem(tmp_path):
     assert records(path, cuts=[1, 3, 4, 6]) == found
 
 
+def arrow_bytes(column, new=pyarrow.ipc.new_stream, rows_in_a_batch=3):
+    buffer = io.BytesIO()
+    table = pyarrow.table({"text": column})
+    with new(buffer, table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=rows_in_a_batch):
+            writer.write_batch(batch)
+    return buffer.getvalue()
+
+
+def test_arrow_stream_must_end_with_its_marker_and_nothing_after(tmp_path):
+    path = tmp_path / "a.arrow"
+    whole = arrow_bytes(TEXTS)
+    for content, message in ((whole[:-8], "without its end-of-stream marker"), (whole + whole, "other bytes follow")):
+        path.write_bytes(content)
+        *good, (_, problem) = records(path)
+        assert [record[0] for _, record in good] == TEXTS and message in problem.message and problem.ends_file
+        assert [record for _, record in records(path, cuts=[1, 2])] == [record for _, record in [*good, (0, problem)]]
+
+
+def test_arrow_footer_that_does_not_list_a_batch_is_a_problem(tmp_path):
+    path = tmp_path / "a.arrow"
+    whole = arrow_bytes(TEXTS, pyarrow.ipc.new_file)
+    footer = len(whole) - 10 - int.from_bytes(whole[-10:-6], "little")
+    for place in range(footer, len(whole) - 10, 4):
+        if whole[place : place + 4] == b"\3\0\0\0":  # the number of batches, among others
+            path.write_bytes(whole[:place] + b"\2" + whole[place + 1 :])
+            if len(texts(path)) == 6:
+                break
+    assert texts(path) == TEXTS[:6]
+    ((_, problem),) = [found for found in records(path, cuts=[1]) if isinstance(found[1], Problem)]
+    assert "its footer lists 2 record batches, but it has at least 3" in problem.message
+
+
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_damaged_lengths_and_indices_in_arrow_are_one_problem(tmp_path, new):
+    path = tmp_path / "a.arrow"
+    offsets, content = pyarrow.py_buffer(np.array([0, 2**30, 3], "<i4")), pyarrow.py_buffer(b"abc")
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, content])
+    dictionary = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 10**6]), pyarrow.array(["a"]), safe=False)
+    for column in (text, dictionary):
+        path.write_bytes(arrow_bytes(column, new))
+        assert reasons(path) == ["cut off or damaged"] and texts(path) == []
+
+
+def test_missing_rows_of_a_parquet_page_are_a_problem(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c", "d", "e"] * 2}), path, 5, compression="none", use_dictionary=False)
+    whole = path.read_bytes()
+    place = whole.index(b"\x2c\x15\x0a") + 2  # the header of the first data page: 5 values (Thrift's compact protocol)
+    path.write_bytes(whole[:place] + b"\x06" + whole[place + 1 :])
+    ((row, problem),) = [found for found in records(path) if isinstance(found[1], Problem)]
+    assert row == 3 and "2 rows of row group 0 are missing" in problem.message
+    assert texts(path) == [*"abc", *"abcde"]
+
+
+@pytest.mark.parametrize("name, content", [("a.csv", b"id,textX0,abc\n"), ("a.tsv", b"id\ttextX0\tabc\n")])
+def test_header_without_the_field_is_a_problem_even_without_rows(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert reasons(tmp_path / name) == ["missing field"]
+
+
 def test_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,n\none,1\n")
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
