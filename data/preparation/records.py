@@ -88,6 +88,7 @@ class PartReader:
             for position, line in self._records_of_part(path, start, end, self._non_empty_lines):
                 yield position, read_json(line, fields)
         elif format == "tsv":
+            check_file(path, format)
             columns = fields.columns or _first_line(path)
             if any(columns) and (problem := check_columns(columns, fields)):  # an empty file has no column and no record
                 self.at_end = True
