@@ -109,8 +109,9 @@ class LayerStore(Mapping[str, "Tensor | Quantized"]):
         self._grids |= {name: Grid(**grid) for name, grid in grids.items()}
 
     def read_report(self, number: int) -> dict[str, Any]:
-        """Return the report of a layer."""
-        return self._read_json(_layer(number))["told"]
+        """Return the report of a layer. Raises UserError if it cannot be read."""
+        with self._reading():
+            return self._read_json(_layer(number))["told"]
 
     def read_result(self, name: str) -> Any:
         """Return the result stored under a name, or None."""
@@ -136,8 +137,18 @@ class LayerStore(Mapping[str, "Tensor | Quantized"]):
     def _write_json(self, name: str, contents: Any) -> None:
         write_file(self._path(name), json.dumps(contents, indent=1))
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise UserError if a finished layer cannot be read, for example because the folder was removed."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self.folder} was removed or changed while it was used: a finished layer cannot be read ({error}). Start again."
+            ) from error
+
     def __getitem__(self, name: str) -> "Tensor | Quantized":
-        with safe_open(self._files[name], framework="pt") as file:
+        with self._reading(), safe_open(self._files[name], framework="pt") as file:
             if name not in self._grids:
                 return file.get_tensor(name)
             stored = set(file.keys())

@@ -14,7 +14,7 @@ from data.sampling.batch_plan import BatchPlan
 from data.sampling.batches import Batch
 from launch.checkpoints import checkpoint
 from launch.evaluation.score import Score, bits_per_byte, perplexity
-from launch.ranks.collectives import CollectedError
+from launch.ranks.collectives import CollectedError, RanksMissing
 from launch.ranks.stopping import StopRequest
 from launch.training.disk_watch import DiskWatch
 from launch.training.engine import Engine, StepReport
@@ -145,10 +145,15 @@ def _train_step(run: Run, step: int) -> StepReport:
 
 @contextlib.contextmanager
 def _reading(run: Run) -> Iterator[None]:
-    """Name the rank and the newest checkpoint in the error of a file of the data, which only this rank may see."""
+    """Name the rank and the newest checkpoint in the error of a file of the data, which only this rank may see.
+
+    Raises RankError for a file that has other contents, and RanksMissing if the disk failed: then the next start may succeed.
+    """
     try:
         yield
     except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise RanksMissing(f"{run.engine.process}: {error}") from error
         raise RankError(f"{run.engine.process}: {error} {checkpoint.describe_newest(run.checkpoints)}") from error
 
 

@@ -1,5 +1,8 @@
 """Arrays in files: the values of numpy, and an error that names the file if it is truncated while it is read."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -44,3 +47,17 @@ def test_file_that_is_truncated_after_it_was_opened_is_named(tmp_path):
     assert array[:10].tolist() == [0] * 10
     with pytest.raises(UserError, match=r"values was truncated while it was read: it is 80 bytes long; 88 are needed\."):
         array[10]
+
+
+def test_disk_that_fails_is_told_from_a_file_with_other_contents(tmp_path, monkeypatch):
+    """A run whose disk failed may succeed at its next start, so the cause must be known."""
+    (tmp_path / "values").write_bytes(bytes(80))
+    array = FileArray(tmp_path / "values", "<i8")
+
+    def failing(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(UserError, match="values cannot be read: Input/output error") as caught:
+        array[0]
+    assert isinstance(caught.value.__cause__, OSError)
