@@ -148,11 +148,8 @@ def _repeated_field(line: bytes, fields: Fields) -> Problem | None:
 
 
 def check_columns(columns: Sequence[str], fields: Fields) -> Problem | None:
-    """Return the problem of a file whose columns do not contain each field to read exactly once, or None."""
+    """Return the problem of a table that has a column to read more than once, or None."""
     for name in fields.names:
-        if name not in columns:
-            message = f'it has no column "{name}".{nearest(name, columns)}'
-            return Problem("missing field", message, ends_file=True, option=fields.option_of(name))
         numbers = [str(number) for number, column in enumerate(columns, start=1) if column == name]
         if len(numbers) > 1:
             return Problem("repeated field", f'columns {" and ".join(numbers)} have the same name, "{name}"', ends_file=True)
@@ -199,6 +196,13 @@ def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequen
             message = f"{found.message} If the first line of the file is a record, name the columns with --columns." * (not fields.columns)
         return dataclasses.replace(found, message=message or found.message)
     return found
+
+
+def check_header(columns: Sequence[str], fields: Fields) -> Problem | None:
+    """Return the problem of a first line that does not name each column to read exactly once, or None."""
+    found = check_columns(columns, fields) or read_row(list, columns, columns, b"", fields)
+    is_problem = isinstance(found, Problem) and found.reason in ("repeated field", "missing field")
+    return dataclasses.replace(found, ends_file=True) if is_problem else None
 
 
 def decode_text(data: bytes) -> TextRecord:

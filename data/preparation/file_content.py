@@ -43,11 +43,7 @@ class OtherContent(ValueError):
 def check_file(path: Path, format: str) -> None:
     """Raise OtherContent if the content of a file is not of this format, as far as its first bytes show."""
     _check_compression(path)
-    try:
-        with open_decompressed(path) as stream:
-            head = stream.read1(_HEAD_BYTES)  # type: ignore[attr-defined]  # read() would fail if the file is cut off after fewer bytes
-    except (*READ_ERRORS, MemoryError):  # reported with its place when the file is read
-        return
+    head = _first_bytes(path)
     for pattern, kind in _KINDS:
         if pattern != _TABLES.get(format) and re.match(pattern, head, re.DOTALL):
             raise OtherContent(f"it is read as {format}, but its content is {kind}")
@@ -60,6 +56,18 @@ def check_file(path: Path, format: str) -> None:
             jq, "the whole file is one JSON object"
         )
         raise OtherContent(f"{kind}; each line must be a JSON object. Convert it ({_conversion(path, jq)})")
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Return the first bytes of a file, decompressed; fewer if it is damaged, which is reported with its place when the file is read."""
+    head = b""
+    try:
+        with open_decompressed(path) as stream:
+            while piece := stream.read1(_HEAD_BYTES - len(head)):  # type: ignore[attr-defined]  # read() loses what is before the damage
+                head += piece
+    except (*READ_ERRORS, MemoryError):
+        pass
+    return head
 
 
 def _check_compression(path: Path) -> None:

@@ -13,10 +13,21 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
-from data.command_line import UserError
+from data.command_line import UserError, nearest
 from data.preparation.columnar import Table
 from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed, open_decompressed
-from data.preparation.fields import Fields, Problem, Record, TokenRecord, check_columns, damaged, decode_text, read_json, read_row
+from data.preparation.fields import (
+    Fields,
+    Problem,
+    Record,
+    TokenRecord,
+    check_columns,
+    check_header,
+    damaged,
+    decode_text,
+    read_json,
+    read_row,
+)
 from data.preparation.file_content import OtherContent, check_file
 from data.shards import Shard
 
@@ -90,7 +101,7 @@ class PartReader:
         elif format == "tsv":
             check_file(path, format)
             columns = fields.columns or _first_line(path)
-            if any(columns) and (problem := check_columns(columns, fields)):  # an empty file has no column and no record
+            if any(columns) and (problem := check_header(columns, fields)):  # an empty file has no column and no record
                 self.at_end = True
                 yield from [(0, problem)] if start == 0 else []
                 return
@@ -183,7 +194,7 @@ class PartReader:
                 return
             if not columns:
                 columns = row
-                if problem := check_columns(columns, self.fields):
+                if problem := check_header(columns, self.fields):
                     yield position, position, (line, problem, columns)
                     return
             elif not line.isspace():
@@ -201,6 +212,9 @@ class PartReader:
             return
         with table:
             problem = check_columns(table.columns, self.fields)
+            if missing := [name for name in self.fields.names if name not in table.columns]:
+                message = f'it has no column "{missing[0]}".{nearest(missing[0], table.columns)}'
+                problem = Problem("missing field", message, ends_file=True, option=self.fields.option_of(missing[0]))
             if problem is None:
                 yield from table.rows(start, end)
             elif start == 0:

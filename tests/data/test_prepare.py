@@ -270,7 +270,7 @@ def test_file_of_another_format_is_refused_before_a_folder_is_made(make, tmp_pat
 
 def test_error_explains_why_there_is_no_text_to_train_a_tokenizer(make, tmp_path):
     (tmp_path / "a.tsv").write_text("abstract\tone\ttwo\nmore\tone\ttwo\n")
-    with pytest.raises(UserError, match=r'contains no text to train a tokenizer on\. .*a\.tsv: it has no column "text"'):
+    with pytest.raises(UserError, match=r'contains no text to train a tokenizer on\. .*a\.tsv: it has no field "text"'):
         make(tokenizer=None, input=(str(tmp_path / "a.tsv"),))
 
 
