@@ -6,11 +6,13 @@ scale. The `gguf` package maps the tensor names of Hugging Face to those of the 
 
 import dataclasses
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -37,9 +39,11 @@ _FILE_TYPES = {
 }
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3, "gpt2": gguf.MODEL_ARCH.GPT2}
 _ROTARY_FACTORS = "rope_freqs.weight"
+_LENGTH = struct.Struct("<Q")  # before each text
 _MAX_TOKENS = 512  # longest compared sequence
-# Keys of config.json that transformers does not read from a GGUF file; verification sets them.
-_NOT_READ = ("head_dim", "rope_parameters", "attention_bias", "mlp_bias", "n_positions", "n_inner", "activation_function")
+# Keys of config.json that transformers does not read from a GGUF file; verification sets them. For gpt2 it counts the tokens, which
+# verification skips.
+_NOT_READ = ("vocab_size", "head_dim", "rope_parameters", "attention_bias", "mlp_bias", "n_positions", "n_inner", "activation_function")
 
 
 def architecture(config: ModelConfig) -> str:
@@ -124,6 +128,26 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
         writer.close()
 
 
+class _Reader(gguf.GGUFReader):
+    """The tensors and single values of a file; lists are skipped.
+
+    The package would make an array of each token and each merge of the tokenizer, 30 seconds for a vocabulary of 128,256 ids.
+    """
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list[gguf.GGUFValueType]]:
+        """Return the size of a value, and nothing of its content if it is a list."""
+        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order == "S":  # S: of a machine with the other byte order
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, length = struct.unpack_from("<IQ", self.data, orig_offs)
+        end = orig_offs + 12
+        if kind == gguf.GGUFValueType.STRING:
+            for _ in range(length):
+                end += 8 + _LENGTH.unpack_from(self.data, end)[0]
+        else:
+            end += length * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+        return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
+
+
 class GGUFState(Mapping[str, Tensor]):
     """The weights of a GGUF file by our names, in float32; each is read and dequantized when it is accessed.
 
@@ -133,7 +157,7 @@ class GGUFState(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, config: ModelConfig):
         stored = _tensors(config, "f32")
-        self._read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name != _ROTARY_FACTORS}
+        self._read = {tensor.name: tensor for tensor in _Reader(path).tensors if tensor.name != _ROTARY_FACTORS}
         self._entries = {ours: (tensor, index) for tensor in stored for index, ours in enumerate(tensor.source.ours)}
         if wrong := sorted(set(self._read) ^ {tensor.name for tensor in stored}):
             raise ValueError(f"{path} has missing or unknown tensors: {', '.join(wrong[:8])}.")
@@ -163,7 +187,7 @@ def indivisible(config: ModelConfig, multiple: int) -> list[str]:
 
 def types(path: Path) -> Counter[str]:
     """Return the number of tensors of each type in a file."""
-    return Counter(tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors)
+    return Counter(tensor.tensor_type.name.lower() for tensor in _Reader(path).tensors)
 
 
 def verify(path: Path, config: ModelConfig, tolerance: float = 1e-4) -> float:
@@ -198,7 +222,8 @@ def _logits_by_transformers(path: Path, config: ModelConfig, tokens: Tensor) -> 
 
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     loader: Any = transformers.AutoModelForCausalLM
-    with hide_progress_bars():
+    # transformers would read the file with the package's reader, twice, and only for the tokenizer's lists, which it does not need here.
+    with hide_progress_bars(), mock.patch.object(gguf, "GGUFReader", _Reader):
         their_config = transformers.AutoConfig.from_pretrained(path.parent, **source)
         for key, value in huggingface.to_huggingface(config).items():
             if key in _NOT_READ:

@@ -46,6 +46,23 @@ def written(tiny, network, tmp_path):
     return write
 
 
+def test_lists_of_the_tokenizer_are_skipped(tiny, network, tmp_path, monkeypatch):
+    config, path = tiny(), tmp_path / "model.gguf"
+    state = {name: weight.detach() for name, weight in network(config).named_parameters()}
+    lists = {
+        "tokens": [f"é{number}" for number in range(5000)],
+        "scores": 5000 * [0.5],
+        "token_type": 5000 * [1],
+        "flags": [True, False, True],
+    }
+    gguf_file.write(config, state, TOKENIZER | {f"tokenizer.ggml.{name}": values for name, values in lists.items()}, path, "f32")
+    num_read, read = [], gguf.GGUFReader._get
+    monkeypatch.setattr(gguf.GGUFReader, "_get", lambda *arguments, **options: (num_read.append(1), read(*arguments, **options))[1])
+    assert gguf_file.verify(path, config) < 1e-5 and gguf_file.types(path).total() > 10
+    assert 0 < len(num_read) < 3000
+    assert all(torch.equal(weight, state[name]) for name, weight in gguf_file.GGUFState(path, config).items())
+
+
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
 def test_transformers_gives_our_logits_and_all_weights_are_read_back(written, options):
     config, state, path = written("f32", **options)
