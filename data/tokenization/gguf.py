@@ -1,6 +1,8 @@
 """A tokenizer as metadata of a GGUF file, from which llama.cpp builds a tokenizer with the same ids as ours."""
 
 import json
+from collections.abc import Callable
+from unicodedata import is_normalized
 
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
@@ -11,7 +13,7 @@ from data.tokenization.conversion import convert
 from data.tokenization.huggingface_files import padding
 from data.tokenization.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
-from data.tokenization.sentencepiece_tokenizer import PIECE, SentencePieceTokenizer, read_model
+from data.tokenization.sentencepiece_tokenizer import PIECE, SPACE, SentencePieceTokenizer, read_model
 from data.tokenization.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF's token types, equal to SentencePiece's
@@ -35,15 +37,36 @@ _PATTERNS = {
     ),
 }
 
+# Names by which llama.cpp takes a token for a special token, whatever its type in the file (its src/llama-vocab.cpp).
+_CONTROL_BY_NAME = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
+    *(
+        "<end_of_utterance>",
+        "<|eom_id|>",
+        "<|return|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "</s>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+    ),
+    *(f"<|fim_{part}|>" for part in ("prefix", "suffix", "middle", "pad", "repo")),
+    *(f"<fim{sign}{part}>" for sign in "-_" for part in ("prefix", "suffix", "middle", "pad", "repo")),
+    *(f"<|{code}{part}|>" for code in ("", "code_") for part in ("prefix", "suffix", "middle")),
+    *("<PRE>", "<SUF>", "<MID>", "<PAD>", "[PAD]", "<REPO>", "<|repo_name|>", "<reponame>", "<|file_sep|>"),
+}
+
 
 def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str | bool | int | list]:
     """Return the file's metadata of a tokenizer, by key. Ids below `vocab_size` that the tokenizer lacks become unused tokens.
 
     Supported are SentencePiece's bpe with bytes for unknown characters, and byte-level BPE from a tokenizer.json or a tiktoken
-    vocabulary whose pattern llama.cpp supports: the pattern with which Hugging Face's library gives our ids for texts of many kinds.
-    Anything else raises UserError. The begin-of-text token is put before a text if the tokenizer does so; a tokenizer without one names
-    its end of text there. End of text ends generation, unless a published tokenizer names other tokens for that. Its chat templates go
-    along. llama.cpp reads the character U+2581 in a text as a space, because SentencePiece writes a space so.
+    vocabulary whose pattern llama.cpp supports: the pattern with which Hugging Face's library gives our ids for texts of many kinds,
+    except those of `texts_with_other_ids`. Anything else raises UserError. The begin-of-text token is put before a text if the tokenizer
+    does so; a tokenizer without one names its end of text there. End of text ends generation, unless a published tokenizer names other
+    tokens for that. Its chat templates go along.
     """
     entries = _sentencepiece_entries(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _byte_level_entries(tokenizer)
     tokens, kinds = entries["tokens"], entries["token_type"]
@@ -90,6 +113,32 @@ def _chat_templates(tokenizer: Tokenizer) -> dict[str, str | list]:
     return entries | ({"tokenizer.chat_templates": list(others)} if others else {})
 
 
+def texts_with_other_ids(tokenizer: Tokenizer) -> dict[str, Callable[[str], bool]]:
+    """Return the kinds of texts to which llama.cpp gives other ids than the tokenizer: in words, with a function that recognises them."""
+    kinds: dict[str, Callable[[str], bool]] = {}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        # SentencePiece writes a space so; llama.cpp reads it back as one.
+        kinds["text that contains the character U+2581"] = lambda text: SPACE in text
+        model = read_model(tokenizer.path)
+        kept = [piece.piece.replace(SPACE, " ") for piece in model.pieces if piece.type == PIECE.USER_DEFINED]
+        if kept and model.normalizer_spec.add_dummy_prefix:  # llama.cpp puts the space before each part between them
+            kinds[f"text that contains a user-defined piece ({_some(kept)})"] = lambda text: any(piece in text for piece in kept)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        if tokenizer.normalizers == {"NFC"}:
+            unnormalised = "text that is not in Unicode's form NFC, because llama.cpp does not normalise text"
+            kinds[unnormalised] = lambda text: not is_normalized("NFC", text)
+        added = json.loads(tokenizer.file_bytes())["added_tokens"]
+        if control := [token["content"] for token in added if not token["special"] and token["content"] in _CONTROL_BY_NAME]:
+            kinds[f"text that contains {_some(control)}, which llama.cpp takes for special tokens"] = lambda text: any(
+                name in text for name in control
+            )
+    return kinds
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _sentencepiece_entries(tokenizer: SentencePieceTokenizer) -> dict:
     """Return the metadata of a SentencePiece bpe model."""
     model = read_model(tokenizer.path)
@@ -132,13 +181,15 @@ def _byte_level_entries(tokenizer: Tokenizer) -> dict:
             f"{tokenizer.path} cannot be written as GGUF: it is {model['type']}, not byte-level BPE. "
             "For a SentencePiece model, give the tokenizer.model itself."
         )
+    if others := sorted(tokenizer.normalizers - {"NFC"}) if isinstance(tokenizer, HuggingFaceTokenizer) else []:
+        raise UserError(f"{tokenizer.path} cannot be written as GGUF: it normalises text ({', '.join(others)}), which llama.cpp does not.")
     if any(" " in token for token in model["vocab"]):
         raise UserError(f"{tokenizer.path} cannot be written as GGUF: it has tokens that contain a space.")
     names = {number: name for name, number in model["vocab"].items()} | {number: token["content"] for number, token in added.items()}
     kind = lambda number: _NORMAL if number not in added else _CONTROL if added[number]["special"] else _USER_DEFINED  # noqa: E731
     return {
         "model": "gpt2",
-        "pre": _pattern(tokenizer, model["vocab"], merges, list(added.values())),
+        "pre": _pattern(tokenizer, contents, merges),
         "tokens": [names.get(number, f"[PAD{number}]") for number in range(tokenizer.vocab_size)],
         "token_type": [kind(number) if number in names else _UNUSED for number in range(tokenizer.vocab_size)],
         "merges": [" ".join(merge) for merge in merges],
@@ -150,11 +201,18 @@ def _is_byte_level(vocabulary: dict[str, int]) -> bool:
     return set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary)
 
 
-def _pattern(tokenizer: Tokenizer, vocabulary: dict[str, int], merges: list[tuple[str, str]], added: list[dict]) -> str:
-    """Return llama.cpp's name of a pattern with which texts of many kinds have our ids. Raises UserError if there is none."""
-    texts = list(texts_of_many_kinds(tokenizer))
+def _pattern(tokenizer: Tokenizer, contents: dict, merges: list[tuple[str, str]]) -> str:
+    """Return llama.cpp's name of a pattern with which texts of many kinds have our ids. Raises UserError if there is none.
+
+    `contents` is the tokenizer.json. A pattern that it contains is tried first: others may differ only on rare texts.
+    """
+    own_steps, added = json.dumps(contents["pre_tokenizer"]), contents["added_tokens"]
+    differing = texts_with_other_ids(tokenizer).values()
+    texts = [text for text in texts_of_many_kinds(tokenizer) if not any(differs(text) for differs in differing)]
+    # Added tokens are in the vocabulary from the start, so that they keep their ids.
+    vocabulary = contents["model"]["vocab"] | {token["content"]: token["id"] for token in added}
     ours = [tokenizer.encode(text) for text in texts]
-    for name, (pattern, ignores_merges) in _PATTERNS.items():
+    for name, (pattern, ignores_merges) in sorted(_PATTERNS.items(), key=lambda item: json.dumps(item[1][0]) not in own_steps):
         theirs = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignores_merges))
         theirs.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

@@ -8,7 +8,7 @@ import torch
 
 from data.command_line import UserError
 from data.files import new_file, new_folder
-from data.tokenization.gguf import gguf_tokenizer
+from data.tokenization.gguf import gguf_tokenizer, texts_with_other_ids
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
 from data.tokenization.tokenizer import Tokenizer
@@ -72,6 +72,8 @@ def _write_gguf(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokeni
     opened.compare_with_transformers()
     tokenizer = _sentencepiece_original(tokenizer)
     entries = gguf_tokenizer(tokenizer, config.vocab_size)
+    for kind_of_text in texts_with_other_ids(tokenizer):
+        print(f"llama.cpp gives other ids than this project to {kind_of_text}.")
     with new_file(output) as unfinished:
         if kind in llama_engine.K_QUANTS:
             floats = unfinished.parent / "f16" / output.name

@@ -8,12 +8,13 @@ import pytest
 import tokenizers
 
 from data.command_line import UserError
-from data.tokenization.gguf import gguf_tokenizer
+from data.tokenization.gguf import gguf_tokenizer, texts_with_other_ids
 from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
 from data.tokenization.tiktoken_tokenizer import published_pattern
-from tests.data.tokenization.vocabularies import SPECIAL_TOKENS, learnt_byte_level, rank_file
+from tests.data.tokenization.test_huggingface_files import sentencepiece_file
+from tests.data.tokenization.vocabularies import QWEN3_ADDED, QWEN3_SPECIAL, SPECIAL_TOKENS, as_qwen3, learnt_byte_level, rank_file
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000]
 
@@ -73,6 +74,40 @@ def test_pattern_of_words_is_named_or_refused(tmp_path, pattern, name):
     else:
         entries = entries_of(path)
         assert entries["pre"] == name and entries["tokens"][load_tokenizer(path).end_of_text] == "<|endoftext|>"
+
+
+def test_qwen3s_added_tokens_keep_their_ids_and_its_pattern_is_qwen2(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    as_qwen3(learnt_byte_level([TEXT], [])).save(str(path))
+    ours, entries = load_tokenizer(path), entries_of(path)
+    assert entries["pre"] == "qwen2"
+    kinds = {name: gguf.TokenType(kind) for name, kind in zip(entries["tokens"], entries["token_type"], strict=True)}
+    assert {kinds[name] for name in QWEN3_SPECIAL} == {gguf.TokenType.CONTROL}
+    assert {kinds[name] for name in QWEN3_ADDED} == {gguf.TokenType.USER_DEFINED}
+    assert ours.encode("a<think>") == [*ours.encode("a"), entries["tokens"].index("<think>")]
+    (form, is_other_form), (names, has_name) = texts_with_other_ids(ours).items()
+    assert "not in Unicode's form NFC" in form and is_other_form("e\u0301") and not is_other_form("\u00e9")
+    assert "<|fim_prefix|>" in names and has_name("a<|fim_pad|>") and not has_name("<think></tool_call>")
+
+
+@pytest.mark.parametrize("normalizer", [tokenizers.normalizers.Lowercase(), tokenizers.normalizers.NFKC()])
+def test_normalizer_that_llama_cpp_lacks_is_named(tmp_path, normalizer):
+    path = tmp_path / "tokenizer.json"
+    model = learnt_byte_level([TEXT], SPECIAL_TOKENS)
+    model.normalizer = normalizer
+    model.save(str(path))
+    with pytest.raises(UserError, match=rf"it normalises text \({type(normalizer).__name__}\), which llama.cpp does not"):
+        entries_of(path)
+
+
+def test_user_defined_pieces_are_a_known_difference_after_a_prefix(tmp_path):
+    for prefix in (True, False):
+        path = sentencepiece_file(tmp_path / "own.model", user_defined_symbols=["[REF]"], add_dummy_prefix=prefix)
+        kinds = texts_with_other_ids(load_tokenizer(path))
+        assert [kind for kind, differs in kinds.items() if differs("a[REF]b")] == prefix * [
+            "text that contains a user-defined piece ([REF])"
+        ]
+        assert gguf.TokenType.USER_DEFINED in entries_of(path)["token_type"]
 
 
 def test_unsupported_kind_of_tokenizer_is_refused(tmp_path):

@@ -19,7 +19,8 @@ from model import huggingface
 from model.compression import gguf_file
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.data.tokenization.vocabularies import SPECIAL_TOKENS, learnt_byte_level, rank_file
+from tests.data.tokenization.test_huggingface_files import sentencepiece_file
+from tests.data.tokenization.vocabularies import SPECIAL_TOKENS, as_qwen3, learnt_byte_level, rank_file
 from tests.model.both_sides import GPT2
 
 pytestmark = pytest.mark.slow
@@ -77,15 +78,13 @@ def test_llama_cpp_and_our_network_give_the_same_logits(options, tokenizer_path,
         assert (theirs - ours).norm() < tolerance * ours.norm(), kind
 
 
-def byte_level(path: Path) -> None:
-    learnt_byte_level([TEXT], SPECIAL_TOKENS).save(str(path))
-
-
 TOKENIZERS = {
-    "tokenizer.model": lambda path: train_sentencepiece([TEXT], path, vocab_size=600),
-    "tokenizer.json": byte_level,
-    "llama3.tiktoken": lambda path: rank_file(path, [TEXT], LLAMA3),
-    "o200k.tiktoken": lambda path: rank_file(path, [TEXT], published_pattern("o200k_base")),
+    "sentencepiece": ("tokenizer.model", lambda path: train_sentencepiece([TEXT], path, vocab_size=600)),
+    "user-defined pieces": ("tokenizer.model", lambda path: sentencepiece_file(path, user_defined_symbols=["[REF]", "[/REF]"])),
+    "byte-level": ("tokenizer.json", lambda path: learnt_byte_level([TEXT], SPECIAL_TOKENS).save(str(path))),
+    "qwen3": ("tokenizer.json", lambda path: as_qwen3(learnt_byte_level([TEXT], [])).save(str(path))),
+    "llama3": ("llama3.tiktoken", lambda path: rank_file(path, [TEXT], LLAMA3)),
+    "o200k": ("o200k.tiktoken", lambda path: rank_file(path, [TEXT], published_pattern("o200k_base"))),
 }
 
 
@@ -94,7 +93,8 @@ def test_export_checks_ids_and_perplexity_with_llama_cpp(name, tmp_path, capsys)
     folder = tmp_path / "model"
     config = ModelConfig(vocab_size=640, sequence_length=64, hidden_size=256, num_layers=2)
     huggingface.export(config, weights_of(config), folder)
-    TOKENIZERS[name](folder / name)
+    file, write = TOKENIZERS[name]
+    write(folder / file)
     for kind in ("f16", "q4_k_m"):
         assert export.main([str(folder), "--output", str(tmp_path / f"{kind}.gguf"), "--format", "gguf", "--type", kind]) == 0
         assert "llama.cpp gives the same ids" in capsys.readouterr().out
