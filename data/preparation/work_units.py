@@ -26,7 +26,7 @@ from data.preparation.filters import FilterSettings, reason_to_drop
 from data.preparation.records import PartReader
 from data.preparation.settings import OnError
 from data.tokenization.gigatoken_tokenizer import GigatokenTokenizer
-from data.tokenization.tokenizer import Tokenizer
+from data.tokenization.tokenizer import EncodingError, Tokenizer
 
 _BATCH_CHARACTERS = 1_000_000  # characters that are tokenized in one call
 _BATCH_DOCUMENTS = 4096
@@ -120,8 +120,9 @@ class UnitWorker:
             digests = []
             bytes_before = documents_before = 0
             for batch in _batches(self._documents(unit, rows, counts, files)):
-                digests += [document.digest for document in batch]
-                self._write(batch, counts, files)
+                for encoded in self._encoded(batch, counts, files):
+                    digests += [document.digest for document in encoded[0]]
+                    self._write(*encoded, counts, files)
                 self._add_done(counts.bytes - bytes_before, counts.documents - documents_before)
                 bytes_before, documents_before = counts.bytes, counts.documents
             files.write("digests", sorted_digests(np.frombuffer(b"".join(digests), DIGEST)).tobytes())
@@ -165,15 +166,32 @@ class UnitWorker:
             for position, record in self._reader.read(self.settings.corpus.files[span.file].path, span.start, span.end):
                 yield span.file, position, record
 
-    def _write(self, batch: list[_Document], counts: _Counts, files: "_UnitFiles") -> None:
-        texts_per_document = self.settings.texts_per_document
+    def _encoded(
+        self, batch: list[_Document], counts: _Counts, files: "_UnitFiles"
+    ) -> Iterator[tuple[list[_Document], NDArray, NDArray[np.int32]]]:
+        """Yield the documents of a batch with their tokens and lengths: all at once, or one by one if one of them cannot be tokenized."""
+        if batch[0].tokens is not None:
+            yield batch, *self._concatenate([document.tokens for document in batch if document.tokens is not None])
+            return
         texts = [text for document in batch for text in document.texts]
-        if batch[0].tokens is None:
-            tokens, lengths = self._tokenizer.encode_documents(texts, self._dtype)
+        try:
+            encoded = self._tokenizer.encode_documents(texts, self._dtype)
             if not counts.kept and self.settings.fast:
                 self._compare_with_reference(texts[0][:_CHECKED_CHARACTERS])
-        else:
-            tokens, lengths = self._concatenate([document.tokens for document in batch if document.tokens is not None])
+        except EncodingError as error:
+            if len(batch) == 1:
+                [document] = batch
+                problem = Problem("cannot be tokenized", f"it cannot be tokenized with {error.reason}", "\0".join(texts).encode())
+                self._handle_problem(document.source, document.position, problem, counts, files)
+                return
+            for document in batch:
+                yield from self._encoded([document], counts, files)
+            return
+        yield batch, *encoded
+
+    def _write(self, batch: list[_Document], tokens: NDArray, lengths: NDArray[np.int32], counts: _Counts, files: "_UnitFiles") -> None:
+        texts_per_document = self.settings.texts_per_document
+        texts = [text for document in batch for text in document.texts]
         records = np.zeros(len(batch), document_dtype(texts_per_document))
         records["lengths"] = lengths.reshape(len(batch), texts_per_document)
         records["bytes"] = np.array([len(text.encode()) for text in texts], np.uint64).reshape(len(batch), texts_per_document).sum(axis=1)

@@ -1,7 +1,6 @@
 """gigatoken as the fast path of another tokenizer, for which it gives the same ids."""
 
 import importlib.metadata
-import json
 import random
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from data.command_line import UserError
 from data.tokenization.conversion import convert
 from data.tokenization.huggingface_tokenizer import HuggingFaceTokenizer
+from data.tokenization.library_errors import is_library_error, library_errors_as
 from data.tokenization.probe_texts import texts_of_many_kinds
 from data.tokenization.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer, read_model
 from data.tokenization.tiktoken_tokenizer import TiktokenTokenizer, published_pattern
@@ -56,8 +56,7 @@ class GigatokenTokenizer(Tokenizer):
         self._is_special[list(self.special_tokens.values())] = True
         self._assigned: set[str] = set()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without end of text."""
+    def _encode_text(self, text: str) -> list[int]:
         return self._encode(text).tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -72,9 +71,14 @@ class GigatokenTokenizer(Tokenizer):
             if self._cached_characters > CACHED_CHARACTERS:
                 self._rebuild()
             self._cached_characters += len(text)
-            ids = self._fast.encode(text)
-            if not self._is_special[ids].any():
-                return ids
+            try:
+                ids = self._fast.encode(text)
+                if not self._is_special[ids].any():
+                    return ids
+            except BaseException as error:
+                if not is_library_error(error):
+                    raise
+                self._rebuild()  # the error may have left it half changed
         return np.array(self.reference.encode(text), dtype=np.uint32)
 
     def _has_same_ids(self, text: str) -> bool:
@@ -93,11 +97,8 @@ class GigatokenTokenizer(Tokenizer):
 
     def _rebuild(self) -> None:
         """Build gigatoken's tokenizer with an empty cache."""
-        try:
+        with library_errors_as(lambda reason: UserError(f"gigatoken cannot load {self.path}: {reason}.")):
             self._fast, self._cached_characters = self._load(), 0
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0].removesuffix(".")
-            raise UserError(f"gigatoken cannot load {self.path}: {reason}.") from error
 
 
 def _loader(reference: Tokenizer) -> Callable[[], gigatoken.Tokenizer]:
@@ -123,8 +124,7 @@ def _loader(reference: Tokenizer) -> Callable[[], gigatoken.Tokenizer]:
 def _normalizers(reference: Tokenizer) -> set[str]:
     """Return the names of the normalizers that a tokenizer applies to a text."""
     if isinstance(reference, HuggingFaceTokenizer):
-        normalizer = json.loads(reference.file_bytes()).get("normalizer") or {}
-        return {step["type"] for step in normalizer.get("normalizers", [normalizer]) if step}
+        return reference.normalizers
     if isinstance(reference, SentencePieceTokenizer):
         normalizer = read_model(reference.path).normalizer_spec
         return {normalizer.name or "by a table"} if normalizer.precompiled_charsmap else set()

@@ -1,11 +1,13 @@
 """The tokenizer of a Hugging Face tokenizer.json, or of GPT-2's vocab.json and merges.txt."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from data.command_line import UserError
+from data.tokenization.library_errors import library_errors_as
 from data.tokenization.tokenizer import KNOWN_ENDS, Tokenizer
 
 
@@ -16,11 +18,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: Path, end_of_text: str | None, threads: int = 1) -> None:
         self.path, self.settings, self._threads = path, {}, threads
-        try:
+        with library_errors_as(lambda reason: UserError(f"{path} is not a valid tokenizer.json: {reason}.")):
             self._text = path.read_text(encoding="utf-8") if path.name == "tokenizer.json" or not merges_of(path) else _join_pair(path)
             self._model = tokenizers.Tokenizer.from_str(self._text)
-        except Exception as error:  # the library raises no narrower type
-            raise UserError(f"{path} is not a valid tokenizer.json: {error}.") from error
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True  # encode the names of special tokens as text
@@ -29,12 +29,17 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_tokens = {token.content: number for number, token in self._model.get_added_tokens_decoder().items() if token.special}
         self._set_end(end_of_text or self._known_end(vocabulary), vocabulary)
 
+    @property
+    def normalizers(self) -> set[str]:
+        """Names of the normalizers that the tokenizer applies to a text."""
+        normalizer = json.loads(self._text).get("normalizer") or {}
+        return {step["type"] for step in normalizer.get("normalizers", [normalizer]) if step}
+
     def file_bytes(self) -> bytes:
         """Return the content of the tokenizer.json."""
         return self._text.encode()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without end of text."""
+    def _encode_text(self, text: str) -> list[int]:
         return self._encode_batch([text])[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -54,7 +59,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_each(self, texts: Sequence[str]) -> Iterable[list[int]]:
         if self._threads == 1:  # the library encodes the texts of a batch on as many threads as there are cores
-            return map(self.encode, texts)
+            return map(self._encode_text, texts)
         return (encoding.ids for encoding in self._encode_batch(list(texts)))
 
     def _texts_of_ids(self) -> list[str]:
@@ -66,10 +71,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [decode(["a", name, "a"])[1:-1] for name in names]  # a decoder may take a space from the ends of a text
 
     def _encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        try:
-            return self._model.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises no narrower type
-            raise UserError(f"{self.path} cannot encode every text: {error}.") from error
+        return self._model.encode_batch_fast(texts, add_special_tokens=False)
 
 
 def merges_of(vocabulary: Path) -> Path | None:

@@ -41,8 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         # A model that puts a space before every text, such as Llama's, would also put one after each character that is encoded as bytes.
         self._encodes_space = bool(self._space_ids) and self.decode(self._encode_space(f"a{SPACE}b")) == f"a{SPACE}b"
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without end of text."""
+    def _encode_text(self, text: str) -> list[int]:
         return self._encode_space(text) if self._encodes_space and SPACE in text else self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -55,9 +54,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode_each(self, texts: Sequence[str]) -> Iterable[list[int]]:
         if self._threads == 1:
-            return map(self.encode, texts)
+            return map(self._encode_text, texts)
         encoded = self._model.encode(list(texts), num_threads=self._threads)
-        return (self.encode(text) if SPACE in text else ids for text, ids in zip(texts, encoded, strict=True))
+        return (self._encode_text(text) if SPACE in text else ids for text, ids in zip(texts, encoded, strict=True))
 
     def _texts_of_ids(self) -> list[str]:
         pieces = [self._model.id_to_piece(token).replace(SPACE, " ") for token in range(self.vocab_size)]

@@ -14,8 +14,12 @@ from tiktoken_ext import openai_public
 from data.command_line import UserError
 from data.files import sha256_of
 from data.tokenization.configuration import CONFIGURATION, read_configuration
+from data.tokenization.library_errors import library_errors_as
 from data.tokenization.tokenizer import Tokenizer
 
+# The library splits with a backtracking engine whose stack has a million entries: one for each character of a run of white space, or two.
+_LONG_RUN_CHARACTERS = 400_000
+_LONG_RUN = re.compile(rf"(?<!\s)\s{{{_LONG_RUN_CHARACTERS},}}")  # the lookbehind makes a search linear
 _LONGEST_LINE = 1000  # of a tiktoken vocabulary that is looked at to tell what it is
 
 
@@ -37,10 +41,8 @@ class TiktokenTokenizer(Tokenizer):
             pattern, self.special_tokens = _definition_of_name(path, ranks)
         if duplicates := [token for token, number in self.special_tokens.items() if number in ranks.values()]:
             raise UserError(f"{path.with_name(CONFIGURATION)}: the id of {duplicates[0]} is also the id of a token in {path.name}.")
-        try:
+        with library_errors_as(lambda reason: UserError(f"{path} cannot be loaded: {reason}.")):
             self._model = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens)
-        except Exception as error:  # the library raises no narrower type
-            raise UserError(f"{path} cannot be loaded: {error}.") from error
         self.settings = {
             "pat_str": pattern,
             "added_tokens_decoder": {str(number): {"content": token, "special": True} for token, number in self.special_tokens.items()},
@@ -49,9 +51,9 @@ class TiktokenTokenizer(Tokenizer):
         self._bytes = {rank: token for token, rank in ranks.items()}
         self._set_end(end_of_text or self._known_end(self.special_tokens), self.special_tokens)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without end of text."""
-        return self._model.encode_ordinary(text)
+    def _encode_text(self, text: str) -> list[int]:
+        ids = self._encode_long_runs(text) if len(text) >= _LONG_RUN_CHARACTERS and _LONG_RUN.search(text) else None
+        return self._model.encode_ordinary(text) if ids is None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, without end of text."""
@@ -60,8 +62,23 @@ class TiktokenTokenizer(Tokenizer):
     def _texts_of_ids(self) -> list[str]:
         return [self._bytes.get(token, b"").decode("utf-8", "replace") for token in range(self.vocab_size)]
 
-    def _encode_each(self, texts: Sequence[str]) -> Iterable[NDArray]:
-        return (self._model.encode_to_numpy(text, disallowed_special=()) for text in texts)
+    def _encode_each(self, texts: Sequence[str]) -> Iterable[Sequence[int] | NDArray]:
+        for text in texts:
+            is_long = len(text) >= _LONG_RUN_CHARACTERS
+            yield self._encode_text(text) if is_long else self._model.encode_to_numpy(text, disallowed_special=())
+
+    def _encode_long_runs(self, text: str) -> list[int] | None:
+        """Return the ids of a text with long runs of white space, or None if it cannot be split in this way.
+
+        The library also offers to split with the `regex` package, which needs no stack. A pattern may mean something else there, so both
+        ways are compared on the same text with shorter runs.
+        """
+        shorter = _LONG_RUN.sub(lambda run: run[0][:1000] + run[0][-1000:], text)
+        try:
+            is_equal = self._model._encode_only_native_bpe(shorter) == self._model.encode_ordinary(shorter)
+        except Exception:  # `regex` cannot read the pattern, for example
+            is_equal = False
+        return self._model._encode_only_native_bpe(text) if is_equal else None
 
 
 def holds_ranks(path: Path) -> bool:

@@ -10,11 +10,21 @@ from numpy.typing import NDArray
 
 from data.command_line import UserError, nearest
 from data.tokenization.configuration import token_content
+from data.tokenization.library_errors import library_errors_as
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 """Names of tokens that end a document, if a tokenizer does not name one."""
+_SHOWN_CHARACTERS = 40  # of a text in an error message
 _SENTINEL = re.compile(r"<extra_id_\d+>")
+
+
+class EncodingError(UserError):
+    """A text that a tokenizer's library cannot encode. `reason` names the tokenizer and the library's message."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Tokenizer:
@@ -46,8 +56,9 @@ class Tokenizer:
         return self.path.read_bytes()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without begin of text and end of text."""
-        raise NotImplementedError
+        """Return the ids of a text, without begin of text and end of text. Raises EncodingError if the library cannot encode it."""
+        with library_errors_as(lambda reason: self._encoding_error([text], reason)):
+            return self._encode_text(text)
 
     @property
     def beginning(self) -> list[int]:
@@ -59,8 +70,12 @@ class Tokenizer:
         return self.beginning + self.encode(text)
 
     def encode_documents(self, texts: Sequence[str], dtype: np.dtype) -> tuple[NDArray, NDArray[np.int32]]:
-        """Return the ids of all texts, each after `beginning` and before end of text, and the length of each.  -> [tokens], [texts]"""
-        return self._join([np.asarray(ids, dtype) for ids in self._encode_each(texts)], dtype)
+        """Return the ids of all texts, each after `beginning` and before end of text, and the length of each.  -> [tokens], [texts]
+
+        Raises EncodingError if the library cannot encode one of the texts.
+        """
+        with library_errors_as(lambda reason: self._encoding_error(texts, reason)):
+            return self._join([np.asarray(ids, dtype) for ids in self._encode_each(texts)], dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids. End of text is dropped, and bytes that are not valid UTF-8 become U+FFFD."""
@@ -102,8 +117,20 @@ class Tokenizer:
         """Return the text of each id, with a space at its beginning if a word begins there.  [vocab]"""
         raise NotImplementedError
 
+    def _encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text, without end of text; errors are the library's own."""
+        raise NotImplementedError
+
     def _encode_each(self, texts: Sequence[str]) -> Iterable[Sequence[int] | NDArray]:
-        return map(self.encode, texts)
+        """Yield the ids of each text, without end of text; errors are the library's own."""
+        return map(self._encode_text, texts)
+
+    def _encoding_error(self, texts: Sequence[str], reason: str) -> EncodingError:
+        reason = f"{self.path} ({self.engine}): {reason}"
+        num_characters = sum(map(len, texts))
+        return EncodingError(
+            f"The text {texts[0][:_SHOWN_CHARACTERS]!r} ({num_characters:,} characters) cannot be tokenized with {reason}.", reason
+        )
 
     def _join(self, encoded: Sequence[NDArray], dtype: np.dtype) -> tuple[NDArray, NDArray[np.int32]]:
         assert self.vocab_size - 1 <= np.iinfo(dtype).max, f"{self.vocab_size} ids do not fit {dtype}"

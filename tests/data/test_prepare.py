@@ -25,6 +25,7 @@ from data.preparation.settings import PrepareSettings
 from data.shards import PreparedData, Shard
 from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import load_tokenizer
+from tests.data.tokenization.vocabularies import HOPELESS, exhausting_byte_level
 from tests.ranks import REPOSITORY
 
 CORPORA = REPOSITORY.parent / "shared" / "corpora"
@@ -207,6 +208,20 @@ def test_quarantine_keeps_invalid_records_with_their_places(make, corpus, invali
     ]
     assert kept[0]["record"] == '{"text": \n' and base64.b64decode(kept[2]["record_base64"]) == b'{"text": "\xff"}\n'
     assert {"good", "fine"} <= {text for split in ("train", "validation") for text in texts(prepared, split)}
+
+
+def test_document_that_cannot_be_tokenized_is_a_problem_with_its_place(make, invalid_input, tmp_path):
+    exhausting_byte_level().save(str(tmp_path / "tokenizer.json"))
+    texts_read = ["one", HOPELESS, "two", *(f"text {number}" for number in range(20))]
+    Path(invalid_input, "bad.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts_read))
+    settings = {"input": (invalid_input,), "tokenizer": str(tmp_path / "tokenizer.json"), "held_out": 0.0}
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: it cannot be tokenized with .*tokenizer\.json \(.*\): .* --on_error skip"):
+        make(**settings)
+    prepared = make(**settings, on_error="quarantine")
+    assert prepared.manifest["dropped"] == {"cannot be tokenized": 1} and prepared.manifest["documents_read"] == len(texts_read)
+    assert texts(prepared, "train") == [text for text in texts_read if text != HOPELESS]
+    [kept] = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
+    assert (kept["place"], kept["reason"], kept["record"]) == ("bad.jsonl, byte 16", "cannot be tokenized", HOPELESS)
 
 
 def test_more_errors_than_max_errors_stop_the_work(make, invalid_input):

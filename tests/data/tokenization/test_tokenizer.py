@@ -4,6 +4,8 @@ import base64
 import importlib.metadata
 import itertools
 import json
+import pickle
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.command_line import UserError
+from data.tokenization.conversion import convert
+from data.tokenization.gigatoken_tokenizer import GigatokenTokenizer
 from data.tokenization.learning import train_sentencepiece
+from data.tokenization.library_errors import library_errors_as
 from data.tokenization.loading import copy_tokenizer, fastest, load_tokenizer
 from data.tokenization.tiktoken_tokenizer import published_pattern
-from tests.data.tokenization.vocabularies import byte_characters, byte_level, bytes_alone, learnt_byte_level, rank_file
+from data.tokenization.tokenizer import EncodingError
+from tests.data.tokenization.vocabularies import (
+    HOPELESS,
+    byte_characters,
+    byte_level,
+    bytes_alone,
+    exhausting_byte_level,
+    learnt_byte_level,
+    rank_file,
+)
 
 GPT2 = Path(__file__).parents[4] / "shared/corpora/gpt2-bpe"
 SOURCES = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.glob("*.py"))]
@@ -224,8 +238,41 @@ def test_gpt2_gives_its_published_ids(tmp_path):
 
 def test_text_that_cannot_be_encoded_is_refused(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.Unigram([("a", 0.0), ("</s>", 0.0)])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot encode every text: .*unk"):
+    with pytest.raises(UserError, match=r"The text 'ab' \(2 characters\) cannot be tokenized with .*tokenizer\.json \(.*\): .*unk"):
         load_tokenizer(tmp_path).encode_documents(["ab"], np.dtype("<u2"))
+
+
+def test_panic_of_a_library_is_an_error_that_names_the_text(tmp_path):
+    exhausting_byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_documents([text], np.dtype("<u2"))):
+        with pytest.raises(EncodingError, match=r"The text 'a{40}' \(42 characters\) cannot be .*: Onig: Regex search error") as refused:
+            encode(HOPELESS)
+        assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value), "a worker process can report it"
+    assert tokenizer.decode(tokenizer.encode("aab")) == "aab"
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, SystemExit, UserError("ours")])
+def test_only_errors_of_a_library_are_changed(stopped):
+    with pytest.raises(type(stopped) if isinstance(stopped, Exception) else stopped) as raised, library_errors_as(EncodingError):
+        raise stopped
+    assert not isinstance(raised.value, EncodingError)
+
+
+def test_panic_of_gigatoken_leaves_the_text_to_the_original(trained, monkeypatch):
+    fast = GigatokenTokenizer(trained["bpe"])
+    panicking = exhausting_byte_level()
+    monkeypatch.setattr(fast, "_fast", types.SimpleNamespace(encode=panicking.encode))
+    assert fast.encode(HOPELESS) == trained["bpe"].encode(HOPELESS)
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "o200k_base"])
+def test_tiktoken_encodes_a_million_spaces(tmp_path, name):
+    rank_file(tmp_path / "own.tiktoken", SOURCES[:1], published_pattern(name))
+    tokenizer = load_tokenizer(tmp_path)
+    text = "x" + 999_990 * " " + 20 * " \n" + "y"
+    expected = convert(tokenizer).encode(text).ids  # Hugging Face's library, whose engine needs no stack
+    assert tokenizer.encode_documents([text], np.dtype("<u2"))[0].tolist() == [*expected, tokenizer.end_of_text]
 
 
 @pytest.mark.skipif(not GPT2.exists(), reason=f"{GPT2} is not here: the vocabulary of GPT-2")

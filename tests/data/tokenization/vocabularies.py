@@ -8,6 +8,11 @@ import tokenizers
 
 from data.tokenization.tiktoken_tokenizer import published_pattern
 
+QWEN3_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"]
+QWEN3_SPECIAL += ["<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"]
+QWEN3_SPECIAL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN3_ADDED = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>"]
+QWEN3_ADDED += ["<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 SPECIAL_TOKENS = ["<|endoftext|>", "<s>", "</s>", "<|im_end|>", "[MASK]"]
 
 
@@ -30,6 +35,39 @@ def learnt_byte_level(texts: list[str], special: list[str], vocab_size: int = 60
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     model.train_from_iterator(texts, trainer)
     model.add_special_tokens(special)
+    return model
+
+
+QWEN = (  # the pattern of Qwen2 and Qwen3
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def as_qwen3(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Give a byte-level tokenizer what Qwen3's has: form NFC, its pattern, and special tokens before and after added ones that are not."""
+    model.normalizer = tokenizers.normalizers.NFC()
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = tokenizers.decoders.ByteLevel()
+    for names, special in ((QWEN3_SPECIAL, True), (QWEN3_ADDED, False)):
+        model.add_tokens([tokenizers.AddedToken(name, special=special, normalized=False) for name in names])
+    return model
+
+
+HOPELESS = 40 * "a" + " 1"
+
+
+def exhausting_byte_level() -> tokenizers.Tokenizer:
+    """Return a tokenizer whose library gives up with a Rust panic on HOPELESS: its pattern needs 2^40 attempts."""
+    model = bytes_alone(["<|endoftext|>"])
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"(?:a|a)+\d|[\s\S]"), "isolated")
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     return model
 
 
