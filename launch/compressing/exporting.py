@@ -9,6 +9,7 @@ import torch
 from data.command_line import UserError
 from data.files import new_file, new_folder
 from data.tokenization.gguf import gguf_tokenizer, texts_with_other_ids
+from data.tokenization.huggingface_files import export_problem
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
 from data.tokenization.tokenizer import Tokenizer
@@ -44,6 +45,8 @@ def export(settings: ExportSettings) -> int:
 
 def _write_huggingface(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokenizer, output: Path) -> str:
     opened.refuse_quantized("it is already a Hugging Face folder")
+    if problem := export_problem(tokenizer):
+        raise UserError(problem)
     opened.compare_with_transformers()
     dtype = _DTYPES[settings.precision]
     tokens = special_tokens(opened, tokenizer)

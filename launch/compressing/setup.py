@@ -14,6 +14,8 @@ import torch
 
 from data.command_line import UserError, describe, flatten, nearest
 from data.files import nearest_existing
+from data.tokenization.huggingface_files import export_problem
+from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.opening import OpenedModel, open_model, weights_bytes
 from launch.checkpoints.state import ShardSlice, checksum
 from launch.compressing import report
@@ -110,6 +112,8 @@ def open_source(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel
     opened = open_model(settings.model, settings.average)
     if opened.tokenizer is None:
         raise UserError(f"There is no tokenizer.model, tokenizer.json or .tiktoken file next to {settings.model}.")
+    if problem := export_problem(load_tokenizer(opened.tokenizer)):
+        raise UserError(problem)
     if not settings.force:
         opened.refuse_quantized("compressing it again would add a second loss. Use --force to allow it")
     try:

@@ -13,10 +13,13 @@ from data.sampling.batch_plan import BatchPlan
 from data.sampling.order import Blend
 from data.sampling.samples import Samples
 from data.sampling.sources import Sampling, open_folders, open_held_out, open_sampling
+from data.tokenization.huggingface_files import export_problem
+from data.tokenization.loading import load_tokenizer
 from launch.checkpoints import run_record
 from launch.evaluation.tasks.table import TASKS
 from launch.training.settings import DataSettings, RunSettings
 
+_MAX_CHECKED_IDS = 65_536  # largest vocabulary whose export is tried at the start: 32,000 ids take half a second
 _MAX_HASHED_BYTES = 4 << 30
 """Tokens of at most this size are hashed at every start, in two or three seconds. Of more, sizes and indexes are checked at the first
 start, and the files that were written since then are hashed when the run resumes."""
@@ -33,6 +36,8 @@ class RunData:
     tokenizer_path: Path
     fingerprint: str
     """Hash of all tokens of all sources, in their order."""
+    export_problem: str | None
+    """Why a model that is trained with this tokenizer cannot be exported; None if it can, or if that would take long to find out."""
 
     @property
     def stamps(self) -> list[dict[str, list[int]]]:
@@ -67,7 +72,9 @@ def open_data(settings: RunSettings) -> RunData:
     held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, model.architecture, model.token_types)
     fingerprints = [folder.fingerprint for folder in folders.values()]
     fingerprint = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
-    return RunData(sampling, held_out, first.tokenizer_path, fingerprint)
+    tokenizer = load_tokenizer(first.tokenizer_path)
+    problem = export_problem(tokenizer) if tokenizer.vocab_size <= _MAX_CHECKED_IDS else None
+    return RunData(sampling, held_out, first.tokenizer_path, fingerprint, problem)
 
 
 def refuse_too_many_epochs(limit: float | None, sampling: Sampling, plan: BatchPlan) -> None:

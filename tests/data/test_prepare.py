@@ -25,6 +25,7 @@ from data.preparation.settings import PrepareSettings
 from data.shards import PreparedData, Shard
 from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import load_tokenizer
+from tests.data.tokenization.test_huggingface_files import sentencepiece_file
 from tests.data.tokenization.vocabularies import HOPELESS, exhausting_byte_level
 from tests.ranks import REPOSITORY
 
@@ -208,6 +209,21 @@ def test_quarantine_keeps_invalid_records_with_their_places(make, corpus, invali
     ]
     assert kept[0]["record"] == '{"text": \n' and base64.b64decode(kept[2]["record_base64"]) == b'{"text": "\xff"}\n'
     assert {"good", "fine"} <= {text for split in ("train", "validation") for text in texts(prepared, split)}
+
+
+def test_tokenizer_that_cannot_be_exported_is_said_at_the_start(make, tmp_path):
+    own, logged = sentencepiece_file(tmp_path / "own.model", remove_extra_whitespaces=True), []
+    make(logged.append, tokenizer=str(own))
+    warning, note = [line for line in logged if line.startswith(("Warning", "Note"))]
+    assert warning == (
+        f"Warning: {own} cannot be written as a tokenizer.json: it removes spaces. "
+        "A model that is trained with it cannot be exported, quantized or pruned; all else works."
+    )
+    assert note == f"Note: {own} cannot be written as GGUF: it removes spaces. This matters only for launch/export.py --format gguf."
+    assert logged.index(note) < next(number for number, line in enumerate(logged) if "Tokenizing" in line)
+    logged.clear()
+    make(logged.append, output=str(tmp_path / "other"))
+    assert not [line for line in logged if line.startswith(("Warning", "Note"))]
 
 
 def test_document_that_cannot_be_tokenized_is_a_problem_with_its_place(make, invalid_input, tmp_path):

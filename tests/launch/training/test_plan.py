@@ -83,13 +83,21 @@ def data_of(settings: RunSettings, weights: tuple[float, ...] = (), **streams_an
     model = settings.model
     shape = ModelShape(model.sequence_length, model.document_mask, model.architecture, model.token_types)
     objective = OBJECTIVES[settings.data.objective or Causal.name](settings.data, shape, AnyTokens(), 0)
-    return SimpleNamespace(sampling=Sampling(folders, samples, blend, None, objective), tokenizer_path=Path("tokenizer.model"))
+    sampling = Sampling(folders, samples, blend, None, objective)
+    return SimpleNamespace(sampling=sampling, tokenizer_path=Path("tokenizer.model"), export_problem=None)
 
 
 def lines(settings: RunSettings, zero: dict, layout: Layout = FOUR, device: str = "cpu", **more) -> dict[str, str]:
     """Return the rows of a plan by name; of several notes the last one."""
     printed = plan(settings, {"zero_optimization": zero} | more, layout, device, settings.batch_plan, data_of(settings, prepared=TRAIN))
     return dict(line.strip().split(": ", 1) for line in printed.splitlines())
+
+
+def test_plan_warns_of_a_tokenizer_that_cannot_be_exported():
+    data = data_of(SETTINGS, prepared=TRAIN)
+    data.export_problem = "own.model cannot be written as a tokenizer.json: it removes spaces."
+    printed = plan(SETTINGS, {"zero_optimization": {"stage": 2}}, FOUR, "cpu", SETTINGS.batch_plan, data)
+    assert f"warning: {data.export_problem} The model cannot be exported, quantized or pruned; all else works" in printed
 
 
 def test_plan_shows_every_row_of_a_plain_run():
