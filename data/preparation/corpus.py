@@ -12,9 +12,9 @@ import pyarrow
 
 from data.command_line import UserError
 from data.preparation.columnar import Table
-from data.preparation.compressed import READ_ERRORS
+from data.preparation.compressed import READ_ERRORS, is_compressed
 from data.preparation.dataset_folders import how_to_read
-from data.preparation.fields import Fields, Problem, read_fields
+from data.preparation.fields import Fields, Problem, is_known, read_fields
 from data.preparation.file_content import OtherContent, check_file
 from data.preparation.input_files import SourceFile, find_files
 from data.preparation.records import PartReader
@@ -269,6 +269,11 @@ def dataset_corpus(name: str, split: str, fields: Fields) -> StreamCorpus:
         raise UserError(f"--dataset {name} {advice}")
     source = f"{Path(name.partition(':')[0]).name}:{split}"
     files = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
+    if compressed := [path for path in files if is_compressed(path) and is_known(path)]:
+        raise UserError(
+            f"--dataset {name} contains compressed files, such as {compressed[0]}. The datasets library can take padding or damage in them "
+            "for their end. Give them with --input, which reads them to their last byte."
+        )
     stamp = [[path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return StreamCorpus(f"{name}, {split}", [source], "row", partial(_read_dataset, name, split, fields), stamp, 16 << 20)
 

@@ -1,5 +1,6 @@
 """Corpora: which files are read, in which order, and how they are cut into units."""
 
+import lzma
 import os
 import re
 import shlex
@@ -259,6 +260,12 @@ def test_dataset_without_the_split_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(UserError, match="Bad split: test"):
         list(dataset_corpus(str(tmp_path), "test", TEXT).rows())
+
+
+def test_dataset_folder_of_compressed_files_is_refused(tmp_path):
+    (tmp_path / "train.jsonl.xz").write_bytes(lzma.compress(b'{"text": "one"}\n'))
+    with pytest.raises(UserError, match=r"^--dataset .* contains compressed files, such as .*train\.jsonl\.xz\..* Give them with --input"):
+        dataset_corpus(str(tmp_path), "train", TEXT)
 
 
 def test_unreachable_dataset_is_refused_in_one_line(tmp_path):
