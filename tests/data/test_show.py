@@ -173,7 +173,8 @@ def test_run_folder_gives_the_settings_that_decide_the_samples(run, folders, cap
         (["--rank", "1"], "rank 1 (command line) must be below world_size 1 (default)."),
         (
             ["--step", "0", "--characters", "-1"],
-            "step is 0; it must be above 0. Set on the command line.\ncharacters is -1; it must be at least 0. Set on the command line.",
+            "step is 0; it must be above 0 and below 2147483648. Set on the command line.\n"
+            "characters is -1; it must be at least 0. Set on the command line.",
         ),
         (
             ["--world_size", "3", "--batch.micro_batch_size", "2"],
