@@ -174,7 +174,8 @@ class _DecompressedFile(io.RawIOBase):
             rest = b""
         self._stream_start = self._file.tell() - len(self._compressed)
         if num_zeros and num_zeros % self._padding:
-            raise self._damaged(f"{num_zeros:,} zero bytes before it are not a multiple of {self._padding}")
+            place = f"the {num_zeros:,} zero bytes before byte {self._stream_start:,}"
+            raise DamagedFile(f"{place} are not padding of {self._stream_name}s, which is a multiple of {self._padding} bytes")
         self._at_end = not self._compressed
         self._decoder = self._new_decoder()
 

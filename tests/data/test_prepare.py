@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import subprocess
@@ -435,6 +436,21 @@ def test_input_that_changes_during_the_work_is_refused(make, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"The input changed while it was read: a\.jsonl was modified"):
         make(input=(str(path),))
     assert not (tmp_path / "prepared").exists()
+
+
+def test_padding_between_xz_streams_loses_no_document(make, tmp_path):
+    path = tmp_path / "a.jsonl.xz"
+    one, two = (lzma.compress(b"".join(b'{"text": "%s %d"}\n' % (word, n) for n in range(count))) for word, count in ((b"a", 2), (b"b", 3)))
+    path.write_bytes(one + bytes(8) + two + bytes(4))
+    whole = make(input=(str(path),), held_out=0.0, output=str(tmp_path / "whole"))
+    assert texts(whole, "train") == ["a 0", "a 1", "b 0", "b 1", "b 2"]
+    path.write_bytes(one + bytes(8) + two[:-1])
+    with pytest.raises(
+        UserError, match=rf"a\.jsonl\.xz: it cannot be read to its end: the xz stream that begins at byte {len(one) + 8} is"
+    ):
+        make(input=(str(path),))
+    skipped = make(input=(str(path),), on_error="skip")
+    assert skipped.manifest["dropped"] == {"cut off or damaged": 1}
 
 
 @pytest.mark.parametrize("workers", [1, 4])
