@@ -201,8 +201,9 @@ def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequen
 def check_header(columns: Sequence[str], fields: Fields) -> Problem | None:
     """Return the problem of a first line that does not name each column to read exactly once, or None."""
     found = check_columns(columns, fields) or read_row(list, columns, columns, b"", fields)
-    is_problem = isinstance(found, Problem) and found.reason in ("repeated field", "missing field")
-    return dataclasses.replace(found, ends_file=True) if is_problem else None
+    if isinstance(found, Problem) and found.reason in ("repeated field", "missing field"):
+        return dataclasses.replace(found, ends_file=True)
+    return None
 
 
 def decode_text(data: bytes) -> TextRecord:
