@@ -22,15 +22,12 @@ CHAT = [{"role": "user", "content": "a parser adds"}, {"role": "assistant", "con
 TEXTS = ["the parser adds an argument to the group of arguments", "why does a parser add it? because the user wants it"] * 20
 
 
-def write_chat_model(folder: Path, as_files: bool = True, added: tuple[str, ...] = ("<think>",)) -> Path:
-    """Write the model. Its chat templates are files, as transformers 5 writes them, or a list in tokenizer_config.json.
-
-    `added` are added tokens that are not special.
-    """
+def write_chat_model(folder: Path, as_files: bool = True) -> Path:
+    """Write the model. Its chat templates are files, as transformers 5 writes them, or a list in tokenizer_config.json."""
     folder.mkdir(parents=True)
     model = learnt_byte_level(TEXTS, SPECIAL, 320)
-    model.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in added])
-    ids = {name: model.token_to_id(name) for name in [*SPECIAL, *added]}
+    model.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    ids = {name: model.token_to_id(name) for name in [*SPECIAL, "<think>"]}
     model.post_processor = processors.TemplateProcessing("<|begin|> $A", "<|begin|> $A $B", [("<|begin|>", ids["<|begin|>"])])
     model.save(str(folder / "tokenizer.json"))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

@@ -109,8 +109,7 @@ def test_a_run_with_the_bare_tokenizer_takes_the_rest_from_its_init(chat, tmp_pa
     assert after["chat"] == before["chat"] and after["ids"] == before["ids"] and after["roles"] == before["roles"]
 
 
-def test_gguf_file_has_the_chat_templates_and_ids_of_special_tokens(tmp_path):
-    chat = write_chat_model(tmp_path / "chat", added=())
+def test_gguf_file_has_the_chat_templates_and_ids_of_special_tokens(chat, tmp_path):
     file = tmp_path / "chat.gguf"
     assert export.main([str(chat), "--output", str(file), "--format", "gguf", "--type", "f32"]) == 0
     fields = {key.removeprefix("tokenizer."): field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
