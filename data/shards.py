@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.command_line import UserError
-from data.file_array import FileArray
+from data.file_array import AscendingFileArray, FileArray
 from data.files import publish_file, sha256_of
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -202,13 +202,18 @@ class Shard:
             )
         self._lengths = index.part("<i4", _HEADER.size, sequences)
         self._offsets = index.ascending_part("<i8", _HEADER.size + 4 * sequences, sequences)
+        self._boundaries: AscendingFileArray | _EvenBoundaries
         self._boundaries = index.ascending_part("<i8", _HEADER.size + 12 * sequences, boundaries)
         if sequences == 0:
             raise UserError(f"{path} has no sequences.")
         if boundaries < 2 or self._boundaries[0] != 0 or self._boundaries[-1] != sequences:
             raise UserError(f"{path}: the document boundaries must go from 0 to {sequences}, the number of sequences.")
-        if any((np.diff(part) < 0).any() for part in _overlapping(self._boundaries)):
+        counts = [(int(np.diff(part).min()), int(np.diff(part).max())) for part in _overlapping(self._boundaries)]
+        least, most = min(least for least, _ in counts), max(most for _, most in counts)
+        if least < 0:
             raise UserError(f"{path}: the document boundaries are not in ascending order.")
+        if least == most:
+            self._boundaries = _EvenBoundaries(least, boundaries)
         if any(part.min() < 0 for part in _in_parts(self._lengths)):
             raise UserError(f"{path}: a sequence has a negative length.")
 
@@ -234,6 +239,27 @@ class Shard:
             if len(wrong):
                 raise UserError(f"{path}: the offset of sequence {start + wrong[0]} is not where the sequence before it ends.")
             expected = int(ends[-1])
+
+
+class _EvenBoundaries:
+    """The document boundaries of a shard whose documents all have the same number of sequences, as ours do: nothing is read for them."""
+
+    def __init__(self, sequences_per_document: int, count: int) -> None:
+        self._step, self._count = sequences_per_document, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: slice) -> NDArray[np.int64]:
+        return np.arange(*index.indices(self._count), dtype=np.int64) * self._step
+
+    def value(self, index: int) -> int:
+        """Return one boundary."""
+        return index * self._step
+
+    def bisect_left(self, value: int, end: int) -> int:
+        """Return how many of the first `end` boundaries are below `value`."""
+        return min(end, -(-value // self._step))
 
 
 class TokenStream:
@@ -264,7 +290,7 @@ class TokenStream:
         return len(self) - (0 if self.begin_of_text is None else self.num_documents)
 
     def read(self, start: int, count: int) -> NDArray:
-        """Return `count` tokens from index `start`: a view if they are in one shard, joined if they are in several.  -> [count]"""
+        """Return `count` tokens from index `start`, read-only if they are in one shard.  -> [count]"""
         assert start >= 0 and start + count <= len(self), f"tokens {start} to {start + count} of {len(self)}"
         parts = [shard.tokens[first:last] for shard, first, last, _ in self._touched(start, count)]
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -491,7 +517,7 @@ def _in_parts(values: FileArray) -> Iterator[NDArray]:
     yield from (values[start : start + _CHECKED_AT_ONCE] for start in range(0, len(values), _CHECKED_AT_ONCE))
 
 
-def _overlapping(values: FileArray) -> Iterator[NDArray]:
+def _overlapping(values: FileArray | _EvenBoundaries) -> Iterator[NDArray]:
     """Yield parts of an array. Neighbouring parts share one value, so that each pair of consecutive values is in one part."""
     for start in range(0, len(values) - 1, _CHECKED_AT_ONCE):
         yield values[start : start + _CHECKED_AT_ONCE + 1]
