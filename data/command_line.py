@@ -5,10 +5,12 @@ This module is in data/ because the scripts of both data/ and launch/ use it.
 
 import dataclasses
 import difflib
+import errno
 import json
 import operator
 import os
 import re
+import signal
 import sys
 import traceback
 import types
@@ -25,6 +27,14 @@ from data.ranges import violated_range
 
 Settings = typing.TypeVar("Settings")
 
+INTERRUPTED = "Interrupted."
+"""Message after Ctrl-C."""
+
+_NO_MISTAKE_OF_OURS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE),
+}
+"""Errors of the operating system that a user can mend. A missing file is not one: each script checks the files that it is given."""
 _COMMAND_LINE = "command line"
 _DEFAULT = "default"
 
@@ -140,23 +150,44 @@ def as_text(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def not_utf8(name: str, text: str) -> list[str]:
+    """Return a message if a text of the command line is not valid UTF-8. (Paths may have any bytes.)"""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return [f"{name} is not valid UTF-8: it has the byte 0x{ord(text[error.start]) & 0xFF:02x} after {text[: error.start][-20:]!r}."]
+    return []
+
+
 def run_script(main: Callable[[Sequence[str]], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> None:
     """Call a script's main with the command line, and exit with the status that it returns.
 
-    A UserError is printed once a machine, and the status is 2. `leave` ends the process.
+    A UserError is printed once a machine, and the status is 2; so is an error of the operating system that a user can mend, such as a
+    full disk. After Ctrl-C (KeyboardInterrupt, whose message says what is kept) the status is 130. `leave` ends the process.
     """
     try:
         status = main(sys.argv[1:])
-    except UserError as error:
-        if isinstance(error, RankError) or _is_first_on_its_machine():
-            print(error, file=sys.stderr)
-        status = 2
-    except BrokenPipeError:
-        status = 1
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except (Exception, KeyboardInterrupt) as error:
+        status, message = status_and_message(error)
+        if message is None:
+            traceback.print_exc()
+        elif isinstance(error, RankError) or _is_first_on_its_machine():
+            print(message, end="\n" if message else "", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python prints a traceback for Ctrl-C while it ends
     leave(status or 0)
+
+
+def status_and_message(error: Exception | KeyboardInterrupt) -> tuple[int, str | None]:
+    """Return the exit status after an error, and the message for the user; None if it is a mistake of ours, which needs a traceback."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, str(error) or INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        return 1, ""
+    if isinstance(error, OSError) and error.errno in _NO_MISTAKE_OF_OURS:
+        return 2, f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return 1, None
 
 
 def nearest(word: str, allowed: Sequence[str]) -> str:
@@ -302,7 +333,7 @@ def _read_recipe(path: str, options: dict[str, _Option], aliases: dict[str, str]
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} holds a {type(recipe).__name__}; a recipe is names with values.")
     flat = {aliases.get(f"--{name}", f"--{name}").removeprefix("--"): value for name, value in flatten(recipe).items()}

@@ -17,6 +17,9 @@ from typing import BinaryIO
 
 from data.command_line import UserError
 
+_LONGEST_NAME = 240
+"""Bytes of a name for an output. Disks allow 255, of which temporary names need some."""
+
 
 def publish_file(temporary: BinaryIO | Path, path: str | Path, sync_folder: bool = True) -> None:
     """Flush a temporary file (open for writing, then it is closed; or a path) to the disk, and rename it to `path`.
@@ -47,49 +50,55 @@ def publish_folder(temporary: Path, path: Path, sync_contents: bool = True) -> N
 def write_file(path: Path, contents: str | bytes, temporary: Path | None = None) -> None:
     """Create or replace a small file (text is written as UTF-8); after a failure the old one is still there.
 
-    `temporary` (default: `path` with ".tmp" appended) must be unique if several processes may write the same file.
+    `temporary` (default: `path` with ".tmp" appended) must be unique if several processes may write the same file. An OSError names `path`.
     """
-    with open(temporary or path.with_name(f"{path.name}.tmp"), "wb") as file:
-        file.write(contents.encode() if isinstance(contents, str) else contents)
-        publish_file(file, path)
+    try:
+        with open(temporary or path.with_name(f"{path.name}.tmp"), "wb") as file:
+            file.write(contents.encode() if isinstance(contents, str) else contents)
+            publish_file(file, path)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Path of a temporary file with the same name in a hidden folder next to `path`; it is published when the block ends.
 
-    The hidden folder is removed, also after an error. Raises UserError if `path` exists by then.
+    The hidden folder is removed, also after an error. Raises UserError if `path` exists by then, or for a full disk and the like.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield folder / path.name
-        _refuse_existing(path)
-        publish_file(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with disk_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield folder / path.name
+            _refuse_existing(path)
+            publish_file(folder / path.name, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Temporary folder that is published as `path` when the block ends, and removed after an error.
 
-    `temporary` is its path (default: a hidden folder next to `path`). Raises UserError if `path` exists, before or by then.
+    `temporary` is its path (default: a hidden folder next to `path`). Raises UserError if `path` exists, before or by then, or for a full
+    disk and the like.
     """
     _refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if temporary is None:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        temporary.chmod(0o755)  # mkdtemp's own permissions are for its owner alone
-    else:
-        temporary.mkdir()
-    try:
-        yield temporary
-        _refuse_existing(path)
-        publish_folder(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with disk_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if temporary is None:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            temporary.chmod(0o755)  # mkdtemp's own permissions are for its owner alone
+        else:
+            temporary.mkdir()
+        try:
+            yield temporary
+            _refuse_existing(path)
+            publish_folder(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def sync_to_disk(path: Path) -> None:
@@ -134,9 +143,50 @@ def lock_file(path: Path, wait_seconds: float = 0, warning: str | None = None) -
 
 def nearest_existing(path: Path) -> Path:
     """Return `path` if it exists, else its nearest parent that does."""
-    return next(one for one in (path, *path.absolute().parents) if one.exists())
+    return next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+
+
+def output_complaint(output: str | Path) -> str | None:
+    """Return why a new file or folder cannot be created as --output, or None. Scripts ask before any work."""
+    if os.path.lexists(output):
+        return f"--output {output} already exists; nothing is overwritten. Give another name."
+    return parent_complaint(output)
+
+
+def parent_complaint(output: str | Path) -> str | None:
+    """Return why nothing can be created next to --output, or None: its folder, or the nearest one that exists, cannot be written."""
+    parent = nearest_existing(Path(output).absolute().parent)
+    if not parent.is_dir():
+        return f"--output {output}: {parent} is a file, not a folder. Give another path."
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return f"--output {output}: the folder {parent} is not writable. Give another path."
+    if too_long := next((part for part in Path(output).parts if len(os.fsencode(part)) > _LONGEST_NAME), None):
+        return f"--output: the name {too_long[:40]}... has {len(os.fsencode(too_long))} bytes; {_LONGEST_NAME} are allowed."
+    return None
+
+
+def refuse_full_disk(output: Path, needed_bytes: float) -> None:
+    """Raise UserError if the disk of --output has less free space than needed."""
+    existing = nearest_existing(output.absolute().parent)
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{existing} has {free / 2**30:.2f} GiB free; --output {output} needs {needed_bytes / 2**30:.2f} GiB. Give a folder on another "
+            "disk."
+        )
+
+
+@contextlib.contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Raise errors of the operating system (a full disk, missing permission) as UserError that names what is written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of a library, which describes something else with this class
+            raise
+        raise UserError(f"{path} could not be written: {error.strerror}.") from error
 
 
 def _refuse_existing(path: Path) -> None:
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{path} exists already; nothing is overwritten.")

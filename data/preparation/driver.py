@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data.command_line import UserError
-from data.files import lock_file
+from data.files import lock_file, parent_complaint
 from data.preparation import joining
 from data.preparation.corpus import (
     Corpus,
@@ -66,6 +66,8 @@ def prepare(settings: PrepareSettings, log: Callable[[str], object] = print) -> 
             shutil.rmtree(partial, ignore_errors=True)
         log(f"{output} already contains the result of these settings: nothing to do.")
         return PreparedData(output)
+    if complaint := parent_complaint(output):
+        raise UserError(complaint)
     corpus = None if STANDARD_INPUT in settings.input else _open_corpus(settings, None)  # report a wrong input before a folder is made
     if isinstance(corpus, FileCorpus):
         _log_skipped_files(corpus.skipped_files, log)

@@ -61,7 +61,7 @@ def write_tokenizer(
     if ours.path.suffix == ".json":
         written.write_bytes(ours.file_bytes())
     else:
-        convert(ours).save(os.fspath(written))
+        written.write_text(convert(ours).to_str(pretty=True), encoding="utf-8")
     if isinstance(ours, SentencePieceTokenizer):
         shutil.copyfile(ours.path, folder / "tokenizer.model")
     blanks = _blanks(ours, architecture, mask_token)
@@ -89,7 +89,7 @@ def export_problem(tokenizer: Tokenizer) -> str | None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder, "tokenizer.json")
-            convert(tokenizer).save(os.fspath(written))
+            written.write_text(convert(tokenizer).to_str(), encoding="utf-8")
             _compare_ids(written, tokenizer)
     except UserError as error:
         return str(error)
@@ -169,7 +169,7 @@ def _frame(path: Path, tokenizer: Tokenizer, class_token: str | None, blanks: li
         marks.append((class_token, tokenizer.special_token_id(class_token)))
         pair = f"{class_token}:0 $A:0 {end}:0 $B:1 {end}:1"
         written.post_processor = processors.TemplateProcessing(f"{class_token} $A {end}", pair, marks)
-    written.save(os.fspath(path))
+    path.write_text(written.to_str(pretty=True), encoding="utf-8")
 
 
 def _is_framed(path: Path, tokenizer: Tokenizer, class_token: str | None) -> bool:

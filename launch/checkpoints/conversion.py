@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import secrets
 import shutil
 import time
@@ -14,7 +13,7 @@ import torch
 import tqdm
 
 from data.command_line import UserError
-from data.files import nearest_existing, publish_folder, write_file
+from data.files import parent_complaint, publish_folder, refuse_full_disk, write_file
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.run_record import GENERATION, find_tokenizer, moved_paths, tokenizer_files
 from launch.ranks.layout import Layout
@@ -93,8 +92,8 @@ def _refuse_output(output: Path) -> None:
         raise UserError(f"--output {output} already exists; nothing is overwritten. Give another folder.")
     if output.is_mount():  # publish_folder could not rename the finished folder to it
         raise UserError(f"--output {output} is a mount point. Give a folder inside it.")
-    if not (parent := nearest_existing(output.parent)).is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output {output}: {parent} is not a writable folder.")
+    if complaint := parent_complaint(output):
+        raise UserError(complaint)
 
 
 def _source(folder: Path, output: Path, log: Callable[[str], None]) -> Path:
@@ -111,6 +110,7 @@ def _source(folder: Path, output: Path, log: Callable[[str], None]) -> Path:
         raise UserError(f"{folder} contains no checkpoint. Give a run folder or a checkpoint in one.")
     if not (run / "run.json").is_file() or not find_tokenizer(run):
         raise UserError(f"{run} lacks run.json or the tokenizer, which training needs to resume from {folder}.")
+    _record_for(output, run)  # raises UserError if it is damaged
     if run in output.parents:
         raise UserError(f"--output {output} is inside {run}, which must not change. Give a folder outside it.")
 
@@ -135,11 +135,7 @@ def _source(folder: Path, output: Path, log: Callable[[str], None]) -> Path:
 
 def _refuse_contents(folder: Path, manifest: dict, output: Path) -> None:
     checkpoint.refuse_earlier_format(folder, manifest)
-    needed, free = _bytes_of(manifest["files"].values()), shutil.disk_usage(nearest_existing(output.parent)).free
-    if free < needed:
-        raise UserError(
-            f"{nearest_existing(output.parent)} has {free / 2**30:.2f} GiB free; --output {output} needs {needed / 2**30:.2f} GiB."
-        )
+    refuse_full_disk(output, _bytes_of(manifest["files"].values()))
 
 
 def _damage(folder: Path, manifest: dict, log: Callable[[str], None]) -> str | None:

@@ -20,6 +20,7 @@ from model import huggingface
 from model.compression.activations import round_activations
 from model.compression.packed import CacheScheme, Scheme, describe_schemes
 from model.config import ModelConfig, count_parameters
+from model.finite import first_not_finite
 from model.transformer import Transformer
 
 _MAPPED_BYTES_PER_FILE = 8 << 20
@@ -74,6 +75,22 @@ class OpenedModel:
         """Return the folders of the data that the run was trained on. Raises UserError if one is at none of its recorded places."""
         recorded = recorded_paths(checkpoint.read_manifest(self.folder), "data.path")
         return [require_path(one, self.folder.parent.parent, "--data") for one in recorded]
+
+    def refuse_other_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError if a tokenizer has ids that the model does not have."""
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"{tokenizer.path} has {tokenizer.vocab_size:,} ids, but the model in {self.folder} has a vocabulary of "
+                f"{self.config.vocab_size:,}: it is the tokenizer of another model."
+            )
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a parameter, or the checkpoint whose files share it."""
+        return self.state.file_of(name) if isinstance(self.state, huggingface.State) else self.folder
+
+    def not_finite(self, name: str) -> str:
+        """Return the message that a parameter is not finite."""
+        return f"{self.file_of(name)}: {name} contains numbers that are not finite. The file is damaged, or the training diverged."
 
     def start_token(self, tokenizer: Tokenizer) -> int:
         """Token id with which the decoder of an encoder-decoder begins, from the run or the Hugging Face folder."""
@@ -153,8 +170,10 @@ def load_model(path: str, average: int = 1) -> LoadedModel:
 
 
 def load_weights(opened: OpenedModel) -> LoadedModel:
-    """Load the weights of an opened model."""
+    """Load the weights of an opened model. Raises UserError if one is not finite."""
     model = Transformer.from_state(opened.config, opened.state)
+    if name := first_not_finite({name: weight.detach() for name, weight in model.named_parameters()}):
+        raise UserError(opened.not_finite(name))
     round_activations(model, opened.schemes, opened.kv_cache)
     fields = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
     return LoadedModel(**fields, model=model)
@@ -174,15 +193,12 @@ def weights_bytes(opened: OpenedModel) -> int:
 
 
 def _with_own_tokenizer(opened: OpenedModel) -> OpenedModel:
-    num_ids = 0
+    tokenizer = None
     if opened.tokenizer is not None:
         with contextlib.suppress(UserError):  # the error is raised again when the tokenizer is needed
-            num_ids = load_tokenizer(opened.tokenizer).vocab_size
-    if num_ids > opened.config.vocab_size:
-        raise UserError(
-            f"{opened.tokenizer} has {num_ids:,} ids, but the model in {opened.folder} has a vocabulary of {opened.config.vocab_size:,}: "
-            "it is the tokenizer of another model."
-        )
+            tokenizer = load_tokenizer(opened.tokenizer)
+    if tokenizer is not None:
+        opened.refuse_other_tokenizer(tokenizer)
     return opened
 
 

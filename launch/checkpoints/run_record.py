@@ -7,7 +7,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
-from data.command_line import flatten
+from data.command_line import UserError, flatten
 from data.recorded_paths import record_path
 from data.tokenization.companions import companion_files, is_published_json
 from launch import REPOSITORY
@@ -20,8 +20,13 @@ _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tiktoken.model", "*.tiktoke
 
 
 def read_json(path: Path) -> dict:
-    """Return the contents of a JSON file; an empty dict if it does not exist."""
-    return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+    """Return the object in a JSON file; an empty dict if there is no such file. Raises UserError if it holds something else."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a JSON object: {error}.") from error
 
 
 def data_paths(recipe: dict) -> list[str]:

@@ -1,7 +1,10 @@
 """The files next to the weights of an exported, pruned or quantized model: the tokenizer with all that belongs to it."""
 
+import json
+import tempfile
 from pathlib import Path
 
+from data.files import disk_errors_named
 from data.tokenization.huggingface_files import padding, write_tokenizer
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import OpenedModel
@@ -22,3 +25,11 @@ def write_tokenizer_of(opened: OpenedModel, tokenizer: Tokenizer, folder: Path) 
     names = names_of(opened)
     marks = opened.config.architecture, names.class_token, names.mask_token
     write_tokenizer(tokenizer.path, folder, opened.config.sequence_length, None, *marks)
+
+
+def refuse_unwritable_tokenizer(opened: OpenedModel, tokenizer: Tokenizer) -> None:
+    """Raise UserError, before any weight is written, if write_tokenizer_of would."""
+    with tempfile.TemporaryDirectory() as name, disk_errors_named(Path(name)):
+        config_json = huggingface.to_huggingface(opened.config, special_tokens(opened, tokenizer))
+        Path(name, "config.json").write_text(json.dumps(config_json))  # for AutoTokenizer
+        write_tokenizer_of(opened, tokenizer, Path(name))

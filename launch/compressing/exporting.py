@@ -7,7 +7,7 @@ from typing import cast
 import torch
 
 from data.command_line import UserError
-from data.files import new_file, new_folder
+from data.files import new_file, new_folder, refuse_full_disk
 from data.tokenization.gguf import gguf_tokenizer, texts_with_other_ids
 from data.tokenization.huggingface_files import export_problem
 from data.tokenization.loading import load_tokenizer
@@ -15,12 +15,15 @@ from data.tokenization.probe_texts import texts_of_many_kinds
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.model_card import model_card
 from launch.checkpoints.opening import OpenedModel, open_model
+from launch.checkpoints.run_record import read_json
 from launch.compressing import llama_engine
 from launch.compressing.beside_weights import special_tokens, write_tokenizer_of
 from launch.compressing.settings import ExportSettings
 from launch.evaluation.tasks.table import task_of
 from model import huggingface
 from model.compression import gguf_file
+from model.config import count_parameters
+from model.finite import first_not_finite
 
 # Largest relative difference allowed between llama.cpp's perplexity and ours. llama.cpp multiplies float16 weights by float16 activations,
 # and blocks by activations of 8 bits; it reads GPT-2's GELU from a table of float16.
@@ -47,8 +50,11 @@ def _write_huggingface(settings: ExportSettings, opened: OpenedModel, tokenizer:
     opened.refuse_quantized("it is already a Hugging Face folder")
     if problem := export_problem(tokenizer):
         raise UserError(problem)
-    opened.compare_with_transformers()
     dtype = _DTYPES[settings.precision]
+    refuse_full_disk(output, dtype.itemsize * count_parameters(opened.config))
+    read_json(opened.root / "run.json")  # raises UserError now; the model card needs it at the end
+    _refuse_not_finite(opened)
+    opened.compare_with_transformers()
     tokens = special_tokens(opened, tokenizer)
     tag = task_of(opened).pipeline_tag(huggingface.architecture(opened.config))
     with new_folder(output) as folder:
@@ -72,11 +78,12 @@ def _write_gguf(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokeni
         )
     if kind in llama_engine.K_QUANTS:
         llama_engine.refuse_missing(f"--type {kind} is written by llama.cpp")
-    opened.compare_with_transformers()
     tokenizer = _sentencepiece_original(tokenizer)
     entries = gguf_tokenizer(tokenizer, config.vocab_size)
     for kind_of_text in texts_with_other_ids(tokenizer):
         print(f"llama.cpp gives other ids than this project to {kind_of_text}.")
+    _refuse_not_finite(opened)
+    opened.compare_with_transformers()
     with new_file(output) as unfinished:
         if kind in llama_engine.K_QUANTS:
             floats = unfinished.parent / "f16" / output.name
@@ -95,6 +102,12 @@ def _write_gguf(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokeni
             f"in another type than {kind}."
         )
     return f"{output}: {size:,} bytes, tensors: {stored}.\n{checks}."
+
+
+def _refuse_not_finite(opened: OpenedModel) -> None:
+    """Raise UserError if a weight is not finite: no comparison with transformers would agree."""
+    if name := first_not_finite(opened.state):
+        raise UserError(opened.not_finite(name))
 
 
 def _check_gguf(file: Path, kind: str, opened: OpenedModel, tokenizer: Tokenizer) -> str:

@@ -44,6 +44,11 @@ class LayerStore(Mapping[str, "Tensor | Quantized"]):
         self._files: dict[str, Path] = {}
         self._grids: dict[str, Grid] = {}
 
+    @property
+    def how_to_resume(self) -> str:
+        """Sentence that names the finished layers."""
+        return f"The finished layers are kept in {self.folder}; the same command resumes after them."
+
     def open(self) -> None:
         """Lock the folder for this process until `close`. Raises UserError if another process has locked it, or if it has another plan."""
         try:

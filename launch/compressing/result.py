@@ -83,9 +83,9 @@ def finish(job: Job, result: Result, store: LayerStore) -> int:
             write_tokenizer_of(opened, tokenizer, folder)
             finished = _report(job, result, after, store, quality, _proof(job, result, after, folder), folder)
             report.write(finished, folder)
-    except (ValueError, OSError) as error:
-        kept = f"The finished layers are kept in {store.folder}; the same command resumes after them."
-        raise UserError(f"{job.output} could not be written: {getattr(error, 'strerror', None) or error}. {kept}") from error
+    except (ValueError, OSError) as error:  # new_folder has named the output in errors of the operating system
+        message = str(error) if isinstance(error, UserError) else f"{job.output} could not be written: {error}."
+        raise UserError(f"{message} {store.how_to_resume}") from error
     with contextlib.suppress(OSError):  # a folder that cannot be deleted does no harm
         store.remove()
     print("\n" + (job.output / "report.md").read_text(encoding="utf-8").split("\n## ")[0].rstrip())

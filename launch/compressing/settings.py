@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from data.command_line import describe
+from data.files import output_complaint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ class CompressionSettings:
         found = []
         if self.output is None and not self.dry_run:
             found.append("output is missing. Give the new folder for the compressed model with --output.")
+        if self.output is not None and (complaint := output_complaint(self.output)):
+            found.append(complaint)
         if self.max_perplexity_ratio is not None and not self.test_samples:
             ratio, samples = describe(self, "max_perplexity_ratio"), describe(self, "test_samples")
             found.append(f"{ratio} needs a measurement, but {samples} allows none. Use --test_samples 1 or more.")
@@ -141,8 +144,9 @@ class QuantizeSettings(CompressionSettings):
     as on Blackwell."""
     bits: Annotated[int, Ge(2), Le(8)] | None = None
     """Bits of an integer (default: 4). fp8 always has 8 bits, nvfp4 and mxfp4 have 4."""
-    group_size: int | None = None
-    """Entries of a row that share a scale. 0: the whole row (default: 128 for integers below 8 bits, else the row; nvfp4 16, mxfp4 32)."""
+    group_size: Annotated[int, Ge(-1)] | None = None
+    """Entries of a row that share a scale. 0 or -1: the whole row (default: 128 for integers below 8 bits, else the row; nvfp4 16, mxfp4
+    32)."""
     symmetric: bool = True
     """True if zero is the middle code; false if each group has its own zero point."""
     activations: Literal["none", "int8", "fp8"] | None = None
@@ -160,6 +164,10 @@ class QuantizeSettings(CompressionSettings):
     (default: the same bits in all blocks)."""
     precision: Literal["float32", "bf16", "fp16"] = "bf16"
     """Type of the written weights that are not quantized, and of scales."""
+
+    def __post_init__(self) -> None:
+        if self.group_size == -1:  # the name that GPTQ's configurations have for the whole row
+            object.__setattr__(self, "group_size", 0)
 
     def complaints(self) -> list[str]:
         """Return a message for each combination of settings that is invalid."""
@@ -221,8 +229,8 @@ class ExportSettings:
     def complaints(self) -> list[str]:
         """Return a message for each value that is wrong whatever the model is."""
         found = []
-        if Path(self.output).exists():
-            found.append(f"--output {self.output} already exists; nothing is overwritten. Give another name.")
+        if complaint := output_complaint(self.output):
+            found.append(complaint)
         if self.format == "huggingface" and self.type is not None:
             found.append(f"--type {self.type} applies only to --format gguf. For a Hugging Face folder use --precision.")
         if self.format == "gguf" and self.precision != "float32":

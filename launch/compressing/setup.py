@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from data.command_line import UserError, describe, flatten, nearest
-from data.files import nearest_existing
+from data.command_line import INTERRUPTED, UserError, describe, flatten, nearest
+from data.files import refuse_full_disk
 from data.tokenization.huggingface_files import export_problem
 from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.opening import OpenedModel, open_model, weights_bytes
 from launch.checkpoints.state import ShardSlice, checksum
 from launch.compressing import report
+from launch.compressing.beside_weights import refuse_unwritable_tokenizer
 from launch.compressing.layer_store import LayerStore, folder_for
 from launch.compressing.samples import Text, calibration_text, paths_for, refuse_shared_text, test_text
 from launch.compressing.settings import CompressionSettings
@@ -88,6 +88,8 @@ class Job(Generic[Settings]):
         try:
             self.workers.run_on_rank0(store.open)
             yield store
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{INTERRUPTED} {store.how_to_resume}") from None
         finally:
             store.close()
 
@@ -105,8 +107,6 @@ class Job(Generic[Settings]):
 
 def open_source(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel | None]:
     """Return the model's shape, and the model unless only a size is named. Raises UserError if it cannot be compressed or written."""
-    if settings.output is not None and Path(settings.output).exists():
-        raise UserError(f"--output {settings.output} already exists; nothing is overwritten. Give another name.")
     if settings.dry_run and settings.model in SIZES and not Path(settings.model).exists():
         return ModelConfig(**named_size(settings.model)), None
     opened = open_model(settings.model, settings.average)
@@ -125,7 +125,8 @@ def open_source(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel
 
 def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Sequence[str], needs_calibration: bool) -> Job[Settings]:
     """Find the text and the ranks, and check every weight. Raises UserError, before any long work, if something is wrong."""
-    start_time = time.perf_counter()
+    start_time, tokenizer_file = time.perf_counter(), opened.tokenizer
+    assert tokenizer_file is not None
     if needs_calibration and not settings.calibration_samples:
         given = describe(settings, "calibration_samples")
         raise UserError(f"{given}: this method needs statistics of the inputs of each matrix. Use --calibration_samples 128.")
@@ -141,8 +142,9 @@ def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Se
         if calibration and test and not settings.force:
             refuse_shared_text(calibration, test)
     if settings.output is not None:
-        _refuse_full_disk(Path(settings.output), opened.config, DTYPES[settings.precision])
+        _refuse_too_small_disk(Path(settings.output), opened.config, DTYPES[settings.precision])
     workers = find_workers(arguments)
+    workers.run_on_rank0(lambda: refuse_unwritable_tokenizer(opened, load_tokenizer(tokenizer_file)))
     before, fingerprint = _check_weights(opened, workers, DTYPES[settings.precision], settings.force)
     if not settings.dry_run:
         workers.run_on_rank0(opened.compare_with_transformers)
@@ -183,17 +185,15 @@ def _check_weights(opened: OpenedModel, workers: Workers, dtype: torch.dtype, fo
             checksum(weight.flatten().float(), whole),
         )
         if not is_finite(weight):
-            complaints.append(
-                f"{_file_of(opened, name)}: {name} contains numbers that are not finite. The file is damaged, or the training diverged."
-            )
+            complaints.append(opened.not_finite(name))
         elif weight.abs().max() > torch.finfo(dtype).max:
             complaints.append(
-                f"{_file_of(opened, name)}: {name} contains numbers above {torch.finfo(dtype).max:g}, the largest number of the chosen "
+                f"{opened.file_of(name)}: {name} contains numbers above {torch.finfo(dtype).max:g}, the largest number of the chosen "
                 "--precision. Use --precision bf16 or float32."
             )
         elif name in linears and zeros > _MAX_ZEROS * weight.numel() and not force:
             complaints.append(
-                f"{_file_of(opened, name)}: {zeros / weight.numel():.0%} of {name} are zero, so the model is pruned already. Compressing "
+                f"{opened.file_of(name)}: {zeros / weight.numel():.0%} of {name} are zero, so the model is pruned already. Compressing "
                 "it again would add a second loss. Use --force to allow it."
             )
     if complaints := [one for rank in workers.all_gather(complaints) for one in rank]:
@@ -203,17 +203,7 @@ def _check_weights(opened: OpenedModel, workers: Workers, dtype: torch.dtype, fo
     return report.Weights(weights_bytes(opened), tuple(checked[name][0] for name in kinds)), fingerprint
 
 
-def _file_of(opened: OpenedModel, name: str) -> Path:
-    """Return the file that holds a tensor, or the checkpoint whose files share it."""
-    return opened.state.file_of(name) if isinstance(opened.state, huggingface.State) else opened.folder
-
-
-def _refuse_full_disk(output: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+def _refuse_too_small_disk(output: Path, config: ModelConfig, dtype: torch.dtype) -> None:
     """Raise UserError if the finished layers and the folder, at most twice the weights less what an earlier start wrote, do not fit."""
-    existing = nearest_existing(output.parent)
     done = sum(path.stat().st_size for path in folder_for(output).glob("*.safetensors"))
-    needed, free = 2 * dtype.itemsize * count_parameters(config) - done, shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"{existing} has {free / 2**30:.2f} GiB free; --output {output} needs {needed / 2**30:.2f} GiB. Give a folder on another disk."
-        )
+    refuse_full_disk(output, 2 * dtype.itemsize * count_parameters(config) - done)

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from data.command_line import UserError
+from data.files import new_folder
 from data.sampling.sources import open_folders, refuse_changed
 from data.shards import PreparedData
 from launch.checkpoints.opening import LoadedModel, OpenedModel, load_weights, open_model, weights_bytes
@@ -185,12 +186,12 @@ def _table(rows: Sequence[ModelRow]) -> str:
     return table(header, lines)
 
 
-def _write(rows: Sequence[ModelRow], text: str, folder: Path) -> None:
+def _write(rows: Sequence[ModelRow], text: str, output: Path) -> None:
     points = []
     for row in rows:
         before, ratio = row.quality.perplexity_before.value, row.quality.ratio
         points.append(pictures.Point(row.name, row.bytes / 1e6, before * ratio.value, before * ratio.standard_error))
-    folder.mkdir(parents=True)
-    pictures.save(pictures.perplexity_against_bytes(points), folder / "compare.svg")
-    (folder / "compare.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    (folder / "compare.md").write_text(f"{text}\n\n![Perplexity against bytes](compare.svg)\n", encoding="utf-8")
+    with new_folder(output) as folder:
+        pictures.save(pictures.perplexity_against_bytes(points), folder / "compare.svg")
+        (folder / "compare.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        (folder / "compare.md").write_text(f"{text}\n\n![Perplexity against bytes](compare.svg)\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data.command_line import UserError
 from data.sampling.sources import open_folders, refuse_changed
 from data.shards import PreparedData
-from launch.checkpoints.opening import LoadedModel, OpenedModel, load_model
+from launch.checkpoints.opening import OpenedModel, load_weights, open_model
 from launch.evaluation.evaluation_sets import mismatched_tokens
 from launch.evaluation.score import Score
 from launch.evaluation.settings import EvaluateSettings
@@ -90,24 +90,24 @@ def combine(evaluations: Sequence[Evaluation]) -> Evaluation:
 def evaluate_sources(settings: EvaluateSettings, show_progress: bool = True) -> dict[str, Evaluation]:
     """Return the evaluation of each source that has the split, by the source's name. Raises UserError if the model does not fit."""
     keep_freed_memory()
-    trained = load_model(settings.model, settings.average)
-    folders = open_folders(_paths(settings, trained))
-    task = task_of(trained, settings.objective)
-    sampling = task.sampling_settings(trained, settings.model, settings.labels)
-    length = trained.config.sequence_length if settings.sequence_length is None else settings.sequence_length
+    opened = open_model(settings.model, settings.average)
+    folders = open_folders(_paths(settings, opened))
+    task = task_of(opened, settings.objective)
+    sampling = task.sampling_settings(opened, settings.model, settings.labels)
+    length = opened.config.sequence_length if settings.sequence_length is None else settings.sequence_length
     stride = length if settings.stride is None else settings.stride
     for prepared in folders.values():
-        _refuse_unsuitable(settings, trained, prepared, length, stride, task)
+        _refuse_unsuitable(settings, opened, prepared, length, stride, task)
     device, size = device_name(), settings.micro_batch_size
-    model = trained.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
-    if bits := (trained.recipe.get("quantization") or {}).get("bits"):
+    model = load_weights(opened).model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    if bits := (opened.recipe.get("quantization") or {}).get("bits"):
         print(
             f"Note: {settings.model} was trained with weights rounded to {bits} bits; the weights evaluated here are not rounded. "
             "launch/quantize.py rounds them.",
             file=sys.stderr,
         )
     evaluations = {}
-    for name, one in task.evaluation_sets(trained.config, folders, sampling, settings.split, size, length, stride).items():
+    for name, one in task.evaluation_sets(opened.config, folders, sampling, settings.split, size, length, stride).items():
         num_batches = math.ceil(one.num_samples / size)
         batches = tqdm(one.batches, total=num_batches, unit="batch", disable=None if show_progress else True, leave=False)
         start = time.perf_counter()
@@ -133,10 +133,10 @@ def print_evaluation(settings: EvaluateSettings) -> int:
 
 
 def _refuse_unsuitable(
-    settings: EvaluateSettings, trained: LoadedModel, prepared: PreparedData, length: int, stride: int, task: Task
+    settings: EvaluateSettings, opened: OpenedModel, prepared: PreparedData, length: int, stride: int, task: Task
 ) -> None:
     """Raise UserError if the model cannot be evaluated on this folder with these settings."""
-    context = trained.config.sequence_length
+    context = opened.config.sequence_length
     complaints = []
     if length > context:
         complaints.append(f"--sequence_length is {length}; it must be from 1 to {context}, the model's context.")
@@ -144,7 +144,7 @@ def _refuse_unsuitable(
         complaints.append(f"--stride is {stride}; it must be from 1 to {length}, the length of a window.")
     if settings.stride is not None and not task.predicts_every_token:
         complaints.append(f"--stride {stride} applies only to causal models; the samples of other objectives do not overlap.")
-    complaints += mismatched_tokens(trained, prepared, settings.model)
+    complaints += mismatched_tokens(opened, prepared, settings.model)
     if complaints:
         raise UserError("\n".join(complaints))
 

@@ -4,14 +4,15 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from tqdm import tqdm
 
 from data.command_line import UserError
-from data.files import publish_file
+from data.files import new_file
 from data.tokenization.loading import load_tokenizer
-from launch.checkpoints.opening import load_model
+from data.tokenization.tokenizer import Tokenizer
+from launch.checkpoints.opening import OpenedModel, load_weights, open_model
 from launch.evaluation.predictions import Predictor
 from launch.evaluation.settings import GenerateSettings
 from launch.evaluation.tasks.table import TASKS, task_of
@@ -22,28 +23,37 @@ from model.config import ModelConfig
 
 def generate(settings: GenerateSettings) -> int:
     """Predict for --prompt or --input; return the exit status. Raises UserError if the settings do not fit the model."""
-    trained = load_model(settings.model, average=settings.average)
-    task = task_of(trained)
-    _refuse_unsuitable(settings, task, trained.config)
-    tokenizer_path = Path(settings.tokenizer) if settings.tokenizer else trained.tokenizer
-    if tokenizer_path is None:
-        raise UserError(f"There is no tokenizer.model, tokenizer.json or .tiktoken file next to {settings.model}. Give --tokenizer.")
-    tokenizer = load_tokenizer(tokenizer_path)
-    try:
-        predictor = task.predictor(trained, tokenizer, device_name(), settings)
+    opened = open_model(settings.model, settings.average)
+    task = task_of(opened)
+    _refuse_unsuitable(settings, task, opened.config)
+    tokenizer = _tokenizer_of(settings, opened)
+    with contextlib.ExitStack() as files:
+        lines = None
         if settings.input:
-            _write_lines(settings.input, settings, predictor)
-        else:
-            for piece in predictor.stream(settings.prompt):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-    except ValueError as error:
-        raise UserError(str(error)) from error
+            lines = sys.stdin.buffer if settings.input == "-" else files.enter_context(_open(settings.input))
+        try:
+            predictor = task.predictor(load_weights(opened), tokenizer, device_name(), settings)
+            if lines is not None:
+                _write_lines(_decoded(lines, str(settings.input)), settings, predictor)
+            else:
+                for piece in predictor.stream(settings.prompt):
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        except ValueError as error:
+            raise UserError(str(error)) from error
     if predictor.num_cut:
-        print(
-            f"Texts longer than {trained.config.sequence_length} tokens that were cut at their end: {predictor.num_cut}.", file=sys.stderr
-        )
+        print(f"Texts longer than {opened.config.sequence_length} tokens that were cut at their end: {predictor.num_cut}.", file=sys.stderr)
     return 0
+
+
+def _tokenizer_of(settings: GenerateSettings, opened: OpenedModel) -> Tokenizer:
+    """Return the tokenizer of --tokenizer, or the one next to the model. Raises UserError if it has ids that the model lacks."""
+    path = Path(settings.tokenizer) if settings.tokenizer else opened.tokenizer
+    if path is None:
+        raise UserError(f"There is no tokenizer.model, tokenizer.json or .tiktoken file next to {settings.model}. Give --tokenizer.")
+    tokenizer = load_tokenizer(path)
+    opened.refuse_other_tokenizer(tokenizer)
+    return tokenizer
 
 
 def _refuse_unsuitable(settings: GenerateSettings, task: Task, config: ModelConfig) -> None:
@@ -62,18 +72,15 @@ def _refuse_unsuitable(settings: GenerateSettings, task: Task, config: ModelConf
         raise UserError("\n".join(complaints))
 
 
-def _write_lines(path: str, settings: GenerateSettings, predictor: Predictor) -> None:
-    """Write a line for each line of the input; an output file gets its name when it is complete."""
-    unfinished = Path(f"{settings.output}.unfinished")
+def _write_lines(texts: Iterable[str], settings: GenerateSettings, predictor: Predictor) -> None:
+    """Write a line for each text; an output file appears when it is complete."""
     with contextlib.ExitStack() as files:
-        source = sys.stdin.buffer if path == "-" else files.enter_context(_open(path, "rb"))
-        target = files.enter_context(_open(unfinished, "wb")) if settings.output else sys.stdout.buffer
         bar = files.enter_context(tqdm(unit=" texts", disable=None, leave=False))
-        texts = _decoded(source, path)
+        target: BinaryIO = sys.stdout.buffer
+        if settings.output:
+            target = files.enter_context(open(files.enter_context(new_file(Path(settings.output))), "wb"))
         for line in predictor.predict_lines(texts, 64 if settings.batch_size is None else settings.batch_size, bar.update):
             target.write(f"{line}\n".encode())
-        if settings.output:
-            publish_file(target, settings.output)
 
 
 def _decoded(lines: Iterable[bytes], path: str) -> Iterator[str]:
@@ -84,8 +91,8 @@ def _decoded(lines: Iterable[bytes], path: str) -> Iterator[str]:
             raise UserError(f"--input {path}: line {number} is not valid UTF-8.") from error
 
 
-def _open(path: str | Path, mode: Literal["rb", "wb"]) -> BinaryIO:
+def _open(path: str) -> BinaryIO:
     try:
-        return open(path, mode)
+        return open(path, "rb")
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror}.") from error

@@ -1,14 +1,13 @@
 """Settings of launch/evaluate.py, launch/generate.py and launch/compare.py. Nothing heavy is imported here."""
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from data.command_line import not_utf8
+from data.files import output_complaint
 from data.sampling.settings import ObjectiveName
-
-EXISTS = "already exists; nothing is overwritten. Give another name."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,8 @@ class GenerateSettings:
 
     def complaints(self) -> list[str]:
         """Return an error message for each value that is wrong whatever the model is."""
-        complaints = [f"--output {self.output} {EXISTS}"] if self.output and Path(self.output).exists() else []
+        complaints = [complaint] if self.output and (complaint := output_complaint(self.output)) else []
+        complaints += not_utf8("--prompt", self.prompt)
         if self.input and self.prompt:
             complaints.append("--prompt and --input both give the text to read: keep one of them.")
         if not self.input:
@@ -112,6 +112,6 @@ class CompareSettings:
         complaints = []
         if len(self.models) < 2:
             complaints.append(f"--models are {', '.join(self.models) or 'none'}; give two or more to compare.")
-        if self.output is not None and Path(self.output).exists():
-            complaints.append(f"--output {self.output} {EXISTS}")
+        if self.output is not None and (complaint := output_complaint(self.output)):
+            complaints.append(complaint)
         return complaints

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from data.command_line import UserError, add_origins, describe, origin_of
+from data.command_line import UserError, add_origins, describe, not_utf8, origin_of
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.settings import SamplingSettings
 from launch import REPOSITORY
@@ -88,12 +88,16 @@ class QuantizationSettings:
     """Bits of the integers that weights are rounded to, in training and validation, as launch/quantize.py --method rtn rounds them.
     The weights that are trained and saved stay unrounded (straight-through estimator, Bengio et al. 2013, arXiv 1308.3432; default:
     no rounding)."""
-    group_size: Annotated[int, Ge(0)] | None = None
-    """Entries of a weight's row that share a scale. 0: the whole row (default: 128 for integers below 8 bits, else the whole row)."""
+    group_size: Annotated[int, Ge(-1)] | None = None
+    """Entries of a weight's row that share a scale. 0 or -1: the whole row (default: 128 for integers below 8 bits, else the whole row)."""
     symmetric: bool = True
     """True if zero is the middle of the integers; false if each group has its own zero point."""
     activations: Literal["none", "int8"] = "none"
     """Type that the inputs of those layers are rounded to, with one scale a token."""
+
+    def __post_init__(self) -> None:
+        if self.group_size == -1:  # the name that GPTQ's configurations have for the whole row
+            object.__setattr__(self, "group_size", 0)
 
     @property
     def entries_per_scale(self) -> int | None:
@@ -226,6 +230,7 @@ class RunSettings:
     def complaints(self) -> list[str]:
         """Return a message for each combination of settings that is invalid. Ranges are checked before."""
         return [
+            *not_utf8("log.sample_prompt", self.log.sample_prompt),
             *_complaints_about_init(self),
             *_complaints_about_length(self),
             *_complaints_about_learning_rate(self),

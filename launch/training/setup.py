@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 
-from data.command_line import UserError
+from data.command_line import UserError, status_and_message
 from data.tokenization.comparison import tokens_differ
 from launch.checkpoints.initial import InitialWeights
 from launch.checkpoints.opening import OpenedModel
@@ -209,11 +209,11 @@ def _check_all_ranks(
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
         if compare:
             report |= preflight.probe(settings, merged, layout, process, device, data, probe_file)
-    except UserError as error:
-        report["complaint"] = str(error)
     except Exception as error:  # the other ranks are waiting for this report
-        traceback.print_exc()
-        report |= {"complaint": f"{type(error).__name__}: {error}", "is_mistake": False}
+        status, message = status_and_message(error)
+        if message is None:
+            traceback.print_exc()
+        report |= {"complaint": message or f"{type(error).__name__}: {error}", "is_mistake": status == 2}
     try:
         reports = gather_on_rank0(store, process, "machines", report, LONGEST_CHECK_SECONDS)
         complaint = preflight.check_consistent(reports, probe_file.parent) if process.is_first else ""

@@ -5,6 +5,8 @@ scale. The `gguf` package maps the tensor names of Hugging Face to those of the 
 """
 
 import dataclasses
+import errno
+import os
 import shutil
 import struct
 from collections import Counter
@@ -124,6 +126,8 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
             writer.write_tensor_data(factors)
         for tensor in tensors:
             writer.write_tensor_data(_encoded(tensor, state))
+    except OSError as error:  # numpy does not keep the reason why it wrote less than it should: the disk is full
+        raise OSError(error.errno or errno.ENOSPC, error.strerror or os.strerror(errno.ENOSPC), str(path)) from error
     finally:
         writer.close()
 
@@ -273,10 +277,9 @@ def _encoded(tensor: _Stored, state: Mapping[str, Tensor]) -> NDArray:
             f"{' + '.join(tensor.source.ours)} has shape {list(weight.shape)}; by the configuration it is {list(tensor.shape)}."
         )
     limit = torch.finfo(torch.float32 if tensor.kind == _TYPE.F32 else torch.float16).max
-    if not (largest := weight.abs().max().item()) <= limit:
-        raise ValueError(
-            f"{' + '.join(tensor.source.ours)}: its largest weight is {largest:g}; the largest number of {tensor.kind.name} is {limit:g}."
-        )
+    if not weight.abs().max().item() <= limit:
+        above = f"not finite, or above {limit:g}, the largest number of {tensor.kind.name.lower()}"
+        raise ValueError(f"{' + '.join(tensor.source.ours)} contains numbers that are {above}.")
     if tensor.heads:
         weight = weight.unflatten(0, (tensor.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
     return gguf.quantize(weight.contiguous().numpy(), tensor.kind)

@@ -42,13 +42,17 @@ class Grid:
             if (self.bits, self.group_size, self.symmetric) != (bits, group_size, True):
                 shared = "one scale per row" if group_size is None else f"one scale per {group_size} entries"
                 raise ValueError(
-                    f"{self.kind} has {bits} bits, {shared} and is symmetric: bits={bits}, group_size={group_size}, symmetric=True; "
-                    f"got bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}"
+                    f"{self.kind} has {bits} bits, {shared}, and is symmetric (got {self.bits} bits, {str(self).partition(', ')[2]})"
                 )
         elif not 2 <= self.bits <= 8:
             raise ValueError(f"bits is {self.bits}; integers need 2 to 8")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; it must be at least 1, or None for the whole row")
+
+    def __str__(self) -> str:
+        width = f"int{self.bits}" if self.kind == "int" else self.kind
+        per = "one scale per row" if self.group_size is None else f"one scale per {self.group_size}"
+        return f"{width}, {per}{'' if self.symmetric else ', asymmetric'}"
 
     def num_groups(self, in_size: int) -> int:
         """Number of groups in a row of `in_size` entries. Raises ValueError if the groups do not divide the row."""

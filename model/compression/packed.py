@@ -66,10 +66,7 @@ class Scheme:
         return self.grid.kind in ("nvfp4", "mxfp4")
 
     def __str__(self) -> str:
-        width = f"int{self.grid.bits}" if self.grid.kind == "int" else self.grid.kind
-        per = "one scale per row" if self.grid.group_size is None else f"one scale per {self.grid.group_size}"
-        inputs = "" if self.activations == "none" else f", inputs {self.activations}"
-        return f"{width}, {per}{'' if self.grid.symmetric else ', asymmetric'}{inputs}"
+        return str(self.grid) if self.activations == "none" else f"{self.grid}, inputs {self.activations}"
 
 
 @dataclasses.dataclass(frozen=True)

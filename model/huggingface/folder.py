@@ -18,6 +18,7 @@ from model.compression import packed
 from model.compression.grids import Byte, Quantized
 from model.compression.packed import CacheScheme, Scheme
 from model.config import ModelConfig
+from model.finite import is_finite
 from model.huggingface.architecture import HEADLESS, NO_TOKENS, Architecture, Counterpart, SpecialTokens
 from model.huggingface.choice import ARCHITECTURES, architecture, counterparts, from_huggingface, model_type, to_huggingface
 from model.transformer import parameter_shapes
@@ -54,7 +55,8 @@ def export(
     other tensors are written as `dtype`. `kv_cache` needs schemes; its scales must be representable in `dtype`.
     One tensor of `state` is read at a time, so a Mapping that reads lazily never holds the whole model. After an error the folder may be
     incomplete: give a temporary folder and rename it when everything is written and checked.
-    Raises ValueError if `folder` contains files, if the architecture has no counterpart, or if `state` does not belong to the model.
+    Raises ValueError if `folder` contains files, if the architecture has no counterpart, if `state` does not belong to the model, or if
+    a weight is not finite or too large for its type.
     """
     folder, schemes = Path(folder), schemes or {}
     if folder.exists() and any(folder.iterdir()):
@@ -321,6 +323,9 @@ def _tensors(
                 f"{' + '.join(entry.ours)} has shape {list(tensors[name].shape)}; by the configuration it must be {list(shape)}."
             )
         assert tensors[name].dtype == dtype, f"{name} is {tensors[name].dtype} and not {dtype}"
+        if not is_finite(tensors[name]):
+            limit = f"not finite, or above {torch.finfo(dtype).max:g}, the largest number of {str(dtype).removeprefix('torch.')}"
+            raise ValueError(f"{' + '.join(entry.ours)} contains numbers that are {limit}.")
         yield tensors[name]
 
 

@@ -2,9 +2,12 @@
 
 import ast
 import dataclasses
+import errno
 import importlib
 import inspect
+import signal
 import typing
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -362,8 +365,16 @@ def test_help_shows_every_setting_with_its_docstring_and_default(module, name, c
             assert f"{' '.join(docstring.split())} Default: {value}." in shown, field
 
 
+@pytest.fixture
+def own_ctrl_c():
+    """Restore what Ctrl-C does, which run_script changes at the end of a process."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"])
-def test_a_user_error_is_printed_once_a_machine_with_status_2(name, capsys, monkeypatch):
+def test_a_user_error_is_printed_once_a_machine_with_status_2(name, own_ctrl_c, capsys, monkeypatch):
     for kind, rank, printed in ((UserError, "0", "That cannot be.\n"), (UserError, "1", ""), (RankError, "1", "That cannot be.\n")):
 
         def main(arguments, kind=kind):
@@ -378,8 +389,33 @@ def test_a_user_error_is_printed_once_a_machine_with_status_2(name, capsys, monk
         assert capsys.readouterr() == ("", printed)
 
 
-def test_the_status_of_main_is_the_exit_status():
+def test_the_status_of_main_is_the_exit_status(own_ctrl_c):
     for returned, status in ((None, 0), (0, 0), (85, 85)):
         with pytest.raises(SystemExit) as ended:
             run_script(lambda arguments, returned=returned: returned)
         assert ended.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "printed"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"), 2, "out/model.safetensors: No space left on device.\n"),
+        (PermissionError(errno.EACCES, "Permission denied"), 2, "Permission denied.\n"),
+        (KeyboardInterrupt(), 130, "Interrupted.\n"),
+        (KeyboardInterrupt("Stopped. Run it again."), 130, "Stopped. Run it again.\n"),
+        (BrokenPipeError(), 1, ""),
+    ],
+)
+def test_error_of_the_system_and_ctrl_c_end_with_one_sentence(error, status, printed, own_ctrl_c, capsys):
+    def main(arguments):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert (ended.value.code, capsys.readouterr().err) == (status, printed)
+
+
+def test_mistake_of_ours_ends_with_its_traceback(own_ctrl_c, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda arguments: Path("/nowhere/of/ours").read_text())
+    assert ended.value.code == 1 and "Traceback" in capsys.readouterr().err

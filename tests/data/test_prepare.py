@@ -663,7 +663,7 @@ def test_dataset_without_network_is_a_user_error(tmp_path):
 
 def test_output_that_cannot_be_written_is_named(make, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/prepared cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"^--output .*file/prepared: .*file is a file, not a folder"):
         make(output=str(tmp_path / "file/prepared"))
 
 

@@ -65,7 +65,8 @@ def door(tokenizer, tmp_path, monkeypatch, capsys):
     def call(kind: str, network: torch.nn.Module, *words: str, data: dict | None = None) -> str:
         config = ModelConfig(**SMALL, **KINDS[kind])
         found = opening.LoadedModel(config, {}, tmp_path / "step", tokenizer.path, 1, {"data": data or {}}, network)
-        monkeypatch.setattr(generating, "load_model", lambda path, average=1: found)
+        monkeypatch.setattr(generating, "open_model", lambda path, average: found)
+        monkeypatch.setattr(generating, "load_weights", lambda opened: opened)
         assert generate.main(["runs/x", *words]) == 0
         return capsys.readouterr().out
 

@@ -278,7 +278,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str, dict, str]] = {
     "no tokenizer": (lambda disk: (disk / "run" / "tokenizer.json").unlink(), "whole", {}, "^run lacks run.json or the tokenizer"),
     "a file there": (lambda disk: (disk / "whole").touch(), "whole", {}, "^--output whole already exists; nothing is overwritten"),
     "files there": (put_a_file_into_the_output, "whole", {}, "^--output whole already exists; nothing is overwritten"),
-    "a file above": (lambda disk: (disk / "above").touch(), "above/whole", {}, "^--output above/whole: above is not a writable folder"),
+    "a file above": (lambda disk: (disk / "above").touch(), "above/whole", {}, "^--output above/whole: above is a file, not a folder"),
     "inside the run": (lambda disk: None, "run/checkpoints/whole", {}, "is inside run, which must not change"),
 }
 
@@ -306,7 +306,9 @@ def test_too_little_disk_space_is_refused_before_any_file_is_read(run, tmp_path,
     monkeypatch.setattr(checkpoint, "find_damage", lambda *_: pytest.fail("files were read"))
     usage = shutil.disk_usage(tmp_path)._replace(free=20_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert refusal(run, tmp_path / "deep" / "whole").endswith("has 0.00 GiB free; --output deep/whole needs 0.00 GiB.")
+    assert refusal(run, tmp_path / "deep" / "whole").endswith(
+        "has 0.00 GiB free; --output deep/whole needs 0.00 GiB. Give a folder on another disk."
+    )
 
 
 def test_a_checkpoint_of_an_unsupported_version_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Quantized folders are loaded with dequantized weights, and refused where unquantized weights are needed."""
+"""Quantized folders are loaded with dequantized weights, and refused where unquantized weights are needed, as are damaged ones."""
 
 import pytest
 import torch
@@ -47,3 +47,15 @@ def test_run_does_not_start_from_quantized_weights(quantized):
     assert open_model(folder).schemes == {"1.feed_forward.down.weight": SCHEME}
     with pytest.raises(UserError, match=r"is quantized \(int8, one scale per row, inputs int8\): a run starts from weights that are not"):
         InitialWeights(folder, CONFIG)
+
+
+def test_weights_that_are_not_finite_are_neither_written_nor_loaded(tmp_path, monkeypatch):
+    state = dict(Transformer(CONFIG).state_dict())
+    state["1.feed_forward.up.weight"] = state["1.feed_forward.up.weight"] * torch.nan
+    with pytest.raises(ValueError, match=r"1\.feed_forward\.up\.weight contains numbers that are not finite, or above 3\.4"):
+        export(CONFIG, state, tmp_path / "refused")
+    monkeypatch.setattr("model.huggingface.folder.is_finite", lambda tensor: True)
+    export(CONFIG, state, tmp_path / "out")
+    message = r"out/model\.safetensors: 1\.feed_forward\.up\.weight contains numbers that are not finite"
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path / "out"))

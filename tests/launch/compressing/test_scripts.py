@@ -105,6 +105,12 @@ def test_average_bits_gives_fewer_bits_to_blocks_that_cost_less(quantized, model
     assert costs[1] < 1e-6 < min(costs[0], costs[2]) and report["bits"] == sorted(set(bits.values()))
 
 
+def test_group_size_minus_1_is_the_whole_row_and_recorded_as_0(quantized, model):
+    folder, status = quantized(model("dense"), "--method", "rtn", "--group_size", "-1")
+    report = json.loads((folder / "report.json").read_text())
+    assert status == 0 and report["settings"]["group_size"] == 0 and "int4, one scale per row" in report["method"]
+
+
 def test_cache_scales_are_the_largest_values_of_the_calibration_text(quantized, model):
     folder, status = quantized(model("dense"), "--method", "rtn", *INT4, "--kv_cache", "int8", "--precision", "float32")
     report = json.loads((folder / "report.json").read_text())
@@ -174,6 +180,10 @@ def test_averaged_checkpoints_are_calibrated_on_all_data_folders(texts, tmp_path
         (prune, ["--data=nowhere"], "nowhere"),
         (quantize, ["--group_size=48"], r"Groups of 48 do not divide .* attention\.query \(32\).*--group_size 32, 16, 0 would divide them"),
         (quantize, ["--kind=nvfp4", "--bits=8"], "nvfp4 has 4 bits"),
+        (quantize, ["--kind=fp8", "--bits=4"],
+            r"^fp8 has 8 bits, one scale per row, and is symmetric \(got 4 bits, one scale per row\)$"),
+        (quantize, ["--activations=fp8"], r"^activations fp8 need kind fp8; got int4, one scale per 128\.$"),
+        (quantize, ["--group_size=-2"], "^group_size is -2; it must be at least -1"),
         (quantize, ["--activations=int8"], "activations int8 need kind int, 8 bits"),
         (quantize, ["--average_bits=3", "--group_size=32", "--sensitivity_samples=1"],
             r"average_bits 3 .* must be at least 3\.5, the size of 3-bit"),

@@ -1,0 +1,35 @@
+"""Files and folders appear complete or not at all, and errors of the disk name them."""
+
+import pytest
+
+from data.command_line import UserError
+from data.files import new_file, new_folder, output_complaint, write_file
+from tests.disk import no_larger_files
+
+
+def test_error_of_a_full_disk_names_the_file(tmp_path):
+    with no_larger_files(0), pytest.raises(OSError, match=r"File too large: '.*run\.json'"):
+        write_file(tmp_path / "run.json", "{}")
+    with (
+        pytest.raises(UserError, match=r"out\.gguf could not be written: File too large"),
+        new_file(tmp_path / "out.gguf") as file,
+        no_larger_files(0),
+    ):
+        file.write_text("half")
+    with (
+        pytest.raises(UserError, match=r"out could not be written: File too large"),
+        new_folder(tmp_path / "out") as folder,
+        no_larger_files(0),
+    ):
+        (folder / "file").write_text("half")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json.tmp"]
+
+
+def test_output_that_cannot_be_created_is_named_with_its_reason(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert output_complaint(tmp_path / "new" / "out") is None
+    assert output_complaint(tmp_path / "file" / "new" / "out").endswith(f"{tmp_path}/file is a file, not a folder. Give another path.")
+    for existing in ("file", "link"):
+        assert output_complaint(tmp_path / existing).endswith("already exists; nothing is overwritten. Give another name.")
+    assert output_complaint(tmp_path / ("x" * 300)).endswith("has 300 bytes; 240 are allowed.")
