@@ -142,11 +142,12 @@ class _Reader(gguf.GGUFReader):
         """Return the size of a value, and nothing of its content if it is a list."""
         if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order == "S":  # S: of a machine with the other byte order
             return super()._get_field_parts(orig_offs, raw_type)
-        kind, length = struct.unpack_from("<IQ", self.data, orig_offs)
+        content = self.data.data
+        kind, length = struct.unpack_from("<IQ", content, orig_offs)
         end = orig_offs + 12
         if kind == gguf.GGUFValueType.STRING:
             for _ in range(length):
-                end += 8 + _LENGTH.unpack_from(self.data, end)[0]
+                end += 8 + _LENGTH.unpack_from(content, end)[0]
         else:
             end += length * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
         return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
