@@ -22,6 +22,7 @@ _ENCODINGS = {"UTF-32": rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-16": rb"\xff\xfe|\xf
 _KINDS = [  # (pattern of the first bytes, what they are)
     *((pattern, f"{name} data. Decompress it, or let its name end in {suffix}") for suffix, (name, pattern, _) in _COMPRESSIONS.items()),
     (rb"\x04\x22\x4d\x18", "LZ4 data. Decompress it first"),
+    (rb"\xff\x06\0\0sNaPpY", "Snappy data. Decompress it first"),
     *((pattern, f"of format {name}. Set --input_format {name}, or let its name end in .{name}") for name, pattern in _TABLES.items()),
     *((pattern, f"a {name} archive. Unpack it and give its files") for name, pattern in _ARCHIVES.items()),
     (rb"Obj\x01", "an Avro file, which is not supported"),

@@ -90,7 +90,7 @@ def _files_of_input(name: str, any_name: bool) -> tuple[Path, set[Path], dict[Pa
         os.lstat(path)
         root, given = path if path.is_dir() else path.parent, [path]
     except (FileNotFoundError, NotADirectoryError):
-        root, given = _glob_root(name), sorted(map(Path, glob.glob(name, recursive=True)))
+        root, given = _glob_root(name), sorted(_matches(name))
     except OSError as error:
         raise UserError(f"--input {name} cannot be read: {error.strerror}.") from error
     if not given:
@@ -118,7 +118,7 @@ def _files_of_input(name: str, any_name: bool) -> tuple[Path, set[Path], dict[Pa
 def _files_below(folder: Path, name: str, any_name: bool, visited: set[str]) -> tuple[set[Path], dict[Path, str]]:
     """Return (files to read, reason for each file that is not read) of a folder. `visited` has the folders that were read already."""
     found, skipped = set(), dict[Path, str]()
-    below = {path for parent in _walk(folder, visited) for path in parent}
+    below = {parent / name for parent, names in _walk(folder, visited) for name in names}
     refuse_dataset_folder(name, below)
     for path in below:
         is_private = path.name.startswith((".", "_"))  # for example _SUCCESS and .part-00000.crc of Spark
@@ -134,8 +134,8 @@ def _files_below(folder: Path, name: str, any_name: bool, visited: set[str]) -> 
     return found, skipped
 
 
-def _walk(folder: Path, visited: set[str]) -> Iterator[list[Path]]:
-    """Yield the files of each folder below and including `folder`. Links to folders are followed; no folder is visited twice."""
+def _walk(folder: Path, visited: set[str], is_hidden_read: bool = True) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder below and including `folder`, with its files. Links to folders are followed; no folder is visited twice."""
 
     def _refuse(error: OSError) -> None:
         raise UserError(f"--input {folder}: {error.filename} cannot be read: {error.strerror}.") from error
@@ -146,8 +146,22 @@ def _walk(folder: Path, visited: set[str]) -> Iterator[list[Path]]:
             folders.clear()
             continue
         visited.add(resolved)
-        folders.sort()
-        yield [Path(parent, name) for name in names]
+        folders[:] = sorted(name for name in folders if is_hidden_read or not name.startswith("."))
+        yield Path(parent), names
+
+
+def _matches(pattern: str) -> set[Path]:
+    """Return the files and folders that a pattern matches. ** stands for each folder below, also through links, but once."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return set(map(Path, glob.glob(pattern)))  # glob's own ** does not end where links to folders form loops
+    before, after = Path(*parts[: parts.index("**")]), Path(*parts[parts.index("**") + 1 :])
+    bases = {path for path in _matches(str(before)) if path.is_dir()}
+    if after == Path():
+        return bases
+    visited: set[str] = set()
+    folders = [folder for base in sorted(bases) for folder, _ in _walk(base, visited, is_hidden_read=False)]
+    return {path for folder in folders for path in _matches(f"{glob.escape(str(folder))}/{after}")}
 
 
 def _refuse_unreadable(path: Path, name: str) -> None:

@@ -342,6 +342,8 @@ def _count_newlines(stream: BinaryIO, num_bytes: int) -> int:
 def _advice(problem: Problem) -> str:
     if problem.option:
         return f"Set the field with {problem.option}, or leave out such records with --on_error skip or quarantine."
+    if problem.reason == "repeated field":
+        return "Rename one of them, or leave out such records with --on_error skip or quarantine."
     if problem.reason == "invalid UTF-8":
         return "Convert text of another encoding to UTF-8 (iconv), or leave out such records with --on_error skip or quarantine."
     if problem.ends_file:

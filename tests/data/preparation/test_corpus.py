@@ -121,6 +121,8 @@ def test_links_to_folders_are_followed_and_no_file_is_read_twice(tmp_path):
     (tmp_path / "in/same.txt").symlink_to("a/x.txt")
     assert names(tmp_path / "in") == ["a/x.txt", "link/b/y.txt", "link/z.txt"]
     assert names(tmp_path / "in/link") == ["b/y.txt", "z.txt"]
+    assert names(tmp_path / "in" / "**" / "*.txt") == ["a/x.txt", "link/b/y.txt", "link/z.txt"]
+    assert names(tmp_path / "**" / "in" / "**") == ["in/a/x.txt", "in/link/b/y.txt", "in/link/z.txt"]
 
 
 def test_broken_link_is_named(tmp_path):
