@@ -265,6 +265,8 @@ def file_corpus(inputs: Sequence[str], fields: Fields, excluded_folders: Sequenc
 
 def dataset_corpus(name: str, split: str, fields: Fields) -> StreamCorpus:
     """Return the corpus of a Hugging Face dataset, NAME, NAME:CONFIG or a local folder. It is streamed."""
+    if Path(name).is_file():
+        raise UserError(f"--dataset {name} is a file. Use --input {name}, or --dataset with a name or a folder.")
     if "save_to_disk" in (advice := how_to_read(Path(name)) or ""):
         raise UserError(f"--dataset {name} {advice}")
     source = f"{Path(name.partition(':')[0]).name}:{split}"

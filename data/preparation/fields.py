@@ -156,14 +156,19 @@ def check_columns(columns: Sequence[str], fields: Fields) -> Problem | None:
     return None
 
 
+def missing_field(name: str, names: Sequence[str], fields: Fields, raw: bytes = b"", ends_file: bool = False) -> Problem:
+    """Return the problem of a record or a table that has other fields, `names`, than the one to read."""
+    others = nearest(name, names) or f" Its fields: {', '.join(key[:_NAMED_CHARACTERS] for key in names[:_NAMED_FIELDS])}."
+    return Problem("missing field", f'it has no field "{name}".{others}', raw, ends_file, fields.option_of(name))
+
+
 def read_fields(record: dict, fields: Fields, raw: bytes) -> TextRecord:
     """Return the text of a record with named fields, or what is wrong with it."""
     texts = []
     for name in fields.names:
         if name not in record:
             names = [str(key).encode(errors="backslashreplace").decode() for key in record]
-            found = nearest(name, names) or f" Its fields: {', '.join(key[:_NAMED_CHARACTERS] for key in names[:_NAMED_FIELDS])}."
-            return Problem("missing field", f'it has no field "{name}".{found}', raw, option=fields.option_of(name))
+            return missing_field(name, names, fields, raw)
         text = record[name]
         if name == fields.pair and isinstance(text, int) and not isinstance(text, bool):  # a label
             text = str(text)
@@ -188,6 +193,9 @@ def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequen
         return Problem("invalid UTF-8", f"it is not UTF-8: {error}", raw)
     if len(row) != len(columns):
         return Problem("wrong number of fields", f"it has {len(row)} fields; the columns are {', '.join(columns)}", raw)
+    if len(row) > 1 and list(row) == list(columns):  # for example several files with headers, written one after another
+        advice = "If it is a header, leave out --columns." if fields.columns else "It is a header, not a record."
+        return Problem("repeated header", f"it repeats the names of the columns. {advice}", raw)
     found = read_fields(dict(zip(columns, row, strict=True)), fields, raw)
     if isinstance(found, Problem) and found.reason == "missing field":
         if len(columns) == 1:

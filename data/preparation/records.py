@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
-from data.command_line import UserError, nearest
+from data.command_line import UserError
 from data.preparation.columnar import Table
 from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed, open_decompressed
 from data.preparation.fields import (
@@ -25,6 +25,7 @@ from data.preparation.fields import (
     check_header,
     damaged,
     decode_text,
+    missing_field,
     read_json,
     read_row,
 )
@@ -213,8 +214,7 @@ class PartReader:
         with table:
             problem = check_columns(table.columns, self.fields)
             if missing := [name for name in self.fields.names if name not in table.columns]:
-                message = f'it has no column "{missing[0]}".{nearest(missing[0], table.columns)}'
-                problem = Problem("missing field", message, ends_file=True, option=self.fields.option_of(missing[0]))
+                problem = missing_field(missing[0], table.columns, self.fields, ends_file=True)
             if problem is None:
                 yield from table.rows(start, end)
             elif start == 0:

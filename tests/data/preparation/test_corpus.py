@@ -270,6 +270,12 @@ def test_dataset_folder_of_compressed_files_is_refused(tmp_path):
         dataset_corpus(str(tmp_path), "train", TEXT)
 
 
+def test_dataset_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"train\.jsonl is a file\. Use --input "):
+        dataset_corpus(str(tmp_path / "train.jsonl"), "train", TEXT)
+
+
 def test_unreachable_dataset_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^--dataset .*nowhere, split train, cannot be read: [^\n]*$"):
         list(dataset_corpus(str(tmp_path / "nowhere"), "train", TEXT).rows())

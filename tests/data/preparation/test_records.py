@@ -463,6 +463,15 @@ def test_wrong_separator_of_fields_is_named(tmp_path, name, line):
     assert problem.message.endswith("Its fields: good, 1. If the first line of the file is a record, name the columns with --columns.")
 
 
+@pytest.mark.parametrize("name, header", [("a.csv", "text,n"), ("a.tsv", "text\tn")])
+def test_header_is_not_read_as_a_record(tmp_path, name, header):
+    row = header.replace("text", "one")
+    (tmp_path / name).write_text(f"{header}\n{row}\n{header}\n{row}\n")
+    assert [getattr(record, "reason", record) for _, record in records(tmp_path / name)] == [("one",), "repeated header", ("one",)]
+    first, *_ = records(tmp_path / name, Fields("text", columns=("text", "n")))
+    assert first[0] == 0 and "leave out --columns" in first[1].message
+
+
 def test_broken_first_line_between_json_lines_is_one_problem(tmp_path):
     for first in (b'{"text": ', b"{", b'{"text": "cut', b'{"text": ["a",'):
         (tmp_path / "a.jsonl").write_bytes(first + b"\n" + LINE * 3)
