@@ -193,10 +193,10 @@ def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequen
         return Problem("invalid UTF-8", f"it is not UTF-8: {error}", raw)
     if len(row) != len(columns):
         return Problem("wrong number of fields", f"it has {len(row)} fields; the columns are {', '.join(columns)}", raw)
-    if len(row) > 1 and list(row) == list(columns):  # for example several files with headers, written one after another
+    found = read_fields(dict(zip(columns, row, strict=True)), fields, raw)
+    if isinstance(found, tuple) and len(row) > 1 and list(row) == list(columns):  # for example files with headers that were joined
         advice = "If it is a header, leave out --columns." if fields.columns else "It is a header, not a record."
         return Problem("repeated header", f"it repeats the names of the columns. {advice}", raw)
-    found = read_fields(dict(zip(columns, row, strict=True)), fields, raw)
     if isinstance(found, Problem) and found.reason == "missing field":
         if len(columns) == 1:
             message = f'it has one column, "{columns[0]}". Fields are separated by commas in csv and by tabs in tsv (see --input_format).'
