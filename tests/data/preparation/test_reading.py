@@ -80,7 +80,9 @@ def tab_separated(texts: list[str], draw) -> bytes:
 
 
 def from_tab_separated(data: bytes) -> list[str]:
-    header, *rows = [line.decode().rstrip("\r\n").split("\t") for line in data.split(b"\n") if line.strip()] or [[]]
+    first, *lines = [line.rstrip(b"\r") for line in data.split(b"\n") if line.strip()] or [b""]
+    header = first.decode(errors="replace").split("\t")  # names of columns that are not read need not be UTF-8
+    rows = [line.decode().split("\t") for line in lines]
     return [row[header.index("text")] for row in rows]
 
 
