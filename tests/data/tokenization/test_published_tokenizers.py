@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import tokenizers
@@ -19,28 +17,14 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.data.tokenization.test_huggingface_files import HARD, their_tokenizer
 from tests.data.tokenization.vocabularies import QWEN, QWEN3_ADDED, QWEN3_SPECIAL, as_qwen3
+from tests.packages import package_files
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Return a function that installs a package without what it needs, and returns its folder; the test is skipped if that fails."""
-
-    def _install(requirement):
-        folder = tmp_path_factory.mktemp("packages")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), requirement]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if result.returncode:
-            pytest.skip(f"pip cannot install {requirement}: {result.stderr.strip().splitlines()[-1]}")
-        return folder
-
-    return _install
-
-
-@pytest.fixture(scope="module")
-def mistral(installed):
-    return installed("mistral-common==1.13.1") / "mistral_common" / "data"
+def mistral(tmp_path_factory):
+    return package_files(tmp_path_factory.mktemp("mistral"), "mistral-common==1.13.1") / "mistral_common" / "data"
 
 
 MISTRAL = {
@@ -61,10 +45,10 @@ def test_mistrals_tokenizers_are_written_with_their_ids(mistral, version, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def qwen3(installed, tmp_path_factory):
+def qwen3(tmp_path_factory):
     """Qwen3's tokenizer.json: its vocabulary as a package carries it, with the added tokens, pattern and form that Qwen publishes."""
-    ranks = installed("dashscope==2.0.2") / "dashscope" / "resources" / "qwen.tiktoken"
     folder = tmp_path_factory.mktemp("qwen3")
+    ranks = package_files(tmp_path_factory.mktemp("dashscope"), "dashscope==2.0.2") / "dashscope" / "resources" / "qwen.tiktoken"
     shutil.copy(ranks, folder)
     added = {str(QWEN3_IDS[name]): {"content": name} for name in QWEN3_SPECIAL}
     (folder / "tokenizer_config.json").write_text(json.dumps({"pat_str": QWEN, "added_tokens_decoder": added}))
