@@ -124,7 +124,7 @@ def measure(names: Sequence[str], settings: CompressionSettings) -> int:
             print(f"{name} ...", file=sys.stderr, flush=True)
             TABLE[name](settings, Path(folder))
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    print(f"\n{describe_machine(torch.get_num_threads())}, {packages}")
+    print(f"\n{describe_machine(f'{torch.get_num_threads()} threads for each contender')}, {packages}")
     return 0
 
 

@@ -47,7 +47,7 @@ def measure(settings: GenerationSettings) -> int:
     for name, rate in rates.items():
         milliseconds = 1000 * statistics.median(timing.cpu for timing in timings[name][1:]) / settings.new_tokens
         print(f"{name:24}{rate.median:10.1f}{rate.least:8.1f}{rate.most:8.1f}{rate.median / ours.median:12.2f}{milliseconds:14.1f}")
-    print(f"\n{describe_machine(torch.get_num_threads())}")
+    print(f"\n{describe_machine(f'{torch.get_num_threads()} threads for each contender')}")
     return 0
 
 

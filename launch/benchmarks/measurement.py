@@ -48,18 +48,21 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
-def describe_machine(threads: int) -> str:
-    """Return the processor, its instruction set for matrix products, and its load, in one line. `threads` is those of one contender."""
-    cores = len(os.sched_getaffinity(0))
+def describe_machine(threads: str) -> str:
+    """Return the processor, its instruction set for matrix products, and its load, in one line. `threads`: those of a contender."""
+    cpuinfo = Path("/proc/cpuinfo")
     return (
-        f"{_processor()}, {cores} cores, {threads} threads for each contender, load {os.getloadavg()[0]:.1f} at the end, "
-        f"Python {platform.python_version()}"
+        f"{processor(cpuinfo.read_text() if cpuinfo.is_file() else '')}, {os.cpu_count()} cores, {threads}, "
+        f"load {os.getloadavg()[0]:.1f} at the end, Python {platform.python_version()}"
     )
 
 
-def _processor() -> str:
-    """Return the name of the processor with family and model, because a virtual machine may hide the rest of the name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+def processor(cpuinfo: str) -> str:
+    """Return the name of the processor, given the text of /proc/cpuinfo.
+
+    Family and model are part of it, because a virtual machine may hide the rest of the name.
+    """
+    lines = cpuinfo.splitlines()
     facts: dict[str, str] = {}
     for name, _, fact in (line.partition(":") for line in lines):
         facts.setdefault(name.strip(), fact.strip())  # those of the first core

@@ -84,7 +84,7 @@ def measure(names: Sequence[str], settings: PreparationSettings) -> None:
         for name in names:
             print(f"{name} ...", file=sys.stderr, flush=True)
             rows += TABLE[name](bench)
-    print(f"\n{datetime.date.today()}, {describe_machine(1)} (each library in each process), {_versions()}")
+    print(f"\n{datetime.date.today()}, {describe_machine('1 library thread in each process')}, {_versions()}")
     print(f"\n{'':52}{'unit':>13}{'ours':>12}{'peer':>12}{'ratio':>10}  {'aim':12}peer")
     for row in rows:
         peer = f"{row.peer:12.3g}{row.ratio:10,.1f}" if row.peer else f"{'':22}"

@@ -31,7 +31,7 @@ def run(contenders: Mapping[str, str], settings: TrainingStepSettings, arguments
         if ranks[0]["parts"]:
             _print_parts(name, [rank["parts"] for rank in ranks], settings.accumulation)
     threads = sorted({rank["threads"] * len(ranks) for ranks in last.values() for rank in ranks})
-    print(f"\n{describe_machine(max(threads))}")
+    print(f"\n{describe_machine(f'{max(threads)} threads for each contender')}")
     return 0
 
 
