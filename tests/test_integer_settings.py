@@ -15,7 +15,9 @@ from launch.training.settings import RunSettings
 
 CLASSES = (PrepareSettings, ShowSettings, RunSettings, EvaluateSettings, GenerateSettings, CompareSettings, PruneSettings)
 CLASSES += (QuantizeSettings, ExportSettings, CompressionSettings, GenerationSettings, PreparationSettings, TrainingStepSettings)
-CHECKED_LATER = {"data.target_length", "group_size"}
+NEGATIVE_ALLOWED = {"seed", "group_size", "quantization.group_size"}
+"""A group size of -1 means one group per row, as in other tools."""
+CHECKED_LATER = {"data.target_length"}
 """Settings whose smallest value depends on other settings."""
 
 
@@ -52,8 +54,8 @@ def test_whole_numbers_beyond_64_bits_are_refused(settings, value):
 
 
 @pytest.mark.parametrize("settings", CLASSES)
-def test_negative_whole_numbers_are_refused_except_as_seeds(settings):
-    names = [name for name in integers(settings) if name != "seed" and name not in CHECKED_LATER]
+def test_negative_whole_numbers_are_refused_where_they_mean_nothing(settings):
+    names = [name for name in integers(settings) if name not in NEGATIVE_ALLOWED | CHECKED_LATER]
     assert set(refusals(settings, -1, names)) == set(names)
 
 

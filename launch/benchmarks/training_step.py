@@ -3,8 +3,8 @@
     python launch/benchmarks/training_step.py
 
 Every contender runs in its own process, one after the other, in several rounds. All use the same number of threads, keep freed memory,
-run two warm-up steps and update float32 weights with the same AdamW; CONTENDERS names what differs. A share is a ratio of medians within
-one run.
+run two warm-up steps and update float32 weights with the same optimizer; CONTENDERS names what differs. A share is a ratio of medians
+within one run.
 """
 
 from collections.abc import Sequence
