@@ -142,6 +142,8 @@ def read_manifest(folder: Path) -> dict:
             raise UserError(f"{folder} is prepared data, not a model. Give a run folder, a checkpoint in one, or a Hugging Face folder.")
         if manifest.pop("sha256") != _digest(manifest) or text != _as_text(manifest | {"sha256": _digest(manifest)}):
             raise ValueError("it was changed after it was written")
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} has no readable {MANIFEST} ({type(error).__name__}: {error}).") from error
     return manifest

@@ -9,7 +9,6 @@ import torch
 from data.command_line import UserError
 from data.files import new_file, new_folder, refuse_full_disk
 from data.tokenization.gguf import gguf_tokenizer, texts_with_other_ids
-from data.tokenization.huggingface_files import export_problem
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
 from data.tokenization.tokenizer import Tokenizer
@@ -17,7 +16,7 @@ from launch.checkpoints.model_card import model_card
 from launch.checkpoints.opening import OpenedModel, open_model
 from launch.checkpoints.run_record import read_json
 from launch.compressing import llama_engine
-from launch.compressing.beside_weights import special_tokens, write_tokenizer_of
+from launch.compressing.beside_weights import refuse_unwritable_tokenizer, special_tokens, write_tokenizer_of
 from launch.compressing.settings import ExportSettings
 from launch.evaluation.tasks.table import task_of
 from model import huggingface
@@ -48,11 +47,10 @@ def export(settings: ExportSettings) -> int:
 
 def _write_huggingface(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokenizer, output: Path) -> str:
     opened.refuse_quantized("it is already a Hugging Face folder")
-    if problem := export_problem(tokenizer):
-        raise UserError(problem)
     dtype = _DTYPES[settings.precision]
     refuse_full_disk(output, dtype.itemsize * count_parameters(opened.config))
     read_json(opened.root / "run.json")  # raises UserError now; the model card needs it at the end
+    refuse_unwritable_tokenizer(opened, tokenizer)
     _refuse_not_finite(opened)
     opened.compare_with_transformers()
     tokens = special_tokens(opened, tokenizer)

@@ -113,10 +113,8 @@ class Continuation(Predictor):
     def encode(self, text: str) -> list[int]:
         """Return the ids of the prompt, which begins like a document; an empty prompt without a beginning is the end of the text before.
 
-        A rendered chat already names the token that begins it, which is not added twice.
+        The name of a special token in the prompt is encoded as text.
         """
-        begin = self.tokenizer.begin_of_text_token
-        text = text.removeprefix(begin) if begin and self.tokenizer.adds_bos else text
         return self.tokenizer.encode_beginning(text) or [self.tokenizer.end_of_text]
 
     def stream(self, text: str) -> Iterator[str]:

@@ -100,8 +100,7 @@ def assemble(ready: Ready, stop: StopRequest) -> Run:
     peak, peak_source = peak_flops(settings, engine.device.type) if process.is_first else (None, "")
     monitor = None
     if process.is_first:
-        run_folder.record_batch_plan(settings, batch_plan)
-        run_folder.record_data_stamps(settings, data.stamps)
+        run_folder.record_data(settings, batch_plan, data.stamps)
         monitor = Monitor(Path(settings.output), first_step, batch_plan)
         shown_peak = peak_source if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
         _introduce(monitor, ready, first_step, batch_plan, how_loaded, shown_peak)

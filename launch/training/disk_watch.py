@@ -13,7 +13,7 @@ from launch.ranks.processes import Process
 
 
 class DiskWatch:
-    """What one rank looks at before each checkpoint: the data on the first rank of each node, the run's folder on rank 0."""
+    """Checks of one rank before each checkpoint: the data on the first rank of each node, the run's folder on rank 0."""
 
     def __init__(self, folder: Path, sources: Iterable[PreparedData], process: Process):
         """Remember the small files of the run's folder, which has just been recorded."""
@@ -23,7 +23,7 @@ class DiskWatch:
         self._kept = {path.relative_to(folder): path.read_bytes() for path in small if path.is_file()}
 
     def find_change(self) -> str | None:
-        """Return a message if the data has changed, or if the folder holds another run now; None if training may go on."""
+        """Return a message if the data has changed, or if the folder holds another run now; None if training can continue."""
         for source in self._sources:
             if change := source.find_change():
                 return (
@@ -31,24 +31,29 @@ class DiskWatch:
                     + checkpoint.describe_newest(self._folder / "checkpoints")
                 )
         if self._kept and (found := _run_id(self._record)) not in (None, json.loads(self._kept[Path("run.json")])["run_id"]):
-            return f"output {self._folder} was replaced while the run was going: it holds the run {found} now. Nothing was written to it."
+            return f"output {self._folder} was replaced during the run: it holds the run {found} now. Nothing was written to it."
         return None
 
     def restore_folder(self) -> str | None:
-        """Write the small files of the folder again if it was removed. Return a message about it, or None if the folder is there.
+        """Write the small files of the folder again if run.json was removed. Return a message about it, or None if run.json is there.
 
         Raises OSError if they cannot be written.
         """
         if not self._kept or self._record.exists():
             return None
+        is_lost = not self._folder.exists()
         for name, contents in self._kept.items():
             (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(self._folder / name, contents)
-        message = (
-            f"output {self._folder} was removed or renamed while the run was going. run.json and the tokenizer were written again; the log "
-            "and the curves so far are not there"
-        )
-        write_file(self._folder / "log.txt", time.strftime("%Y-%m-%d %H:%M:%S ") + message + ".\n")
+        message = f"{self._record} was removed during the run. It and the tokenizer were written again"
+        if is_lost:
+            message = (
+                f"output {self._folder} was removed or renamed during the run. run.json and the tokenizer were written again; the earlier "
+                "log and curves are lost"
+            )
+        log = self._folder / "log.txt"
+        if not log.exists():  # the log that the monitor writes was removed too
+            write_file(log, time.strftime("%Y-%m-%d %H:%M:%S ") + message + ".\n")
         return message
 
 

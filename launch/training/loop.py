@@ -110,9 +110,9 @@ def train(run: Run) -> int:
         if last or report.stop_asked or _is_due(done, run.settings.checkpoint.interval):
             lost_folder = _check_disk(run, done)
             saved_step = done if _save(run, done) else saved_step
-        if lost_folder:
-            if monitor:
-                monitor.log(f"{lost_folder}; {_how_to_resume(saved_step, done)}")
+        if lost_folder and monitor:
+            monitor.log(f"{lost_folder}; {_how_to_resume(saved_step, done)}")
+        if lost_folder and not last:
             return SAVED_AND_UNFINISHED if saved_step == done else 1
         if report.stop_asked and not last:
             if monitor:

@@ -1,17 +1,20 @@
 """Reads the settings of a run: the command line over the recipe over the defaults."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
 
 from data.command_line import UserError, read_settings
+from launch import REPOSITORY
 from launch.ranks.launchers import without_local_rank
 from launch.training.initial_model import model_of_init
-from launch.training.settings import DEMO_RECIPE, RunSettings
+from launch.training.settings import RunSettings
 from model.config import ModelConfig, named_size
 
 ALIASES = {"--deepspeed_config": "--deepspeed", "--data": "--data.path", "--preserve_sparsity": "--hold_zeros"}
 """Other names of options. The first two are the names that DeepSpeed's users and other tools of this project use."""
+_DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 
 
 def read_run_settings(arguments: Sequence[str]) -> RunSettings:
@@ -20,8 +23,19 @@ def read_run_settings(arguments: Sequence[str]) -> RunSettings:
     Raises UserError with every complaint.
     """
     words = without_local_rank(arguments)
-    if not any(has_option(words, name) for name in ("--config", "--size", "--init")):
-        words = ["--config", str(DEMO_RECIPE), *words]
+    if any(has_option(words, name) for name in ("--config", "--size", "--init")):
+        return _read(words)
+    words = ["--config", str(_DEMO_RECIPE), *words]
+    with contextlib.suppress(UserError):
+        settings = _read(words)
+        if settings.warmup_steps < settings.batch_plan.steps:
+            return settings
+    # A user who gives no recipe and a length that is shorter than the demo recipe's warm-up has not asked for that warm-up.
+    return _read(["--schedule.warmup_steps=null", *words])
+
+
+def _read(words: list[str]) -> RunSettings:
+    """Return the settings that a command line gives, which has a recipe, a size or an init."""
     try:
         return read_settings(
             RunSettings,

@@ -238,7 +238,7 @@ def record(
 ) -> None:
     """Write run.json and the tokenizer before the first step. A run that resumes adds to its starts and changes.
 
-    `initial` is the model that the run starts from: what lies next to its weights goes along.
+    `initial` is the model that the run starts from: the files next to its weights are copied.
     """
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,9 +247,8 @@ def record(
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     changes = before.get("changes", []) if start.resumes else []
     changes += [{"time": now, "lines": list(start.changes)}] if start.changes else []
-    about = {
-        name: before[name] for name in ("init_fingerprint", "teacher_fingerprint", "batch_plan") if start.resumes and name in before
-    } | {
+    kept = ("init_fingerprint", "teacher_fingerprint", "batch_plan", "data_stamps")
+    about = {name: before[name] for name in kept if start.resumes and name in before} | {
         "run_id": start.run_id,
         "recipe": dataclasses.asdict(settings),
         "paths": record_paths(dataclasses.asdict(settings), folder),
@@ -311,16 +310,13 @@ def describe_new_size(settings: RunSettings, plan: BatchPlan, first_step: int) -
     return text + f"train_tokens {settings.train_tokens:,.0f} stays, so the run has {plan.steps:,} steps in place of {before.steps:,}."
 
 
-def record_batch_plan(settings: RunSettings, plan: BatchPlan) -> None:
-    """Add to run.json the samples that each step reads, for data/show.py; a resume reads them from its checkpoint."""
-    path = Path(settings.output) / "run.json"
-    write_file(path, json.dumps(json.loads(path.read_text()) | {"batch_plan": plan.record()}, indent=1))
+def record_data(settings: RunSettings, plan: BatchPlan, stamps: list[dict[str, list[int]]]) -> None:
+    """Add to run.json the samples that each step reads, for data/show.py, and size and time of the files of each data folder.
 
-
-def record_data_stamps(settings: RunSettings, stamps: list[dict[str, list[int]]]) -> None:
-    """Add to run.json size and time of the files of each data folder."""
+    A resume reads the samples of each step from its checkpoint.
+    """
     path = Path(settings.output) / "run.json"
-    write_file(path, json.dumps(json.loads(path.read_text()) | {"data_stamps": stamps}, indent=1))
+    write_file(path, json.dumps(json.loads(path.read_text()) | {"batch_plan": plan.record(), "data_stamps": stamps}, indent=1))
 
 
 def record_initial_weights(settings: RunSettings, fingerprint: str) -> None:

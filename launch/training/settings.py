@@ -9,15 +9,13 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from data.command_line import UserError, add_origins, describe, not_utf8, origin_of
+from data.command_line import UserError, add_origins, describe, not_utf8
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.settings import SamplingSettings
 from launch import REPOSITORY
 from launch.ranks.layout import Layout, largest_micro_batch_size
 from launch.training.initial_model import differences_from_init
 from model.config import ModelConfig
-
-DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,11 +219,7 @@ class RunSettings:
     def warmup_steps(self) -> int:
         """Steps of warm-up: those that were set, else the default, which follows the length of the run."""
         chosen = self.schedule.warmup_steps
-        # A user who gives no recipe and a length that is shorter than the demo recipe's warm-up has not asked for that warm-up.
-        is_of_demo = origin_of(self, "schedule.warmup_steps") == str(DEMO_RECIPE)
-        if chosen is None or (is_of_demo and chosen >= self.batch_plan.steps):
-            return min(100, self.batch_plan.steps // 10)
-        return chosen
+        return min(100, self.batch_plan.steps // 10) if chosen is None else chosen
 
     def complaints(self) -> list[str]:
         """Return a message for each combination of settings that is invalid. Ranges are checked before."""

@@ -126,7 +126,10 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
             writer.write_tensor_data(factors)
         for tensor in tensors:
             writer.write_tensor_data(_encoded(tensor, state))
-    except OSError as error:  # numpy does not keep the reason why it wrote less than it should: the disk is full
+    except OSError as error:
+        if error.errno is None and "requested and" not in str(error):
+            raise
+        # numpy does not keep the reason why it wrote fewer numbers than requested: the disk is full
         raise OSError(error.errno or errno.ENOSPC, error.strerror or os.strerror(errno.ENOSPC), str(path)) from error
     finally:
         writer.close()

@@ -56,7 +56,7 @@ def verify_source(folder: Path, config: ModelConfig, state: State, tolerance: fl
     """Compare a Hugging Face folder that we did not write, as transformers reads it, with `config` and `state`, as we read it.
 
     The sequences are short. Returns the largest difference of a logit. Raises ValueError if it is above `tolerance` x the largest logit (at
-    least 1): then config.json has a setting that transformers obeys and we do not know.
+    least 1): then config.json has a setting that transformers reads and we do not know.
     """
     config_json = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     dtype = config_json.get("dtype") or config_json.get("torch_dtype") or "float32"
@@ -64,6 +64,8 @@ def verify_source(folder: Path, config: ModelConfig, state: State, tolerance: fl
     try:
         model = _load_by_transformers(folder, config, problems=("missing_keys", "mismatched_keys"))  # old files hold constants too
         return _verify(model, folder, config, stored, state.schemes, state.kv_cache, tolerance, _SOURCE_TOKENS)
+    except MemoryError:
+        raise
     except Exception as error:  # transformers raises errors of any type
         reads = f"transformers {importlib.metadata.version('transformers')} does not read this model as we do"
         raise ValueError(f"{folder}: {reads}, so nothing is written: {error}") from error

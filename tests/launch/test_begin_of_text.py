@@ -78,7 +78,9 @@ def test_prompt_begins_with_the_token_once(published):
     trained, ours = load_model(str(published)), load_tokenizer(published)
     predictor = Continuation(trained, ours, "cpu", {})
     expected = [ours.begin_of_text, *ours.encode("a text")]
-    assert predictor.encode("a text") == predictor.encode("<|begin_of_text|>a text") == expected
+    assert predictor.encode("a text") == expected
+    named = "<|begin_of_text|>a text"
+    assert predictor.encode(named) == [ours.begin_of_text, *ours.encode(named)]  # a name in the prompt is text
     assert predictor.encode("") == [ours.begin_of_text]
 
 

@@ -140,7 +140,11 @@ def test_export_is_refused_if_a_chat_would_get_other_ids(chat, tmp_path, monkeyp
         (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
         published_check.check_published_tokenizer(folder, *details)
 
+    def written_too_early(*details):
+        raise AssertionError("weights were written before the tokenizer was checked")
+
     monkeypatch.setattr("data.tokenization.huggingface_files.check_published_tokenizer", forgetful)
+    monkeypatch.setattr("model.huggingface.export", written_too_early)
     with pytest.raises(UserError, match="differs from it in chat templates"):
         export.main([str(chat), "--output", str(tmp_path / "exported")])
     assert not (tmp_path / "exported").exists()

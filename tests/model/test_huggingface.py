@@ -464,11 +464,21 @@ def test_settings_of_positions_are_read_as_by_transformers(llama, tmp_path, chan
     assert verify_source(tmp_path / "out", *load(tmp_path / "out")) < 1e-5
 
 
-def test_setting_that_only_transformers_obeys_is_found_in_the_source(llama, tmp_path, monkeypatch):
+def test_setting_that_only_transformers_reads_is_found_in_the_source(llama, tmp_path, monkeypatch):
     export(*llama, tmp_path / "out")
     rewrite(tmp_path / "out", is_causal=False)
     monkeypatch.setattr(Llama, "supported", {})  # as if nothing were known of is_causal
     with pytest.raises(ValueError, match=r"does not read this model as we do, so nothing is written: .*logits differ from ours"):
+        verify_source(tmp_path / "out", *load(tmp_path / "out"))
+
+
+def test_lack_of_memory_is_not_a_difference_between_two_readers(llama, tmp_path, monkeypatch):
+    def too_large(config):
+        raise MemoryError
+
+    export(*llama, tmp_path / "out")
+    monkeypatch.setattr("model.huggingface.verification.auto_class", too_large)
+    with pytest.raises(MemoryError):
         verify_source(tmp_path / "out", *load(tmp_path / "out"))
 
 

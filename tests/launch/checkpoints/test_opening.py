@@ -39,7 +39,8 @@ def test_prepared_data_is_not_a_model(prepared):
     for door in (lambda: open_model(str(prepared)), lambda: convert(prepared, prepared.parent / "out", 1e9, print)):
         with pytest.raises(UserError) as refusal:
             door()
-        assert f"{prepared} is prepared data, not a model. Give a run folder" in str(refusal.value)
+        advice = "Give a run folder, a checkpoint in one, or a Hugging Face folder."
+        assert str(refusal.value) == f"{prepared} is prepared data, not a model. {advice}"
 
 
 def test_run_does_not_start_from_quantized_weights(quantized):

@@ -30,8 +30,17 @@ def test_removed_run_folder_gets_its_small_files_back(folder):
     assert watch.find_change() is None and watch.restore_folder() is None
     shutil.move(folder, folder.with_name("elsewhere"))
     assert other_rank.restore_folder() is None and not folder.exists()
-    assert "was removed or renamed" in watch.restore_folder()
+    assert watch.restore_folder().startswith(f"output {folder} was removed or renamed during the run. run.json and the tokenizer were")
+    assert "was removed or renamed" in (folder / "log.txt").read_text()
     assert (folder / "run.json").read_text() == '{"run_id": "one"}' and (folder / "tokenizer.json").exists()
+
+
+def test_log_is_kept_if_only_the_record_of_the_run_is_removed(folder):
+    (folder / "log.txt").write_text("earlier lines")
+    watch = DiskWatch(folder, [], Process(0, 1, 0, 1))
+    (folder / "run.json").unlink()
+    assert watch.restore_folder() == f"{folder}/run.json was removed during the run. It and the tokenizer were written again"
+    assert (folder / "run.json").exists() and (folder / "log.txt").read_text() == "earlier lines"
 
 
 def test_folder_that_holds_another_run_is_not_written_to(folder):
@@ -67,7 +76,7 @@ def test_large_data_that_changed_between_two_starts_is_refused(tiny, prepared, t
     opened = data.open_data(settings)  # the first start hashes none of it
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    run_folder.record_data_stamps(settings, opened.stamps)
+    run_folder.record_data(settings, settings.batch_plan, opened.stamps)
     data.open_data(settings)
     shard.write_bytes(bytes(128) + whole[128:])
     with pytest.raises(UserError, match=f"{shard} was changed after it was written"):

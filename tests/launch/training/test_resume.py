@@ -247,7 +247,10 @@ def test_run_whose_folder_is_removed_saves_what_a_resume_needs(tiny, tmp_path):
     assert f"output {folder} was removed or renamed" in output.splitlines()[-1]
     assert "was removed or renamed" in (folder / "log.txt").read_text()
     assert [checkpoint.step_of(one) for one in checkpoint.published(folder / "checkpoints")] == [8]
-    assert "Resuming from step 8 of 12" in run(1, [*tiny, "--resume"])
+    more = start_ranks(1, SCRIPT, *tiny, "--resume", OMP_NUM_THREADS="1", COMMANDS=f"11:rm -r {folder}")
+    ((status, output),) = endings(more)  # a run that saves its last step is finished
+    assert status == 0 and "Resuming from step 8 of 12" in output and "was removed or renamed" in output, output
+    assert [checkpoint.step_of(one) for one in checkpoint.published(folder / "checkpoints")] == [12]
 
 
 # A checkpoint of this run is 13 writes on rank 0 and 55 on rank 1.

@@ -105,6 +105,13 @@ def test_second_start_resumes_with_the_same_run_id_and_is_recorded(saved):
     assert saved.start(resume=True).resumes
 
 
+def test_resume_keeps_the_stamps_of_the_data_until_it_has_loaded(saved):
+    stamps = [{"train/00000.bin": [64, 1]}]
+    run_folder.record_data(saved.settings, saved.settings.batch_plan, stamps)
+    saved.record(saved.start())  # as a start that ends before the checkpoint is loaded
+    assert json.loads((saved.output / "run.json").read_text())["data_stamps"] == stamps
+
+
 def test_run_without_a_checkpoint_starts_again_with_a_message(run):
     run_id = run.record()
     start = run.start()

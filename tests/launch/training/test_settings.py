@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from data.command_line import UserError
 from data.sampling.batch_plan import BatchSettings
 from data.sampling.objectives.table import OBJECTIVES
+from launch import REPOSITORY
 from launch.ranks.layout import Layout
 from launch.training.recipe import read_run_settings
 from launch.training.schedule import learning_rate
@@ -147,8 +148,14 @@ def test_the_default_warm_up_follows_the_length(steps, warm_up):
     ("words", "warm_up"), [("--train_steps=1", 0), ("--train_steps=60", 6), ("--train_tokens=20480", 1), ("--train_steps=61", 60)]
 )
 def test_a_length_below_the_demo_recipes_warm_up_needs_no_other_option(words, warm_up):
-    """The demo recipe has 60 steps of warm-up, which nobody has asked for who gives no recipe."""
+    """The demo recipe has 60 steps of warm-up."""
     assert read_run_settings([words]).warmup_steps == warm_up
+
+
+def test_demo_recipe_that_is_given_keeps_its_warm_up_under_any_name():
+    for path in ("launch/recipes/demo.yaml", str(REPOSITORY / "launch" / "recipes" / "demo.yaml")):
+        message = f"schedule.warmup_steps 60 ({path}) must be below train_steps 50 (command line)."
+        assert refusal("--config", path, "--train_steps", "50")[0].startswith(message)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)

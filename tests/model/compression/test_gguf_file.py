@@ -1,6 +1,7 @@
 """Tests of GGUF files: transformers computes our logits from them, they are read back exactly, and unsupported models are refused."""
 
 import dataclasses
+import errno
 from types import SimpleNamespace
 
 import gguf
@@ -134,6 +135,19 @@ def test_full_disk_is_refused_before_anything_is_written(tiny, network, tmp_path
     with pytest.raises(ValueError, match=r"model\.gguf needs [\d,]+ bytes; the disk of .* has 5 free"):
         gguf_file.write(config, state, TOKENIZER, tmp_path / "model.gguf", "f32")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("message", "number"), [("512 requested and 8 written", errno.ENOSPC), ("not a file", None)])
+def test_only_a_write_that_was_cut_short_is_reported_as_a_full_disk(tiny, network, tmp_path, monkeypatch, message, number):
+    def failing(self, tensor):
+        raise OSError(message)
+
+    config = tiny()
+    state = {name: weight.detach() for name, weight in network(config).named_parameters()}
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", failing)
+    with pytest.raises(OSError) as error:
+        gguf_file.write(config, state, TOKENIZER, tmp_path / "model.gguf", "f32")
+    assert error.value.errno == number
 
 
 def test_existing_file_is_not_overwritten(tmp_path):
