@@ -7,12 +7,14 @@ from data.command_line import UserError
 
 
 def is_library_error(error: BaseException) -> bool:
-    """Return True for an error of a tokenizer library, False for Ctrl-C, an exit, and a message of ours.
+    """Return True for an error of a tokenizer library, False for one that the text did not cause: Ctrl-C, no memory, a disk, ourselves.
 
     tokenizers, tiktoken and gigatoken are written in Rust. Its panics become `pyo3_runtime.PanicException`, which is not an Exception, so
     that `except Exception` misses it; each library has its own class of this name, and none can be imported.
     """
-    return not isinstance(error, UserError) and (isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime")
+    if isinstance(error, Exception):
+        return not isinstance(error, UserError | MemoryError | OSError | AssertionError)
+    return type(error).__module__ == "pyo3_runtime"
 
 
 @contextlib.contextmanager

@@ -75,7 +75,8 @@ class Tokenizer:
         Raises EncodingError if the library cannot encode one of the texts.
         """
         with library_errors_as(lambda reason: self._encoding_error(texts, reason)):
-            return self._join([np.asarray(ids, dtype) for ids in self._encode_each(texts)], dtype)
+            encoded = [np.asarray(ids, dtype) for ids in self._encode_each(texts)]
+        return self._join(encoded, dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids. End of text is dropped, and bytes that are not valid UTF-8 become U+FFFD."""
@@ -171,7 +172,7 @@ class Tokenizer:
             self.begin_of_text_token, self.begin_of_text, self.adds_bos = token, self._id_of(token), bool(stated)
 
     def _own_beginning(self) -> tuple[str | None, bool | None]:
-        """Return the token that the file names for the beginning of a text, and whether it is put there; None if the file does not tell."""
+        """Return the token that the file names for the beginning of a text, and whether it is put there; None where it states neither."""
         return None, None
 
     def _id_of(self, name: str) -> int | None:
