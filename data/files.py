@@ -50,13 +50,17 @@ def publish_folder(temporary: Path, path: Path, sync_contents: bool = True) -> N
 def write_file(path: Path, contents: str | bytes, temporary: Path | None = None) -> None:
     """Create or replace a small file (text is written as UTF-8); after a failure the old one is still there.
 
-    `temporary` (default: `path` with ".tmp" appended) must be unique if several processes may write the same file. An OSError names `path`.
+    `temporary` (default: `path` with ".tmp" appended) must be unique if several processes may write the same file. It is removed after a
+    failure. An OSError names `path`.
     """
+    temporary = temporary or path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary or path.with_name(f"{path.name}.tmp"), "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(contents.encode() if isinstance(contents, str) else contents)
             publish_file(file, path)
     except OSError as error:  # that of a full disk names no file
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
@@ -85,7 +89,7 @@ def new_folder(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     disk and the like.
     """
     _refuse_existing(path)
-    with disk_errors_named(path):
+    with disk_errors_named(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         if temporary is None:
             temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -142,7 +146,7 @@ def lock_file(path: Path, wait_seconds: float = 0, warning: str | None = None) -
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return `path` if it exists, else its nearest parent that does."""
+    """Return `path` if it exists (a link to nothing does), else its nearest parent that does."""
     return next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
 
 
@@ -157,7 +161,8 @@ def parent_complaint(output: str | Path) -> str | None:
     """Return why nothing can be created next to --output, or None: its folder, or the nearest one that exists, cannot be written."""
     parent = nearest_existing(Path(output).absolute().parent)
     if not parent.is_dir():
-        return f"--output {output}: {parent} is a file, not a folder. Give another path."
+        kind = "a file, not a folder" if parent.exists() else "a link to a folder that does not exist"
+        return f"--output {output}: {parent} is {kind}. Give another path."
     if not os.access(parent, os.W_OK | os.X_OK):
         return f"--output {output}: the folder {parent} is not writable. Give another path."
     if too_long := next((part for part in Path(output).parts if len(os.fsencode(part)) > _LONGEST_NAME), None):
@@ -177,14 +182,27 @@ def refuse_full_disk(output: Path, needed_bytes: float) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors_named(path: Path) -> Iterator[None]:
-    """Raise errors of the operating system (a full disk, missing permission) as UserError that names what is written."""
+def disk_errors_named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Raise errors of the operating system (a full disk, missing permission) as UserError that names what is written.
+
+    What is written is `path`, its hidden temporary files, and `temporary`. Errors of other files, of a closed pipe, and of a library,
+    which have no number, remain as they are.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # of a library, which describes something else with this class
+        of_another_file = isinstance(error.filename, str) and not _is_part_of(error.filename, path, temporary)
+        if error.errno is None or isinstance(error, BrokenPipeError) or of_another_file:
             raise
         raise UserError(f"{path} could not be written: {error.strerror}.") from error
+
+
+def _is_part_of(name: str, path: Path, temporary: Path | None) -> bool:
+    """Return True for `path`, its temporary files, all below them, and the folders above it."""
+    one, path = Path(name).absolute(), path.absolute()
+    if path.is_relative_to(one) or one.is_relative_to(path) or (temporary is not None and one.is_relative_to(temporary.absolute())):
+        return True
+    return one.is_relative_to(path.parent) and one.relative_to(path.parent).parts[0].startswith(f".{path.name}.")
 
 
 def _refuse_existing(path: Path) -> None:

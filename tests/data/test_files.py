@@ -22,7 +22,21 @@ def test_error_of_a_full_disk_names_the_file(tmp_path):
         no_larger_files(0),
     ):
         (folder / "file").write_text("half")
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json.tmp"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_only_errors_of_the_output_name_the_output(tmp_path, new):
+    for act in (lambda: (tmp_path / "missing").read_text(), lambda: (tmp_path / "outer").read_text()):
+        with pytest.raises(FileNotFoundError), new(tmp_path / "out"):
+            act()
+    with pytest.raises(BrokenPipeError), new(tmp_path / "out"):
+        raise BrokenPipeError(32, "Broken pipe")
+    for act in (lambda path: (path / "inside" / "file").write_text(""), lambda path: (tmp_path / "out" / "file").write_text("")):
+        with pytest.raises(UserError, match="out could not be written: No such file"), new(tmp_path / "out") as path:
+            act(path)
+    with pytest.raises(UserError, match="out could not be written: No such file"), new_folder(tmp_path / "out", tmp_path / "part") as path:
+        (path / "inside" / "file").write_text("")
 
 
 def test_output_that_cannot_be_created_is_named_with_its_reason(tmp_path):
@@ -30,6 +44,9 @@ def test_output_that_cannot_be_created_is_named_with_its_reason(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert output_complaint(tmp_path / "new" / "out") is None
     assert output_complaint(tmp_path / "file" / "new" / "out").endswith(f"{tmp_path}/file is a file, not a folder. Give another path.")
+    assert output_complaint(tmp_path / "link" / "out").endswith(
+        f"{tmp_path}/link is a link to a folder that does not exist. Give another path."
+    )
     for existing in ("file", "link"):
         assert output_complaint(tmp_path / existing).endswith("already exists; nothing is overwritten. Give another name.")
     assert output_complaint(tmp_path / ("x" * 300)).endswith("has 300 bytes; 240 are allowed.")
