@@ -65,18 +65,28 @@ class FileArray:
         return part
 
     def __getitem__(self, index: slice | int | np.integer | list[int] | NDArray) -> NDArray:
-        """Return the values of a slice (without a step) or of an array of indices, or one value, read-only."""
+        """Return the values of a slice (without a step) or of an array of indices >= 0, or one value, read-only.
+
+        Raises IndexError for an index outside the array, as numpy does.
+        """
         if isinstance(index, slice):
             first, end, step = index.indices(self._count)
             assert step == 1
             return self._read(first, max(0, end - first))
         if isinstance(index, (np.ndarray, list)):
             return self._take(np.asarray(index))
-        return self._read(int(index) if index >= 0 else int(index) + self._count, 1)[0]
+        position = int(index) if index >= 0 else int(index) + self._count
+        self._check_inside(position, position)
+        return self._read(position, 1)[0]
 
     def tolist(self) -> list:
         """Return all values as Python numbers."""
         return self[:].tolist()
+
+    def _check_inside(self, lowest: int, highest: int) -> None:
+        """Raise IndexError if an index is outside the array: the file may contain another array there."""
+        if lowest < 0 or highest >= self._count:
+            raise IndexError(f"index {lowest if lowest < 0 else highest} is outside an array of {self._count} values in {self.path}")
 
     def _read(self, first: int, count: int) -> NDArray:
         wanted, offset = count * self.itemsize, self._first_byte + first * self.itemsize
@@ -98,6 +108,7 @@ class FileArray:
         for start in range(0, len(flat), _INDICES_AT_ONCE):
             part = flat[start : start + _INDICES_AT_ONCE]
             first, end = int(part.min()), int(part.max()) + 1
+            self._check_inside(first, end - 1)
             if (end - first) * self.itemsize <= len(part) * _BYTES_PER_READ:
                 values[start : start + len(part)] = self._read(first, end - first)[part - first]
                 continue
@@ -118,6 +129,7 @@ class AscendingFileArray(FileArray):
 
     def value(self, index: int) -> int:
         """Return one value."""
+        self._check_inside(index, index)
         if not self._first <= index < self._first + len(self._block):
             self._read(index, 1)
         return self._numbers[index - self._first]

@@ -40,6 +40,18 @@ def test_part_of_an_open_file_has_its_own_type_and_place(tmp_path):
     assert FileArray(tmp_path / "file", "u1").part("<u2", 4, 3).tolist() == [1, 2, 3]
 
 
+def test_index_outside_an_array_reads_no_bytes_of_its_neighbours(tmp_path):
+    np.arange(12, dtype="<i8").tofile(tmp_path / "file")
+    for kind in (FileArray.part, FileArray.ascending_part):
+        part = kind(FileArray(tmp_path / "file", "<i8"), "<i8", 32, 5)
+        assert list(part) == part[:99].tolist() == [4, 5, 6, 7, 8] and part[-5] == 4
+        for outside in (5, 7, -6, [-1], [0, 5], np.array([[4, 5]])):
+            with pytest.raises(IndexError, match="outside an array of 5 values"):
+                part[outside]
+    with pytest.raises(IndexError):
+        part.value(5)
+
+
 def test_file_that_is_truncated_after_it_was_opened_is_named(tmp_path):
     np.arange(1000, dtype="<i8").tofile(tmp_path / "values")
     array = FileArray(tmp_path / "values", "<i8")
