@@ -113,6 +113,18 @@ def test_a_room_of_launch_imports_only_rooms_before_it():
             assert other is None or other <= own, f"{name_of(path)} imports {module}"
 
 
+@pytest.mark.parametrize("start", ["data.preparation.driver", "launch.training.setup"])
+def test_preparing_and_training_do_not_import_transformers(start):
+    """The import takes half a second, or more, in each process."""
+    path_of = {module_of(path): path for path in sources("model", "data", "launch")}
+    seen, to_visit = set(), [start]
+    while to_visit:
+        seen.add(module := to_visit.pop())
+        found = {name for name, is_inner in imports(path_of[module]) if not is_inner} if module in path_of else set()
+        assert "transformers" not in {name.partition(".")[0] for name in found}, module
+        to_visit += found - seen
+
+
 def test_a_script_imports_no_other_script():
     scripts = {f"launch.{path.stem}" for path in (REPOSITORY / "launch").glob("*.py") if path.stem != "__init__"}
     for path in (REPOSITORY / "launch").glob("*.py"):

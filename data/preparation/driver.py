@@ -28,7 +28,6 @@ from data.preparation.node import PLAN, Node, describe_changes
 from data.preparation.settings import STANDARD_INPUT, PrepareSettings, partial_folder, rank_and_world_size
 from data.preparation.workers import WorkerLost
 from data.shards import MANIFEST, MANIFEST_FORMAT, PreparedData, Shard, read_manifest
-from data.tokenization.gguf import gguf_problem
 from data.tokenization.huggingface_files import export_problem
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.tokenizer import Tokenizer
@@ -75,8 +74,8 @@ def prepare(settings: PrepareSettings, log: Callable[[str], object] = print) -> 
             corpus.check_contents()
         if given_tokenizer:
             _refuse_other_end_of_text(corpus, given_tokenizer)
-    if given_tokenizer:
-        _log_export_problems(given_tokenizer, log)
+    if given_tokenizer and rank == 0:
+        _log_export_problem(given_tokenizer, log)
     try:
         with ExitStack() as locks:
             _lock_partial_folder(partial, rank, locks)
@@ -152,12 +151,10 @@ def _log_skipped_files(skipped: dict[str, list[str]], log: Callable[[str], objec
         log(f"Files not read because the name {reason}: {len(names):,} ({examples}).{advice}")
 
 
-def _log_export_problems(tokenizer: Tokenizer, log: Callable[[str], object]) -> None:
+def _log_export_problem(tokenizer: Tokenizer, log: Callable[[str], object]) -> None:
     """Log now what the export of a model would refuse after its training. It is legal: a model need not be exported."""
     if problem := export_problem(tokenizer):
-        log(f"Warning: {problem} A model that is trained with it cannot be exported, quantized or pruned; all else works.")
-    if problem := gguf_problem(tokenizer):
-        log(f"Note: {problem} This matters only for launch/export.py --format gguf.")
+        log(f"Warning: {problem} A model that is trained with it cannot be exported, quantized or pruned. Everything else works.")
 
 
 def _refuse_other_end_of_text(corpus: FileCorpus, tokenizer: Tokenizer) -> None:

@@ -113,15 +113,6 @@ def _chat_templates(tokenizer: Tokenizer) -> dict[str, str | list]:
     return entries | ({"tokenizer.chat_templates": list(others)} if others else {})
 
 
-def gguf_problem(tokenizer: Tokenizer) -> str | None:
-    """Return why a tokenizer cannot be written as GGUF, or None if it can."""
-    try:
-        gguf_tokenizer(tokenizer, tokenizer.vocab_size)
-    except UserError as error:
-        return str(error)
-    return None
-
-
 def texts_with_other_ids(tokenizer: Tokenizer) -> dict[str, Callable[[str], bool]]:
     """Return the kinds of texts to which llama.cpp gives other ids than the tokenizer: in words, with a function that recognises them."""
     kinds: dict[str, Callable[[str], bool]] = {}

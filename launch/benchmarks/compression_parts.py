@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.command_line import UserError
 from data.shards import PreparedData
-from data.tokenization.huggingface_files import write_tokenizer
+from data.tokenization.huggingface_folder import write_tokenizer
 from launch import REPOSITORY, export, prune, quantize
 from launch.benchmarks.measurement import Timing, describe_machine, timed
 from launch.benchmarks.settings import CompressionSettings

@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 
 from data.files import disk_errors_named
-from data.tokenization.huggingface_files import padding, write_tokenizer
+from data.tokenization.huggingface_files import padding
+from data.tokenization.huggingface_folder import write_tokenizer
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import OpenedModel
 from launch.checkpoints.run_record import generation_settings

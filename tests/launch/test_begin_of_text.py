@@ -11,7 +11,7 @@ import torch
 from data.command_line import UserError
 from data.preparation.driver import prepare
 from data.preparation.settings import PrepareSettings
-from data.tokenization.huggingface_files import write_tokenizer
+from data.tokenization.huggingface_folder import write_tokenizer
 from data.tokenization.loading import load_tokenizer
 from launch import export, pretrain, quantize
 from launch.checkpoints.opening import load_model, open_model

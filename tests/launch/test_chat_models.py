@@ -143,7 +143,7 @@ def test_export_is_refused_if_a_chat_would_get_other_ids(chat, tmp_path, monkeyp
     def written_too_early(*details):
         raise AssertionError("weights were written before the tokenizer was checked")
 
-    monkeypatch.setattr("data.tokenization.huggingface_files.check_published_tokenizer", forgetful)
+    monkeypatch.setattr("data.tokenization.huggingface_folder.check_published_tokenizer", forgetful)
     monkeypatch.setattr("model.huggingface.export", written_too_early)
     with pytest.raises(UserError, match="differs from it in chat templates"):
         export.main([str(chat), "--output", str(tmp_path / "exported")])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.command_line import UserError
-from data.tokenization.huggingface_files import write_tokenizer
+from data.tokenization.huggingface_folder import write_tokenizer
 from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import copy_tokenizer, load_tokenizer
 from launch import export

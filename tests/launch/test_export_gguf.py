@@ -7,7 +7,7 @@ import gguf
 import pytest
 
 from data.command_line import UserError
-from data.tokenization.huggingface_files import write_tokenizer
+from data.tokenization.huggingface_folder import write_tokenizer
 from data.tokenization.learning import train_sentencepiece
 from launch import export
 from launch.compressing import llama_engine

@@ -10,7 +10,7 @@ import tokenizers
 
 from data.command_line import UserError
 from data.tokenization.conversion import convert
-from data.tokenization.huggingface_files import write_tokenizer
+from data.tokenization.huggingface_folder import write_tokenizer
 from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.sentencepiece_tokenizer import SPACE, read_model

@@ -8,7 +8,7 @@ import tokenizers
 
 from data.tokenization.conversion import convert
 from data.tokenization.gguf import gguf_tokenizer, texts_with_other_ids
-from data.tokenization.huggingface_files import write_tokenizer
+from data.tokenization.huggingface_folder import write_tokenizer
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
 from launch.compressing import llama_engine
