@@ -3,13 +3,15 @@
 import sys
 from types import TracebackType
 
+_previous_hook = sys.excepthook  # another one than Python's in IPython and in debuggers
+
 
 def _end_without_traceback_after_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Replace Python's traceback after Ctrl-C while a script still imports its modules; run_script handles it later."""
     if issubclass(kind, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, trace)
+        _previous_hook(kind, error, trace)
 
 
 sys.excepthook = _end_without_traceback_after_ctrl_c

@@ -30,11 +30,11 @@ Settings = typing.TypeVar("Settings")
 INTERRUPTED = "Interrupted."
 """Message after Ctrl-C."""
 
-_NO_MISTAKE_OF_OURS = {
+_USER_CAN_FIX = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE),
 }
-"""Errors of the operating system that a user can mend. A missing file is not one: each script checks the files that it is given."""
+"""Errors of the operating system that a user can fix. A missing file is not one: each script checks the files that it is given."""
 _COMMAND_LINE = "command line"
 _DEFAULT = "default"
 
@@ -185,7 +185,7 @@ def status_and_message(error: Exception | KeyboardInterrupt) -> tuple[int, str |
         return 128 + signal.SIGINT, str(error) or INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return 1, ""
-    if isinstance(error, OSError) and error.errno in _NO_MISTAKE_OF_OURS:
+    if isinstance(error, OSError) and error.errno in _USER_CAN_FIX:
         return 2, f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     return 1, None
 

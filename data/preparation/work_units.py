@@ -209,13 +209,13 @@ class UnitWorker:
     def _concatenate(self, documents: list[NDArray]) -> tuple[NDArray, NDArray[np.int32]]:
         """Return (tokens, lengths) of documents that are tokens already, each with an end-of-text token.
 
-        If the tokenizer has a begin-of-text token, each document gets it or loses it, as `add_bos` says.
+        If the tokenizer has a begin-of-text token, `add_bos` determines whether each document begins with it.
         """
         tokenizer, end = self._tokenizer, np.array([self._tokenizer.end_of_text], self._dtype)
         beginning = np.array(tokenizer.beginning, self._dtype)
         written = []
         for document in documents:
-            if len(document) > 1 and document[0] == tokenizer.begin_of_text:
+            if len(document) and document[0] == tokenizer.begin_of_text:
                 document = document[1:]
             ended = document[-1:] == end
             written.append(np.concatenate([beginning, document.astype(self._dtype), end[ended.sum() :]]))

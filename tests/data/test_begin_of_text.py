@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from data.command_line import UserError, read_settings
 from data.preparation.driver import prepare
 from data.preparation.settings import PrepareSettings
+from data.preparation.work_units import UnitWorker
 from data.sampling.batches import evaluation_batches
 from data.sampling.fill_in_the_middle import FillInTheMiddle
 from data.sampling.packing import BestFitSamples, PackedSamples
@@ -105,6 +107,14 @@ def test_token_files_get_or_lose_the_token(make, both):
         shards = tuple(str(prepared.folder / shard["prefix"]) + ".bin" for shard in prepared.manifest["splits"]["train"]["shards"])
         read = make(f"tokens {prepared.folder.name}", input=shards, add_bos=other.begin_of_text is not None, held_out=0)
         assert sorted(documents_of(read)) == sorted(documents_of(other))
+
+
+def test_empty_token_document_gets_the_token_once():
+    for beginning in ([BEGIN], []):
+        tokenizer = SimpleNamespace(begin_of_text=BEGIN, beginning=beginning, end_of_text=END)
+        worker = UnitWorker(SimpleNamespace(corpus=None, dtype="<u2"), tokenizer, print)
+        for document in ([BEGIN], [BEGIN, END], [END]):
+            assert worker._concatenate([np.array(document)])[0].tolist() == [*beginning, END]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import runpy
 import signal
+import sys
 import typing
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +15,7 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Ge, Gt, Le
 
+import data
 from data.command_line import RankError, UserError, describe, read_settings, run_script
 from data.ranges import range_complaints
 from tests.ranks import REPOSITORY
@@ -419,3 +422,12 @@ def test_mistake_of_ours_ends_with_its_traceback(own_ctrl_c, capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(lambda arguments: Path("/nowhere/of/ours").read_text())
     assert ended.value.code == 1 and "Traceback" in capsys.readouterr().err
+
+
+def test_import_keeps_the_hook_of_a_debugger_for_other_errors(monkeypatch, capsys):
+    others: list[type] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: others.append(kind))
+    runpy.run_path(data.__file__)
+    for error in (ValueError(), KeyboardInterrupt()):
+        sys.excepthook(type(error), error, None)
+    assert others == [ValueError] and capsys.readouterr().err == "Interrupted.\n"
