@@ -4,10 +4,11 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 
-from data.preparation.compressed import READ_ERRORS, open_decompressed
+from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed
 
 _COMPRESSIONS = {
     ".gz": ("gzip", rb"\x1f\x8b", "gzip -dc"),
@@ -27,7 +28,7 @@ _KINDS = [  # (pattern of the first bytes, what they are)
     *((pattern, f"a {name} archive. Unpack it and give its files") for name, pattern in _ARCHIVES.items()),
     (rb"Obj\x01", "an Avro file, which is not supported"),
     (rb"SQLite format 3\0", "an SQLite database, which is not supported"),
-    (rb"%PDF-\d", "a PDF document, which is not supported. Extract its text first"),
+    (rb"%PDF-\d\.\d", "a PDF document, which is not supported. Extract its text first"),
     (rb"MMIDIDX\0\0", "the index of a token file. Its name must end in .idx"),
     (rb"version https://git-lfs\.github\.com/spec/", "a pointer of Git LFS in place of the file. Run git lfs pull"),
     *((pattern, f"{name}, not UTF-8. Convert it (iconv -f {name} -t UTF-8 FILE > NEW_FILE)") for name, pattern in _ENCODINGS.items()),
@@ -43,8 +44,23 @@ class OtherContent(ValueError):
 
 def check_file(path: Path, format: str) -> None:
     """Raise OtherContent if the content of a file is not of this format, as far as its first bytes show."""
-    _check_compression(path)
-    head = _first_bytes(path)
+    with open(path, "rb") as file:
+        open_checked(file, path, format)
+
+
+def open_checked(file: BinaryIO, path: Path, format: str) -> BinaryIO:
+    """Return the decompressed bytes of an open file, like `decompressed`. Raises OtherContent as check_file does."""
+    head = file.read(_HEAD_BYTES)
+    if is_compressed(path):
+        _check_compression(path, head)
+        head = _first_bytes(decompressed(file, path))
+    _check_head(head, path, format)
+    file.seek(0)
+    return decompressed(file, path)
+
+
+def _check_head(head: bytes, path: Path, format: str) -> None:
+    """Raise OtherContent if the first decompressed bytes of a file are not of this format."""
     for pattern, kind in _KINDS:
         if pattern != _TABLES.get(format) and re.match(pattern, head, re.DOTALL):
             raise OtherContent(f"it is read as {format}, but its content is {kind}")
@@ -59,24 +75,20 @@ def check_file(path: Path, format: str) -> None:
         raise OtherContent(f"{kind}; each line must be a JSON object. Convert it ({_conversion(path, jq)})")
 
 
-def _first_bytes(path: Path) -> bytes:
-    """Return the first bytes of a file, decompressed; fewer if it is damaged, which is reported with its place when the file is read."""
+def _first_bytes(stream: BinaryIO) -> bytes:
+    """Return the first bytes of a stream; fewer if it is damaged, which is reported with its place when the file is read."""
     head = b""
     try:
-        with open_decompressed(path) as stream:
-            while piece := stream.read1(_HEAD_BYTES - len(head)):  # type: ignore[attr-defined]  # read() loses what is before the damage
-                head += piece
+        while piece := stream.read1(_HEAD_BYTES - len(head)):  # type: ignore[attr-defined]  # read() loses what is before the damage
+            head += piece
     except (*READ_ERRORS, MemoryError):
         pass
     return head
 
 
-def _check_compression(path: Path) -> None:
-    """Raise OtherContent if the suffix is one of a compression and the content is another kind of data."""
-    if (suffix := path.suffix.lower()) not in _COMPRESSIONS:
-        return
-    with open(path, "rb") as file:
-        head = file.read(_HEAD_BYTES)
+def _check_compression(path: Path, head: bytes) -> None:
+    """Raise OtherContent if the first bytes of a file, whose suffix is one of a compression, are another kind of data."""
+    suffix = path.suffix.lower()
     if re.match(_COMPRESSIONS[suffix][1], head, re.DOTALL):
         return
     for pattern, kind in _KINDS:

@@ -15,7 +15,7 @@ import pyarrow
 
 from data.command_line import UserError
 from data.preparation.columnar import Table
-from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed, open_decompressed
+from data.preparation.compressed import READ_ERRORS, is_compressed
 from data.preparation.fields import (
     Fields,
     Problem,
@@ -29,7 +29,7 @@ from data.preparation.fields import (
     read_json,
     read_row,
 )
-from data.preparation.file_content import OtherContent, check_file
+from data.preparation.file_content import OtherContent, check_file, open_checked
 from data.shards import Shard
 
 _MAX_CSV_RECORD_BYTES = 64 << 20  # in a longer record, the opening quote is assumed to have no closing quote
@@ -45,6 +45,7 @@ class PartReader:
         self._path: Path | None = None
         self._file: BinaryIO | None = None
         self._stream: BinaryIO | None = None
+        self._header: list[str] | None = None
         self._peekable: _Peekable | None = None
 
     def read(self, path: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[int, Record]]:
@@ -80,7 +81,7 @@ class PartReader:
             self._stream.close()
         if self._file is not None:
             self._file.close()
-        self._path = self._file = self._stream = self._peekable = None
+        self._path = self._file = self._stream = self._header = self._peekable = None
 
     def _read(self, path: Path, start: int, end: int | None) -> Iterator[tuple[int, Record]]:
         format, fields = self.fields.format_of(path), self.fields
@@ -100,8 +101,7 @@ class PartReader:
             for position, line in self._records_of_part(path, start, end, self._non_empty_lines):
                 yield position, read_json(line, fields)
         elif format == "tsv":
-            check_file(path, format)
-            columns = fields.columns or _first_line(path)
+            columns = fields.columns or self._tsv_header(path)
             if any(columns) and (problem := check_header(columns, fields)):  # an empty file has no column and no record
                 self.at_end = True
                 yield from [(0, problem)] if start == 0 else []
@@ -117,10 +117,19 @@ class PartReader:
         if path == self._path and self._stream is not None:
             return self._stream
         self.close()
-        check_file(path, self.fields.format_of(path))
         self._file = open(path, "rb")  # noqa: SIM115  closed by close
-        self._path, self._stream = path, decompressed(self._file, path)
+        self._stream = open_checked(self._file, path, self.fields.format_of(path))
+        self._path = path
         return self._stream
+
+    def _tsv_header(self, path: Path) -> list[str]:
+        """Return the column names in the first line of a .tsv file."""
+        if path != self._path or self._header is None:
+            stream = self._open(path)
+            stream.seek(0)
+            line = stream.readline().removeprefix(codecs.BOM_UTF8)
+            self._header = line.decode(errors="replace").rstrip("\r\n").split("\t")
+        return self._header
 
     def _records_of_part(self, path: Path, start: int, end: int | None, records: "_ReadRecords") -> Iterator[tuple[int, Any]]:
         """Yield (position, record) of a part: by seeking, if the file can seek and a record's beginning can be found from anywhere."""
@@ -129,7 +138,8 @@ class PartReader:
                 yield position, record
             return
         if path != self._path or self._peekable is None or self._peekable.has_passed(start):
-            self.close()
+            if self._peekable is not None:
+                self.close()
             self._peekable = _Peekable(records(self._open(path), 0, None))
         peekable = self._peekable
         while (owner := peekable.next_owner) is not None and (end is None or owner < end):
@@ -304,8 +314,3 @@ csv.field_size_limit(_MAX_CSV_RECORD_BYTES)
 def _split_at_tabs(line: bytes) -> list[str]:
     """Split a line at its tabs; nothing is quoted (IANA's text/tab-separated-values)."""
     return line.decode().rstrip("\r\n").split("\t")
-
-
-def _first_line(path: Path) -> list[str]:
-    with open_decompressed(path) as file:
-        return file.readline().removeprefix(codecs.BOM_UTF8).decode(errors="replace").rstrip("\r\n").split("\t")

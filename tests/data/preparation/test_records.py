@@ -5,12 +5,14 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
 import re
 import shlex
 import tarfile
+import unittest.mock
 import zipfile
 import zlib
 
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 
 from data.command_line import UserError
 from data.preparation.corpus import file_corpus
-from data.preparation.fields import Fields, Problem, TokenRecord
+from data.preparation.fields import Fields, Problem, TokenRecord, read_json
 from data.preparation.records import PartReader
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
@@ -172,6 +174,7 @@ BAD_LINES = [
     (b'[{"text": "a"}]', "wrong type", "convert it (jq -c '.[]' FILE > NEW_FILE.jsonl)."),
     (b'{"data": [{"title": "a", "paragraphs": []}]}', "missing field", "convert it (jq -c '.data[].paragraphs[]' FILE > NEW_FILE.jsonl)."),
     (b'{"text": "a", "text": "b"}', "repeated field", 'it has the field "text" 2 times'),
+    (b'{"text": "a", "te\\u0078t": "b"}', "repeated field", 'it has the field "text" 2 times'),
     (b'{"text": "a", "n": NaN, "t": {"text": "c"}, "text": "b"}', "repeated field", 'it has the field "text" 2 times'),
     (b'{"txt": "a"}', "missing field", 'no field "text". Did you mean "txt"?'),
     (b'{"text": 7}', "wrong type", '"text" is 7, a int; it must be a string'),
@@ -349,6 +352,25 @@ def test_file_of_another_format_is_damaged(tmp_path):
         assert reasons(tmp_path / name) == ["cut off or damaged"]
 
 
+@pytest.mark.parametrize("name", ["text", "a.b", "é", "😀", 'a"b', "a\\b"])
+def test_field_that_is_escaped_in_another_way_is_the_same_field(name):
+    units = name.encode("utf-16-be").hex()
+    escaped = "".join(f"\\u{units[start : start + 4].upper()}" for start in range(0, len(units), 4))
+    plain = json.dumps(name, ensure_ascii=False)[1:-1]
+    for first, second in itertools.combinations_with_replacement([plain, escaped], 2):
+        assert read_json(f'{{"{first}": "a", "n": 1, "{second}": "b"}}'.encode(), Fields(name)).reason == "repeated field"
+        assert read_json(f'{{"{first}": "a", "x{second}": "b"}}'.encode(), Fields(name)) == ("a",)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.tsv", "a.tsv.gz"])
+def test_file_is_opened_once_to_be_checked_and_read(tmp_path, name):
+    content = b"text\tn\none\t1\n" if "tsv" in name else b"one"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with unittest.mock.patch("builtins.open", wraps=open) as opened:
+        assert texts(tmp_path / name) == ["one"]
+    assert opened.call_count == 1
+
+
 def test_field_that_a_record_has_twice_is_refused_in_each_format(tmp_path):
     repeated = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, ["text", "other", "text"])
     pyarrow.parquet.write_table(repeated, tmp_path / "a.parquet")
@@ -428,6 +450,12 @@ def test_content_of_another_format_is_named(tmp_path, name, content, message):
         assert message in problem.message
     with pytest.raises(UserError, match=f"{name}: .*{re.escape(message)}"):
         file_corpus([str(path)], Fields("text")).check_contents()
+
+
+@pytest.mark.parametrize("text", ["%PDF-1 is the beginning of a PDF document", "BZh9 is the beginning of a bzip2 file", "Obj"])
+def test_text_that_names_a_format_is_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert texts(tmp_path / "a.txt") == [text]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
