@@ -13,7 +13,7 @@ import torch
 import tqdm
 
 from data.command_line import UserError
-from data.files import parent_complaint, publish_folder, refuse_full_disk, write_file
+from data.files import output_complaint, parent_complaint, publish_folder, refuse_full_disk, write_file
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.run_record import GENERATION, find_tokenizer, moved_paths, tokenizer_files
 from launch.ranks.layout import Layout
@@ -88,11 +88,10 @@ def report(done: Conversion) -> str:
 
 
 def _refuse_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} already exists; nothing is overwritten. Give another folder.")
-    if output.is_mount():  # publish_folder could not rename the finished folder to it
+    is_empty_folder = output.is_dir() and not any(output.iterdir())
+    if is_empty_folder and output.is_mount():  # publish_folder could not rename the finished folder to it
         raise UserError(f"--output {output} is a mount point. Give a folder inside it.")
-    if complaint := parent_complaint(output):
+    if complaint := parent_complaint(output) if is_empty_folder else output_complaint(output):
         raise UserError(complaint)
 
 

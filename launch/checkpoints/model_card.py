@@ -10,9 +10,10 @@ import torch
 from data.command_line import flatten
 from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment
 from data.sampling.objectives.table import OBJECTIVES, default_objective
+from data.tokenization.configuration import read_json_object
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.opening import OpenedModel
-from launch.checkpoints.run_record import data_paths, read_json, versions
+from launch.checkpoints.run_record import data_paths, versions
 from model import huggingface
 from model.config import ModelConfig, count_parameters
 
@@ -67,7 +68,7 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
     mean = f", mean of the newest {average} checkpoints" if average > 1 else ""
     yield "step", f"{opened.step:,}{mean}"
     manifest = checkpoint.read_manifest(opened.folder)
-    record = read_json(opened.folder.parent.parent / "run.json")
+    record = read_json_object(opened.root / "run.json")
     if opened.recipe:
         settings = flatten(opened.recipe)
         segments = tuple(Segment(**segment) for segment in manifest.get("batch_plan", []))
@@ -84,7 +85,7 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
         for name, label in _LISTED_SETTINGS.items():
             if settings.get(name):
                 yield label, str(settings[name])
-    if average == 1 and (loss := _validation_loss(opened.folder.parent.parent / "metrics.jsonl", opened.step)) is not None:
+    if average == 1 and (loss := _validation_loss(opened.root / "metrics.jsonl", opened.step)) is not None:
         yield "validation loss", f"{loss:.4f} nats a target token"
     yield "written by", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", versions()).items())
     if record.get("commit"):

@@ -74,7 +74,7 @@ class OpenedModel:
     def data_paths(self) -> list[str]:
         """Return the folders of the data that the run was trained on. Raises UserError if one is at none of its recorded places."""
         recorded = recorded_paths(checkpoint.read_manifest(self.folder), "data.path")
-        return [require_path(one, self.folder.parent.parent, "--data") for one in recorded]
+        return [require_path(one, self.root, "--data") for one in recorded]
 
     def refuse_other_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise UserError if a tokenizer has ids that the model does not have."""

@@ -1,32 +1,21 @@
 """Files of a run folder next to its checkpoints: the recipe's data folders, the tokenizer, versions."""
 
-import json
 import os
 import platform
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
-from data.command_line import UserError, flatten
+from data.command_line import flatten
 from data.recorded_paths import record_path
 from data.tokenization.companions import companion_files, is_published_json
+from data.tokenization.configuration import CONFIGURATION, read_json_object
 from launch import REPOSITORY
+from model.huggingface.folder import GENERATION_KEYS
 
-TOKENIZER_CONFIGURATION = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 """Name of the file with the tokens that end a generated text, and with the sampling settings of the model's makers."""
-_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tiktoken.model", "*.tiktoken")
-
-
-def read_json(path: Path) -> dict:
-    """Return the object in a JSON file; an empty dict if there is no such file. Raises UserError if it holds something else."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a JSON object: {error}.") from error
 
 
 def data_paths(recipe: dict) -> list[str]:
@@ -64,7 +53,7 @@ def moved_paths(record: dict, run: Path, other: Path) -> dict:
 def data_stamps(folder: Path) -> list[dict[str, list[int]]]:
     """Size and time of the files of each data folder when the run in `folder` started last; nothing if it is not known."""
     try:
-        return read_json(folder / "run.json").get("data_stamps", [])
+        return read_json_object(folder / "run.json").get("data_stamps", [])
     except ValueError:  # reported when the folder is inspected
         return []
 
@@ -74,7 +63,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     own = [path for pattern in _TOKENIZERS for path in sorted(folder.glob(pattern)) if path.is_file()]
     if is_published_json(folder):  # it has tokens that the tokenizer.model next to it lacks
         own.sort(key=lambda path: path.name != "tokenizer.json")
-    configuration = folder / TOKENIZER_CONFIGURATION
+    configuration = folder / CONFIGURATION
     return [*own, *([configuration] if configuration.is_file() else []), *companion_files(folder)]
 
 
@@ -87,9 +76,9 @@ def find_tokenizer(folder: Path) -> Path | None:
 def generation_settings(folder: Path) -> dict:
     """Contents of the generation_config.json next to the weights; without one, the tokens that config.json names, as in transformers."""
     if (folder / GENERATION).is_file():
-        return read_json(folder / GENERATION)
-    config_json = read_json(folder / "config.json")
-    return {key: config_json[key] for key in _GENERATION_KEYS if config_json.get(key) is not None}
+        return read_json_object(folder / GENERATION)
+    config_json = read_json_object(folder / "config.json")
+    return {key: config_json[key] for key in GENERATION_KEYS if config_json.get(key) is not None}
 
 
 def versions() -> dict[str, str]:

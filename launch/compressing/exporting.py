@@ -8,13 +8,13 @@ import torch
 
 from data.command_line import UserError
 from data.files import new_file, new_folder, refuse_full_disk
+from data.tokenization.configuration import read_json_object
 from data.tokenization.gguf import gguf_tokenizer, texts_with_other_ids
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.probe_texts import texts_of_many_kinds
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.model_card import model_card
 from launch.checkpoints.opening import OpenedModel, open_model
-from launch.checkpoints.run_record import read_json
 from launch.compressing import llama_engine
 from launch.compressing.beside_weights import refuse_unwritable_tokenizer, special_tokens, write_tokenizer_of
 from launch.compressing.settings import ExportSettings
@@ -49,7 +49,7 @@ def _write_huggingface(settings: ExportSettings, opened: OpenedModel, tokenizer:
     opened.refuse_quantized("it is already a Hugging Face folder")
     dtype = _DTYPES[settings.precision]
     refuse_full_disk(output, dtype.itemsize * count_parameters(opened.config))
-    read_json(opened.root / "run.json")  # raises UserError now; the model card needs it at the end
+    read_json_object(opened.root / "run.json")  # raises UserError now; the model card needs it at the end
     refuse_unwritable_tokenizer(opened, tokenizer)
     _refuse_not_finite(opened)
     opened.compare_with_transformers()
@@ -80,16 +80,18 @@ def _write_gguf(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokeni
     entries = gguf_tokenizer(tokenizer, config.vocab_size)
     for kind_of_text in texts_with_other_ids(tokenizer):
         print(f"llama.cpp gives other ids than this project to {kind_of_text}.")
+    first_kind = "f16" if kind in llama_engine.K_QUANTS else cast(gguf_file.Kind, kind)  # llama.cpp makes the other types from f16
+    refuse_full_disk(output, gguf_file.size(config, first_kind))
     _refuse_not_finite(opened)
     opened.compare_with_transformers()
     with new_file(output) as unfinished:
         if kind in llama_engine.K_QUANTS:
             floats = unfinished.parent / "f16" / output.name
             floats.parent.mkdir()
-            gguf_file.write(config, opened.state, entries, floats, "f16")
+            gguf_file.write(config, opened.state, entries, floats, first_kind)
             llama_engine.quantize(floats, kind, unfinished)
         else:
-            gguf_file.write(config, opened.state, entries, unfinished, cast(gguf_file.Kind, kind))
+            gguf_file.write(config, opened.state, entries, unfinished, first_kind)
         checks = _check_gguf(unfinished, kind, opened, tokenizer)
         stored = ", ".join(f"{count} {name}" for name, count in gguf_file.types(unfinished).most_common())
         size = unfinished.stat().st_size

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Le
 
 from data.command_line import describe
 from data.files import output_complaint
+from launch.training.settings import whole_row_as_0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,8 +167,7 @@ class QuantizeSettings(CompressionSettings):
     """Type of the written weights that are not quantized, and of scales."""
 
     def __post_init__(self) -> None:
-        if self.group_size == -1:  # the name that GPTQ's configurations have for the whole row
-            object.__setattr__(self, "group_size", 0)
+        object.__setattr__(self, "group_size", whole_row_as_0(self.group_size))
 
     def complaints(self) -> list[str]:
         """Return a message for each combination of settings that is invalid."""

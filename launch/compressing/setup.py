@@ -13,7 +13,6 @@ import torch
 
 from data.command_line import INTERRUPTED, UserError, describe, flatten, nearest
 from data.files import refuse_full_disk
-from data.tokenization.huggingface_files import export_problem
 from data.tokenization.loading import load_tokenizer
 from launch.checkpoints.opening import OpenedModel, open_model, weights_bytes
 from launch.checkpoints.state import ShardSlice, checksum
@@ -112,8 +111,6 @@ def open_source(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel
     opened = open_model(settings.model, settings.average)
     if opened.tokenizer is None:
         raise UserError(f"There is no tokenizer.model, tokenizer.json or .tiktoken file next to {settings.model}.")
-    if problem := export_problem(load_tokenizer(opened.tokenizer)):
-        raise UserError(problem)
     if not settings.force:
         opened.refuse_quantized("compressing it again would add a second loss. Use --force to allow it")
     try:
@@ -130,6 +127,8 @@ def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Se
     if needs_calibration and not settings.calibration_samples:
         given = describe(settings, "calibration_samples")
         raise UserError(f"{given}: this method needs statistics of the inputs of each matrix. Use --calibration_samples 128.")
+    workers = find_workers(arguments)
+    workers.run_on_rank0(lambda: refuse_unwritable_tokenizer(opened, load_tokenizer(tokenizer_file)))
     calibration = test = None
     if settings.calibration_samples or settings.test_samples:
         paths = paths_for(opened, settings.data, settings.model)
@@ -143,8 +142,6 @@ def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Se
             refuse_shared_text(calibration, test)
     if settings.output is not None:
         _refuse_too_small_disk(Path(settings.output), opened.config, DTYPES[settings.precision])
-    workers = find_workers(arguments)
-    workers.run_on_rank0(lambda: refuse_unwritable_tokenizer(opened, load_tokenizer(tokenizer_file)))
     before, fingerprint = _check_weights(opened, workers, DTYPES[settings.precision], settings.force)
     if not settings.dry_run:
         workers.run_on_rank0(opened.compare_with_transformers)

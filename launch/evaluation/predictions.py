@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.command_line import UserError
+from data.tokenization.configuration import read_configuration, read_json_object
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import LoadedModel, OpenedModel
-from launch.checkpoints.run_record import read_json
 from model.generation import beam_search, fill_mask, generate
 
 _SORTED_BATCHES = 100  # number of batches whose texts are in memory, sorted by length, at a time
@@ -32,8 +32,8 @@ def names_of(opened: OpenedModel) -> Names:
     """Return the names from the files of a Hugging Face folder, or from the recipe of the run."""
     given: dict
     if opened.step is None:
-        labels = read_json(opened.folder / "config.json").get("id2label", {})
-        special = read_json(opened.folder / "tokenizer_config.json")
+        labels = read_json_object(opened.folder / "config.json").get("id2label", {})
+        special = read_configuration(opened.folder)
         given = {
             "class_token": _token_text(special.get("cls_token")),
             "mask_token": _token_text(special.get("mask_token")),

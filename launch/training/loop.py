@@ -14,7 +14,7 @@ from data.sampling.batch_plan import BatchPlan
 from data.sampling.batches import Batch
 from launch.checkpoints import checkpoint
 from launch.evaluation.score import Score, bits_per_byte, perplexity
-from launch.ranks.collectives import CollectedError, RanksMissing
+from launch.ranks.collectives import RanksMissing
 from launch.ranks.stopping import StopRequest
 from launch.training.disk_watch import DiskWatch
 from launch.training.engine import Engine, StepReport
@@ -172,8 +172,10 @@ def _check_disk(run: Run, step: int) -> str | None:
     ranks = run.engine.ranks
     if change := ranks.first_error_of_any_rank(run.disk.find_change()):
         raise UserError(f"{change} The checkpoint of step {step} was not written.")
-    collected = CollectedError()  # a disk that cannot be written is reported when the checkpoint is
-    return ranks.broadcast(collected.run(run.disk.restore_folder))
+    message = None
+    with contextlib.suppress(OSError):  # a disk that cannot be written is reported when the checkpoint is
+        message = run.disk.restore_folder()
+    return ranks.broadcast(message)
 
 
 def _save(run: Run, step: int) -> bool:

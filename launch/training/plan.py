@@ -29,7 +29,7 @@ def plan(
 ) -> str:
     """Return the whole plan as lines to print. `data` is None if the embedded corpus would be prepared first.
 
-    `batches` says which samples each step reads, also those before a resume.
+    `batches` determines which samples each step reads, also those before a resume.
     """
     rows = [
         ("model", _model(settings.model)),
@@ -161,7 +161,7 @@ def _data_rows(settings: RunSettings, batches: BatchPlan, data: RunData) -> Rows
     if cut := sum(samples.num_cut for samples in sampling.samples):
         warnings.append(("warning", f"{cut:,} documents are longer than a sample; the rest of each is never read"))
     if data.export_problem:
-        problem = f"{data.export_problem} The model cannot be exported, quantized or pruned; all else works"
+        problem = f"{data.export_problem} The model cannot be exported, quantized or pruned. Everything else works"
         warnings.append(("warning", problem))
     rows += [("samples", text), *warnings]
     if settings.data.packing == "best_fit" and not model.document_mask:

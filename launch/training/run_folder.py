@@ -21,16 +21,14 @@ from data.files import lock_file, nearest_existing, write_file
 from data.recorded_paths import find_path, places_of, require_path
 from data.sampling.batch_plan import BatchPlan, Segment
 from data.tokenization.companions import companion_files, copy_companions, published_configuration
-from data.tokenization.configuration import read_configuration, token_content
+from data.tokenization.configuration import CONFIGURATION, read_configuration, read_json_object, token_content
 from launch import REPOSITORY
 from launch.checkpoints import checkpoint
 from launch.checkpoints.opening import OpenedModel
 from launch.checkpoints.run_record import (
     GENERATION,
-    TOKENIZER_CONFIGURATION,
     data_paths,
     generation_settings,
-    read_json,
     record_paths,
     recorded_paths,
     tokenizer_files,
@@ -134,7 +132,7 @@ def _record_of_missing(settings: RunSettings, name: str, path: str) -> dict[str,
     if os.path.exists(path):
         return None
     try:
-        record = read_json(Path(settings.output) / "run.json")
+        record = read_json_object(Path(settings.output) / "run.json")
         return next((one for one in recorded_paths(record, name) if one["given"] == path), None) if record else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged run.json, which `inspect` names
         return None
@@ -277,7 +275,7 @@ def _copy_tokenizer(folder: Path, tokenizer: Path, initial: OpenedModel | None, 
     is_published = bool(published_configuration(source))
     if resumes and not is_published and copy.is_file() and copy.read_bytes() == tokenizer.read_bytes():
         return  # the files next to it may be those of the initial model, which is not opened again
-    new = [path for path in (tokenizer, source / TOKENIZER_CONFIGURATION, *companion_files(source)) if path.is_file()]
+    new = [path for path in (tokenizer, source / CONFIGURATION, *companion_files(source)) if path.is_file()]
     names = [path.relative_to(source) for path in new]
     for path in tokenizer_files(folder):
         if path.relative_to(folder) not in names:  # from an earlier start on other data

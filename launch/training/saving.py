@@ -19,7 +19,7 @@ def save(current: OptimizerState, config: ModelConfig, ranks: Ranks, root: Path,
     """Write and publish the checkpoint of `step`, whose manifest begins with `about`. Return the error message of any rank, or None.
 
     A failure on any rank leaves the checkpoints as they were, and training can continue. Raises FloatingPointError on every rank, and
-    writes nothing, if a weight or an optimizer state is not finite: such a model must not push out the checkpoints before it.
+    writes nothing, if a weight or an optimizer state is not finite: such a model must not replace the checkpoints before it.
     """
     checksums, not_finite = _checksums(current, config, ranks)
     if not_finite:

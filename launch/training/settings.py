@@ -10,12 +10,18 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from data.command_line import UserError, add_origins, describe, not_utf8
+from data.preparation.settings import MIN_VOCAB_SIZE
 from data.sampling.batch_plan import BatchPlan, BatchSettings
 from data.sampling.settings import SamplingSettings
 from launch import REPOSITORY
 from launch.ranks.layout import Layout, largest_micro_batch_size
 from launch.training.initial_model import differences_from_init
 from model.config import ModelConfig
+
+
+def whole_row_as_0(group_size: int | None) -> int | None:
+    """Return a group size with 0 in place of -1, the name that GPTQ's configurations have for the whole row."""
+    return 0 if group_size == -1 else group_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +100,7 @@ class QuantizationSettings:
     """Type that the inputs of those layers are rounded to, with one scale a token."""
 
     def __post_init__(self) -> None:
-        if self.group_size == -1:  # the name that GPTQ's configurations have for the whole row
-            object.__setattr__(self, "group_size", 0)
+        object.__setattr__(self, "group_size", whole_row_as_0(self.group_size))
 
     @property
     def entries_per_scale(self) -> int | None:
@@ -115,7 +120,7 @@ class DataSettings(SamplingSettings):
     max_epochs: Annotated[float, Gt(0)] | None = None
     """Largest number of epochs that a run may read of a folder. A run that would read more is refused before it starts (default: no
     limit)."""
-    vocab_size: Annotated[int, Ge(512), Lt(2**31)] = 4096
+    vocab_size: Annotated[int, Ge(MIN_VOCAB_SIZE), Lt(2**31)] = 4096
     """Vocabulary size of the tokenizer that is trained if the embedded corpus has to be prepared."""
 
 

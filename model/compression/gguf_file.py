@@ -4,6 +4,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. In the block 
 scale. The `gguf` package maps the tensor names of Hugging Face to those of the file. Matrices are [out, in].
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import gguf
 import numpy as np
@@ -83,6 +83,11 @@ class _Stored:
         return prod(self.shape) // entries * block_bytes
 
 
+def size(config: ModelConfig, kind: Kind) -> int:
+    """Return the bytes of a file's tensors. Raises ValueError if llama.cpp does not support the model."""
+    return sum(tensor.num_bytes for tensor in _tensors(config, kind))
+
+
 def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[str, Any], path: Path, kind: Kind) -> None:
     """Write `state`, by our names, into the new file `path`; one tensor of `state` is read at a time.
 
@@ -96,7 +101,7 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
     wanted = {ours for tensor in tensors for ours in tensor.source.ours}
     if wrong := sorted(wanted ^ set(state)):
         raise ValueError(f"The state has missing or unknown tensors: {', '.join(wrong[:8])}.")
-    needed, free = sum(tensor.num_bytes for tensor in tensors), shutil.disk_usage(path.parent).free
+    needed, free = size(config, kind), shutil.disk_usage(path.parent).free
     if free < needed:
         raise ValueError(f"{path.name} needs {needed:,} bytes; the disk of {path.parent} has {free:,} free.")
     writer = gguf.GGUFWriter(path, name)
@@ -225,13 +230,24 @@ def logits(config: ModelConfig, state: Mapping[str, Tensor], tokens: Tensor) -> 
     return output
 
 
+@contextlib.contextmanager
+def _our_reader() -> Iterator[None]:
+    """Let transformers read files with _Reader while the context lasts."""
+    original = gguf.GGUFReader
+    gguf.GGUFReader = _Reader  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original  # type: ignore[misc]
+
+
 def _logits_by_transformers(path: Path, config: ModelConfig, tokens: Tensor) -> Tensor:
     import transformers  # here, because the import takes seconds and only verification needs it
 
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     loader: Any = transformers.AutoModelForCausalLM
     # transformers would read the file with the package's reader, twice, and only for the tokenizer's lists, which it does not need here.
-    with hide_progress_bars(), mock.patch.object(gguf, "GGUFReader", _Reader):
+    with hide_progress_bars(), _our_reader():
         their_config = transformers.AutoConfig.from_pretrained(path.parent, **source)
         for key, value in huggingface.to_huggingface(config).items():
             if key in _NOT_READ:

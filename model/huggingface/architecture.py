@@ -46,7 +46,7 @@ class SpecialTokens:
     decoder_start: int | None = None
     """Id of the token with which the decoder of an encoder-decoder begins; None: end of text."""
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Contents of the generation_config.json of the model that this one was made from; it goes along."""
+    """Contents of the generation_config.json of the model that this one was made from, which is copied."""
     begin_of_text: int | None = None
     """Id of the token that begins a document; None: end of text."""
 

@@ -35,6 +35,8 @@ _DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
 }
 
+GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Keys of config.json that belong to generation_config.json too."""
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name -> dtype and shape of a tensor in a file."""
 
@@ -91,8 +93,7 @@ def export(
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     _write_json(folder / "config.json", config_json)
     if config.architecture != "encoder":
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        ids = {key: config_json[key] for key in keys if config_json.get(key) is not None}
+        ids = {key: config_json[key] for key in GENERATION_KEYS if config_json.get(key) is not None}
         _write_json(folder / "generation_config.json", {**tokens.generation, **ids})
 
 

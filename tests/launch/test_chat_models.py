@@ -1,4 +1,4 @@
-"""What lies next to the weights of a chat model goes along: through prepared data and runs, export, quantization and pruning."""
+"""The files next to the weights of a chat model are copied through prepared data and runs, export, quantization and pruning."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def run_from(initial, tokenizer, folder):
     return folder
 
 
-def test_all_that_lies_next_to_a_chat_models_weights_goes_along(chat, text, tmp_path):
+def test_files_next_to_the_weights_of_a_chat_model_are_copied(chat, text, tmp_path):
     """The chain is: the published folder, a run from it, its converted checkpoint, the export, a quantized model, and a pruned one."""
     expected = facts(chat)
     convert(run_from(chat, text / "tokenizer.json", tmp_path / "run"), tmp_path / "converted", 1e9, print)
@@ -89,7 +89,7 @@ def test_all_that_lies_next_to_a_chat_models_weights_goes_along(chat, text, tmp_
         assert not list(folder.rglob("*.py")) and "auto_map" not in (folder / "tokenizer_config.json").read_text()
 
 
-def test_templates_in_the_configuration_go_along_too(tmp_path):
+def test_templates_in_the_configuration_are_copied_too(tmp_path):
     chat = write_chat_model(tmp_path / "chat", as_files=False)
     (chat / "generation_config.json").unlink()  # transformers then reads config.json
     assert export.main([str(chat), "--output", str(tmp_path / "exported")]) == 0

@@ -367,7 +367,7 @@ def test_the_script_reports_its_work_and_exits_with_2_when_refused(run, tmp_path
     assert "4 files -> 1" in done.stdout and "peak memory" in done.stdout
     again = convert_script(run, "--output", tmp_path / "whole")
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == f"--output {tmp_path / 'whole'} already exists; nothing is overwritten. Give another folder.\n"
+    assert again.stderr == f"--output {tmp_path / 'whole'} already exists; nothing is overwritten. Give another name.\n"
 
 
 def test_memory_does_not_grow_with_the_checkpoint(run, tmp_path):

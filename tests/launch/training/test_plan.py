@@ -97,7 +97,7 @@ def test_plan_warns_of_a_tokenizer_that_cannot_be_exported():
     data = data_of(SETTINGS, prepared=TRAIN)
     data.export_problem = "own.model cannot be written as a tokenizer.json: it removes spaces."
     printed = plan(SETTINGS, {"zero_optimization": {"stage": 2}}, FOUR, "cpu", SETTINGS.batch_plan, data)
-    assert f"warning: {data.export_problem} The model cannot be exported, quantized or pruned; all else works" in printed
+    assert f"warning: {data.export_problem} The model cannot be exported, quantized or pruned. Everything else works" in printed
 
 
 def test_plan_shows_every_row_of_a_plain_run():
