@@ -117,18 +117,16 @@ def open_source(settings: CompressionSettings) -> tuple[ModelConfig, OpenedModel
         huggingface.architecture(opened.config)
     except ValueError as error:
         raise UserError(str(error)) from error
+    refuse_unwritable_tokenizer(opened, load_tokenizer(opened.tokenizer))
     return opened.config, opened
 
 
 def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Sequence[str], needs_calibration: bool) -> Job[Settings]:
     """Find the text and the ranks, and check every weight. Raises UserError, before any long work, if something is wrong."""
-    start_time, tokenizer_file = time.perf_counter(), opened.tokenizer
-    assert tokenizer_file is not None
+    start_time = time.perf_counter()
     if needs_calibration and not settings.calibration_samples:
         given = describe(settings, "calibration_samples")
         raise UserError(f"{given}: this method needs statistics of the inputs of each matrix. Use --calibration_samples 128.")
-    workers = find_workers(arguments)
-    workers.run_on_rank0(lambda: refuse_unwritable_tokenizer(opened, load_tokenizer(tokenizer_file)))
     calibration = test = None
     if settings.calibration_samples or settings.test_samples:
         paths = paths_for(opened, settings.data, settings.model)
@@ -142,6 +140,7 @@ def open_job(settings: Settings, opened: OpenedModel, script: str, arguments: Se
             refuse_shared_text(calibration, test)
     if settings.output is not None:
         _refuse_too_small_disk(Path(settings.output), opened.config, DTYPES[settings.precision])
+    workers = find_workers(arguments)
     before, fingerprint = _check_weights(opened, workers, DTYPES[settings.precision], settings.force)
     if not settings.dry_run:
         workers.run_on_rank0(opened.compare_with_transformers)
