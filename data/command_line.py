@@ -163,7 +163,7 @@ def run_script(main: Callable[[Sequence[str]], int | None], leave: Callable[[int
     """Call a script's main with the command line, and exit with the status that it returns.
 
     A UserError is printed once a machine, and the status is 2; so is an error of the operating system that a user can mend, such as a
-    full disk. After Ctrl-C (KeyboardInterrupt, whose message says what is kept) the status is 130. `leave` ends the process.
+    full disk. After Ctrl-C (KeyboardInterrupt, whose message names what is kept) the status is 130. `leave` ends the process.
     """
     try:
         status = main(sys.argv[1:])

@@ -36,5 +36,5 @@ def require_path(recorded: dict[str, str], run: Path, option: str) -> str:
     """Return the place that find_path finds. Raises UserError, with `option` as the way to give the path, if nothing is at any place."""
     if (found := find_path(recorded, run)) is None:
         places = ", ".join(places_of(recorded, run))
-        raise UserError(f"The data that {run} was trained on is at none of the recorded places: {places}. Give it with {option}.")
+        raise UserError(f"The data that {run} was trained on was not found at any recorded path: {places}. Give it with {option}.")
     return found

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -260,6 +260,11 @@ class _EvenBoundaries:
     def bisect_left(self, value: int, end: int) -> int:
         """Return how many of the first `end` boundaries are below `value`."""
         return min(end, -(-value // self._step))
+
+
+def bytes_per_token(streams: Collection["TokenStream"]) -> float:
+    """Return the mean UTF-8 bytes of a predicted token in streams."""
+    return sum(stream.num_bytes for stream in streams) / sum(stream.num_predicted for stream in streams)
 
 
 class TokenStream:

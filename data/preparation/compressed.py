@@ -10,7 +10,7 @@ import io
 import lzma
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
@@ -98,17 +98,33 @@ class _ZstandardFrame:
         return self._decoder.unused_data
 
 
-_STREAMS: dict[str, tuple[str, Any, int]] = {
-    ".gz": ("gzip member", _GzipMember, 1),
-    ".zst": ("Zstandard frame", _ZstandardFrame, 0),
-    ".xz": ("xz stream", lzma.LZMADecompressor, 4),
-    ".bz2": ("bzip2 stream", bz2.BZ2Decompressor, 1),
-}
-"""For each suffix the name of a stream, its decoder, and the padding: zero bytes after a stream, in multiples of this number (0: none).
+class Compression(NamedTuple):
+    """A format of compressed files."""
 
-The xz specification allows padding (section 2.2). gzip and bzip2 ignore zero bytes after the last stream.
-"""
-COMPRESSED = tuple(_STREAMS)
+    name: str
+    stream: str
+    """Name of a stream in the format's specification."""
+    decoder: Any
+    """Class that decodes one stream."""
+    padding: int
+    """Zero bytes may follow a stream in multiples of this number; 0: none.
+
+    The xz specification allows padding (section 2.2). gzip and bzip2 ignore zero bytes after the last stream.
+    """
+    first_bytes: bytes
+    """Pattern of the first bytes of a file."""
+    command: str
+    """Command that decompresses a file to its output."""
+
+
+COMPRESSIONS = {
+    ".gz": Compression("gzip", "gzip member", _GzipMember, 1, rb"\x1f\x8b", "gzip -dc"),
+    ".zst": Compression("Zstandard", "Zstandard frame", _ZstandardFrame, 0, rb"(?:\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)", "zstd -dc"),
+    ".xz": Compression("xz", "xz stream", lzma.LZMADecompressor, 4, rb"\xfd7zXZ\0", "xz -dc"),
+    ".bz2": Compression("bzip2", "bzip2 stream", bz2.BZ2Decompressor, 1, rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)", "bzip2 -dc"),
+}
+"""Compressions by the suffix of a file's name."""
+COMPRESSED = tuple(COMPRESSIONS)
 
 
 class _DecompressedFile(io.RawIOBase):
@@ -116,7 +132,8 @@ class _DecompressedFile(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, suffix: str) -> None:
         self._file = file
-        self._stream_name, self._new_decoder, self._padding = _STREAMS[suffix]
+        compression = COMPRESSIONS[suffix]
+        self._stream_name, self._new_decoder, self._padding = compression.stream, compression.decoder, compression.padding
         self._restart()
 
     def _restart(self) -> None:

@@ -13,7 +13,7 @@ import pyarrow
 from data.command_line import UserError
 from data.preparation.columnar import Table
 from data.preparation.compressed import READ_ERRORS, is_compressed
-from data.preparation.dataset_folders import how_to_read
+from data.preparation.dataset_folders import how_to_read_saved
 from data.preparation.fields import Fields, Problem, is_known, read_fields
 from data.preparation.file_content import OtherContent, check_file
 from data.preparation.input_files import SourceFile, find_files
@@ -267,7 +267,7 @@ def dataset_corpus(name: str, split: str, fields: Fields) -> StreamCorpus:
     """Return the corpus of a Hugging Face dataset, NAME, NAME:CONFIG or a local folder. It is streamed."""
     if Path(name).is_file():
         raise UserError(f"--dataset {name} is a file. Use --input {name}, or --dataset with a name or a folder.")
-    if "save_to_disk" in (advice := how_to_read(Path(name)) or ""):
+    if advice := how_to_read_saved(Path(name)):
         raise UserError(f"--dataset {name} {advice}")
     source = f"{Path(name.partition(':')[0]).name}:{split}"
     files = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []

@@ -28,11 +28,20 @@ def refuse_dataset_folder(name: str, files: Collection[Path]) -> None:
 
 def how_to_read(folder: Path) -> str | None:
     """Return what a folder is and the option that reads it, or None if no dataset library wrote it."""
+    return how_to_read_saved(folder) or _how_to_read_dataset(folder)
+
+
+def how_to_read_saved(folder: Path) -> str | None:
+    """Return the same for a folder that save_to_disk wrote, which load_dataset cannot read; None for any other folder."""
     if (folder / _SPLITS).is_file():
         options = " or ".join(f"--input {_pattern(folder, f'{split}/data-*.arrow')}" for split in _splits(folder))
         return f"was written by DatasetDict.save_to_disk and has several splits. Use {options}."
     if (folder / _STATE).is_file() and (folder / "dataset_info.json").is_file():
         return f"was written by Dataset.save_to_disk. Use --input {_pattern(folder, 'data-*.arrow')}."  # cache-*.arrow repeat the data
+    return None
+
+
+def _how_to_read_dataset(folder: Path) -> str | None:
     if _is_dataset_card(folder / _CARD):
         suffixes = {suffix for path in folder.rglob("*") for suffix in path.suffixes}
         patterns = [f" or --input {_pattern(folder, f'**/*{suffix}*')} for all splits" for suffix in _TABLES if suffix in suffixes]

@@ -135,9 +135,15 @@ def read_json(line: bytes, fields: Fields) -> TextRecord:
 def _jq_advice(value: Any, jq: str) -> str:
     """Return how to convert a file whose records are in a list, or nothing if `value` is no list of records."""
     is_list_of_records = isinstance(value, list) and value and isinstance(value[0], dict)
-    if is_list_of_records and "paragraphs" in value[0]:  # SQuAD: each paragraph has the fields "context" and "qas"
-        jq += ".paragraphs[]"
-    return f" If it has the records of the whole file, convert it (jq -c '{jq}' FILE > NEW_FILE.jsonl)." if is_list_of_records else ""
+    if not is_list_of_records:
+        return ""
+    jq = filter_for_list(jq, "paragraphs" in value[0])
+    return f" If it has the records of the whole file, convert it (jq -c '{jq}' FILE > NEW_FILE.jsonl)."
+
+
+def filter_for_list(jq: str, has_paragraphs: bool) -> str:
+    """Return jq's filter for the records in a list of entries, `jq`. In SQuAD an entry has paragraphs with "context" and "qas"."""
+    return f"{jq}.paragraphs[]" if has_paragraphs else jq
 
 
 def _json_spellings(character: str) -> bytes:

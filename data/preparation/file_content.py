@@ -8,20 +8,14 @@ from typing import BinaryIO
 
 import orjson
 
-from data.preparation.compressed import READ_ERRORS, decompressed, is_compressed
+from data.preparation.compressed import COMPRESSIONS, READ_ERRORS, decompressed, is_compressed
+from data.preparation.fields import filter_for_list
 
-_COMPRESSIONS = {
-    ".gz": ("gzip", rb"\x1f\x8b", "gzip -dc"),
-    ".zst": ("Zstandard", rb"(?:\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)", "zstd -dc"),
-    ".xz": ("xz", rb"\xfd7zXZ\0", "xz -dc"),
-    ".bz2": ("bzip2", rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)", "bzip2 -dc"),
-}
-"""Suffix -> name, pattern of the first bytes, and command that decompresses."""
 _TABLES = {"parquet": rb"PAR[1E][\x00-\x1f]", "arrow": rb"ARROW1\0\0|\xff\xff\xff\xff.{3}\0[\x04-\x20]\0\0\0"}
 _ARCHIVES = {"zip": rb"PK(?:\x03\x04|\x05\x06)", "7z": rb"7z\xbc\xaf\x27\x1c", "rar": rb"Rar!\x1a\x07", "tar": rb".{257}ustar"}
 _ENCODINGS = {"UTF-32": rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-16": rb"\xff\xfe|\xfe\xff"}
 _KINDS = [  # (pattern of the first bytes, what they are)
-    *((pattern, f"{name} data. Decompress it, or let its name end in {suffix}") for suffix, (name, pattern, _) in _COMPRESSIONS.items()),
+    *((one.first_bytes, f"{one.name} data. Decompress it, or let its name end in {suffix}") for suffix, one in COMPRESSIONS.items()),
     (rb"\x04\x22\x4d\x18", "LZ4 data. Decompress it first"),
     (rb"\xff\x06\0\0sNaPpY", "Snappy data. Decompress it first"),
     *((pattern, f"of format {name}. Set --input_format {name}, or let its name end in .{name}") for name, pattern in _TABLES.items()),
@@ -39,7 +33,7 @@ _NUL_SHARE = 0.1  # of the first bytes: UTF-16 without a byte-order mark has mor
 
 
 class OtherContent(ValueError):
-    """The content of a file is not of the format that it is read in. The message says what it is."""
+    """The content of a file is not of the format that it is read in. The message names what it is."""
 
 
 def check_file(path: Path, format: str) -> None:
@@ -89,7 +83,7 @@ def _first_bytes(stream: BinaryIO) -> bytes:
 def _check_compression(path: Path, head: bytes) -> None:
     """Raise OtherContent if the first bytes of a file, whose suffix is one of a compression, are another kind of data."""
     suffix = path.suffix.lower()
-    if re.match(_COMPRESSIONS[suffix][1], head, re.DOTALL):
+    if re.match(COMPRESSIONS[suffix].first_bytes, head, re.DOTALL):
         return
     for pattern, kind in _KINDS:
         if re.match(pattern, head, re.DOTALL):
@@ -106,10 +100,10 @@ def _is_text(head: bytes) -> bool:
 def _conversion(path: Path, jq: str) -> str:
     """Return the shell command that writes a JSON document as JSON lines. `jq` is jq's filter for the records."""
     source, suffix = shlex.quote(str(path)), path.suffix.lower()
-    plain_name = Path(path.stem if suffix in _COMPRESSIONS else path.name)
+    plain_name = Path(path.stem if suffix in COMPRESSIONS else path.name)
     lines = shlex.quote(str(plain_name.with_suffix(".lines.jsonl" if plain_name.suffix == ".jsonl" else ".jsonl")))
-    if suffix in _COMPRESSIONS:
-        return f"{_COMPRESSIONS[suffix][2]} {source} | jq -c '{jq}' > {lines}"
+    if suffix in COMPRESSIONS:
+        return f"{COMPRESSIONS[suffix].command} {source} | jq -c '{jq}' > {lines}"
     return f"jq -c '{jq}' {source} > {lines}"
 
 
@@ -126,9 +120,8 @@ def _filter_for_json_document(head: bytes) -> str | None:
         return ".[]"
     if is_cut or not lines[0].lstrip().startswith(b"{"):
         return None
-    if re.search(rb'"paragraphs"\s*:', head):  # SQuAD: each paragraph has the fields "context" and "qas"
-        return ".data[].paragraphs[]"
-    return ".data[]" if re.search(rb'"data"\s*:\s*\[', head) else "."
+    has_paragraphs = re.search(rb'"paragraphs"\s*:', head) is not None
+    return filter_for_list(".data[]", has_paragraphs) if has_paragraphs or re.search(rb'"data"\s*:\s*\[', head) else "."
 
 
 def _is_incomplete(line: bytes) -> bool:

@@ -118,7 +118,7 @@ def _files_of_input(name: str, any_name: bool) -> tuple[Path, set[Path], dict[Pa
 def _files_below(folder: Path, name: str, any_name: bool, visited: set[str]) -> tuple[set[Path], dict[Path, str]]:
     """Return (files to read, reason for each file that is not read) of a folder. `visited` has the folders that were read already."""
     found, skipped = set(), dict[Path, str]()
-    below = {parent / name for parent, names in _walk(folder, visited) for name in names}
+    below = {parent / file for parent, files in _walk(folder, visited) for file in files}
     refuse_dataset_folder(name, below)
     for path in below:
         is_private = path.name.startswith((".", "_"))  # for example _SUCCESS and .part-00000.crc of Spark

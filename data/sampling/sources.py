@@ -10,7 +10,7 @@ from data.sampling.objectives.table import open_objective, refuse_other_records
 from data.sampling.order import Blend
 from data.sampling.samples import Samples
 from data.sampling.settings import Architecture, SamplingSettings
-from data.shards import PreparedData
+from data.shards import PreparedData, bytes_per_token
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ class Sampling:
         if not self.objective.predicts_every_token:
             return None
         streams = [folder.splits["train"] for folder in self.folders.values()]
-        return sum(float(share) * stream.num_bytes / stream.num_predicted for share, stream in zip(self.blend.shares, streams, strict=True))
+        return sum(float(share) * bytes_per_token([stream]) for share, stream in zip(self.blend.shares, streams, strict=True))
 
     def epochs(self, positions: int) -> dict[str, float]:
         """Return how often the first `positions` samples of the run read each source, by the source's name."""
@@ -84,7 +84,7 @@ def refuse_changed(folders: Iterable[PreparedData]) -> None:
     """Raise UserError if a shard has changed since its folder was opened, so that a result may be of other text."""
     for folder in folders:
         if change := folder.find_change():
-            raise UserError(f"{change} The result would be of both texts, so there is none. Start again.")
+            raise UserError(f"{change} No result was computed, because the data changed during the evaluation. Run the command again.")
 
 
 def names_of(paths: Sequence[str]) -> list[str]:

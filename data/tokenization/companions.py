@@ -52,7 +52,7 @@ def _with_roles(given: Mapping[str, Any], roles: Mapping[str, str]) -> dict[str,
 def published_configuration(folder: Path) -> dict[str, Any]:
     """Return the tokenizer_config.json that the tokenizer of a folder was published with, without code.
 
-    It is empty for a tokenizer that was trained by data/prepare.py, and for a tokenizer's file that lies alone.
+    It is empty for a tokenizer that was trained by data/prepare.py, and for a tokenizer's file without other files.
     """
     configuration = {key: value for key, value in read_configuration(folder).items() if key != "auto_map"}
     return configuration if configuration.keys() - _OURS or companion_files(folder) else {}

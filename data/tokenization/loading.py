@@ -23,8 +23,8 @@ def load_tokenizer(
 
     `path` is a SentencePiece model, a tokenizer.json, a .tiktoken file, the first of GPT-2's two files (PREFIXvocab.json and
     PREFIXmerges.txt), or a folder that holds one of them. A document ends with the token `end_of_text`, else with `eos_token` of a
-    tokenizer_config.json next to the file, else with the file's own. `add_bos` tells whether it begins with the begin-of-text token
-    (default: what the files say, see Tokenizer.set_beginning). `threads` is 1, or the number of threads that encode_documents may use
+    tokenizer_config.json next to the file, else with the file's own. `add_bos` determines whether it begins with the begin-of-text token
+    (default: as the files state, see Tokenizer.set_beginning). `threads` is 1, or the number of threads that encode_documents may use
     if the library has a choice. `fast` encodes with gigatoken, without a check: use it for a tokenizer for which `fastest` has found
     the same ids.
     """

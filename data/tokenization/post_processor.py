@@ -18,7 +18,7 @@ _FRAMES = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 def begin_like(tokenizer: Tokenizer, path: Path) -> None:
     """Change a tokenizer.json, if necessary, so that it puts `tokenizer.beginning` before a text and nothing after it.
 
-    A tokenizer that was published with other special tokens around a text, and for which nobody has chosen add_bos, stays as it is.
+    A tokenizer that was published with other special tokens around a text stays as it is, unless add_bos was set.
     Raises UserError if the file then gives other ids for a text than a document begins with.
     """
     if not tokenizer.adds_bos and "add_bos" not in read_configuration(tokenizer.path.parent):

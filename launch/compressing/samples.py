@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from data.command_line import UserError
 from data.sampling.batches import Batch
 from data.sampling.sources import open_folders
+from data.shards import bytes_per_token
 from launch.checkpoints.opening import OpenedModel
 from launch.evaluation.evaluation_sets import first_inputs, mismatched_tokens
 from launch.evaluation.tasks.table import task_of
@@ -105,9 +106,7 @@ def _text(opened: OpenedModel, name: str, paths: Sequence[str], split: str, num_
         num_samples=sum(folder_set.num_samples for folder_set in sets.values()),
         tokens=sum(int((stream.segments != 0).sum()) for stream in first_inputs(batches, torch.device("cpu"))),
         fingerprint=hashed.hexdigest(),
-        bytes_per_token=sum(one.num_bytes for one in streams) / sum(one.num_predicted for one in streams)
-        if task.predicts_every_token
-        else None,
+        bytes_per_token=bytes_per_token(streams) if task.predicts_every_token else None,
     )
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data.command_line import UserError
 from data.files import new_folder
 from data.sampling.sources import open_folders, refuse_changed
-from data.shards import PreparedData
+from data.shards import PreparedData, bytes_per_token
 from launch.checkpoints.opening import LoadedModel, OpenedModel, load_weights, open_model, weights_bytes
 from launch.evaluation import pictures
 from launch.evaluation.evaluation_sets import EvaluationSet, mismatched_tokens
@@ -124,12 +124,9 @@ def _row(
                 before = token_logits(networks[0](*batch.inputs))
                 after = before if other is first else token_logits(networks[1](*batch.inputs))
                 total += compared(before, after, batch.targets)
-    streams = [one.stream for one in sets.values()]
-    bytes_per_token = (
-        sum(stream.num_bytes for stream in streams) / sum(stream.num_predicted for stream in streams) if is_whole_text else None
-    )
+    mean_bytes = bytes_per_token([one.stream for one in sets.values()]) if is_whole_text else None
     zeros = sum(int((weight == 0).sum()) for weight in other.model.parameters())
-    return ModelRow(name, _kind(other), count_parameters(other.config), zeros, weights_bytes(other), total.quality(bytes_per_token))
+    return ModelRow(name, _kind(other), count_parameters(other.config), zeros, weights_bytes(other), total.quality(mean_bytes))
 
 
 def _smallest_context(opened: Mapping[str, OpenedModel]) -> int:

@@ -13,6 +13,7 @@ from data.command_line import UserError, flatten
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.batches import Batch, TrainingBatches, held_out_batches
 from data.sampling.samples import Samples
+from data.shards import bytes_per_token
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints import checkpoint, run_record
 from launch.checkpoints.initial import InitialWeights
@@ -222,9 +223,7 @@ def _figures(settings: RunSettings, batch_plan: BatchPlan, data: RunData, peak: 
         world_size=world_size,
         epochs=lambda steps: data.sampling.epochs(batch_plan.position(steps)),
         train_bytes_per_token=data.sampling.bytes_per_token,
-        validation_bytes_per_token={
-            name: samples.stream.num_bytes / samples.stream.num_predicted for name, samples in data.held_out.items()
-        },
+        validation_bytes_per_token={name: bytes_per_token([samples.stream]) for name, samples in data.held_out.items()},
     )
 
 

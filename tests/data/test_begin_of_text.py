@@ -61,7 +61,7 @@ def make(given, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(make):
-    """The same text prepared with and without the token: what the tokenizer says, and --add_bos false."""
+    """The same text prepared with and without the token: what the tokenizer states, and --add_bos false."""
     return make("with", gigatoken=True), make("without", add_bos=False)
 
 
@@ -225,7 +225,7 @@ def test_every_piece_begins_with_the_token_and_has_each_target_once(write_shard,
         pieces = samples.documents(number)
         told = [documents[piece.document][piece.first : piece.first + piece.num_tokens] for piece in pieces]
         expected = [token for piece in told for token in piece if token != BEGIN]
-        assert sorted(token for token in targets[kept] if token < 61_000) == sorted(expected), "documents() says what sample() has"
+        assert sorted(token for token in targets[kept] if token < 61_000) == sorted(expected), "documents() returns what sample() has"
         read += expected
         assert tokens[0] == BEGIN or tokens[:2].tolist() == [END, BEGIN]
         assert (targets != BEGIN).all()

@@ -54,5 +54,5 @@ def test_path_that_is_nowhere_is_refused_with_every_place(project, tmp_path, mon
         require_path(recorded, tmp_path / "new" / "runs" / "x", "--data")
     places = f"{tmp_path}/new/prepared, {project}/prepared, prepared"
     assert str(refused.value) == (
-        f"The data that {tmp_path}/new/runs/x was trained on is at none of the recorded places: {places}. Give it with --data."
+        f"The data that {tmp_path}/new/runs/x was trained on was not found at any recorded path: {places}. Give it with --data."
     )

@@ -171,12 +171,14 @@ def test_folder_of_save_to_disk_is_refused_with_its_pattern(tmp_path):
 
 
 def test_dataset_card_is_not_read_as_text(tmp_path):
-    (tmp_path / "data").mkdir()
+    tmp_path = tmp_path / "save_to_disk"  # the name of a folder does not show its kind
+    (tmp_path / "data").mkdir(parents=True)
     (tmp_path / "data/train-00000-of-00001.parquet").write_bytes(b"")
     (tmp_path / "README.md").write_text("---\nlicense: mit\ndataset_info:\n  features: []\n---\n# Card\n")
     options = f"--dataset {tmp_path} --dataset_split train or --input '{tmp_path}/**/*.parquet*' for all splits"
     with pytest.raises(UserError, match=re.escape(f"its README.md is not text to train on. Use {options}.")):
         names(tmp_path)
+    assert dataset_corpus(str(tmp_path), "train", TEXT).names == ["save_to_disk:train"]
     assert names(tmp_path / "**" / "*.parquet*") == ["data/train-00000-of-00001.parquet"]
     (tmp_path / "README.md").write_text("---\ntitle: notes\n---\n# Notes\n")
     assert "README.md" in names(tmp_path)

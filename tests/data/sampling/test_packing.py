@@ -88,7 +88,7 @@ def test_every_token_is_a_target_after_the_token_before_it(stream, counted, shar
         pieces = samples.documents(number)
         assert samples.num_pieces(number) == len(pieces)
         told = [documents[piece.document][piece.first : piece.first + piece.num_tokens] for piece in pieces]
-        assert targets[kept].tolist() == [token for piece in told for token in piece], "documents() says what sample() has"
+        assert targets[kept].tolist() == [token for piece in told for token in piece], "documents() returns what sample() has"
         assert all(told) and len({piece.document for piece in pieces}) == len(pieces)
         assert (segments[~kept] == 0).all() and not kept[kept.sum() :].any(), "padding is at the end"
         assert tokens[~kept].tolist() == [0] * (sequence_length - kept.sum())

@@ -283,7 +283,7 @@ def test_another_spelling_of_a_recorded_path_is_no_change(run, tmp_path, monkeyp
         run_folder.refuse_missing_data(run.settings)
     places = f"{tmp_path}/old, old"
     assert str(refused.value) == (
-        f"The data that {run.output} was trained on is at none of the recorded places: {places}. Give it with --data."
+        f"The data that {run.output} was trained on was not found at any recorded path: {places}. Give it with --data."
     )
     run.settings = found
     assert run.start().notes == ()
