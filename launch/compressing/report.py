@@ -224,7 +224,7 @@ def kinds_of_tensors(config: ModelConfig) -> dict[str, str]:
 
 
 def describe_serving(artefact: Artefact, bits: Sequence[int] = (), kv_cache: Byte | None = None) -> str:
-    """Return a sentence that says which software can serve a model, and another one for keys and values stored as codes.
+    """Return a sentence on the software that can serve a model, and another one for keys and values stored as codes.
 
     We run transformers and llama.cpp ourselves. For vLLM and for kernels on GPUs we have only their documentation.
     """

@@ -1,6 +1,7 @@
 """Tests of launch/export.py --format gguf: one file with the tokenizer inside, checked by transformers."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 import gguf
@@ -42,6 +43,15 @@ def test_file_holds_network_and_tokenizer_and_was_checked(folder, tmp_path, caps
     with pytest.raises(UserError, match="already exists; nothing is overwritten"):
         export.main(words)
     assert [path.name for path in output.parent.iterdir()] == ["small.gguf"]
+
+
+def test_full_disk_is_refused_before_the_weights_are_read(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("launch.compressing.exporting.first_not_finite", lambda state: pytest.fail("the weights were read"))
+    with pytest.raises(UserError, match=r"has 0\.00 GiB free; --output .*small\.gguf needs 0\.00 GiB"):
+        export.main([str(folder), "--output", str(tmp_path / "small.gguf"), "--format", "gguf", "--type", "f32"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
