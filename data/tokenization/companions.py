@@ -12,6 +12,8 @@ from typing import Any
 
 from data.tokenization.configuration import CONFIGURATION, read_configuration, read_json_object, token_content
 
+GENERATION = "generation_config.json"
+"""Name of the file with the tokens that end a generated text, and with the sampling settings of the model's makers."""
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _FILES = (_SPECIAL_TOKENS, "added_tokens.json", "chat_template.jinja", "chat_template.json")
 _MORE_TEMPLATES = "additional_chat_templates"
@@ -74,7 +76,7 @@ def role_tokens(folder: Path) -> dict[str, str]:
 
 def end_ids(folder: Path) -> list[int]:
     """Return the ids that end a generated text by the generation_config.json of a folder; none if it has none."""
-    given = read_json_object(folder / "generation_config.json").get("eos_token_id")
+    given = read_json_object(folder / GENERATION).get("eos_token_id")
     return given if isinstance(given, list) else [] if given is None else [given]
 
 

@@ -14,8 +14,9 @@ import tqdm
 
 from data.command_line import UserError
 from data.files import output_complaint, parent_complaint, publish_folder, refuse_full_disk, write_file
+from data.tokenization.companions import GENERATION
 from launch.checkpoints import checkpoint, state
-from launch.checkpoints.run_record import GENERATION, find_tokenizer, moved_paths, tokenizer_files
+from launch.checkpoints.run_record import find_tokenizer, moved_paths, tokenizer_files
 from launch.ranks.layout import Layout
 from launch.ranks.processes import peak_memory_bytes
 

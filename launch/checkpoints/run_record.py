@@ -8,13 +8,11 @@ from pathlib import Path
 
 from data.command_line import flatten
 from data.recorded_paths import record_path
-from data.tokenization.companions import companion_files, is_published_json
+from data.tokenization.companions import GENERATION, companion_files, is_published_json
 from data.tokenization.configuration import CONFIGURATION, read_json_object
 from launch import REPOSITORY
 from model.huggingface.folder import GENERATION_KEYS
 
-GENERATION = "generation_config.json"
-"""Name of the file with the tokens that end a generated text, and with the sampling settings of the model's makers."""
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tiktoken.model", "*.tiktoken")
 
 

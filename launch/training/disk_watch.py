@@ -7,8 +7,9 @@ from pathlib import Path
 
 from data.files import write_file
 from data.shards import PreparedData
+from data.tokenization.companions import GENERATION
 from launch.checkpoints import checkpoint
-from launch.checkpoints.run_record import GENERATION, tokenizer_files
+from launch.checkpoints.run_record import tokenizer_files
 from launch.ranks.processes import Process
 
 

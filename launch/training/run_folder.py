@@ -20,13 +20,12 @@ from data.command_line import UserError, flatten
 from data.files import lock_file, nearest_existing, write_file
 from data.recorded_paths import find_path, places_of, require_path
 from data.sampling.batch_plan import BatchPlan, Segment
-from data.tokenization.companions import companion_files, copy_companions, published_configuration
+from data.tokenization.companions import GENERATION, companion_files, copy_companions, published_configuration
 from data.tokenization.configuration import CONFIGURATION, read_configuration, read_json_object, token_content
 from launch import REPOSITORY
 from launch.checkpoints import checkpoint
 from launch.checkpoints.opening import OpenedModel
 from launch.checkpoints.run_record import (
-    GENERATION,
     data_paths,
     generation_settings,
     record_paths,
