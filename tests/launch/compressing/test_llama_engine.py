@@ -119,5 +119,5 @@ def test_different_ids_or_perplexity_are_errors(tokenizer_path, tmp_path):
 
 def test_four_bits_generate_at_least_twice_as_fast_as_ours(capsys):
     assert generation.main(["--size", "llama-160m", "--types", "q4_0", "q4_k_m", "--new_tokens", "32"]) == 0
-    times_ours = dict(re.findall(r"^(.*?) +[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M))
+    times_ours = dict(re.findall(r"^(.*?) +[\d.]+ +[\d.]+ +[\d.]+ +([\d.]+) +[\d.]+$", capsys.readouterr().out, re.M))
     assert float(times_ours["llama.cpp, q4_0"]) >= 2 and float(times_ours["llama.cpp, q4_k_m"]) >= 2
