@@ -1,5 +1,6 @@
 """Parquet and Arrow files as blocks of rows."""
 
+import mmap
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from data.preparation.compressed import is_compressed, open_decompressed
 from data.preparation.fields import Fields, Problem, Record, damaged, read_fields
 
 _ROWS_AT_ONCE = 256
+_PARQUET_MAGIC = b"PAR1"
+"""First and last bytes of a Parquet file (Parquet format, "File format")."""
 _ARROW_FILE_MAGIC = b"ARROW1"
 _ARROW_FILE_START = 8
 """Bytes before the stream that an Arrow file contains (Arrow columnar format, "IPC file format")."""
@@ -53,6 +56,7 @@ class Table:
         if start == 0:
             try:
                 self._check_number_of_rows()
+                self._refuse_joined_files()
             except pyarrow.ArrowInvalid as error:
                 yield 0, damaged(error, ends_file=True)
         yield from self._parquet_rows(start, end) if self._parquet else self._arrow_rows(start, end)
@@ -66,6 +70,28 @@ class Table:
                 raise pyarrow.ArrowInvalid(f"its footer lists row groups of {listed:,} rows, but {num_rows:,} rows in all")
         elif self._num_blocks is not None and (found := self._count_batches()) > self._num_blocks:
             raise pyarrow.ArrowInvalid(f"its footer lists {self._num_blocks:,} record batches, but it has at least {found:,}")
+
+    def _refuse_joined_files(self) -> None:
+        """Raise ArrowInvalid if files were joined (`cat`): only the last footer would be read, and its positions are in the first file."""
+        if self._parquet:
+            magic, start = _PARQUET_MAGIC, self._end_of_last_row_group()
+        elif self._num_blocks is not None:
+            self._count_batches()
+            magic, start = _ARROW_FILE_MAGIC, self._source.tell()
+        else:
+            return  # a stream must end with its marker (see _batches)
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(magic * 2, start) != -1:
+                raise pyarrow.ArrowInvalid("it consists of several files that were joined. Give each of them as a file of its own")
+
+    def _end_of_last_row_group(self) -> int:
+        metadata, end = self._table.metadata, 0
+        if metadata.num_row_groups:
+            last = metadata.row_group(metadata.num_row_groups - 1)
+            for column in map(last.column, range(last.num_columns)):
+                starts = [column.data_page_offset, *([column.dictionary_page_offset] if column.has_dictionary_page else [])]
+                end = max(end, min(starts) + column.total_compressed_size)
+        return max(0, end)
 
     def _count_batches(self) -> int:
         """Return the number of record batches in the stream that an Arrow file contains, up to the first damaged one."""
