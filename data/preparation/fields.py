@@ -28,6 +28,7 @@ FORMATS = {
     ".arrow": "arrow",
     ".idx": "tokens",
 }
+_BYTE_ORDER_MARK = "\ufeff"
 _NAMED_FIELDS, _NAMED_CHARACTERS = 10, 40  # in a message about a missing field
 _POSITION_UNITS = {"jsonl": "byte", "csv": "byte", "tsv": "byte", "parquet": "row", "arrow": "row", "tokens": "document"}
 
@@ -211,9 +212,12 @@ def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequen
     if len(row) != len(columns):
         return Problem("wrong number of fields", f"it has {len(row)} fields; the columns are {', '.join(columns)}", raw)
     found = read_fields(dict(zip(columns, row, strict=True)), fields, raw)
-    if isinstance(found, tuple) and len(row) > 1 and list(row) == list(columns):  # for example files with headers that were joined
-        advice = "If it is a header, leave out --columns." if fields.columns else "It is a header, not a record."
-        return Problem("repeated header", f"it repeats the names of the columns. {advice}", raw)
+    if (
+        isinstance(found, tuple)
+        and found[0].removeprefix(_BYTE_ORDER_MARK) in columns
+        and (header := _repeated_header(row, columns, raw, fields))
+    ):
+        return header
     if isinstance(found, Problem) and found.reason == "missing field":
         if len(columns) == 1:
             message = f'it has one column, "{columns[0]}". Fields are separated by commas in csv and by tabs in tsv (see --input_format).'
@@ -223,8 +227,36 @@ def read_row(split: Callable[[Any], Sequence[str]], record: Any, columns: Sequen
     return found
 
 
+def _repeated_header(row: Sequence[str], columns: Sequence[str], raw: bytes, fields: Fields) -> Problem | None:
+    """Return the problem of a row that is a header, as in files with headers that were joined, or None."""
+    names = [row[0].removeprefix(_BYTE_ORDER_MARK), *row[1:]]
+    if len(row) == 1 and names == list(row):  # the only field of a record can be any text
+        return None
+    if names == list(columns):
+        advice = "If it is a header, leave out --columns." if fields.columns else "It is a header, not a record."
+        return Problem("repeated header", f"it repeats the names of the columns. {advice}", raw)
+    if sorted(names) == sorted(columns):
+        message = (
+            "it names the columns in another order, as in files with headers that were joined. Give each of them as a file of its own."
+        )
+        return Problem("repeated header", message, raw)
+    return None
+
+
+def check_line_ends(first_line: Sequence[str]) -> Problem | None:
+    """Return the problem of a .tsv file whose lines end in CR alone, so that all of them would be its first line, or None."""
+    if any("\r" in field for field in first_line):
+        message = "its lines end in CR without LF. Convert it (tr '\\r' '\\n' < FILE > NEW_FILE)"
+        return Problem("broken TSV", message, ends_file=True)
+    return None
+
+
 def check_header(columns: Sequence[str], fields: Fields) -> Problem | None:
     """Return the problem of a first line that does not name each column to read exactly once, or None."""
+    if not any(columns):
+        return Problem(
+            "missing field", "its first line names no column. Remove that line, or name the columns with --columns.", ends_file=True
+        )
     found = check_columns(columns, fields) or read_row(list, columns, columns, b"", fields)
     if isinstance(found, Problem) and found.reason in ("repeated field", "missing field"):
         return dataclasses.replace(found, ends_file=True)

@@ -23,6 +23,7 @@ from data.preparation.fields import (
     TokenRecord,
     check_columns,
     check_header,
+    check_line_ends,
     damaged,
     decode_text,
     missing_field,
@@ -101,8 +102,10 @@ class PartReader:
             for position, line in self._records_of_part(path, start, end, self._non_empty_lines):
                 yield position, read_json(line, fields)
         elif format == "tsv":
-            columns = fields.columns or self._tsv_header(path)
-            if any(columns) and (problem := check_header(columns, fields)):  # an empty file has no column and no record
+            header = self._tsv_header(path)
+            columns = fields.columns or header
+            problem = check_line_ends(header) or (check_header(columns, fields) if columns else None)
+            if problem:
                 self.at_end = True
                 yield from [(0, problem)] if start == 0 else []
                 return
@@ -123,12 +126,12 @@ class PartReader:
         return self._stream
 
     def _tsv_header(self, path: Path) -> list[str]:
-        """Return the column names in the first line of a .tsv file."""
+        """Return the fields of the first line of a .tsv file, which are the column names; none for an empty file."""
         if path != self._path or self._header is None:
             stream = self._open(path)
             stream.seek(0)
             line = stream.readline().removeprefix(codecs.BOM_UTF8)
-            self._header = line.decode(errors="replace").rstrip("\r\n").split("\t")
+            self._header = line.decode(errors="replace").rstrip("\r\n").split("\t") if line else []
         return self._header
 
     def _records_of_part(self, path: Path, start: int, end: int | None, records: "_ReadRecords") -> Iterator[tuple[int, Any]]:

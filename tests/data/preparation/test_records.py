@@ -300,6 +300,24 @@ def test_arrow_footer_that_does_not_list_a_batch_is_a_problem(tmp_path):
     assert "its footer lists 2 record batches, but it has at least 3" in problem.message
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_table_files_that_were_joined_are_a_problem(tmp_path, name, suffix):
+    def whole(column):
+        if name == "a.arrow":
+            return arrow_bytes(column, pyarrow.ipc.new_file)
+        pyarrow.parquet.write_table(pyarrow.table({"text": column, "PAR1PAR1": ["PAR1PAR1"] * len(column)}), buffer := io.BytesIO())
+        return buffer.getvalue()
+
+    path = tmp_path / (name + suffix)
+    for column in (TEXTS, [f"{number}" for number in range(len(TEXTS))]):
+        path.write_bytes(COMPRESS[suffix](whole(column)))
+        assert texts(path) == column
+    path.write_bytes(COMPRESS[suffix](whole(["a", "b"])) + COMPRESS[suffix](whole(["c", "d"])))
+    ((_, problem),) = [found for found in records(path, cuts=[1]) if isinstance(found[1], Problem)]
+    assert "it consists of several files that were joined" in problem.message and problem.ends_file
+
+
 @pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
 def test_damaged_lengths_and_indices_in_arrow_are_one_problem(tmp_path, new):
     path = tmp_path / "a.arrow"
@@ -498,6 +516,40 @@ def test_header_is_not_read_as_a_record(tmp_path, name, header):
     assert [getattr(record, "reason", record) for _, record in records(tmp_path / name)] == [("one",), "repeated header", ("one",)]
     first, *_ = records(tmp_path / name, Fields("text", columns=("text", "n")))
     assert first[0] == 0 and "leave out --columns" in first[1].message
+
+
+@pytest.mark.parametrize(
+    "header, again, message",
+    [
+        ("text,n", "\ufefftext,n", "it repeats the names of the columns"),
+        ("text", "\ufefftext", "it repeats the names of the columns"),
+        ("n,text", "text,n", "it names the columns in another order"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_header_of_a_joined_file_is_not_a_record(tmp_path, name, header, again, message):
+    content = f"\ufeff{header}\none,one\n{again}\n" if "," in header else f"{header}\none\n{again}\n"
+    (tmp_path / name).write_text(content.replace(",", "\t") if name == "a.tsv" else content)
+    (_, first), (_, problem) = records(tmp_path / name)
+    assert first == ("one",) and problem.reason == "repeated header" and message in problem.message
+
+
+@pytest.mark.parametrize("columns", [(), ("text", "n")])
+def test_tsv_lines_that_end_in_cr_alone_are_a_problem(tmp_path, columns):
+    (tmp_path / "a.tsv").write_bytes(b"text\tn\rone\t1\rtwo\t2\r")
+    ((position, problem),) = records(tmp_path / "a.tsv", Fields("text", columns=columns), cuts=[5])
+    assert position == 0 and "its lines end in CR without LF" in problem.message and problem.ends_file
+    (tmp_path / "a.tsv").write_bytes(b"text\tn\r\none\t1\r\n")
+    assert texts(tmp_path / "a.tsv") == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_empty_first_line_is_named_as_a_header_without_columns(tmp_path, name):
+    (tmp_path / name).write_text("\ntext\none\n")
+    ((_, problem),) = records(tmp_path / name)
+    assert "its first line names no column" in problem.message and problem.ends_file
+    (tmp_path / name).write_text("")
+    assert records(tmp_path / name) == []
 
 
 def test_broken_first_line_between_json_lines_is_one_problem(tmp_path):
