@@ -11,7 +11,8 @@ from tqdm import tqdm
 from data.command_line import UserError
 from data.files import new_file
 from data.tokenization.loading import load_tokenizer
-from data.tokenization.tokenizer import Tokenizer
+from data.tokenization.probe_texts import texts_of_many_kinds
+from data.tokenization.tokenizer import EncodingError, Tokenizer
 from launch.checkpoints.opening import OpenedModel, load_weights, open_model
 from launch.evaluation.predictions import Predictor
 from launch.evaluation.settings import GenerateSettings
@@ -47,13 +48,42 @@ def generate(settings: GenerateSettings) -> int:
 
 
 def _tokenizer_of(settings: GenerateSettings, opened: OpenedModel) -> Tokenizer:
-    """Return the tokenizer of --tokenizer, or the one next to the model. Raises UserError if it has ids that the model lacks."""
+    """Return the tokenizer of --tokenizer, or the one next to the model. Raises UserError if it is the tokenizer of another model."""
     path = Path(settings.tokenizer) if settings.tokenizer else opened.tokenizer
     if path is None:
         raise UserError(f"There is no tokenizer.model, tokenizer.json or .tiktoken file next to {settings.model}. Give --tokenizer.")
     tokenizer = load_tokenizer(path)
     opened.refuse_other_tokenizer(tokenizer)
+    if settings.tokenizer and opened.tokenizer is not None:
+        _refuse_other_ids(tokenizer, opened.tokenizer)
+    elif settings.tokenizer and tokenizer.vocab_size < opened.config.vocab_size:
+        print(
+            f"Note: --tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} ids, the model {opened.config.vocab_size:,}, and there is no "
+            f"tokenizer next to {settings.model} to compare it with. The text is right only if the model was trained with this tokenizer.",
+            file=sys.stderr,
+        )
     return tokenizer
+
+
+def _refuse_other_ids(tokenizer: Tokenizer, own_path: Path) -> None:
+    """Raise UserError if a tokenizer gives other ids than the one next to the model."""
+    try:
+        own = load_tokenizer(own_path)
+    except UserError:  # it is damaged, which is a reason to give another file
+        return
+    if own.file_bytes() != tokenizer.file_bytes() and any(_ids(own, text) != _ids(tokenizer, text) for text in texts_of_many_kinds(own)):
+        raise UserError(
+            f"--tokenizer {tokenizer.path} gives other ids than {own_path}, the tokenizer next to the model: it is the tokenizer of "
+            "another model. Leave --tokenizer out."
+        )
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """Return the ids of a text; None if the tokenizer cannot encode it."""
+    try:
+        return tokenizer.encode(text)
+    except EncodingError:
+        return None
 
 
 def _refuse_unsuitable(settings: GenerateSettings, task: Task, config: ModelConfig) -> None:

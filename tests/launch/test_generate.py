@@ -138,6 +138,18 @@ def test_names_are_read_from_a_hugging_face_folder(tmp_path):
     assert names_of(found) == Names("<s>", "<mask>", labels=("a", "b", "c"))
 
 
+def test_tokenizer_of_another_model_is_refused(door, tokenizer, tmp_path, capsys):
+    """It has fewer ids than the model, so that each of its ids is one of the model's."""
+    network, words = Expecting({tokenizer.encode(" cat")[0]: 1.0}), ("--prompt", "the [MASK]")
+    smaller = tmp_path / "tokenizer.model"
+    train_sentencepiece(["the cat sat on the mat and the dog sat on the cat\n" * 20], smaller, 399, special_tokens=SPECIAL)
+    with pytest.raises(UserError, match=rf"--tokenizer {smaller} gives other ids than {tokenizer.path}, the tokenizer next to the model"):
+        door("encoder", network, *words, "--tokenizer", str(smaller))
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(tokenizer.path.read_bytes())
+    assert "cat" in door("encoder", network, *words, "--tokenizer", str(copy))
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "sentence"),
     [
