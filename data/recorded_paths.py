@@ -4,6 +4,7 @@ Here and not in launch/, because data/show.py reads a run's paths too.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.command_line import UserError
@@ -38,3 +39,11 @@ def require_path(recorded: dict[str, str], run: Path, option: str) -> str:
         places = ", ".join(places_of(recorded, run))
         raise UserError(f"The data that {run} was trained on was not found at any recorded path: {places}. Give it with {option}.")
     return found
+
+
+def other_data(run: Path, paths: Sequence[str], recorded: str, found: str) -> str:
+    """Return the message that the recorded paths of a run lead to data with another fingerprint."""
+    return (
+        f"{', '.join(paths)}: these are not the data that {run} was trained on, although a recorded path leads to them (fingerprint "
+        f"{found[:12]}, recorded {recorded[:12]}). Give the data to read with --data."
+    )

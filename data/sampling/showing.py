@@ -9,17 +9,21 @@ from numpy.typing import NDArray
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.batches import TrainingBatches
 from data.sampling.samples import Piece, Sample
-from data.sampling.show_settings import ShowSettings, changes_of_run, segments_of_run
-from data.sampling.sources import Sampling, open_folders, open_sampling
+from data.sampling.show_settings import ShowSettings, changes_of_run, read_run_record, segments_of_run
+from data.sampling.sources import Sampling, fingerprint_of, open_folders, open_sampling
 
 
 def show(settings: ShowSettings) -> Iterator[str]:
     """Yield the lines that describe a rank's micro-batches of a step, row by row."""
     if settings.run and (changes := changes_of_run(settings.run)):
         yield f"The run was resumed with changes: {'; '.join(changes)}. Earlier steps read other samples than those shown here."
-    model = settings.model
+    model, folders = settings.model, open_folders(settings.data.path)
+    recorded = read_run_record(settings.run).get("data_fingerprint") if settings.run else None
+    if recorded not in (None, fingerprint_of(folders.values())):
+        paths = ", ".join(settings.data.path)
+        yield f"The data in {paths} differs from the data that {settings.run} was trained on. The run read other samples than those here."
     sampling = open_sampling(
-        open_folders(settings.data.path),
+        folders,
         settings.data,
         model.sequence_length,
         model.document_mask,

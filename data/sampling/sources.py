@@ -1,6 +1,8 @@
 """The sources of a run: prepared folders cut into samples, and the blend that orders them."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -78,6 +80,12 @@ def open_folders(paths: Sequence[str]) -> dict[str, PreparedData]:
                 f"tokenizer: prepare again with --tokenizer {first.tokenizer_path}."
             )
     return folders
+
+
+def fingerprint_of(folders: Iterable[PreparedData]) -> str:
+    """Return one hash of all tokens of the folders, in their order."""
+    fingerprints = [folder.fingerprint for folder in folders]
+    return fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
 
 
 def refuse_changed(folders: Iterable[PreparedData]) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from data.command_line import UserError
-from data.recorded_paths import require_path
+from data.recorded_paths import other_data, require_path
+from data.sampling.sources import fingerprint_of, open_folders
 from data.tokenization.loading import load_tokenizer
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints import checkpoint
@@ -72,9 +73,16 @@ class OpenedModel:
                 raise UserError(str(error)) from error
 
     def data_paths(self) -> list[str]:
-        """Return the folders of the data that the run was trained on. Raises UserError if one is at none of its recorded places."""
-        recorded = recorded_paths(checkpoint.read_manifest(self.folder), "data.path")
-        return [require_path(one, self.root, "--data") for one in recorded]
+        """Return the folders of the data that the run was trained on.
+
+        Raises UserError if one is at none of its recorded places, or other data is there.
+        """
+        manifest = checkpoint.read_manifest(self.folder)
+        paths = [require_path(one, self.root, "--data") for one in recorded_paths(manifest, "data.path")]
+        recorded = manifest.get("data", {}).get("fingerprint")
+        if recorded is not None and recorded != (found := fingerprint_of(open_folders(paths).values())):
+            raise UserError(other_data(self.root, paths, recorded, found))
+        return paths
 
     def refuse_other_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise UserError if a tokenizer has ids that the model does not have."""

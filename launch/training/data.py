@@ -1,8 +1,6 @@
 """Prepared data of a run; the embedded corpus is prepared here if it is wanted and missing."""
 
 import dataclasses
-import hashlib
-import json
 import time
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from data.preparation.settings import PrepareSettings
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.order import Blend
 from data.sampling.samples import Samples
-from data.sampling.sources import Sampling, open_folders, open_held_out, open_sampling
+from data.sampling.sources import Sampling, fingerprint_of, open_folders, open_held_out, open_sampling
 from data.tokenization.huggingface_files import export_problem
 from data.tokenization.loading import load_tokenizer
 from launch.checkpoints import run_record
@@ -70,11 +68,9 @@ def open_data(settings: RunSettings) -> RunData:
     if complaints := TASKS[sampling.objective.name].model_complaints(model, settings.data):
         raise UserError("\n".join(complaints))
     held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, model.architecture, model.token_types)
-    fingerprints = [folder.fingerprint for folder in folders.values()]
-    fingerprint = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
     tokenizer = load_tokenizer(first.tokenizer_path)
     problem = export_problem(tokenizer) if tokenizer.vocab_size <= _MAX_CHECKED_IDS else None
-    return RunData(sampling, held_out, first.tokenizer_path, fingerprint, problem)
+    return RunData(sampling, held_out, first.tokenizer_path, fingerprint_of(folders.values()), problem)
 
 
 def refuse_too_many_epochs(limit: float | None, sampling: Sampling, plan: BatchPlan) -> None:

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
+from data.shards import PreparedData
 from data.tokenization.huggingface_files import padding
 from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import load_tokenizer
@@ -51,7 +52,9 @@ def write_run(folder: Path, tokenizer: Path, data: Path, change: Change = unchan
     checkpoint.write_part(unfinished, 0, {file.path.name: file.finish()})
     sums = {one.name: [state.checksum(weights[one.name].flatten(), one)] * len(kinds) for one in slices}
     about = {"layout": {"world_size": 1, "precision": "float32"}, "model": recipe["model"], "recipe": recipe, "checksums": sums}
-    checkpoint.publish(unfinished, 4, about | {"run_id": "id", "data": {"fingerprint": "f" * 64}, "versions": {"megabatch": "0.0"}})
+    checkpoint.publish(
+        unfinished, 4, about | {"run_id": "id", "data": {"fingerprint": PreparedData(data).fingerprint}, "versions": {"megabatch": "0.0"}}
+    )
     for path in (tokenizer, tokenizer.with_name("tokenizer_config.json")):
         shutil.copy(path, folder)
     (folder / "run.json").write_text(json.dumps({"recipe": recipe}))

@@ -314,6 +314,12 @@ def test_scripts_find_the_data_of_a_run_that_moved_with_it(finished, prepared, o
     assert [row.partition(": ")[0] for row in rows["data"]] == [str(path) for path in data], "a resume finds them too"
     shutil.rmtree(data[0])
     assert open_model(str(run)).data_paths()[0] == str(prepared), "where it was"
+    shutil.copytree(other, data[0])
+    capsys.readouterr()
+    with pytest.raises(UserError, match=rf"these are not the data that {run} was trained on .* Give the data to read with --data"):
+        open_model(str(run)).data_paths()
+    show.main(["--run", str(run), "--step", "3"])
+    assert f"differs from the data that {run} was trained on" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_longer_resumed_run_must_respect_max_epochs(finished, monkeypatch):
