@@ -15,6 +15,9 @@ from data.command_line import UserError
 _STATE, _SPLITS, _CARD = "state.json", "dataset_dict.json", "README.md"
 _CARD_KEYS = ("dataset_info:", "configs:", "task_categories:", "size_categories:")
 """Keys in the metadata of a dataset card. Other READMEs, such as model cards, do not have them."""
+_SHARED_CARD_KEYS = ("language:", "license:")
+"""Keys that model cards have too. With them alone, a folder is a dataset if it has data files that no model has."""
+_DATA_SUFFIXES = {".parquet", ".arrow", ".jsonl", ".csv", ".tsv"}
 _CARD_BYTES = 1 << 14
 _TABLES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv", ".txt")
 
@@ -42,8 +45,9 @@ def how_to_read_saved(folder: Path) -> str | None:
 
 
 def _how_to_read_dataset(folder: Path) -> str | None:
-    if _is_dataset_card(folder / _CARD):
-        suffixes = {suffix for path in folder.rglob("*") for suffix in path.suffixes}
+    keys = _card_keys(folder / _CARD)
+    suffixes = {suffix for path in folder.rglob("*") for suffix in path.suffixes} if keys else set()
+    if keys & set(_CARD_KEYS) or (keys and suffixes & _DATA_SUFFIXES):
         patterns = [f" or --input {_pattern(folder, f'**/*{suffix}*')} for all splits" for suffix in _TABLES if suffix in suffixes]
         dataset = f"--dataset {shlex.quote(str(folder))} --dataset_split train"
         return f"is a dataset of the Hugging Face Hub; its README.md is not text to train on. Use {dataset}{''.join(patterns[:1])}."
@@ -61,9 +65,13 @@ def _pattern(folder: Path, names: str) -> str:
     return shlex.quote(f"{glob.escape(str(folder))}/{names}")
 
 
-def _is_dataset_card(path: Path) -> bool:
+def _card_keys(path: Path) -> set[str]:
+    """Return the keys of _CARD_KEYS and _SHARED_CARD_KEYS that are in the metadata of a README."""
     if not path.is_file():
-        return False
+        return set()
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read(_CARD_BYTES).splitlines()
-    return lines[:1] == ["---"] and any(line.startswith(_CARD_KEYS) for line in lines)
+    if lines[:1] != ["---"]:
+        return set()
+    metadata = lines[1 : lines.index("---", 1)] if "---" in lines[1:] else lines
+    return {key for key in _CARD_KEYS + _SHARED_CARD_KEYS if any(line.startswith(key) for line in metadata)}

@@ -127,6 +127,8 @@ def _files_below(folder: Path, name: str, any_name: bool, visited: set[str]) -> 
         elif is_known(path) or (any_name and not is_private):
             _refuse_unreadable(path, name)
             found.add(path)
+        elif not is_private and os.path.islink(path) and not os.path.exists(path):  # it may be a folder of inputs
+            _refuse_unreadable(path, name)
         elif any_name:
             skipped[path] = "begins with . or _ and has no known suffix"
         elif not (path.suffix == ".bin" and path.with_suffix(".idx") in below):
@@ -172,7 +174,9 @@ def _refuse_unreadable(path: Path, name: str) -> None:
             raise UserError(f"{subject} cannot be read: no permission.")
         return
     if not path.exists():
-        raise UserError(f"{subject} is a symbolic link to {os.readlink(path)}, which does not exist. Restore that file or remove the link.")
+        raise UserError(
+            f"{subject} is a symbolic link to {os.readlink(path)}, which does not exist. Restore that file or folder, or remove the link."
+        )
     if path.is_fifo():
         raise UserError(
             f"{subject} is a pipe, which can be read only once. Give its content as standard input: "

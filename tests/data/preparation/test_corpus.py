@@ -131,8 +131,11 @@ def test_broken_link_is_named(tmp_path):
     for given in ("", "b.txt", "*.txt"):
         with pytest.raises(UserError, match=r"b\.txt is a symbolic link to nowhere/b\.txt, which does not exist\. Restore that file or"):
             names(tmp_path / given)
-    (tmp_path / "b.txt").rename(tmp_path / "lock")
-    assert find_files([str(tmp_path)])[1] == {"has no known suffix": [f"{tmp_path}/lock"]}
+    (tmp_path / "b.txt").rename(tmp_path / "folder")  # nothing shows that the link led to a file
+    with pytest.raises(UserError, match=r"folder is a symbolic link to nowhere/b\.txt, which does not exist\."):
+        names(tmp_path)
+    (tmp_path / "folder").rename(tmp_path / ".#lock")  # as Emacs links to nothing while a file is open
+    assert find_files([str(tmp_path)])[1] == {"has no known suffix": [f"{tmp_path}/.#lock"]}
 
 
 def test_pipe_is_refused_with_standard_input_as_the_way(tmp_path):
@@ -170,11 +173,12 @@ def test_folder_of_save_to_disk_is_refused_with_its_pattern(tmp_path):
         names(saved)
 
 
-def test_dataset_card_is_not_read_as_text(tmp_path):
+@pytest.mark.parametrize("more_keys", ["dataset_info:\n  features: []\n", "language:\n- en\n", ""])
+def test_dataset_card_is_not_read_as_text(tmp_path, more_keys):
     tmp_path = tmp_path / "save_to_disk"  # the name of a folder does not show its kind
     (tmp_path / "data").mkdir(parents=True)
     (tmp_path / "data/train-00000-of-00001.parquet").write_bytes(b"")
-    (tmp_path / "README.md").write_text("---\nlicense: mit\ndataset_info:\n  features: []\n---\n# Card\n")
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{more_keys}---\n# Card\n")
     options = f"--dataset {tmp_path} --dataset_split train or --input '{tmp_path}/**/*.parquet*' for all splits"
     with pytest.raises(UserError, match=re.escape(f"its README.md is not text to train on. Use {options}.")):
         names(tmp_path)
@@ -182,6 +186,9 @@ def test_dataset_card_is_not_read_as_text(tmp_path):
     assert names(tmp_path / "**" / "*.parquet*") == ["data/train-00000-of-00001.parquet"]
     (tmp_path / "README.md").write_text("---\ntitle: notes\n---\n# Notes\n")
     assert "README.md" in names(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    (tmp_path / "data/train-00000-of-00001.parquet").rename(tmp_path / "notes.txt")
+    assert "README.md" in names(tmp_path), "the card of a model, which has no tables"
 
 
 def test_file_in_two_inputs_belongs_to_the_first(tmp_path):
