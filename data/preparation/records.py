@@ -7,6 +7,7 @@ files. A record belongs to the part in which it begins, so the parts of a file c
 import codecs
 import csv
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +16,7 @@ import pyarrow
 
 from data.command_line import UserError
 from data.preparation.columnar import Table
-from data.preparation.compressed import READ_ERRORS, is_compressed
+from data.preparation.compressed import COMPRESSIONS, READ_ERRORS, is_compressed
 from data.preparation.fields import (
     Fields,
     Problem,
@@ -33,6 +34,8 @@ from data.preparation.fields import (
 from data.preparation.file_content import OtherContent, check_file, open_checked
 from data.shards import Shard
 
+_SIGNS_OF_DAMAGE = ("broken JSON", "broken CSV", "invalid UTF-8", "wrong number of fields")
+"""Problems of records that a changed byte of a compressed file can cause. Its checksum is compared only at the end of each stream."""
 _MAX_CSV_RECORD_BYTES = 64 << 20  # in a longer record, the opening quote is assumed to have no closing quote
 
 
@@ -55,7 +58,7 @@ class PartReader:
         position = start
         try:
             for position, record in self._read(path, start, end):
-                yield position, record
+                yield position, record if isinstance(record, tuple) else _with_check_of_archive(record, path)
         except READ_ERRORS as error:
             self.close()
             self.at_end = True
@@ -238,6 +241,15 @@ class PartReader:
         tokens = shard.documents(start, shard.num_documents if end is None else end)
         yield from ((number, TokenRecord(document)) for number, document in enumerate(tokens, start))
         self.at_end = True
+
+
+def _with_check_of_archive(record: Record, path: Path) -> Record:
+    """Return a record; if it is a problem that damage of a compressed file can cause, with the command that finds damage."""
+    if not (isinstance(record, Problem) and record.reason in _SIGNS_OF_DAMAGE and is_compressed(path)):
+        return record
+    tool = COMPRESSIONS[path.suffix.lower()].command.split()[0]
+    check = f"The file may be damaged: check it with {tool} -t {shlex.quote(str(path))}."
+    return dataclasses.replace(record, message=f"{record.message.rstrip('.')}. {check}")
 
 
 _ReadRecords = Callable[[BinaryIO, int, int | None], Iterator[tuple[int, int, Any]]]

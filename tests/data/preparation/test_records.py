@@ -197,6 +197,19 @@ def test_invalid_line_is_one_problem(tmp_path, line, reason, message):
     assert message in problem.message and not problem.ends_file
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.xz", "a.tsv.bz2", "a.txt.zst"])
+def test_broken_record_of_a_compressed_file_names_the_check_for_damage(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(COMPRESS[path.suffix](b'{"text": "one"}\n{"\n\xff\n'))
+    problems = [record for _, record in records(path, Fields("text", columns=("text",))) if isinstance(record, Problem)]
+    tool = {".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd"}[path.suffix]
+    assert problems and all(f". The file may be damaged: check it with {tool} -t {path}." in problem.message for problem in problems)
+    path.write_bytes(COMPRESS[path.suffix](b'{"text": ""}\n' if ".jsonl" in name else b'""\n'))
+    assert not any(
+        "damaged" in record.message for _, record in records(path, Fields("text", columns=("text",))) if isinstance(record, Problem)
+    )
+
+
 @pytest.mark.parametrize(
     "content, expected",
     [
