@@ -27,6 +27,7 @@ _KINDS = [  # (pattern of the first bytes, what they are)
     (rb"version https://git-lfs\.github\.com/spec/", "a pointer of Git LFS in place of the file. Run git lfs pull"),
     *((pattern, f"{name}, not UTF-8. Convert it (iconv -f {name} -t UTF-8 FILE > NEW_FILE)") for name, pattern in _ENCODINGS.items()),
 ]
+_COMPRESSED_BYTES = {one.first_bytes: one.name for one in COMPRESSIONS.values()}
 _ANY_KIND = re.compile(b"|".join(b"(?:%b)" % pattern for pattern, _ in _KINDS), re.DOTALL)  # one search where most files have none
 _HEAD_BYTES = 1 << 13
 _FEW_NULS = 15  # can stand in any text
@@ -58,6 +59,8 @@ def _check_head(head: bytes, path: Path, format: str) -> None:
     """Raise OtherContent if the first decompressed bytes of a file are not of this format."""
     for pattern, kind in _KINDS if _ANY_KIND.match(head) else ():
         if pattern != _TABLES.get(format) and re.match(pattern, head, re.DOTALL):
+            if is_compressed(path) and pattern in _COMPRESSED_BYTES:
+                raise OtherContent(f"it is compressed twice: its content is {_COMPRESSED_BYTES[pattern]} data again. Decompress it once")
             raise OtherContent(f"it is read as {format}, but its content is {kind}")
     if format in _TABLES and _is_text(head):
         raise OtherContent(f"it is read as {format}, but its content is plain text")
