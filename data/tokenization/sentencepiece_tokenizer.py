@@ -8,7 +8,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from data.command_line import UserError
-from data.tokenization.tokenizer import Tokenizer
+from data.tokenization.tokenizer import WHERE_END_IS_SET, Tokenizer
 
 SPACE = "\u2581"
 """The character that SentencePiece writes for a space. If a text contains it, it must be encoded as bytes."""
@@ -34,7 +34,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         pieces = [self._model.id_to_piece(token) for token in range(self.vocab_size)]
         if end_of_text is None and self._model.eos_id() < 0:
-            raise UserError(f"{path} has no end-of-sentence piece. Give the piece that ends a document with --end_of_text.")
+            raise UserError(f"{path} has no end-of-sentence piece. Give the piece that ends a document with {WHERE_END_IS_SET}.")
         self._set_end(end_of_text or pieces[self._model.eos_id()], {piece: token for token, piece in enumerate(pieces)})
         self.special_tokens = {piece: token for token, piece in enumerate(pieces) if self._model.is_control(token)}
         self._space_ids = [pieces.index(byte) for byte in _SPACE_BYTES] if set(_SPACE_BYTES) <= set(pieces) else []

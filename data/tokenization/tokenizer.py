@@ -15,6 +15,8 @@ from data.tokenization.library_errors import library_errors_as
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 """Names of tokens that end a document, if a tokenizer does not name one."""
+WHERE_END_IS_SET = "--end_of_text of data/prepare.py, or as eos_token in the tokenizer_config.json next to that file"
+"""Where a person sets the token that ends a document, for messages: the other scripts have no such option."""
 _SHOWN_CHARACTERS = 40  # of a text in an error message
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
@@ -182,7 +184,7 @@ class Tokenizer:
     def _set_end(self, token: str, ids: Mapping[str, int]) -> None:
         if token not in ids:
             raise UserError(
-                f'{self.path} has no token "{token}" to end a document with.{nearest(token, list(ids))} Set it with --end_of_text.'
+                f'{self.path} has no token "{token}" to end a document with.{nearest(token, list(ids))} Set it with {WHERE_END_IS_SET}.'
             )
         self.end_of_text_token, self.end_of_text = token, ids[token]
 
@@ -190,6 +192,6 @@ class Tokenizer:
         token = next((token for token in KNOWN_ENDS if token in ids), None)
         if token is None:
             raise UserError(
-                f"{self.path} has none of the tokens {', '.join(KNOWN_ENDS)}. Give the token that ends a document with --end_of_text."
+                f"{self.path} has none of the tokens {', '.join(KNOWN_ENDS)}. Give the token that ends a document with {WHERE_END_IS_SET}."
             )
         return token

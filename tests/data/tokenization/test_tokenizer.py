@@ -177,9 +177,11 @@ def test_copied_tokenizer_is_the_same(trained, kind, tmp_path):
 
 def test_copied_tokenizer_keeps_the_chosen_end_of_text(tmp_path):
     bytes_alone(["[END]", "<|im_end|>"]).save(str(tmp_path / "own.json"))
-    with pytest.raises(UserError, match=r"Give the .* with --end_of_text"):
+    with pytest.raises(
+        UserError, match=r"Give the .* with --end_of_text of data/prepare\.py, or as eos_token in the tokenizer_config\.json next"
+    ):
         load_tokenizer(tmp_path / "own.json")
-    with pytest.raises(UserError, match=r'no token "\[END" .* Did you mean "\[END\]"'):
+    with pytest.raises(UserError, match=r'no token "\[END" .* Did you mean "\[END\]"\? Set it with .*, or as eos_token in the'):
         load_tokenizer(tmp_path / "own.json", "[END")
     (tmp_path / "copy").mkdir()
     copy_tokenizer(load_tokenizer(tmp_path / "own.json", "[END]"), tmp_path / "copy")
@@ -191,6 +193,23 @@ def test_configuration_file_sets_the_end_of_text(tmp_path):
     assert load_tokenizer(tmp_path).end_of_text == 256
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
     assert load_tokenizer(tmp_path).end_of_text == 257
+
+
+def test_configuration_file_sets_the_end_of_a_sentencepiece_model(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SOURCES),
+        model_prefix=f"{tmp_path}/tokenizer",
+        vocab_size=300,
+        eos_id=-1,
+        control_symbols=["<end>"],
+        minloglevel=2,
+    )
+    with pytest.raises(
+        UserError, match=r"no end-of-sentence piece\. Give .*, or as eos_token in the tokenizer_config\.json next to that file\.$"
+    ):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    assert load_tokenizer(tmp_path).end_of_text_token == "<end>"
 
 
 def test_padding_and_truncation_of_a_tokenizer_json_are_ignored(tmp_path):
