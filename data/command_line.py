@@ -179,15 +179,22 @@ def run_script(main: Callable[[Sequence[str]], int | None], leave: Callable[[int
 
 def status_and_message(error: Exception | KeyboardInterrupt) -> tuple[int, str | None]:
     """Return the exit status after an error, and the message for the user; None if it is a mistake of ours, which needs a traceback."""
+    if (interruption := _interruption_behind(error)) is not None:
+        return 128 + signal.SIGINT, str(interruption) or INTERRUPTED
     if isinstance(error, UserError):
         return 2, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, str(error) or INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return 1, ""
     if isinstance(error, OSError) and error.errno in _USER_CAN_FIX:
         return 2, f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     return 1, None
+
+
+def _interruption_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the Ctrl-C that an error is or came from: a library may report an interrupted import as a missing module."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def nearest(word: str, allowed: Sequence[str]) -> str:

@@ -418,6 +418,23 @@ def test_error_of_the_system_and_ctrl_c_end_with_one_sentence(error, status, pri
     assert (ended.value.code, capsys.readouterr().err) == (status, printed)
 
 
+def test_ctrl_c_that_a_library_reports_as_another_error_is_ctrl_c(own_ctrl_c, capsys):
+    """transformers reports an interrupted import as a missing module, which verification reports as a model that is read otherwise."""
+
+    def main(arguments):
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                raise ModuleNotFoundError("Could not import module 'LlamaConfig'.")  # noqa: B904
+        except ModuleNotFoundError as error:
+            raise UserError("transformers does not read this model as we do.") from error
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert (ended.value.code, capsys.readouterr().err) == (130, "Interrupted.\n")
+
+
 def test_mistake_of_ours_ends_with_its_traceback(own_ctrl_c, capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(lambda arguments: Path("/nowhere/of/ours").read_text())
