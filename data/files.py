@@ -152,6 +152,8 @@ def nearest_existing(path: Path) -> Path:
 
 def output_complaint(output: str | Path) -> str | None:
     """Return why a new file or folder cannot be created as --output, or None. Scripts ask before any work."""
+    if not os.fspath(output):
+        return "--output is empty. Give the path of a new file or folder."
     if os.path.lexists(output):
         return f"--output {output} already exists; nothing is overwritten. Give another name."
     return parent_complaint(output)
@@ -176,9 +178,17 @@ def refuse_full_disk(output: Path, needed_bytes: float) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
-            f"{existing} has {free / 2**30:.2f} GiB free; --output {output} needs {needed_bytes / 2**30:.2f} GiB. Give a folder on another "
-            "disk."
+            f"The disk of {existing} has {_size_text(free)} free; --output {output} needs {_size_text(needed_bytes)}. Give a folder on "
+            "another disk."
         )
+
+
+def _size_text(num_bytes: float) -> str:
+    """Return a number of bytes with the largest unit of which it has at least one."""
+    for unit, factor in {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}.items():
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes:.0f} bytes"
 
 
 @contextlib.contextmanager

@@ -94,11 +94,15 @@ def _open(name: str, before: Sequence[OpenedModel]) -> OpenedModel:
         raise UserError(
             f"{name} is listed first. A GGUF file needs a model of its shape before it: list the folder it was made from first."
         )
+    try:
+        types(path)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error) if isinstance(error, ValueError) else f"{name} cannot be read: {error.strerror}.") from error
     failures = []
     for model in reversed(before):
         try:
             return dataclasses.replace(model, state=GGUFState(path, model.config), folder=path, step=None)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             failures.append(str(error))
     raise UserError(f"{name} does not have the shape of any model listed before it: {failures[0]}")
 

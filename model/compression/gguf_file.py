@@ -103,7 +103,7 @@ def write(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Mapping[s
         raise ValueError(f"The state has missing or unknown tensors: {', '.join(wrong[:8])}.")
     needed, free = size(config, kind), shutil.disk_usage(path.parent).free
     if free < needed:
-        raise ValueError(f"{path.name} needs {needed:,} bytes; the disk of {path.parent} has {free:,} free.")
+        raise ValueError(f"{path.name} needs {needed:,} bytes; its disk has {free:,} free.")
     writer = gguf.GGUFWriter(path, name)
     metadata: dict[str, Any] = {"general.name": path.stem, "general.file_type": int(_FILE_TYPES[kind])}
     if kind in ("q8_0", "q4_0"):
@@ -145,6 +145,13 @@ class _Reader(gguf.GGUFReader):
 
     The package would make an array of each token and each merge of the tokenizer, 30 seconds for a vocabulary of 128,256 ids.
     """
+
+    def __init__(self, path: os.PathLike[str] | str, mode: Literal["r", "r+", "c"] = "r"):
+        """Open the file. Raises ValueError if it is cut off or damaged."""
+        try:
+            super().__init__(path, mode)
+        except (ValueError, LookupError, OverflowError, struct.error) as error:  # the package checks no end of the file
+            raise ValueError(f"{path} is not a whole GGUF file: it is cut off or damaged ({error}).") from error
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list[gguf.GGUFValueType]]:
         """Return the size of a value, and nothing of its content if it is a list."""

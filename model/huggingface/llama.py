@@ -65,11 +65,11 @@ class Llama(Architecture):
     def unsupported_features(self, config_json: Mapping[str, Any]) -> Iterator[str]:
         """Yield a message for each feature in Llama's config.json that our network does not have."""
         yield from super().unsupported_features(config_json)
-        has_biases = config_json.get("attention_bias", False)
-        if (config_json.get("mlp_bias", False)) != has_biases:
+        has_biases, mlp_biases = (config_json.get(name, False) for name in ("attention_bias", "mlp_bias"))
+        if mlp_biases != has_biases and None not in (has_biases, mlp_biases):  # null is named by `not_null`
             yield (
-                f"mlp_bias is {json.dumps(config_json.get('mlp_bias', False))}; "
-                f"only {json.dumps(has_biases)} is supported with attention_bias {json.dumps(has_biases)}."
+                f"mlp_bias is {json.dumps(mlp_biases)}; only {json.dumps(has_biases)} is supported with attention_bias "
+                f"{json.dumps(has_biases)}."
             )
         if set(config_json.get("layer_types") or ()) - {"full_attention"}:
             yield f"layer_types {sorted(set(config_json['layer_types']))} are not supported, only full_attention."

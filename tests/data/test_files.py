@@ -1,9 +1,11 @@
 """Files and folders appear complete or not at all, and errors of the disk name them."""
 
+import shutil
+
 import pytest
 
 from data.command_line import UserError
-from data.files import new_file, new_folder, output_complaint, write_file
+from data.files import new_file, new_folder, output_complaint, refuse_full_disk, write_file
 from tests.disk import no_larger_files
 
 
@@ -49,4 +51,13 @@ def test_output_that_cannot_be_created_is_named_with_its_reason(tmp_path):
     )
     for existing in ("file", "link"):
         assert output_complaint(tmp_path / existing).endswith("already exists; nothing is overwritten. Give another name.")
+    assert output_complaint("") == "--output is empty. Give the path of a new file or folder."
     assert output_complaint(tmp_path / ("x" * 300)).endswith("has 300 bytes; 240 are allowed.")
+
+
+def test_full_disk_is_named_with_sizes_in_a_unit_that_fits_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000))
+    with pytest.raises(UserError) as refused:
+        refuse_full_disk(tmp_path / "new" / "out", 5.5 * 2**20)
+    sentence = f"The disk of {tmp_path} has 1000 bytes free; --output {tmp_path}/new/out needs 5.50 MiB. Give a folder on another disk."
+    assert str(refused.value) == sentence

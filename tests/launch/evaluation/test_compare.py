@@ -90,6 +90,19 @@ def test_gguf_file_is_read_in_the_shape_of_a_model_before_it(model, prepared, tm
         comparing.compare(CompareSettings((model("larger", vocab_size=832), whole), str(prepared)))
 
 
+def test_gguf_file_that_is_cut_off_is_refused(model, prepared, tmp_path):
+    opened, path = load_model(model("dense")), tmp_path / "model.gguf"
+    gguf_file.write(opened.config, opened.state, {}, path, "f32")
+    whole = path.read_bytes()
+    for length in (0, 4, 20, 40, 100, 300, 1000, len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=rf"^{path} is not a whole GGUF file: it is cut off or damaged"):
+            comparing.compare(CompareSettings((model("dense"), str(path)), str(prepared)))
+    path.unlink()
+    with pytest.raises(UserError, match=rf"^{path} cannot be read: No such file or directory\.$"):
+        comparing.compare(CompareSettings((model("dense"), str(path)), str(prepared)))
+
+
 def divergence(first: str, other: str, prepared) -> float:
     """Return the mean over all targets, by torch's function in float64."""
     models = [load_model(path) for path in (first, other)]
