@@ -4,12 +4,14 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -39,6 +41,8 @@ class Monitor:
         self._log_file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
         _remove_later_entries(folder / "metrics.jsonl", first_step)
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._usual_thread_hook = threading.excepthook
+        threading.excepthook = self._report_error_of_thread
         self._board = SummaryWriter(folder / "tb", flush_secs=20, purge_step=first_step + 1)
         self._board_by_samples = SummaryWriter(folder / "tb" / "by_samples", flush_secs=20, purge_step=plan.position(first_step) + 1)
         self._bar = tqdm(
@@ -109,6 +113,12 @@ class Monitor:
         self._bar.close()
         for file in (self._board, self._board_by_samples, self._log_file, self._metrics):
             self._guard(file.close)  # closing writes what is still buffered
+        threading.excepthook = self._usual_thread_hook
+
+    def _report_error_of_thread(self, error: threading.ExceptHookArgs) -> None:
+        """Print the traceback of a thread as usual, except for an error of TensorBoard's writers, which the next write raises again."""
+        if not (isinstance(error.thread, _AsyncWriterThread) and isinstance(error.exc_value, OSError)):
+            self._usual_thread_hook(error)
 
     def _guard(self, write: Callable[[], object]) -> None:
         """Write, unless a write has failed before."""

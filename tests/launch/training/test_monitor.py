@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import time
 
 import pytest
@@ -153,3 +154,14 @@ def test_perplexity_of_a_diverged_loss_is_infinite():
     assert perplexity(0.0) == 1.0
     assert perplexity(math.log(4)) == pytest.approx(4)
     assert perplexity(1e6) == math.inf
+
+
+def test_removed_run_folder_gives_one_message_and_no_traceback(tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    monitor = start(tmp_path / "run", 0, 1, 3.0)
+    shutil.rmtree(tmp_path / "run")
+    monitor.step(2, {"loss/train": 3.0, "optimization/learning_rate": 0.1}, seconds=1.0)
+    monitor.flush()
+    monitor.close()
+    printed = capfd.readouterr().err
+    assert printed == "The run's curves and log can no longer be written (No such file or directory). Training continues.\n"
