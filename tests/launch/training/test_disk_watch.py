@@ -60,7 +60,7 @@ def test_only_changed_contents_of_a_shard_are_a_change(prepared, tmp_path, folde
     shard.write_bytes(contents[:-1] + b"\1")
     first, second = DiskWatch(folder, folders.values(), Process(2, 4, 0, 2)), DiskWatch(folder, folders.values(), Process(3, 4, 1, 2))
     assert first.find_change().startswith(f"{shard} was changed while it was read") and second.find_change() is None
-    with pytest.raises(UserError, match=r"idx was changed while it was read: .* Start again\."):
+    with pytest.raises(UserError, match=r"idx was changed while it was read: .* No result was computed, .* Run the command again\."):
         refuse_changed(folders.values())
     shard.unlink()  # the open file can still be read
     refuse_changed(folders.values())
