@@ -16,6 +16,7 @@ GENERATION = "generation_config.json"
 """Name of the file with the tokens that end a generated text, and with the sampling settings of the model's makers."""
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _FILES = (_SPECIAL_TOKENS, "added_tokens.json", "chat_template.jinja", "chat_template.json")
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 _MORE_TEMPLATES = "additional_chat_templates"
 _OURS = {"bos_token", "eos_token", "add_bos", "pat_str", "added_tokens_decoder"}  # what copy_tokenizer writes for any tokenizer
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -25,6 +26,11 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 def companion_files(folder: Path) -> list[Path]:
     """Return the files of a folder that belong to its tokenizer, without the tokenizer's own file and tokenizer_config.json."""
     return [path for path in (*(folder / name for name in _FILES), *sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))) if path.is_file()]
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """Return the licence, notice and use policy in a folder, which its makers may require to be passed on with each copy."""
+    return sorted(path for path in folder.glob("*") if path.name.upper().startswith(_LICENCES) and path.is_file())
 
 
 def copy_companions(source: Path, target: Path, configuration: Mapping[str, Any], roles: Mapping[str, str]) -> None:

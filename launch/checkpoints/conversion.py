@@ -14,7 +14,7 @@ import tqdm
 
 from data.command_line import UserError
 from data.files import output_complaint, parent_complaint, publish_folder, refuse_full_disk, write_file
-from data.tokenization.companions import GENERATION
+from data.tokenization.companions import GENERATION, licence_files
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.run_record import find_tokenizer, moved_paths, tokenizer_files
 from launch.ranks.layout import Layout
@@ -59,7 +59,7 @@ def convert(folder: Path, output: Path, file_bytes: float, log: Callable[[str], 
         files = _write(source, manifest, unfinished, file_bytes, log)
         checkpoint.write_part(unfinished, 0, files)
         published = checkpoint.publish(unfinished, manifest["step"], _about(source, moved_paths(manifest, run, output)))
-        for path in (*tokenizer_files(run), run / GENERATION):
+        for path in (*tokenizer_files(run), run / GENERATION, *licence_files(run)):
             if path.is_file():
                 copy = partial / path.relative_to(run)
                 copy.parent.mkdir(exist_ok=True)

@@ -1,10 +1,12 @@
 """The files next to the weights of an exported, pruned or quantized model: the tokenizer with all that belongs to it."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 from data.files import disk_errors_named
+from data.tokenization.companions import licence_files
 from data.tokenization.huggingface_files import padding
 from data.tokenization.huggingface_folder import write_tokenizer
 from data.tokenization.tokenizer import Tokenizer
@@ -22,10 +24,12 @@ def special_tokens(opened: OpenedModel, tokenizer: Tokenizer) -> huggingface.Spe
 
 
 def write_tokenizer_of(opened: OpenedModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer of a model into a Hugging Face folder. Raises UserError if transformers reads it otherwise."""
+    """Write the tokenizer and the licence of a model into a Hugging Face folder. Raises UserError if transformers reads it otherwise."""
     names = names_of(opened)
     marks = opened.config.architecture, names.class_token, names.mask_token
     write_tokenizer(tokenizer.path, folder, opened.config.sequence_length, None, *marks)
+    for path in licence_files(opened.root):
+        shutil.copyfile(path, folder / path.name)
 
 
 def refuse_unwritable_tokenizer(opened: OpenedModel, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.files import write_file
 from data.shards import PreparedData
-from data.tokenization.companions import GENERATION
+from data.tokenization.companions import GENERATION, licence_files
 from launch.checkpoints import checkpoint
 from launch.checkpoints.run_record import tokenizer_files
 from launch.ranks.processes import Process
@@ -20,7 +20,7 @@ class DiskWatch:
         """Remember the small files of the run's folder, which has just been recorded."""
         self._folder, self._record = folder, folder / "run.json"
         self._sources = list(sources) if process.local_rank == 0 else []
-        small = [self._record, folder / GENERATION, *tokenizer_files(folder)] if process.is_first else []
+        small = [self._record, folder / GENERATION, *tokenizer_files(folder), *licence_files(folder)] if process.is_first else []
         self._kept = {path.relative_to(folder): path.read_bytes() for path in small if path.is_file()}
 
     def find_change(self) -> str | None:

@@ -20,7 +20,7 @@ from data.command_line import UserError, flatten
 from data.files import lock_file, nearest_existing, write_file
 from data.recorded_paths import find_path, places_of, require_path
 from data.sampling.batch_plan import BatchPlan, Segment
-from data.tokenization.companions import GENERATION, companion_files, copy_companions, published_configuration
+from data.tokenization.companions import GENERATION, companion_files, copy_companions, licence_files, published_configuration
 from data.tokenization.configuration import CONFIGURATION, read_configuration, read_json_object, token_content
 from launch import REPOSITORY
 from launch.checkpoints import checkpoint
@@ -263,6 +263,8 @@ def record(
         (folder / GENERATION).unlink(missing_ok=True)  # from an earlier start on other weights
         if generation:
             write_file(folder / GENERATION, json.dumps(generation, indent=2))
+        for file in licence_files(initial.root) if initial else []:
+            write_file(folder / file.name, file.read_bytes())
 
 
 def _copy_tokenizer(folder: Path, tokenizer: Path, initial: OpenedModel | None, resumes: bool) -> None:

@@ -12,6 +12,7 @@ from data.command_line import UserError
 from data.preparation.driver import prepare
 from data.preparation.settings import PrepareSettings
 from data.tokenization import published_check
+from data.tokenization.companions import licence_files
 from launch import export, pretrain, prune, quantize
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.conversion import convert
@@ -76,6 +77,9 @@ def run_from(initial, tokenizer, folder):
 
 def test_files_next_to_the_weights_of_a_chat_model_are_copied(chat, text, tmp_path):
     """The chain is: the published folder, a run from it, its converted checkpoint, the export, a quantized model, and a pruned one."""
+    chat = shutil.copytree(chat, tmp_path / "chat")
+    for name in ("LICENSE.txt", "USE_POLICY.md", "Notice"):
+        (chat / name).write_text(f"{name} of the makers")
     expected = facts(chat)
     convert(run_from(chat, text / "tokenizer.json", tmp_path / "run"), tmp_path / "converted", 1e9, print)
     chain = [tmp_path / name for name in ("exported", "quantized", "pruned")]
@@ -86,6 +90,9 @@ def test_files_next_to_the_weights_of_a_chat_model_are_copied(chat, text, tmp_pa
     for folder in chain:
         assert facts(folder) == expected, folder
         assert (folder / "tokenizer.json").read_bytes() == (chat / "tokenizer.json").read_bytes()
+        assert [path.read_text() for path in licence_files(folder)] == [
+            f"{name} of the makers" for name in ("LICENSE.txt", "Notice", "USE_POLICY.md")
+        ]
         assert not list(folder.rglob("*.py")) and "auto_map" not in (folder / "tokenizer_config.json").read_text()
 
 

@@ -156,6 +156,7 @@ def test_perplexity_of_a_diverged_loss_is_infinite():
     assert perplexity(1e6) == math.inf
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_removed_run_folder_gives_one_message_and_no_traceback(tmp_path, capfd):
     (tmp_path / "run").mkdir()
     monitor = start(tmp_path / "run", 0, 1, 3.0)
