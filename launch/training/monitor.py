@@ -113,7 +113,8 @@ class Monitor:
         self._bar.close()
         for file in (self._board, self._board_by_samples, self._log_file, self._metrics):
             self._guard(file.close)  # closing writes what is still buffered
-        threading.excepthook = self._usual_thread_hook
+        if not self._files_failed:  # else a writer's thread may still be about to fail
+            threading.excepthook = self._usual_thread_hook
 
     def _report_error_of_thread(self, error: threading.ExceptHookArgs) -> None:
         """Print the traceback of a thread as usual, except for an error of TensorBoard's writers, which the next write raises again."""

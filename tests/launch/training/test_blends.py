@@ -316,7 +316,9 @@ def test_scripts_find_the_data_of_a_run_that_moved_with_it(finished, prepared, o
     assert open_model(str(run)).data_paths()[0] == str(prepared), "where it was"
     shutil.copytree(other, data[0])
     capsys.readouterr()
-    with pytest.raises(UserError, match=rf"these are not the data that {run} was trained on .* Give the data to read with --data"):
+    with pytest.raises(
+        UserError, match=rf"these are not the data that {run} was trained on, although .* Give the data to read with --data"
+    ):
         open_model(str(run)).data_paths()
     show.main(["--run", str(run), "--step", "3"])
     assert f"differs from the data that {run} was trained on" in capsys.readouterr().out.splitlines()[0]
