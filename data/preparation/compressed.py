@@ -44,8 +44,24 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSED
 
 
-class _GzipMember:
-    """A decoder of one gzip member, with the interface of bz2.BZ2Decompressor and lzma.LZMADecompressor."""
+class _StreamDecoder:
+    """Base class of decoders of one stream, with the interface of bz2.BZ2Decompressor and lzma.LZMADecompressor."""
+
+    _decoder: Any
+
+    @property
+    def eof(self) -> bool:
+        """True at the end of the stream."""
+        return self._decoder.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """Data after the end of the stream."""
+        return self._decoder.unused_data
+
+
+class _GzipMember(_StreamDecoder):
+    """A decoder of one gzip member."""
 
     def __init__(self) -> None:
         self._decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: with gzip's header, checksum and size, which it compares
@@ -59,19 +75,9 @@ class _GzipMember:
         """True if all data was used."""
         return not self._decoder.unconsumed_tail
 
-    @property
-    def eof(self) -> bool:
-        """True at the end of the member."""
-        return self._decoder.eof
 
-    @property
-    def unused_data(self) -> bytes:
-        """Data after the end of the member."""
-        return self._decoder.unused_data
-
-
-class _ZstandardFrame:
-    """A decoder of one Zstandard frame, with the same interface."""
+class _ZstandardFrame(_StreamDecoder):
+    """A decoder of one Zstandard frame."""
 
     needs_input = True
 
@@ -86,16 +92,6 @@ class _ZstandardFrame:
             if "not enough memory" in str(error):
                 raise MemoryError from error
             raise
-
-    @property
-    def eof(self) -> bool:
-        """True at the end of the frame."""
-        return self._decoder.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        """Data after the end of the frame."""
-        return self._decoder.unused_data
 
 
 class Compression(NamedTuple):
