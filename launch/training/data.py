@@ -12,7 +12,6 @@ from data.sampling.order import Blend
 from data.sampling.samples import Samples
 from data.sampling.sources import Sampling, fingerprint_of, open_folders, open_held_out, open_sampling
 from data.tokenization.huggingface_files import export_problem
-from data.tokenization.loading import load_tokenizer
 from launch.checkpoints import run_record
 from launch.evaluation.tasks.table import TASKS
 from launch.training.settings import DataSettings, RunSettings
@@ -34,8 +33,12 @@ class RunData:
     tokenizer_path: Path
     fingerprint: str
     """Hash of all tokens of all sources, in their order."""
-    export_problem: str | None
-    """Why a model that is trained with this tokenizer cannot be exported; None if it can, or if that would take long to find out."""
+
+    @property
+    def export_problem(self) -> str | None:
+        """Why a model that is trained with this tokenizer cannot be exported; None if it can, or if that would take long to find out."""
+        tokenizer = self.sampling.tokenizer
+        return export_problem(tokenizer) if tokenizer.vocab_size <= _MAX_CHECKED_IDS else None
 
     @property
     def stamps(self) -> list[dict[str, list[int]]]:
@@ -68,9 +71,7 @@ def open_data(settings: RunSettings) -> RunData:
     if complaints := TASKS[sampling.objective.name].model_complaints(model, settings.data):
         raise UserError("\n".join(complaints))
     held_out = open_held_out(folders, settings.data, model.sequence_length, model.document_mask, model.architecture, model.token_types)
-    tokenizer = load_tokenizer(first.tokenizer_path)
-    problem = export_problem(tokenizer) if tokenizer.vocab_size <= _MAX_CHECKED_IDS else None
-    return RunData(sampling, held_out, first.tokenizer_path, fingerprint_of(folders.values()), problem)
+    return RunData(sampling, held_out, first.tokenizer_path, fingerprint_of(folders.values()))
 
 
 def refuse_too_many_epochs(limit: float | None, sampling: Sampling, plan: BatchPlan) -> None:

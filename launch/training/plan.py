@@ -160,8 +160,8 @@ def _data_rows(settings: RunSettings, batches: BatchPlan, data: RunData) -> Rows
     text += sampling.objective.describe(sampling.samples, [float(share) for share in sampling.blend.shares])
     if cut := sum(samples.num_cut for samples in sampling.samples):
         warnings.append(("warning", f"{cut:,} documents are longer than a sample; the rest of each is never read"))
-    if data.export_problem:
-        problem = f"{data.export_problem} The model cannot be exported, quantized or pruned. Everything else works"
+    if problem := data.export_problem:
+        problem = f"{problem} The model cannot be exported, quantized or pruned. Everything else works"
         warnings.append(("warning", problem))
     rows += [("samples", text), *warnings]
     if settings.data.packing == "best_fit" and not model.document_mask:
