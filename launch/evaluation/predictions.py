@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.command_line import UserError
-from data.tokenization.configuration import read_configuration, read_json_object
+from data.tokenization.configuration import read_configuration, read_json_object, token_content
 from data.tokenization.tokenizer import Tokenizer
 from launch.checkpoints.opening import LoadedModel, OpenedModel
 from model.generation import beam_search, fill_mask, generate
@@ -35,18 +35,14 @@ def names_of(opened: OpenedModel) -> Names:
         labels = read_json_object(opened.folder / "config.json").get("id2label", {})
         special = read_configuration(opened.folder)
         given = {
-            "class_token": _token_text(special.get("cls_token")),
-            "mask_token": _token_text(special.get("mask_token")),
+            "class_token": token_content(special.get("cls_token")),
+            "mask_token": token_content(special.get("mask_token")),
             "labels": [labels[index] for index in sorted(labels, key=int)],
         }
     else:
         given = opened.recipe.get("data", {})
     known: dict = {field.name: given[field.name] for field in dataclasses.fields(Names) if given.get(field.name)}
     return Names(**known | {"labels": tuple(known.get("labels", ()))})
-
-
-def _token_text(token: str | dict | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
 
 
 class Predictor:
