@@ -85,11 +85,12 @@ def mismatched_tokens(opened: OpenedModel, prepared: PreparedData, name: str) ->
             f"{prepared.folder} has token ids up to {prepared.vocab_size - 1}; the vocabulary of {name} has {opened.config.vocab_size} ids."
         )
     tokenizer, other = opened.tokenizer, prepared.tokenizer_path
-    if tokenizer and tokenizer.name == other.name and (tokenizer.suffix != ".json" or tokenizer.read_bytes() == other.read_bytes()):
-        if tokenizer.read_bytes() != other.read_bytes():
-            complaints.append(f"{prepared.folder} was tokenized with a different {other.name} than {name} was trained with.")
-        elif load_tokenizer(tokenizer).settings != load_tokenizer(other).settings:
+    has_same_name = tokenizer is not None and tokenizer.name == other.name
+    if tokenizer and has_same_name and tokenizer.read_bytes() == other.read_bytes():
+        if load_tokenizer(tokenizer).settings != load_tokenizer(other).settings:
             complaints.append(f"{prepared.folder} was tokenized with different settings next to {other.name} than {name} was trained with.")
+    elif tokenizer and has_same_name and tokenizer.suffix != ".json":
+        complaints.append(f"{prepared.folder} was tokenized with a different {other.name} than {name} was trained with.")
     elif tokenizer and not complaints and tokens_differ(prepared, tokenizer):  # tokenizer.json files may differ in their post-processors
         complaints.append(f"{prepared.folder} was tokenized with {other.name}, which gives different ids than {name}'s {tokenizer.name}.")
     if tokenizer and not complaints and opened.config.architecture == "decoder":
