@@ -135,6 +135,12 @@ def texts_with_other_ids(tokenizer: Tokenizer) -> dict[str, Callable[[str], bool
     return kinds
 
 
+def comparable_texts(tokenizer: Tokenizer) -> list[str]:
+    """Return texts of many kinds to which llama.cpp must give the tokenizer's ids: all but those of `texts_with_other_ids`."""
+    differing = texts_with_other_ids(tokenizer).values()
+    return [text for text in texts_of_many_kinds(tokenizer) if not any(differs(text) for differs in differing)]
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
@@ -207,8 +213,7 @@ def _pattern(tokenizer: Tokenizer, contents: dict, merges: list[tuple[str, str]]
     `contents` is the tokenizer.json. A pattern that it contains is tried first: others may differ only on rare texts.
     """
     own_steps, added = json.dumps(contents["pre_tokenizer"]), contents["added_tokens"]
-    differing = texts_with_other_ids(tokenizer).values()
-    texts = [text for text in texts_of_many_kinds(tokenizer) if not any(differs(text) for differs in differing)]
+    texts = comparable_texts(tokenizer)
     # Added tokens are in the vocabulary from the start, so that they keep their ids.
     vocabulary = contents["model"]["vocab"] | {token["content"]: token["id"] for token in added}
     ours = [tokenizer.encode(text) for text in texts]

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from data.command_line import UserError
-from data.tokenization.gguf import texts_with_other_ids
-from data.tokenization.probe_texts import texts_of_many_kinds
+from data.tokenization.gguf import comparable_texts
 from data.tokenization.tokenizer import Tokenizer
 from model.compression import gguf_file
 from model.config import ModelConfig
@@ -76,11 +75,10 @@ def perplexity(file: Path, tokens: Tensor) -> float:
 def verify(file: Path, config: ModelConfig, tokenizer: Tokenizer, tolerance: float) -> float:
     """Compare llama.cpp with our network on texts of many kinds: the ids, and the perplexity with the weights of the file.
 
-    The ids of some kinds of text are known to differ (`texts_with_other_ids`).
+    The ids of some kinds of text are known to differ (`comparable_texts` leaves them out).
     Returns the relative difference of the perplexities. Raises RuntimeError if it is above `tolerance`, or if an id differs.
     """
-    differing = texts_with_other_ids(tokenizer).values()
-    texts = [text for text in texts_of_many_kinds(tokenizer) if not any(differs(text) for differs in differing)]
+    texts = comparable_texts(tokenizer)
     for text, theirs in zip(texts, tokenize(file, texts), strict=True):
         if theirs != tokenizer.encode_beginning(text):
             raise RuntimeError(f"{file}: llama.cpp gives other ids than {tokenizer.path} for {text[:80]!r}.")
