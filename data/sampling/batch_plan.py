@@ -5,7 +5,7 @@ It is in data/ and not in launch/training because data/show.py, which may not im
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 from annotated_types import Gt, Lt
@@ -48,6 +48,11 @@ class Segment(NamedTuple):
     """Position of the first sample of the first step."""
     size: int
     """Samples that each step reads."""
+
+
+def read_segments(record: Sequence[Mapping[str, int]]) -> tuple[Segment, ...]:
+    """Return the segments that BatchPlan.record returned."""
+    return tuple(Segment(**segment) for segment in record)
 
 
 @dataclasses.dataclass(frozen=True)

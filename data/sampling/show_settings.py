@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Lt
 
 from data.command_line import UserError, describe, flatten, read_settings
 from data.recorded_paths import require_path
-from data.sampling.batch_plan import BatchSettings, Segment
+from data.sampling.batch_plan import BatchSettings, Segment, read_segments
 from data.sampling.settings import Architecture, SamplingSettings
 
 _NOT_FROM_RUN = ("run", "step", "rank", "characters")
@@ -105,7 +105,7 @@ def segments_of_run(settings: ShowSettings) -> tuple[Segment, ...]:
     """Return how many samples each step of the run read; empty if no run is given, or another batch size than the run's."""
     record = read_run_record(settings.run) if settings.run else {}
     try:
-        segments = tuple(Segment(**segment) for segment in record.get("batch_plan", []))
+        segments = read_segments(record.get("batch_plan", []))
     except (TypeError, AttributeError) as error:
         raise _invalid_record(str(settings.run), error) from error
     return segments if segments and segments[-1].size == settings.batch.global_batch_size else ()

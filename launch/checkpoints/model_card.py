@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.command_line import flatten
-from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment
+from data.sampling.batch_plan import BatchPlan, BatchSettings, read_segments
 from data.sampling.objectives.table import OBJECTIVES, default_objective
 from data.tokenization.configuration import read_json_object
 from launch.checkpoints import checkpoint, state
@@ -71,7 +71,7 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
     record = read_json_object(opened.root / "run.json")
     if opened.recipe:
         settings = flatten(opened.recipe)
-        segments = tuple(Segment(**segment) for segment in manifest.get("batch_plan", []))
+        segments = read_segments(manifest.get("batch_plan", []))
         plan = BatchPlan(BatchSettings(settings["batch.global_batch_size"]), settings["model.sequence_length"], segments=segments)
         yield "tokens", f"{plan.tokens_before(opened.step):,}"
         yield (

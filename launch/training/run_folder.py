@@ -19,7 +19,7 @@ from typing import BinaryIO
 from data.command_line import UserError, flatten
 from data.files import lock_file, nearest_existing, write_file
 from data.recorded_paths import find_path, places_of, require_path
-from data.sampling.batch_plan import BatchPlan, Segment
+from data.sampling.batch_plan import BatchPlan, read_segments
 from data.tokenization.companions import GENERATION, companion_files, copy_companions, licence_files, published_configuration
 from data.tokenization.configuration import CONFIGURATION, read_configuration, read_json_object, token_content
 from launch import REPOSITORY
@@ -203,7 +203,7 @@ def plan_after(settings: RunSettings, manifest: dict) -> BatchPlan:
     whole = [
         {"first_step": 0, "first_position": 0, "size": manifest.get("data", {}).get("samples_per_step", settings.batch.global_batch_size)}
     ]
-    segments = [Segment(**segment) for segment in manifest.get("batch_plan", whole)]
+    segments = read_segments(manifest.get("batch_plan", whole))
     return settings.batch_plan.after(manifest["step"], segments)
 
 

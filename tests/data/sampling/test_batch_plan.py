@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment
+from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment, read_segments
 
 
 @given(st.integers(1, 50), st.integers(1, 20))
@@ -51,7 +51,7 @@ def test_length_in_tokens_stays_when_the_size_changes(changes, more):
 def test_plan_read_back_at_a_step_keeps_what_was_read_before(changes, step):
     """Also at a step before the last changes, as when the newest checkpoint is damaged."""
     written = plan_of(changes, train_steps=40)
-    read = [Segment(**segment) for segment in json.loads(json.dumps(written.record()))]
+    read = read_segments(json.loads(json.dumps(written.record())))
     plan = BatchPlan(BatchSettings(7), 16, train_steps=40).after(step, read)
     assert [plan.positions(one) for one in range(step)] == [written.positions(one) for one in range(step)]
     assert plan.positions(step) == range(written.position(step), written.position(step) + 7)
