@@ -1,9 +1,12 @@
 """From text to token shards, and from shards to samples. Every script imports this package first."""
 
+import signal
 import sys
+import threading
 from types import TracebackType
 
 _previous_hook = sys.excepthook  # another one than Python's in IPython and in debuggers
+_previous_unraisable_hook = sys.unraisablehook
 
 
 def _end_without_traceback_after_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -14,4 +17,18 @@ def _end_without_traceback_after_ctrl_c(kind: type[BaseException], error: BaseEx
         _previous_hook(kind, error, trace)
 
 
+def _repeat_lost_ctrl_c(lost: "sys.UnraisableHookArgs") -> None:
+    """Repeat a Ctrl-C that came in a callback of the garbage collector or of an import lock, where Python cannot raise it.
+
+    A timer repeats it: raised here, still inside the callback, it would be lost again.
+    """
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        _previous_unraisable_hook(lost)
+        return
+    repeat = threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    repeat.daemon = True
+    repeat.start()
+
+
 sys.excepthook = _end_without_traceback_after_ctrl_c
+sys.unraisablehook = _repeat_lost_ctrl_c

@@ -21,10 +21,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 _ANSWER = "answer of this rank: "
 
 
+_ENVIRONMENT = dict(os.environ)  # before any test: one that starts a run in this process sets DS_ACCELERATOR for all later ones
+
+
 def clean_environment(**more: str) -> dict[str, str]:
-    """This environment without what an outer launcher may have set."""
+    """The environment in which the tests were started, without what an outer launcher may have set."""
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
-    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    kept = {name: value for name, value in _ENVIRONMENT.items() if name not in launcher}
     binaries = os.path.dirname(sys.executable)
     return (
         kept

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import runpy
 import signal
+import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -18,7 +19,7 @@ from annotated_types import Ge, Gt, Le
 import data
 from data.command_line import RankError, UserError, describe, read_settings, run_script
 from data.ranges import range_complaints
-from tests.ranks import REPOSITORY
+from tests.ranks import REPOSITORY, clean_environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -448,3 +449,19 @@ def test_import_keeps_the_hook_of_a_debugger_for_other_errors(monkeypatch, capsy
     for error in (ValueError(), KeyboardInterrupt()):
         sys.excepthook(type(error), error, None)
     assert others == [ValueError] and capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_ctrl_c_in_a_callback_that_cannot_raise_it_is_not_lost(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, time, weakref\n"
+        "from data.command_line import run_script\n"
+        "def main(arguments):\n"
+        "    value = {1}\n"
+        "    reference = weakref.ref(value, lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.01)))\n"
+        "    del value\n"
+        "    time.sleep(10)\n"
+        "run_script(main)\n"
+    )
+    ended = subprocess.run([sys.executable, script], env=clean_environment(), capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "Interrupted.\n")
