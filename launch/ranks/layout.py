@@ -70,6 +70,15 @@ class Layout:
         first = [rank for rank in range(self.world_size) if self.sequence_rank(rank) == 0]
         return [[rank + stride * part for part in range(self.sequence_parallel_size)] for rank in first]
 
+    def stage_groups(self) -> list[list[int]]:
+        """Groups of ranks that have the same layers: one for each pipeline stage."""
+        size = self.world_size // self.pipeline_stages
+        return [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+
+    def stage_place(self, rank: int) -> int:
+        """Index of a rank among the ranks that have the same layers."""
+        return rank % (self.world_size // self.pipeline_stages)
+
     @property
     def _group(self) -> int:
         return self.tensor_parallel_size * self.sequence_parallel_size

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from launch.checkpoints.initial import InitialWeights
 from launch.checkpoints.state import WEIGHT, Region, SavedState, ShardSlice
 from launch.training.optimizers import Optimizer
+from launch.training.optimizers.pieces import Piece
 
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -76,6 +77,19 @@ class OptimizerState:
                     states = self.optimizer.state_of(self._built, tensor)
                     whole = {WEIGHT: tensor} | {kind: states[kind] for kind in self.optimizer.states}
                     yield shard_slice, {kind: one.detach().view(-1)[offset : offset + shard_slice.count] for kind, one in whole.items()}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that the optimizer updates, in an order that is the same on every rank of a pipeline stage."""
+        if self._stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return [tensor for group in self._built.param_groups for tensor in group["params"]]
+
+    def pieces(self, place: int, is_replica: Callable[[ShardSlice], bool]) -> list[Piece]:
+        """Return the slices of this rank, which is rank `place` of its pipeline stage, with their position in `tensors`."""
+        index = {tensor: number for number, tensor in enumerate(self.tensors)}
+        located = [(one, self._locations[one.name]) for one in self.slices]
+        return [Piece(one, index[at.tensor], at.offset, place, is_replica(one)) for one, at in located]
 
     @property
     def steps(self) -> int:

@@ -32,6 +32,7 @@ from launch.training import parallel, saving
 from launch.training.deepspeed_state import OptimizerState
 from launch.training.optimizers import optimizer_for
 from launch.training.optimizers.base import is_matrix
+from launch.training.optimizers.pieces import Pieces
 from launch.training.settings import RunSettings
 from launch.training.stopwatch import Stopwatch
 from launch.training.teacher import Teacher, fingerprint
@@ -100,6 +101,9 @@ class Engine:
             if self.config.dropout and name.isdigit():
                 layer.register_forward_pre_hook(functools.partial(self._seed_dropout, int(name)))
         self._state = OptimizerState(self._deepspeed, optimizer, self._region_of, self._is_replica)
+        if optimizer.needs_pieces:
+            held = self._state.pieces(layout.stage_place(process.rank), self._is_replica_in_stage)
+            optimizer.attach(built, Pieces(self._state.tensors, held, layout, process.rank, self.device))
 
     def _build(self, merged_json: dict, recompute: bool, mpu: ModuleType | None) -> nn.Module:
         """Return the model as DeepSpeed gets it; `mpu` has the groups of tensor parallelism, if any."""
@@ -259,6 +263,10 @@ class Engine:
 
     def _is_replica(self, shard_slice: ShardSlice, parameter: Any) -> bool:
         """True if another rank writes this slice into checkpoints."""
+        return self._is_replica_in_stage(shard_slice)
+
+    def _is_replica_in_stage(self, shard_slice: ShardSlice) -> bool:
+        """True if a lower rank of the same pipeline stage has the same values."""
         rank, layout = self.process.rank, self.layout
         is_whole = shard_slice.region == whole_region(shard_slice.shape)
         is_zero_replica = self.zero_stage == 0 and rank // layout.tensor_parallel_size % layout.zero_size > 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.checkpoints.state import WEIGHT
+from launch.training.optimizers.pieces import Pieces
 from launch.training.settings import OptimizerSettings
 
 WEIGHT_BYTES = 4
@@ -29,12 +30,19 @@ class Optimizer(abc.ABC):
     json_parameters: ClassVar[Mapping[str, tuple[str, ...]]]
     """The fields of OptimizerSettings that this optimizer reads, by their key in `optimizer.params` of DeepSpeed's JSON."""
 
+    needs_pieces: ClassVar[bool] = False
+    """True if a step needs whole parameters, of which a rank may hold only a part. The engine then calls `attach`."""
+
     def __init__(self, settings: OptimizerSettings):
         self.settings = settings
 
     @abc.abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the torch optimizer of the parameters of `model`, with learning rate 0: the engine sets it before each step."""
+
+    def attach(self, built: torch.optim.Optimizer, pieces: Pieces) -> None:
+        """Give `built` the map of parameters in the tensors that it updates. Every rank calls this once, after DeepSpeed has made them."""
+        assert not self.needs_pieces, f"{self.name} does not define attach"
 
     @property
     def kinds(self) -> tuple[str, ...]:
