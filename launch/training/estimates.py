@@ -31,8 +31,8 @@ def parameters_per_rank(model: ModelConfig, layout: Layout, schedule: str = "1f1
     Tensor parallelism divides the blocks only. A tied embedding is in the first and in the last stage, which DualPipeV has on one
     rank; the embedding of an encoder-decoder is also in the stage where its decoder begins.
     """
-    outside = _outside_of_blocks(model)
-    in_blocks = count_parameters(model) - outside
+    in_blocks = parameters_in_blocks(model)
+    outside = count_parameters(model) - in_blocks
     if layout.pipeline_stages > 1:
         stages = {0} if model.architecture != "encoder_decoder" else {0, layout.pipeline_stages // 2}
         if model.tie_embeddings and model.token_head and schedule == "1f1b":
@@ -41,15 +41,16 @@ def parameters_per_rank(model: ModelConfig, layout: Layout, schedule: str = "1f1
     return (in_blocks / layout.tensor_parallel_size + outside) / layout.pipeline_stages
 
 
-def _outside_of_blocks(model: ModelConfig) -> int:
-    """Return the number of parameters of this model without its blocks."""
+def parameters_in_blocks(model: ModelConfig) -> int:
+    """Return the number of parameters of this model in its blocks."""
     has_decoder = bool(model.num_decoder_layers)
     smallest = dataclasses.replace(model, num_layers=1, num_decoder_layers=1 if has_decoder else model.num_decoder_layers)
     total = count_parameters(smallest)
-    blocks = count_parameters(dataclasses.replace(smallest, num_layers=2)) - total
-    if has_decoder:
-        blocks += count_parameters(dataclasses.replace(smallest, num_decoder_layers=2)) - total
-    return total - blocks
+    block = count_parameters(dataclasses.replace(smallest, num_layers=2)) - total
+    if not has_decoder:
+        return model.num_layers * block
+    decoder_block = count_parameters(dataclasses.replace(smallest, num_decoder_layers=2)) - total
+    return model.num_layers * block + (model.num_decoder_layers or 0) * decoder_block
 
 
 def flops_per_counted_token(model: ModelConfig, target_length: int | None) -> float:

@@ -6,15 +6,13 @@ from data.sampling.batch_plan import BatchPlan
 from data.tokenization.comparison import beginnings_differ
 from launch.checkpoints.initial import InitialWeights
 from launch.ranks.layout import Layout, largest_micro_batch_size, min_micro_batches
+from launch.training.advice import Facts, Rows, accumulation_rows, advice_rows, epoch_rows
 from launch.training.data import RunData
-from launch.training.estimates import flops_per_counted_token, model_state_bytes, parameters_per_rank
+from launch.training.estimates import flops_per_counted_token, model_state_bytes, parameters_in_blocks, parameters_per_rank
 from launch.training.optimizers import optimizer_for
 from launch.training.settings import RunSettings
 from launch.training.teacher import Teacher
-from model.config import ModelConfig, count_parameters
-
-Rows = list[tuple[str, str]]
-"""Lines of the plan: name and text."""
+from model.config import ModelConfig, count_parameters, flops_per_token
 
 
 def plan(
@@ -46,6 +44,7 @@ def plan(
         ("batch", batches.describe(layout.data_parallel_size)),
         ("length", _length(batches, data)),
         ("rate", _rate(settings)),
+        *([] if initial or teacher else _advice(settings, layout, batches, data)),
         ("engine", _engine(settings, merged_json["zero_optimization"], layout, device)),
         *_notes_on_one_node(merged_json["zero_optimization"], layout, device),
         *_pipeline_rows(settings, merged_json, layout),
@@ -82,6 +81,28 @@ def _rate(settings: RunSettings) -> str:
         f"{optimizer.learning_rate:g}, {schedule.kind}, warm-up {settings.warmup_steps} steps{end}; "
         f"clipping {optimizer.gradient_clipping:g}, decay {optimizer.weight_decay:g}"
     )
+
+
+def _advice(settings: RunSettings, layout: Layout, batches: BatchPlan, data: RunData | None) -> Rows:
+    """Return advice for a language model that is trained from scratch on its data alone; the published laws are about no others."""
+    model, optimizer = settings.model, settings.optimizer
+    if model.architecture != "decoder":
+        return []
+    facts = Facts(
+        parameters=count_parameters(model),
+        parameters_in_blocks=parameters_in_blocks(model),
+        block_flops=flops_per_token(model) - 6 * model.vocab_size * model.hidden_size,
+        tokens=batches.tokens_before(batches.steps),
+        batch_tokens=batches.tokens(batches.steps - 1),
+        learning_rate=optimizer.learning_rate,
+        decay=optimizer.weight_decay,
+    )
+    accumulation = settings.batch.accumulation_steps(layout.data_parallel_size)
+    return [
+        *advice_rows(facts, optimizer_for(optimizer).has_adamw_rates),
+        *accumulation_rows(accumulation, layout.data_parallel_size, layout.pipeline_stages),
+        *(epoch_rows(settings.data.path, data.sampling.epochs(batches.position(batches.steps))) if data else []),
+    ]
 
 
 def _engine(settings: RunSettings, zero: dict, layout: Layout, device: str) -> str:

@@ -11,6 +11,7 @@ class AdamW(Optimizer):
 
     name = "adamw"
     states = {"exp_avg": 4, "exp_avg_sq": 4}
+    has_adamw_rates = True
     json_type = "AdamW"
     json_parameters = {"lr": ("learning_rate",), "betas": ("beta1", "beta2"), "eps": ("epsilon",), "weight_decay": ("weight_decay",)}
 

@@ -30,6 +30,8 @@ class Optimizer(abc.ABC):
     json_parameters: ClassVar[Mapping[str, tuple[str, ...]]]
     """The fields of OptimizerSettings that this optimizer reads, by their key in `optimizer.params` of DeepSpeed's JSON."""
 
+    has_adamw_rates: ClassVar[bool] = False
+    """True if learning rate and weight decay mean what they mean in AdamW, so that published values for AdamW fit."""
     needs_pieces: ClassVar[bool] = False
     """True if a step needs whole parameters, of which a rank may hold only a part. The engine then calls `attach`."""
 

@@ -120,8 +120,9 @@ def test_plan_shows_every_row_of_a_plain_run():
     assert shown["output"] == "runs/run: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"
 
 
-def rows(settings: RunSettings, data: SimpleNamespace) -> list[str]:
-    return [line.strip() for line in plan(settings, {"zero_optimization": {}}, FOUR, "cpu", settings.batch_plan, data).splitlines()]
+def rows(settings: RunSettings, data: SimpleNamespace, layout: Layout = FOUR, **more) -> list[str]:
+    shown = plan(settings, {"zero_optimization": {}}, layout, "cpu", settings.batch_plan, data, **more)
+    return [line.strip() for line in shown.splitlines()]
 
 
 def test_plan_of_a_blend_has_a_line_for_each_source():
@@ -149,11 +150,13 @@ def test_plan_shows_packing_with_a_warning_and_a_note():
 
     best_fit = "samples: 1 of 128 tokens: documents packed by best fit, not cut if they fit, "
     warning = "warning: the 100 tokens of prepared do not fill one sample of 128 tokens; the rest of it is padding"
-    assert shown(True, packing="best_fit") == [best_fit + "separated by mask, 21.88% padding", warning]
+    often = "warning: prepared is read 6,400.0 times; more than 4 times help less and less (arXiv 2305.16264)"
+    assert shown(True, packing="best_fit") == [best_fit + "separated by mask, 21.88% padding", warning, often]
     assert shown(False, packing="best_fit") == [
         best_fit + "seeing one another, 21.88% padding",
         warning,
         "note: best-fit packing keeps documents whole, but without model.document_mask they attend to other documents of their sample",
+        often,
     ]
 
 
@@ -351,7 +354,8 @@ def test_plan_notes_useless_parts_of_zero_plus_plus_on_one_node(monkeypatch):
             "qgZ compresses gradients between nodes; on one node it has no effect"
         )
     assert "note" not in lines(SETTINGS, gradients, Layout(16), "cuda")
-    assert "note" not in lines(SETTINGS, {"stage": 3, "zero_hpz_partition_size": 1}, Layout(1))
+    without_accumulation = dataclasses.replace(SETTINGS, batch=BatchSettings(64, 64))
+    assert "note" not in lines(without_accumulation, {"stage": 3, "zero_hpz_partition_size": 1}, Layout(1))
 
 
 def test_peak_tflops_setting_is_used():
