@@ -26,13 +26,16 @@ from launch.training.data import RunData
 from launch.training.disk_watch import DiskWatch
 from launch.training.engine import Engine
 from launch.training.estimates import flops_per_counted_token
+from launch.training.gradient_squares import leaves_out_tied
 from launch.training.loop import Figures, Run, train
 from launch.training.monitor import Monitor
+from launch.training.noise_scale import NoiseScale
 from launch.training.peak import peak_flops
 from launch.training.pipeline import engine_for
 from launch.training.plan import plan
 from launch.training.settings import RunSettings
 from launch.training.setup import Ready, get_ready
+from model.transformer import layers
 
 NOT_TO_BE_REQUEUED = 93
 """Exit status of a run that would fail again if it were started again."""
@@ -118,7 +121,20 @@ def assemble(ready: Ready, stop: StopRequest) -> Run:
         monitor=monitor,
         disk=DiskWatch(Path(settings.output), data.sampling.folders.values(), process),
         stop=stop,
+        noise=_noise_scale(ready, batch_plan, first_step, monitor) if monitor and settings.log.noise_scale else None,
     )
+
+
+def _noise_scale(ready: Ready, batch_plan: BatchPlan, first_step: int, monitor: Monitor) -> NoiseScale:
+    """Return the noise scale as the checkpoint of `first_step` recorded it; if it holds none, an empty one, and log that."""
+    settings = ready.settings
+    has_tied = any(layer.tied_key for layer in layers(settings.model))
+    noise = NoiseScale(settings.log.noise_horizon * batch_plan.batch.global_batch_size, has_tied and leaves_out_tied(ready.layout))
+    if first_step:
+        folder = Path(settings.output) / "checkpoints" / checkpoint.folder_name(first_step)
+        if not noise.restore(checkpoint.read_manifest(folder).get("noise_scale")):
+            monitor.log(f"The noise scale is measured anew from step {first_step}: {folder.name} holds none of the same parameters.")
+    return noise
 
 
 def _record_teacher(ready: Ready, engine: Engine) -> None:

@@ -30,6 +30,7 @@ from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, device_index, device_name
 from launch.training import parallel, saving
 from launch.training.deepspeed_state import OptimizerState
+from launch.training.gradient_squares import GradientSquares, SquaresMeter
 from launch.training.optimizers import optimizer_for
 from launch.training.optimizers.base import is_matrix
 from launch.training.optimizers.pieces import Pieces
@@ -61,6 +62,8 @@ class StepReport:
     """Loss scale of fp16; None in other precisions."""
     seconds: dict[str, float]
     """Seconds of this rank by part: forward, backward, optimizer; in a pipeline also passing (sending, receiving, and waiting for both)."""
+    squares: GradientSquares | None = None
+    """Squared gradient norms of the step; None without log.noise_scale, and for a skipped step."""
 
 
 class Engine:
@@ -104,6 +107,9 @@ class Engine:
         if optimizer.needs_pieces:
             held = self._state.pieces(layout.stage_place(process.rank), self._is_replica_in_stage)
             optimizer.attach(built, Pieces(self._state.tensors, held, layout, process.rank, self.device))
+        self._squares: SquaresMeter | None = None
+        if settings.log.noise_scale:  # the last hooks on parameters: they see what the others make of a gradient
+            self._squares = SquaresMeter(self._model, built, self._state, layout, settings.optimizer.gradient_clipping)
 
     def _build(self, merged_json: dict, recompute: bool, mpu: ModuleType | None) -> nn.Module:
         """Return the model as DeepSpeed gets it; `mpu` has the groups of tensor parallelism, if any."""
@@ -147,16 +153,28 @@ class Engine:
         parts = len(micro_batches) * self.layout.zero_size
         divisors = [torch.tensor(max(1, count / self.layout.num_replicas) / parts, device=self.device) for count in counts]
         watch = Stopwatch(self.device)
+        loss_scale = self._loss_scale  # that of the gradients: the step may change it
         loss, gradient_norm, skipped = self._step_on(micro_batches, divisors, watch)
-        loss_sum, stops = self.ranks.sum([loss, float(stop_asked)])
+        summands = self._squares.take() if self._squares else []
+        loss_sum, stops, *sums = self.ranks.sum([loss, float(stop_asked), *summands])
+        squares = None
+        if self._squares and not skipped:
+            counts_and_scales = len(micro_batches), len(micro_batches[0].tokens), gradient_norm, loss_scale or 1.0
+            squares = self._squares.squares_of(sums, *counts_and_scales)
         return StepReport(
             loss=loss_sum / self.process.world_size,
             gradient_norm=gradient_norm,
             skipped=skipped,
             stop_asked=stops > 0,
-            loss_scale=float(self._deepspeed.optimizer.loss_scale) if self._deepspeed.fp16_enabled() else None,
+            loss_scale=self._loss_scale,
             seconds=watch.seconds(),
+            squares=squares,
         )
+
+    @property
+    def _loss_scale(self) -> float | None:
+        """Loss scale of fp16; None in other precisions."""
+        return float(self._deepspeed.optimizer.loss_scale) if self._deepspeed.fp16_enabled() else None
 
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         """Return the loss of this rank (the mean over all ranks is the step's loss), the gradient norm, and True if no weight changed."""

@@ -19,6 +19,7 @@ from launch.ranks.stopping import StopRequest
 from launch.training.disk_watch import DiskWatch
 from launch.training.engine import Engine, StepReport
 from launch.training.monitor import Monitor
+from launch.training.noise_scale import NoiseScale
 from launch.training.schedule import learning_rate
 from launch.training.settings import RunSettings
 
@@ -26,6 +27,8 @@ SAVED_AND_UNFINISHED = 85
 """Exit status of a run that was asked to stop: it saved a checkpoint, and the same command resumes it."""
 MAX_SKIPPED_IN_A_ROW = 50
 """Steps in a row whose gradient was not finite before the run stops (an fp16 loss scale needs about 16 to settle)."""
+_ADVICE_AFTER = (0.05, 0.25, 1.0)
+"""Shares of the run after which the log has a line about the noise scale."""
 
 _METRIC_FORMATS = {"perplexity": ".2f", "accuracy": ".2%"}
 
@@ -54,7 +57,7 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything that the loop needs on one rank. `train` changes only what the engine, the monitor and `stop` hold."""
+    """Everything that the loop needs on one rank. `train` changes only what the engine, the monitor, `noise` and `stop` hold."""
 
     settings: RunSettings
     plan: BatchPlan
@@ -75,6 +78,8 @@ class Run:
     """Log and curves, on rank 0; None on every other rank."""
     disk: DiskWatch
     stop: StopRequest
+    noise: NoiseScale | None = None
+    """Noise scale so far, on rank 0 of a run with log.noise_scale."""
 
     @property
     def checkpoints(self) -> Path:
@@ -181,7 +186,8 @@ def _check_disk(run: Run, step: int) -> str | None:
 def _save(run: Run, step: int) -> bool:
     """Write the checkpoint of `step` and delete old ones. Returns False, and lets the run continue, if the write failed."""
     start = time.perf_counter()
-    failure = run.engine.save(run.checkpoints, step, run.manifest)
+    about = run.manifest | ({"noise_scale": run.noise.record()} if run.noise else {})
+    failure = run.engine.save(run.checkpoints, step, about)
     monitor = run.monitor
     if monitor is None:
         return failure is None
@@ -221,6 +227,10 @@ def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: Ste
         scalars["alarm/skipped_step"] = 1.0
         monitor.log(f"Step {done} was skipped because its gradient was not finite. No weight was changed.")
     at_interval = done % run.settings.log.interval == 0 or done == run.plan.steps
+    if run.noise and report.squares:
+        run.noise.add(report.squares)
+        if at_interval:
+            scalars |= run.noise.scalars(run.plan.sequence_length, run.plan.tokens(done - 1))
     if at_interval:
         scalars |= {
             "throughput/tokens_per_second": tokens_per_second,
@@ -239,6 +249,13 @@ def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: Ste
     monitor.step(done, scalars, seconds)
     if at_interval:
         monitor.console(done, report.loss, rate, report.gradient_norm, tokens_per_second, use)
+    if run.noise and any(_passes(run.plan, done, share) for share in _ADVICE_AFTER):
+        monitor.log(run.noise.advice(run.plan.sequence_length, run.plan.tokens(done - 1)))
+
+
+def _passes(plan: BatchPlan, done: int, share: float) -> bool:
+    """True if a run has read `share` of its samples after `done` steps, and had not one step earlier."""
+    return plan.position(done - 1) < share * plan.position(plan.steps) <= plan.position(done)
 
 
 def _loss_is_nats_per_token(run: Run) -> bool:

@@ -139,6 +139,11 @@ class LogSettings:
     """Steps between generated texts in TensorBoard. 0: none. An encoder generates none."""
     sample_prompt: str = "def "
     """Text that a decoder continues in those samples. An encoder-decoder takes it as the source and writes the likeliest target."""
+    noise_scale: bool = False
+    """Estimate the gradient noise scale, a lower bound of the largest useful batch (McCandlish et al. 2018, arXiv 1812.06162), and write
+    it to TensorBoard. A step must have two micro-batches or more."""
+    noise_horizon: Annotated[int, Ge(10)] = 50
+    """Horizon of the noise scale's running means, in steps of batch.global_batch_size. A step with fewer sequences counts less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +241,7 @@ class RunSettings:
             *_complaints_about_distillation(self),
             *_complaints_about_quantization(self),
             *_complaints_about_objective(self),
+            *_complaints_about_horizon(self),
         ]
 
 
@@ -314,6 +320,12 @@ def _complaints_about_objective(settings: RunSettings) -> list[str]:
     return [add_origins(complaint, settings) for complaint in table.objective_complaints(settings.data, shape)]
 
 
+def _complaints_about_horizon(settings: RunSettings) -> list[str]:
+    if settings.log.noise_scale or settings.log.noise_horizon == LogSettings.noise_horizon:
+        return []
+    return [f"{describe(settings, 'log.noise_horizon')} has no effect without log.noise_scale."]
+
+
 def _without_effect(settings: RunSettings, section: str, switch: str) -> list[str]:
     """Return a message for each setting of a section that has no effect because the setting that switches the section on is null."""
     chosen = getattr(settings, section)
@@ -332,4 +344,24 @@ def share_the_batch(settings: RunSettings, layout: Layout) -> RunSettings:
     size = settings.batch.micro_batch_size or largest_micro_batch_size(share, layout.pipeline_stages)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
     schedule = dataclasses.replace(settings.schedule, warmup_steps=settings.warmup_steps)
-    return dataclasses.replace(settings, batch=batch, schedule=schedule, pipeline_stages=layout.pipeline_stages)
+    shared = dataclasses.replace(settings, batch=batch, schedule=schedule, pipeline_stages=layout.pipeline_stages)
+    if settings.log.noise_scale and (complaint := _why_noise_cannot_be_measured(settings, shared.batch, layout)):
+        raise UserError(complaint)
+    return shared
+
+
+def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, layout: Layout) -> str | None:
+    """Return a message if the gradients of micro-batches cannot be compared; `batch` has a micro-batch size."""
+    wanted = describe(settings, "log.noise_scale")
+    if layout.sequence_parallel_size > 1:
+        return (
+            f"{wanted} is not supported with {describe(settings, 'sequence_parallel_size')}: each rank has only a part of the gradient "
+            "of a sequence. Use --sequence_parallel_size 1 or --log.noise_scale false."
+        )
+    assert batch.micro_batch_size is not None
+    smallest = min(segment.size for segment in settings.batch_plan.segments)
+    if smallest > batch.micro_batch_size:
+        return None
+    size = next((size for size in range(smallest // 2, 0, -1) if smallest % size == 0), None)
+    advice = f"--batch.micro_batch_size {size}" if size else "--batch.global_batch_size 2 or more"
+    return f"{wanted} compares the micro-batches of a step, and a step of {smallest} sequences has only one here. Use {advice}."

@@ -236,6 +236,12 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
         about = {"run_id": "test", "layout": {"world_size": process.world_size}, "model": dataclasses.asdict(settings.model)}
         complaint = engine.save(root, STEPS, about)
         assert complaint is None, complaint
+    if case.get("hooks"):
+        optimizer = engine._deepspeed.optimizer.optimizer
+        on_parameters = sum(len(parameter._backward_hooks or ()) for parameter in engine._model.parameters())
+        results["hooks"] = on_parameters + len(optimizer._optimizer_step_pre_hooks)
+    if settings.log.noise_scale:
+        results["squares"] = [dataclasses.asdict(report.squares) for report in reports if report.squares]
     return results | {"history": [(report.loss, report.gradient_norm) for report in reports]}
 
 

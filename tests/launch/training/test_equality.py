@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoints.checkpoint import folder_name
+from launch.checkpoints.checkpoint import folder_name, read_manifest
 from launch.checkpoints.opening import AveragedState, open_model
 from model import huggingface
 from model.transformer import Transformer
@@ -27,6 +27,8 @@ from tests.launch.training.layout_cases import (
     name_of,
 )
 from tests.launch.training.layouts_on_ranks import STEPS, is_of_a_linear, model_config, train_plain
+from tests.launch.training.noise_by_brute_force import MEASURED_OR_NOT, WITH_NOISE_SCALE, assert_equals_brute_force
+from tests.launch.training.noise_by_brute_force import STEPS as NOISE_STEPS
 from tests.ranks import answers_of_ranks
 
 RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
@@ -172,6 +174,8 @@ def first_half(saved) -> JobsOnRanks:
     jobs = {name: (ranks, job(case, save=str(saved / name))) for name, (ranks, case) in TRAINED.items()}
     more = {name: (ranks, job(case)) for some in (OTHERS, SAMPLED, WITH_DROPOUT) for name, (ranks, case) in some.items()}
     more |= {name: (ranks, job(case, steps=STEPS)) for name, (ranks, case) in IN_BF16.items()}
+    more |= {name: (ranks, job(case, steps=NOISE_STEPS)) for name, (ranks, case) in WITH_NOISE_SCALE.items()}
+    more |= {name: (2, job(case, save=str(saved / name))) for name, case in MEASURED_OR_NOT.items()}
     make_models(saved)
     more |= {name: (2, job(compressed_case(name, saved), init=str(saved / "pruned"), save=str(saved / name))) for name in AFTER_COMPRESSION}
     assert not jobs.keys() & more.keys()
@@ -247,6 +251,18 @@ def test_dropout_is_the_same_under_data_parallelism_and_in_pipelines(name, first
     assert_equal(first_half.answer(name), reference, 1e-5, 1e-5)
     without = train_plain({"json": "", "model": FAMILIES[family]}, FEWER_STEPS)[0]
     assert max(abs(loss - other) for (loss, _), (other, _) in zip(reference, without, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("name", WITH_NOISE_SCALE)
+def test_squared_gradient_norms_equal_brute_force(name, first_half):
+    assert_equals_brute_force(first_half.answer(name)["squares"], WITH_NOISE_SCALE[name][1])
+
+
+def test_measuring_the_noise_scale_changes_no_bit_and_off_registers_nothing(first_half, saved):
+    on, off = (first_half.answer(name) for name in MEASURED_OR_NOT)
+    sums = [read_manifest(saved / name / folder_name(STEPS))["checksums"] for name in MEASURED_OR_NOT]
+    assert on["history"] == off["history"] and sums[0] == sums[1]
+    assert on["hooks"] > 0 and off["hooks"] == 0
 
 
 # Which checkpoint each layout resumes from: that of the layout eight places later within the family.

@@ -27,7 +27,14 @@ from model.transformer import Transformer
 from tests.ranks import ForkedRank, finish, start_ranks
 
 SCRIPT = Path(__file__).parents[1] / "pretrain_with_faults.py"
-CURVES = ("loss/train", "optimization/gradient_norm", "optimization/learning_rate", "loss/validation")
+CURVES = (
+    "loss/train",
+    "optimization/gradient_norm",
+    "optimization/learning_rate",
+    "loss/validation",
+    "noise/scale_tokens",
+    "noise/variance",
+)
 
 SILENT_RANK_IN_SEVERAL_TRANSFERS = """
 import os, threading
@@ -99,7 +106,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 CASES = [
-    (1, ["--deepspeed", "ds_configs/zero1.json"]),
+    (1, ["--deepspeed", "ds_configs/zero1.json", "--log.noise_scale", "true"]),
     (2, ["--deepspeed", "ds_configs/zero2.json", "--precision", "float32", "--model.dropout", "0.1"]),
     (2, ["--deepspeed", "ds_configs/zero3.json", "--model.tie_embeddings", "false"]),
 ]
