@@ -109,7 +109,8 @@ class Engine:
             optimizer.attach(built, Pieces(self._state.tensors, held, layout, process.rank, self.device))
         self._squares: SquaresMeter | None = None
         if settings.log.noise_scale:  # the last hooks on parameters: they see what the others make of a gradient
-            self._squares = SquaresMeter(self._model, built, self._state, layout, settings.optimizer.gradient_clipping)
+            clipping = settings.optimizer.gradient_clipping
+            self._squares = SquaresMeter(self._model, built, self._state, layout, clipping, is_model_parallel_parameter)
 
     def _build(self, merged_json: dict, recompute: bool, mpu: ModuleType | None) -> nn.Module:
         """Return the model as DeepSpeed gets it; `mpu` has the groups of tensor parallelism, if any."""

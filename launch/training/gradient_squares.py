@@ -5,11 +5,10 @@ launch/training/noise_scale.py estimates the gradient noise scale from them. Not
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor, nn
 
 from launch.ranks.layout import Layout
@@ -55,15 +54,26 @@ class SquaresMeter:
     In a pipeline the tied embedding is left out of both: its gradient is a sum over two stages, of which no hook sees the whole.
     """
 
-    def __init__(self, model: nn.Module, built: torch.optim.Optimizer, state: OptimizerState, layout: Layout, clipping: float):
-        """Register the hooks. `built` updates the tensors of `state`; `clipping` is the largest norm, 0 without clipping."""
+    def __init__(
+        self,
+        model: nn.Module,
+        built: torch.optim.Optimizer,
+        state: OptimizerState,
+        layout: Layout,
+        clipping: float,
+        is_split: Callable[[nn.Parameter], bool],
+    ):
+        """Register the hooks. `built` updates the tensors of `state`; `clipping` is the largest norm, 0 without clipping.
+
+        `is_split` is true for a parameter of which each tensor-parallel rank has a part.
+        """
         self._layout, self._clipping = layout, clipping
         self._micro_batch_norms: dict[tuple[str, bool], list[Tensor]] = {}
         self._mean_norms: dict[str, list[Tensor]] = {}
         parts = _parts_of(model, leaves_out_tied(layout))
         for name, parameter in model.named_parameters():
             if name in parts and parameter.requires_grad:
-                key = parts[name], is_model_parallel_parameter(parameter)
+                key = parts[name], is_split(parameter)
                 parameter.register_hook(functools.partial(self._note_micro_batch, key))
         self._held: dict[Tensor, list[tuple[str, slice]]] = {}  # tensors are compared by identity
         owned, tensors = {one.name for one in state.owned}, state.tensors

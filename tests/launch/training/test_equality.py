@@ -258,7 +258,7 @@ def test_squared_gradient_norms_equal_brute_force(name, first_half):
     assert_equals_brute_force(first_half.answer(name)["squares"], WITH_NOISE_SCALE[name][1])
 
 
-def test_measuring_the_noise_scale_changes_no_bit_and_off_registers_nothing(first_half, saved):
+def test_noise_scale_changes_no_bit_and_off_it_registers_nothing(first_half, saved):
     on, off = (first_half.answer(name) for name in MEASURED_OR_NOT)
     sums = [read_manifest(saved / name / folder_name(STEPS))["checksums"] for name in MEASURED_OR_NOT]
     assert on["history"] == off["history"] and sums[0] == sums[1]

@@ -54,7 +54,7 @@ def test_noise_scale_of_linear_regression_is_known_for_every_split(num_micro_bat
     assert found.scale == pytest.approx(VARIANCE / SIGNAL, rel=0.02)
 
 
-def test_a_batch_ramp_changes_neither_the_estimate_nor_the_text_that_it_covers():
+def test_a_batch_ramp_does_not_change_the_noise_scale():
     generator, noise = torch.Generator().manual_seed(0), NoiseScale(horizon=4000)
     for one in regression_steps(3000, 4, 1, generator) + regression_steps(100, 64, 1, generator):
         noise.add(one)
