@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.sampling.batch_plan import BatchPlan, BatchSettings
+from launch.ranks.layout import Layout
 from launch.training.schedule import learning_rate
+from launch.training.settings import RunSettings, share_the_batch
+from model.config import ModelConfig
 
 # 110 steps, 10 of them warm-up: the peak is at step 10, the middle of the decay at 60, and the last step, 109, is after 99/100 of it.
 RUN = {"plan": BatchPlan(BatchSettings(3), 1, 110), "peak": 1.0, "warmup_steps": 10, "minimum": 0.2}
@@ -37,6 +40,19 @@ def test_rate_after_a_change_of_the_batch_follows_the_samples(kind):
         expected = learning_rate(changed.position(step) // 4, small, 1.0, kind, 10, 0.2)
         assert learning_rate(step, changed, 1.0, kind, 10, 0.2) == pytest.approx(expected, abs=1e-12)
     assert learning_rate(75, changed, 1.0, kind, 10, 0.2) == 0.2
+
+
+@pytest.mark.parametrize("length", [{"train_steps": 40}, {"train_tokens": 40 * 8 * 16}], ids=str)
+def test_rate_curve_is_the_same_for_all_ranks_and_accumulations(length):
+    """Public failures: rates that decay once a rank or once a micro-batch (accelerate #662 and #963, diffusers #3954)."""
+    curves = []
+    for ranks, micro_batch_size in itertools.product((1, 2, 4), (None, 1, 2)):
+        settings = RunSettings(model=ModelConfig(sequence_length=16), batch=BatchSettings(8, micro_batch_size), **length)
+        shared = share_the_batch(settings, Layout(ranks))
+        plan = shared.batch_plan
+        assert shared.batch.accumulation_steps(ranks) == 8 // ranks // (micro_batch_size or 8 // ranks)
+        curves.append([learning_rate(step, plan, 1.0, "cosine", shared.warmup_steps) for step in range(plan.steps + 1)])
+    assert all(curve == curves[0] for curve in curves) and len(curves[0]) == 41 and curves[0][-1] == 0.0
 
 
 def test_first_step_has_the_peak_rate_without_warm_up():
