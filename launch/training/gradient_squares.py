@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.ranks.layout import Layout
@@ -90,8 +89,7 @@ class SquaresMeter:
         """Note the norms of the gradients that the optimizer is given now: all of them, or those of one group or sub-group."""
         for tensor in (tensor for group in optimizer.param_groups for tensor in group["params"]):
             for part, values in self._held.get(tensor, ()) if tensor.grad is not None else ():
-                row = tensor.grad.view(-1)[values]
-                self._mean_norms.setdefault(part, []).append(_norm(F.pad(row, (0, -len(row) % _ROW)).view(-1, _ROW)))
+                self._mean_norms.setdefault(part, []).extend(_norm(rows) for rows in _rows_of(tensor.grad.view(-1)[values]))
 
     def take(self) -> list[float]:
         """Return this rank's summands of the last step, and begin anew. Their sums over all ranks are what `squares_of` reads."""
@@ -136,6 +134,13 @@ def _parts_of(model: nn.Module, without_tied: bool) -> dict[str, str]:
             if isinstance(module, kinds):
                 parts |= {f"{prefix}.{name}": part for name, _ in module.named_parameters()}
     return {name: part for name, part in parts.items() if not (without_tied and name.startswith("tied_modules."))}
+
+
+def _rows_of(values: Tensor) -> list[Tensor]:
+    """Return views of a vector: as rows of _ROW values, and what is left as one row."""
+    left = len(values) % _ROW
+    whole, rest = values.split([len(values) - left, left])
+    return [rows for rows in (whole.view(-1, _ROW), rest.view(1, -1)) if rows.numel()]
 
 
 def _norm(rows: Tensor) -> Tensor:
