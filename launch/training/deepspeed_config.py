@@ -8,7 +8,7 @@ can change a run.
 import json
 from collections.abc import Iterator
 
-from data.command_line import UserError
+from data.command_line import UserError, describe
 from launch.ranks.layout import Layout
 from launch.training.deepspeed_json import invalid_values
 from launch.training.deepspeed_limits import unsupported
@@ -61,6 +61,7 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
     Raises UserError with all complaints together: numbers that JSON and recipe give differently, and what is not supported.
     """
     merged, complaints = _fill_from_recipe(written, path, _recipe_values(settings, layout))
+    complaints += _unread_by_the_optimizer(written, path, settings)
     merged.pop("optimizer", None)  # DeepSpeed receives the optimizer itself, built from the same numbers
     if layout.pipeline_stages > 1:
         merged["pipeline"] = _PIPELINE_DEFAULTS | merged["pipeline"] | _FIXED_IN_A_PIPELINE
@@ -108,7 +109,7 @@ def _recipe_values(settings: RunSettings, layout: Layout) -> dict[str, tuple[obj
         "bf16.enabled": (settings.precision == "bf16", "precision"),
         "fp16.enabled": (settings.precision == "fp16", "precision"),
         "data_types.grad_accum_dtype": ("fp16" if settings.precision == "fp16" else "fp32", "precision"),
-        "optimizer.type": (optimizer.json_type, "optimizer"),
+        "optimizer.type": (optimizer.json_type, "optimizer.name"),
         "pipeline.stages": (layout.pipeline_stages, "pipeline_stages"),
     }
     for key, value in optimizer.json_values().items():
@@ -131,6 +132,16 @@ def _fill_from_recipe(written: dict, path: str, values: dict[str, tuple[object, 
             complaints.append(f'{path}: {name} is {json.dumps(given)}, but the recipe gives {json.dumps(value)} ({origin}). Write "auto".')
         target[key] = value
     return merged, complaints
+
+
+def _unread_by_the_optimizer(written: dict, path: str, settings: RunSettings) -> list[str]:
+    """Return a complaint for each parameter that the JSON gives to an optimizer that does not read it."""
+    optimizer = optimizer_for(settings.optimizer)
+    return [
+        f"{path}: optimizer.params.{key} has no effect with {describe(settings, 'optimizer.name')}. Delete it."
+        for key in written.get("optimizer", {}).get("params", {})
+        if key not in optimizer.json_parameters
+    ]
 
 
 def _fill_zero(zero: dict, hidden_size: int, device: str, ranks_per_node: int) -> None:

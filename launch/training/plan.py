@@ -45,6 +45,7 @@ def plan(
         ("length", _length(batches, data)),
         ("rate", _rate(settings)),
         *([] if initial or teacher else _advice(settings, layout, batches, data)),
+        ("optimizer", optimizer_for(settings.optimizer).describe()),
         ("engine", _engine(settings, merged_json["zero_optimization"], layout, device)),
         *_notes_on_one_node(merged_json["zero_optimization"], layout, device),
         *_pipeline_rows(settings, merged_json, layout),
@@ -95,7 +96,7 @@ def _advice(settings: RunSettings, layout: Layout, batches: BatchPlan, data: Run
         tokens=batches.tokens_before(batches.steps),
         batch_tokens=batches.tokens(batches.steps - 1),
         learning_rate=optimizer.learning_rate,
-        decay=optimizer.weight_decay,
+        decay=optimizer.decay_coefficient,
     )
     accumulation = settings.batch.accumulation_steps(layout.data_parallel_size)
     return [

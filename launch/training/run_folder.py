@@ -34,6 +34,7 @@ from launch.checkpoints.run_record import (
     versions,
 )
 from launch.training.initial_model import NOT_IN_THE_WEIGHTS
+from launch.training.optimizers import optimizer_for
 from launch.training.settings import RunSettings
 from model.config import ModelConfig
 
@@ -178,6 +179,8 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
     plan = settings.batch_plan
     if newest := _newest_manifest(root):
         _refuse_other_model(*newest, settings)
+        if refusal := optimizer_for(settings.optimizer).refusal_of(*newest):
+            raise UserError(refusal)
         plan = plan_after(settings, newest[1])
         if newest[1]["step"] > plan.steps:
             raise UserError(f"{newest[0]} is already beyond the {plan.steps} steps of this command. Nearest: {newest[1]['step']}.")

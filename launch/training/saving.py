@@ -47,10 +47,8 @@ def load(current: OptimizerState, config: ModelConfig, ranks: Ranks, folder: Pat
     values in memory then have other checksums than the saved values.
     """
     manifest = checkpoint.read_manifest(folder)
-    if state.kinds_in(manifest) != current.optimizer.kinds:
-        raise UserError(
-            f"{folder} holds the state of the optimizer {state.optimizer_name_in(manifest)}; this run uses {current.optimizer.name}."
-        )
+    if refusal := current.optimizer.refusal_of(folder, manifest):
+        raise UserError(refusal)
     _read(current, ranks, state.SavedState(folder))
     current.resume(**manifest["optimizer"])
     checksums, not_finite = _checksums(current, config, ranks)

@@ -26,20 +26,47 @@ def whole_row_as_0(group_size: int | None) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    """The optimizer and its numbers."""
 
+    name: Literal["adamw", "muon", "lamb", "lars", "sgd", "lion"] = "adamw"
+    """AdamW (arXiv 1711.05101); Muon (arXiv 2502.16982) for the blocks' matrices and AdamW for the rest; LAMB (arXiv 1904.00962); LARS
+    (arXiv 1708.03888); SGD with momentum; Lion (arXiv 2302.06675)."""
     learning_rate: Annotated[float, Gt(0)] = 3e-4
     """Learning rate after warm-up."""
     weight_decay: Annotated[float, Ge(0)] = 0.1
     """Decay of matrices (embeddings among them) a step, as a multiple of the learning rate. Biases and norms have no decay."""
+    decay: Literal["times_rate", "independent"] = "times_rate"
+    """What weight_decay is multiplied by in a step: the step's learning rate, or (independent) that rate / learning_rate, so that another
+    learning_rate leaves the decay as it is."""
+    cautious_decay: bool = False
+    """Decay a weight only where the update does not oppose it: where it also brings the weight nearer to 0 (arXiv 2510.12402)."""
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Decay rate of the running mean of gradients."""
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
     """Decay rate of the running mean of squared gradients."""
     epsilon: Annotated[float, Gt(0)] = 1e-8
     """Value added to the root of the mean square."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """muon, lars, sgd: decay rate of the running mean (muon) or sum (lars, sgd) of gradients."""
+    muon_precision: Literal["auto", "float32", "bf16"] = "auto"
+    """muon: type in which matrices are orthogonalised and sent between ranks (auto: bf16 on a GPU, float32 on a CPU)."""
     gradient_clipping: Annotated[float, Ge(0)] = 1.0
     """Largest norm of the whole gradient; a larger gradient is scaled down to it. 0: no clipping."""
+
+    @property
+    def decay_coefficient(self) -> float:
+        """Factor of the weights that a step subtracts, as a multiple of that step's learning rate."""
+        return self.weight_decay / self.learning_rate if self.decay == "independent" else self.weight_decay
+
+
+_OPTIMIZERS_THAT_READ: dict[str, tuple[str, ...]] = {
+    "beta1": ("adamw", "muon", "lamb", "lion"),
+    "beta2": ("adamw", "muon", "lamb", "lion"),
+    "epsilon": ("adamw", "muon", "lamb"),
+    "momentum": ("muon", "lars", "sgd"),
+    "muon_precision": ("muon",),
+}
+"""Names of the optimizers that read a setting, for the settings that not all read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +265,7 @@ class RunSettings:
             *_complaints_about_init(self),
             *_complaints_about_length(self),
             *_complaints_about_learning_rate(self),
+            *_complaints_about_optimizer(self),
             *_complaints_about_distillation(self),
             *_complaints_about_quantization(self),
             *_complaints_about_objective(self),
@@ -283,6 +311,24 @@ def _complaints_about_learning_rate(settings: RunSettings) -> list[str]:
     if settings.schedule.min_learning_rate <= settings.optimizer.learning_rate or settings.schedule.kind == "constant":
         return []
     return [f"{describe(settings, 'schedule.min_learning_rate')} must not be above {describe(settings, 'optimizer.learning_rate')}."]
+
+
+def _complaints_about_optimizer(settings: RunSettings) -> list[str]:
+    chosen, default = settings.optimizer, OptimizerSettings()
+    complaints = [
+        f"{describe(settings, f'optimizer.{field}')} has no effect with {describe(settings, 'optimizer.name')}. Remove it, or use "
+        f"optimizer.name {' or '.join(names)}."
+        for field, names in _OPTIMIZERS_THAT_READ.items()
+        if chosen.name not in names and getattr(chosen, field) != getattr(default, field)
+    ]
+    if chosen.weight_decay == 0:
+        complaints += [
+            f"{describe(settings, f'optimizer.{field}')} has no effect with {describe(settings, 'optimizer.weight_decay')}. "
+            "Remove one of them."
+            for field in ("decay", "cautious_decay")
+            if getattr(chosen, field) != getattr(default, field)
+        ]
+    return complaints
 
 
 def _complaints_about_distillation(settings: RunSettings) -> list[str]:

@@ -1,13 +1,22 @@
-"""The optimizers that a run can train with. A new one is a file in this folder and a line in OPTIMIZERS."""
+"""The optimizers that a run can train with. A new one is a file in this folder, a line in OPTIMIZERS and a name in OptimizerSettings."""
 
+from data.command_line import UserError
 from launch.training.optimizers.adamw import AdamW
 from launch.training.optimizers.base import Optimizer
+from launch.training.optimizers.lion import Lion
+from launch.training.optimizers.sgd import SGD
 from launch.training.settings import OptimizerSettings
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {AdamW.name: AdamW}
-"""Optimizer by the name under which checkpoints record it."""
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    AdamW.name: AdamW,
+    Lion.name: Lion,
+    SGD.name: SGD,
+}
+"""Optimizer by its name in the settings and in checkpoints."""
 
 
 def optimizer_for(settings: OptimizerSettings) -> Optimizer:
-    """Return the optimizer of a run."""
-    return AdamW(settings)
+    """Return the optimizer of a run. Raises UserError if this version does not have it."""
+    if settings.name not in OPTIMIZERS:
+        raise UserError(f"optimizer.name {settings.name} is not available in this version. Use {', '.join(OPTIMIZERS)}.")
+    return OPTIMIZERS[settings.name](settings)

@@ -2,12 +2,13 @@
 
 import abc
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from launch.checkpoints.state import WEIGHT
+from launch.checkpoints.state import WEIGHT, kinds_in, optimizer_name_in
 from launch.training.optimizers.pieces import Pieces
 from launch.training.settings import OptimizerSettings
 
@@ -32,6 +33,8 @@ class Optimizer(abc.ABC):
 
     has_adamw_rates: ClassVar[bool] = False
     """True if learning rate and weight decay mean what they mean in AdamW, so that published values for AdamW fit."""
+    resumes_from: ClassVar[tuple[str, ...]] = ()
+    """Names of other optimizers whose states mean the same: with --allow_changes, a run resumes from their checkpoints."""
     needs_pieces: ClassVar[bool] = False
     """True if a step needs whole parameters, of which a rank may hold only a part. The engine then calls `attach`."""
 
@@ -61,9 +64,26 @@ class Optimizer(abc.ABC):
         """Bytes of a checkpoint per parameter."""
         return WEIGHT_BYTES * len(self.kinds)
 
+    def describe(self) -> str:
+        """Return the name and the settings that this optimizer reads, without the learning rate."""
+        settings, fields = self.settings, [field for fields in self.json_parameters.values() for field in fields]
+        numbers = [f"{field} {getattr(settings, field):g}" for field in fields if field not in ("learning_rate", "weight_decay")]
+        decay = ["weight_decay", *(["independent"] if settings.decay == "independent" else []), f"{settings.weight_decay:g}"]
+        return ", ".join([self.name, *numbers, ("cautious " if settings.cautious_decay else "") + " ".join(decay)])
+
     def record(self) -> dict[str, object]:
         """Return the manifest's entries about this optimizer, which launch/checkpoints/state.py reads."""
         return {"optimizer_name": self.name, "optimizer_states": list(self.states)}
+
+    def refusal_of(self, checkpoint: Path, manifest: dict) -> str | None:
+        """Return a message if the states in a checkpoint are not those of this optimizer."""
+        saved = optimizer_name_in(manifest)
+        if saved in (self.name, *self.resumes_from) and kinds_in(manifest) == self.kinds:
+            return None
+        return (
+            f"{checkpoint} holds the state of the optimizer {saved}, which {self.name} cannot use. Resume with optimizer.name {saved}, or "
+            "start another run from its weights with --init and another --output."
+        )
 
     def json_values(self) -> dict[str, object]:
         """Return the values of `optimizer.params` in DeepSpeed's JSON."""

@@ -169,7 +169,7 @@ def test_all_contradictions_are_reported_together_with_both_sources(refusal):
         ("bf16.enabled is false", "true (precision)"),
         ("fp16.enabled is true", "false (precision)"),
         ('data_types.grad_accum_dtype is "bf16"', '"fp32" (precision)'),
-        ('optimizer.type is "Adam"', '"AdamW" (optimizer)'),
+        ('optimizer.type is "Adam"', '"AdamW" (optimizer.name)'),
         ("optimizer.params.lr is 0.001", "0.002 (optimizer.learning_rate)"),
         ("optimizer.params.betas is [0.9, 0.95]", "[0.8, 0.9] (optimizer.beta1, beta2)"),
         ("optimizer.params.eps is 1e-08", "1e-06 (optimizer.epsilon)"),

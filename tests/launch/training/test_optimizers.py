@@ -1,5 +1,6 @@
 """Each optimizer names the states that it has, and only its own file and the settings know it."""
 
+import copy
 import re
 
 import pytest
@@ -8,12 +9,10 @@ from torch import nn
 
 from launch.checkpoints.state import kinds_in
 from launch.training.optimizers import OPTIMIZERS, optimizer_for
-from launch.training.settings import OptimizerSettings
+from launch.training.settings import OptimizerSettings, RunSettings
 from tests.ranks import REPOSITORY
 
 KNOW_ADAMW = {
-    "launch/training/optimizers/adamw.py",
-    "launch/training/optimizers/__init__.py",
     "launch/training/settings.py",
     "launch/checkpoints/state.py",  # what checkpoints without a record hold
     "launch/benchmarks/training_step_contenders.py",  # other implementations
@@ -78,4 +77,92 @@ def test_the_default_optimizer_gives_the_weights_of_torchs_adamw(model):
 
 def test_only_the_optimizers_own_file_and_the_settings_know_adamw():
     files = {path.relative_to(REPOSITORY).as_posix(): path.read_text() for path in (REPOSITORY / "launch").rglob("*.py")}
-    assert {name for name, text in files.items() if re.search(r"adamw|exp_avg", text, re.I)} <= KNOW_ADAMW
+    knowing = {name for name, text in files.items() if re.search(r"adamw|exp_avg", text, re.I)}
+    assert {name for name in knowing if not name.startswith("launch/training/optimizers/")} <= KNOW_ADAMW
+
+
+def _train(optimizer, model, rates):
+    """Take a step at each rate on a loss whose gradients have both signs."""
+    for rate in rates:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        (model(torch.linspace(-1, 1, 6, dtype=model[0].weight.dtype).view(2, 3)) - 0.3).square().sum().backward()
+        optimizer.step()
+
+
+def _weights_after(settings, model, rates):
+    network = copy.deepcopy(model)
+    _train(optimizer_for(settings).build(network), network, rates)
+    return list(network.parameters())
+
+
+RATES = [0.01, 0.02, 0.03, 0.02, 0.01]
+
+
+def test_adamw_with_own_steps_equals_torchs(model):
+    """The decay is below the resolution of float64: it takes the path of cautious decay and changes nothing else."""
+    settings = OptimizerSettings(weight_decay=1e-30, cautious_decay=True)
+    ours, theirs = (_weights_after(one, model.double(), RATES) for one in (settings, OptimizerSettings(weight_decay=0.0)))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_sgd_equals_torchs_with_decay_beside_the_momentum(model):
+    reference = copy.deepcopy(model.double())
+    theirs = torch.optim.SGD(reference.parameters(), lr=0.0, momentum=0.9)
+    for rate in RATES:
+        before = reference[0].weight.detach().clone()
+        _train(theirs, reference, [rate])
+        with torch.no_grad():
+            reference[0].weight.sub_(before, alpha=rate * 0.3)
+    ours = _weights_after(OptimizerSettings(name="sgd", momentum=0.9, weight_decay=0.3), model, RATES)
+    for a, b in zip(ours, reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("decay, coefficient", [("times_rate", 0.3), ("independent", 0.3 / 0.02)])
+@pytest.mark.parametrize("name", ["lion", "adamw", "sgd"])
+def test_elementwise_optimizers_equal_their_formulas(name, decay, coefficient, cautious, model):
+    settings = OptimizerSettings(
+        name=name, learning_rate=0.02, weight_decay=0.3, decay=decay, cautious_decay=cautious, beta1=0.8, beta2=0.9, momentum=0.7
+    )
+    reference = copy.deepcopy(model.double())
+    mean = [torch.zeros_like(parameter) for parameter in reference.parameters()]
+    square = [torch.zeros_like(parameter) for parameter in reference.parameters()]
+    for step, rate in enumerate(RATES, 1):
+        reference.zero_grad()
+        _train(torch.optim.SGD(reference.parameters(), lr=0.0), reference, [0.0])
+        for index, parameter in enumerate(reference.parameters()):
+            gradient, weight = parameter.grad, parameter.detach().clone()
+            if name == "lion":
+                update = torch.sign(0.8 * mean[index] + 0.2 * gradient)
+                mean[index] = 0.9 * mean[index] + 0.1 * gradient
+            elif name == "adamw":
+                mean[index] = 0.8 * mean[index] + 0.2 * gradient
+                square[index] = 0.9 * square[index] + 0.1 * gradient**2
+                update = mean[index] / (1 - 0.8**step) / ((square[index] / (1 - 0.9**step)).sqrt() + 1e-8)
+            else:
+                mean[index] = update = 0.7 * mean[index] + gradient
+            decays = (weight.ndim == 2) * ((update * weight >= 0).double() if cautious else 1.0)
+            parameter.data = weight - rate * coefficient * decays * weight - rate * update
+    for ours, theirs in zip(_weights_after(settings, model, RATES), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.data, theirs.data, rtol=0, atol=1e-12)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_by_both_names(tmp_path):
+    adamw, lion = (OPTIMIZERS[name](OptimizerSettings(name=name)) for name in ("adamw", "lion"))
+    assert adamw.refusal_of(tmp_path, {}) is None and adamw.refusal_of(tmp_path, adamw.record() | {"optimizer_name": "lamb"}) is None
+    assert lion.refusal_of(tmp_path, adamw.record()) == (
+        f"{tmp_path} holds the state of the optimizer adamw, which lion cannot use. Resume with optimizer.name adamw, or start another "
+        "run from its weights with --init and another --output."
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_settings_name_the_optimizers_that_read_a_setting(name):
+    read = {field for fields in OPTIMIZERS[name].json_parameters.values() for field in fields}
+    for field, value in {"beta1": 0.5, "beta2": 0.5, "epsilon": 1e-3, "momentum": 0.5}.items():
+        settings = RunSettings(train_steps=20, optimizer=OptimizerSettings(name=name, **{field: value}))
+        assert any("has no effect" in complaint for complaint in settings.complaints()) == (field not in read)

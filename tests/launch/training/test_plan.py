@@ -102,7 +102,7 @@ def test_plan_warns_of_a_tokenizer_that_cannot_be_exported():
 
 def test_plan_shows_every_row_of_a_plain_run():
     shown = lines(SETTINGS, {"stage": 2, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}})
-    assert list(shown) == ["model", "work", "data", "samples", "batch", "length", "rate", "engine", "memory", "output"]
+    assert list(shown) == ["model", "work", "data", "samples", "batch", "length", "rate", "optimizer", "engine", "memory", "output"]
     parameters = count_parameters(SETTINGS.model)
     assert shown["model"].startswith(f"{parameters:,} parameters: 2 blocks, hidden 64, 4 heads (4 key/value), swiglu 172, rmsnorm pre, ")
     assert shown["model"].endswith("rotary positions, vocabulary 1,000, context 128")

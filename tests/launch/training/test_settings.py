@@ -238,3 +238,35 @@ def test_complaints_of_ranges_model_length_and_objective_come_together(recipe):
         f"schedule.warmup_steps 100 ({path}) must be below train_steps 20 ({path}). Use --schedule.warmup_steps 19 or less.",
         f"data.fim_rate is 0.5 ({path}); it is for data.objective causal, and this is prefix.",
     ]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["--optimizer.name=sgd", "--optimizer.beta2=0.9"],
+            "optimizer.beta2 0.9 (command line) has no effect with optimizer.name sgd (command line). Remove it, or use optimizer.name "
+            "adamw or muon or lamb or lion.",
+        ),
+        (
+            ["--optimizer.momentum=0.9"],
+            "optimizer.momentum 0.9 (command line) has no effect with optimizer.name adamw (default). Remove it, or use optimizer.name "
+            "muon or lars or sgd.",
+        ),
+        (
+            ["--optimizer.name=lion", "--optimizer.muon_precision=bf16"],
+            "optimizer.muon_precision bf16 (command line) has no effect with optimizer.name lion (command line). Remove it, or use "
+            "optimizer.name muon.",
+        ),
+        (
+            ["--optimizer.weight_decay=0", "--optimizer.cautious_decay=true"],
+            "optimizer.cautious_decay true (command line) has no effect with optimizer.weight_decay 0 (command line). Remove one of them.",
+        ),
+        (
+            ["--optimizer.weight_decay=0", "--optimizer.decay=independent"],
+            "optimizer.decay independent (command line) has no effect with optimizer.weight_decay 0 (command line). Remove one of them.",
+        ),
+    ],
+)
+def test_a_setting_that_the_optimizer_does_not_read_is_refused(words, message):
+    assert refusal("--train_steps=20", "--train_tokens=null", *words) == [message]
