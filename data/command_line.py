@@ -6,6 +6,7 @@ This module is in data/ because the scripts of both data/ and launch/ use it.
 import dataclasses
 import difflib
 import errno
+import functools
 import json
 import operator
 import os
@@ -217,6 +218,7 @@ def _is_first_on_its_machine() -> bool:
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
+@functools.cache  # finding the descriptions parses the source of each class, which is most of the time of reading a command line
 def _options(settings: type, prefix: str = "") -> dict[str, _Option]:
     """Return the settings of a class and of its sections by dotted name."""
     options: dict[str, _Option] = {}
