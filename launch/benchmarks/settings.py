@@ -96,6 +96,36 @@ class GenerationSettings:
     """How many times each contender is measured, after a warm-up round."""
 
 
+@dataclasses.dataclass(frozen=True)
+class OptimizersSettings:
+    """Settings of launch/benchmarks/optimizers.py."""
+
+    output: str = "runs/optimizers"
+    """Folder of the runs and of the measured seconds."""
+    data: str = "prepared"
+    """Folder written by data/prepare.py."""
+    recipe: str = "launch/recipes/demo.yaml"
+    """Recipe that every run has in common. Its batch size, length and warm-up are those of the first batch size."""
+    optimizers: tuple[str, ...] = ("adamw", "muon")
+    """Optimizers to compare: values of --optimizer.name of launch/pretrain.py."""
+    rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2)
+    """Learning rates that every optimizer is trained with at the recipe's batch size."""
+    batch_sizes: tuple[int, ...] = (8, 64, 256)
+    """Sequences per step."""
+    micro_batch_size: Annotated[int, Ge(1)] = 16
+    """Most sequences per forward pass."""
+    seeds: Annotated[int, Ge(1)] = 3
+    """Seeds that the best rate is trained with."""
+    train: bool = True
+    """False: train nothing, and report what is finished."""
+    timing: bool = False
+    """Measure the seconds of a step on an idle machine instead of training."""
+    timing_steps: Annotated[int, Ge(1)] = 8
+    """Steps that are timed in each round, after two warm-up steps."""
+    timing_rounds: Annotated[int, Ge(1)] = 3
+    """How many times each optimizer is timed."""
+
+
 def chosen(kind: str, known: Sequence[str], only: Sequence[str]) -> list[str]:
     """Return the names to measure, in the order of `known`; all of them if `only` is empty. Raises UserError for an unknown `kind`."""
     for name in only:

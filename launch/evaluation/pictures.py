@@ -54,10 +54,15 @@ def new_figure(width: float, height: float = 3.2, grid: str = "y") -> tuple[Figu
     """Return an empty figure of the given size in inches with one plot, without frame lines at the top and the right."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
+    style(axes, grid)
+    return figure, axes
+
+
+def style(axes: Axes, grid: str) -> None:
+    """Give a plot the style of all pictures: a pale grid and no frame lines at the top and the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#dde1e4", linewidth=0.8)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def use_logarithm_for_wide_range(axes: Axes, values: Sequence[float]) -> None:
