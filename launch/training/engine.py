@@ -32,7 +32,7 @@ from launch.training import parallel, saving
 from launch.training.deepspeed_state import OptimizerState
 from launch.training.gradient_squares import GradientSquares, SquaresMeter
 from launch.training.optimizers import optimizer_for
-from launch.training.optimizers.base import is_matrix
+from launch.training.optimizers.base import is_matrix, scalars_of
 from launch.training.optimizers.pieces import Pieces
 from launch.training.settings import RunSettings
 from launch.training.stopwatch import Stopwatch
@@ -61,7 +61,10 @@ class StepReport:
     loss_scale: float | None
     """Loss scale of fp16; None in other precisions."""
     seconds: dict[str, float]
-    """Seconds of this rank by part: forward, backward, optimizer; in a pipeline also passing (sending, receiving, and waiting for both)."""
+    """Seconds of this rank by part: forward, backward, optimizer; in a pipeline also passing (sending, receiving, and waiting for both).
+    Of an optimizer that needs whole parameters also exchange, a part of optimizer."""
+    scalars: dict[str, float]
+    """More scalars by their TensorBoard tag, the same on every rank; empty unless they were asked for."""
     squares: GradientSquares | None = None
     """Squared gradient norms of the step; None without log.noise_scale, and for a skipped step."""
 
@@ -82,7 +85,7 @@ class Engine:
         self._loss, self._distillation = settings.loss, settings.distillation
         self.task = task_named(settings.data.objective, settings.model.architecture)
         self._micro_batches_seen: dict[int, int] = {}  # by layer, in the current step
-        optimizer = optimizer_for(settings.optimizer)
+        self._optimizer = optimizer = optimizer_for(settings.optimizer)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the pipeline's parts, and its memory use many times
             mpu = None
             if "tensor_parallel" in merged_json:
@@ -104,9 +107,11 @@ class Engine:
             if self.config.dropout and name.isdigit():
                 layer.register_forward_pre_hook(functools.partial(self._seed_dropout, int(name)))
         self._state = OptimizerState(self._deepspeed, optimizer, self._region_of, self._is_replica)
+        self._built, self._pieces = built, None
         if optimizer.needs_pieces:
             held = self._state.pieces(layout.stage_place(process.rank), self._is_replica_in_stage)
-            optimizer.attach(built, Pieces(self._state.tensors, held, layout, process.rank, self.device))
+            self._pieces = Pieces(self._state.tensors, held, layout, process.rank, self.device)
+            optimizer.attach(built, self._pieces)
         self._squares: SquaresMeter | None = None
         if settings.log.noise_scale:  # the last hooks on parameters: they see what the others make of a gradient
             clipping = settings.optimizer.gradient_clipping
@@ -144,7 +149,9 @@ class Engine:
         found = self.ranks.all_gather(fingerprint(self._teacher) if self._teacher is not None else None)
         return next(one for one in found if one is not None)
 
-    def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int, stop_asked: bool = False) -> StepReport:
+    def train_step(
+        self, micro_batches: list[Batch], learning_rate: float, step: int, stop_asked: bool = False, with_scalars: bool = False
+    ) -> StepReport:
         """Take optimizer step `step` on this data rank's micro-batches of it."""
         self.current_step, self._micro_batches_seen = step, {}
         for group in self._deepspeed.optimizer.param_groups:
@@ -155,6 +162,8 @@ class Engine:
         divisors = [torch.tensor(max(1, count / self.layout.num_replicas) / parts, device=self.device) for count in counts]
         watch = Stopwatch(self.device)
         loss_scale = self._loss_scale  # that of the gradients: the step may change it
+        if self._pieces is not None:
+            self._pieces.watch = watch
         loss, gradient_norm, skipped = self._step_on(micro_batches, divisors, watch)
         summands = self._squares.take() if self._squares else []
         loss_sum, stops, *sums = self.ranks.sum([loss, float(stop_asked), *summands])
@@ -169,6 +178,7 @@ class Engine:
             stop_asked=stops > 0,
             loss_scale=self._loss_scale,
             seconds=watch.seconds(),
+            scalars=self._scalars() if with_scalars and not skipped else {},
             squares=squares,
         )
 
@@ -176,6 +186,16 @@ class Engine:
     def _loss_scale(self) -> float | None:
         """Loss scale of fp16; None in other precisions."""
         return float(self._deepspeed.optimizer.loss_scale) if self._deepspeed.fp16_enabled() else None
+
+    def _scalars(self) -> dict[str, float]:
+        """Return scalars about the last step, of the parameters of all pipeline stages."""
+        if self._pieces is None:
+            return {}
+        updates = dict(self._optimizer.report(self._built))
+        if self.layout.pipeline_stages > 1:
+            for others in self.ranks.all_gather(updates if self._pieces.place == 0 else {}):
+                updates |= others
+        return scalars_of(updates)
 
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         """Return the loss of this rank (the mean over all ranks is the step's loss), the gradient norm, and True if no weight changed."""

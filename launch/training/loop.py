@@ -134,6 +134,11 @@ def _is_due(done: int, interval: int) -> bool:
     return interval > 0 and done % interval == 0
 
 
+def _is_logged(run: Run, done: int) -> bool:
+    """True if there is a console line after `done` steps."""
+    return _is_due(done, run.settings.log.interval) or done == run.plan.steps
+
+
 def _train_step(run: Run, step: int) -> StepReport:
     """Take one optimizer step and report it to the monitor."""
     start = time.perf_counter()
@@ -141,7 +146,8 @@ def _train_step(run: Run, step: int) -> StepReport:
     with _reading(run):
         micro_batches = run.micro_batches(step)
     data_seconds = time.perf_counter() - start
-    report = run.engine.train_step(micro_batches, rate, step, stop_asked=run.stop.signal_name is not None)
+    stop_asked = run.stop.signal_name is not None
+    report = run.engine.train_step(micro_batches, rate, step, stop_asked, with_scalars=_is_logged(run, step + 1))
     seconds = time.perf_counter() - start
     if run.monitor:
         _report_step(run, run.monitor, step + 1, rate, report, seconds, data_seconds)
@@ -220,13 +226,14 @@ def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: Ste
         "optimization/gradient_norm": report.gradient_norm,
         "progress/tokens": run.plan.tokens_before(done),
         **_by_source("progress/epochs", figures.epochs(done)),
+        **report.scalars,
     }
     if report.loss_scale is not None:
         scalars["optimization/loss_scale"] = report.loss_scale
     if report.skipped:
         scalars["alarm/skipped_step"] = 1.0
         monitor.log(f"Step {done} was skipped because its gradient was not finite. No weight was changed.")
-    at_interval = done % run.settings.log.interval == 0 or done == run.plan.steps
+    at_interval = _is_logged(run, done)
     if run.noise and report.squares:
         run.noise.add(report.squares)
         if at_interval:

@@ -3,12 +3,16 @@
 from data.command_line import UserError
 from launch.training.optimizers.adamw import AdamW
 from launch.training.optimizers.base import Optimizer
+from launch.training.optimizers.lamb import Lamb
+from launch.training.optimizers.lars import Lars
 from launch.training.optimizers.lion import Lion
 from launch.training.optimizers.sgd import SGD
 from launch.training.settings import OptimizerSettings
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     AdamW.name: AdamW,
+    Lamb.name: Lamb,
+    Lars.name: Lars,
     Lion.name: Lion,
     SGD.name: SGD,
 }

@@ -34,4 +34,5 @@ class AdamW(Elementwise):
 
     def direction(self, group: dict, state: dict[str, Tensor], gradient: Tensor) -> Tensor:
         """Return Adam's direction."""
-        return adam_direction(state, gradient, *group["betas"], group["eps"])
+        beta1, beta2 = group["betas"]
+        return adam_direction(state, gradient, beta1, beta2, group["eps"])

@@ -1,9 +1,11 @@
 """The base class of optimizers: all that the engine, checkpoints, the plan and DeepSpeed's JSON need to know about one."""
 
 import abc
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from statistics import median
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,28 @@ from launch.training.settings import OptimizerSettings
 
 WEIGHT_BYTES = 4
 """Size of a float32 weight, which the optimizer updates and a checkpoint stores."""
+
+
+class Update(NamedTuple):
+    """Figures about the last update of one parameter."""
+
+    weight_norm: float | None = None
+    """Norm of the parameter before the update; None if it is not known."""
+    change_norm: float | None = None
+    """Norm of the change; None if it is not known."""
+    trust_ratio: float | None = None
+    """Factor of the learning rate of LAMB and LARS; None for other optimizers."""
+
+
+def scalars_of(updates: Mapping[str, Update]) -> dict[str, float]:
+    """Return scalars about the last updates, by parameter, of all parameters of a model."""
+    scalars: dict[str, float] = {}
+    if ratios := [update.trust_ratio for update in updates.values() if update.trust_ratio is not None]:
+        scalars |= {"trust_ratio_min": min(ratios), "trust_ratio_median": median(ratios), "trust_ratio_max": max(ratios)}
+    known = [(one.weight_norm, one.change_norm) for one in updates.values() if one.weight_norm is not None and one.change_norm is not None]
+    if total := math.hypot(*(weight for weight, _ in known)):
+        scalars["update_rms"] = math.hypot(*(change for _, change in known)) / total
+    return {f"optimizer/{name}": value for name, value in scalars.items()}
 
 
 class Optimizer(abc.ABC):
@@ -47,7 +71,14 @@ class Optimizer(abc.ABC):
 
     def attach(self, built: torch.optim.Optimizer, pieces: Pieces) -> None:
         """Give `built` the map of parameters in the tensors that it updates. Every rank calls this once, after DeepSpeed has made them."""
-        assert not self.needs_pieces, f"{self.name} does not define attach"
+        built.pieces = pieces  # type: ignore[attr-defined]  # our own torch optimizers have it
+
+    def report(self, built: torch.optim.Optimizer) -> Mapping[str, Update]:
+        """Return figures about the last step for the parameters of this rank's pipeline stage, by name. Every rank calls this together.
+
+        It is asked for in steps that are logged, and only if `needs_pieces`.
+        """
+        return {}
 
     @property
     def kinds(self) -> tuple[str, ...]:

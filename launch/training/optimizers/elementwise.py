@@ -24,13 +24,18 @@ def adam_direction(state: Mapping[str, Tensor], gradient: Tensor, beta1: float, 
     return torch.div(mean, divisor, out=divisor).div_(1 - beta1**step)
 
 
+def decaying(weight: Tensor, update: Tensor, cautious: bool) -> Tensor:
+    """Return the weights that decay: all or, if `cautious`, those whose update has their sign or one of them is 0, and 0 for the others."""
+    return weight * (update * weight >= 0) if cautious else weight
+
+
 def apply_update(weight: Tensor, update: Tensor, rate: float, decay: float, *, cautious: bool = False, scale: float = 1.0) -> None:
     """Decay a weight by rate x decay of itself, then subtract rate x scale x update, in place.
 
     If `cautious`, a weight decays only where its update has its sign or one of them is 0 (Chen et al. 2025, arXiv 2510.12402).
     """
     if decay and cautious:
-        weight.sub_(weight * (update * weight >= 0), alpha=rate * decay)
+        weight.sub_(decaying(weight, update, cautious), alpha=rate * decay)
     elif decay:
         weight.mul_(1 - rate * decay)
     weight.add_(update, alpha=-(rate * scale))

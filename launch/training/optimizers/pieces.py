@@ -31,6 +31,11 @@ class Piece(NamedTuple):
     """True if a lower place holds the same values. Pieces that are not replicas cover each parameter exactly once; they alone are
     counted and sent. Replicas receive."""
 
+    @property
+    def values(self) -> slice:
+        """The slice's values in that tensor, flattened."""
+        return slice(self.offset, self.offset + self.shard_slice.count)
+
 
 class Pieces:
     """The pieces of all ranks of one pipeline stage, which together hold every parameter of it. All ranks have the same list."""

@@ -27,6 +27,7 @@ from launch.training.settings import RunSettings
 from model.config import ModelConfig
 from model.loss import IGNORED, training_loss
 from model.transformer import Transformer
+from tests.launch.training.optimizer_references import REFERENCES
 from tests.ranks import answer
 
 STEPS = 20
@@ -34,6 +35,8 @@ GLOBAL_BATCH = 8
 SEQUENCE = 16
 TARGET_LENGTH = 12
 VOCABULARY = 64
+RATES = {"adamw": 1e-3, "lamb": 2e-3, "lars": 1.0}
+"""Learning rate by optimizer, at which the weights move about equally far."""
 
 
 def model_config(case: dict) -> ModelConfig:
@@ -46,11 +49,12 @@ settings_of = functools.cache(read_run_settings)  # building the parser takes lo
 
 def run_settings(case: dict) -> RunSettings:
     words = ["--batch.global_batch_size", str(GLOBAL_BATCH)]
-    words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5)), "--optimizer.learning_rate", "1e-3"]
+    words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5))]
     words += ["--precision", case.get("precision", "float32"), "--recompute", str(case.get("recompute", False)).lower()]
     words += ["--compile", str(case.get("compile", False)).lower()]
     words += [f"--loss.{name}={value}" for name, value in case.get("loss", {}).items()]
     words += [f"--{name}={size}" for name, size in case.get("layout", {}).items()]
+    words += ["--optimizer.name", case.get("optimizer", "adamw"), "--optimizer.learning_rate", str(RATES[case.get("optimizer", "adamw")])]
     words += case.get("words", [])
     return dataclasses.replace(settings_of(tuple(words)), model=model_config(case))
 
@@ -119,13 +123,7 @@ def train_plain(
         there = open_model(settings.distillation.teacher)
         teacher = Transformer(dataclasses.replace(there.config, document_mask=settings.model.document_mask))
         teacher.load_state_dict(dict(there.state))
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=(settings.optimizer.beta1, settings.optimizer.beta2),
-        eps=settings.optimizer.epsilon,
-    )
+    take_step = REFERENCES[settings.optimizer.name](model, settings.optimizer)
     history, weights = [], {}
     for step in range(steps):
         if step == STEPS:
@@ -140,14 +138,12 @@ def train_plain(
             with torch.no_grad():
                 taught = teacher(*batch.inputs)
             loss = with_teacher(loss, outputs, taught, batch, settings)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         for name, is_zero in held.items():
             model.get_parameter(name).grad[is_zero] = 0
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping or float("inf"))
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, settings)
-        optimizer.step()
+        take_step(rate(step, settings))
         history.append((float(loss.detach()), float(norm)))
     return history, weights
 

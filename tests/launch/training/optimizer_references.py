@@ -1,0 +1,82 @@
+"""Optimizers for one process and whole parameters, written as in their papers or taken from torch. They share nothing with ours."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from launch.checkpoints.state import ShardSlice
+from launch.ranks.layout import Layout
+from launch.training.optimizers.base import Optimizer
+from launch.training.optimizers.pieces import Piece, Pieces
+from launch.training.settings import OptimizerSettings
+
+Step = Callable[[float], None]
+"""Updates the weights from their gradients, at a learning rate."""
+
+
+def adamw(model: nn.Module, settings: OptimizerSettings) -> Step:
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+    )
+
+    def step(rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+
+    return step
+
+
+def lamb(model: nn.Module, settings: OptimizerSettings) -> Step:
+    """Algorithm 2 of arXiv 1904.00962, with vectors (norms, biases) that have neither decay nor trust ratio."""
+    means = {parameter: (torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in model.parameters()}
+    count = 0
+
+    @torch.no_grad()
+    def step(rate: float) -> None:
+        nonlocal count
+        count += 1
+        for x, (m, v) in means.items():
+            m.copy_(settings.beta1 * m + (1 - settings.beta1) * x.grad)
+            v.copy_(settings.beta2 * v + (1 - settings.beta2) * x.grad**2)
+            r = (m / (1 - settings.beta1**count)) / ((v / (1 - settings.beta2**count)).sqrt() + settings.epsilon)
+            if x.dim() >= 2:
+                r = r + settings.weight_decay * x
+                if x.norm() > 0 and r.norm() > 0:
+                    r = x.norm() / r.norm() * r
+            x -= rate * r
+
+    return step
+
+
+def lars(model: nn.Module, settings: OptimizerSettings) -> Step:
+    """Algorithm 1 of arXiv 1708.03888, with vectors that have neither decay nor a rate of their own."""
+    momenta = {parameter: torch.zeros_like(parameter) for parameter in model.parameters()}
+
+    @torch.no_grad()
+    def step(rate: float) -> None:
+        for w, v in momenta.items():
+            decay = settings.weight_decay if w.dim() >= 2 else 0.0
+            local = 1.0
+            if w.dim() >= 2 and w.norm() > 0 and w.grad.norm() > 0:
+                local = 0.001 * w.norm() / (w.grad.norm() + decay * w.norm())
+            v.copy_(settings.momentum * v + rate * local * (w.grad + decay * w))
+            w -= v
+
+    return step
+
+
+REFERENCES = {"adamw": adamw, "lamb": lamb, "lars": lars}
+"""Reference by the name of the optimizer."""
+
+
+def attach_whole(optimizer: Optimizer, built: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Give an optimizer of ours the map of a model that one process has whole."""
+    slices = [ShardSlice.of_whole(name, parameter.shape) for name, parameter in model.named_parameters()]
+    held = [Piece(one, index, 0, 0, False) for index, one in enumerate(slices)]
+    optimizer.attach(built, Pieces(list(model.parameters()), held, Layout(1), 0, torch.device("cpu")))

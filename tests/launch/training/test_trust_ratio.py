@@ -1,0 +1,76 @@
+"""LAMB and LARS on one process are the formulas of their papers."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from launch.training.optimizers import optimizer_for
+from launch.training.optimizers.base import scalars_of
+from launch.training.settings import OptimizerSettings
+from tests.launch.training.optimizer_references import REFERENCES, attach_whole
+
+
+def attached(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Return the torch optimizer of a model whose parameters are whole."""
+    optimizer = optimizer_for(settings)
+    built = optimizer.build(model)
+    attach_whole(optimizer, built, model)
+    return built
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 6))
+
+
+@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.0}, {"beta1": 0.0, "epsilon": 1e-3, "weight_decay": 1.0, "momentum": 0.0}])
+# In float32 a weight of 1 has steps of 1.19e-7.
+@pytest.mark.parametrize(
+    ("name", "rate", "dtype", "bound"),
+    [("lamb", 0.01, torch.float32, 1.2e-7), ("lamb", 0.01, torch.float64, 1e-13), ("lars", 2.0, torch.float64, 1e-13)],
+)
+def test_an_optimizer_with_trust_ratios_is_the_formula_of_its_paper(name, rate, dtype, bound, changes):
+    settings = dataclasses.replace(OptimizerSettings(name=name), **changes)
+    ours, reference, start = (network().to(dtype) for _ in range(3))
+    for model in (ours, reference):
+        nn.init.zeros_(model[3].weight)  # a ratio of 1 in the first step
+    built, take_step = attached(ours, settings), REFERENCES[name](reference, settings)
+    for step in range(20):
+        inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(step)).to(dtype)
+        for model in (ours, reference):
+            model.zero_grad()
+            (model(inputs) - 1).square().mean().backward()
+        for group in built.param_groups:
+            group["lr"] = rate * (step + 1) / 20
+        built.step()
+        take_step(rate * (step + 1) / 20)
+    moved, apart = (
+        [float((a - b).detach().abs().max()) for a, b in zip(ours.parameters(), other.parameters(), strict=True)]
+        for other in (start, reference)
+    )
+    assert min(moved) > 1e-3 and max(apart) < bound
+
+
+def test_reported_trust_ratios_and_changes_are_those_of_the_weights():
+    settings = OptimizerSettings(name="lamb")
+    model = network()
+    built = attached(model, settings)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model(torch.ones(1, 12)).square().sum().backward()
+    for group in built.param_groups:
+        group["lr"] = 0.01
+    built.step()
+    updates = optimizer_for(settings).report(built)
+    assert list(updates) == ["0.weight", "3.weight"], "vectors have no trust ratio"
+    for name, update in updates.items():
+        change = float((model.get_parameter(name).detach() - before[name]).norm())
+        assert update.weight_norm == pytest.approx(float(before[name].norm()), rel=1e-5)
+        assert update.change_norm == pytest.approx(change, rel=1e-3) == pytest.approx(0.01 * update.weight_norm, rel=1e-3)
+    scalars = scalars_of(updates)
+    assert scalars["optimizer/update_rms"] == pytest.approx(0.01)
+    ratios = sorted(update.trust_ratio for update in updates.values())
+    assert [scalars[f"optimizer/trust_ratio_{name}"] for name in ("min", "median", "max")] == pytest.approx(
+        [ratios[0], sum(ratios) / 2, ratios[1]]
+    )
