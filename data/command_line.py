@@ -109,7 +109,7 @@ def read_settings(
     Raises UserError with every complaint and where each value was set: unknown names, wrong types, values out of range, values that
     a section refuses with ValueError, and messages of the settings' own method `complaints()`, if it has one.
     """
-    options, aliases = _options(settings), aliases or {}
+    options, aliases = _options(settings), aliases or {}  # type: ignore[arg-type]  # mypy does not see that a class is hashable
     words = _normalize(arguments, options, aliases, takes_recipe=positional is None)
     paths = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     recipes = {path: _read_recipe(path, options, aliases) for path in paths}
