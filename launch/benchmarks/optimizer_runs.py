@@ -46,7 +46,6 @@ class Runs:
         for name in settings.optimizers:
             read_run_settings(["--config", settings.recipe, "--optimizer.name", name])
         plan = recipe.batch_plan
-        self.batch_size = recipe.batch.global_batch_size
         self.tokens_per_sequence = recipe.model.sequence_length
         self._sequences = plan.position(plan.steps)
         self._warmup_share = recipe.warmup_steps / plan.steps
@@ -69,7 +68,7 @@ class Runs:
 
     def rates(self, batch_size: int) -> list[float]:
         """Return the rates that every optimizer is trained with at a batch size."""
-        return sorted(three_digits(rate * math.sqrt(batch_size / self.batch_size)) for rate in self._settings.rates)
+        return sorted(three_digits(rate * math.sqrt(batch_size / self._settings.batch_sizes[0])) for rate in self._settings.rates)
 
     def curve(self, trained: Trained) -> dict[int, float] | None:
         """Return the validation bits per byte of a finished run by step, and None of another."""

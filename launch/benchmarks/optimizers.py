@@ -3,8 +3,8 @@
 Every run is an ordinary run of launch/pretrain.py on one process, in a folder of its own: a finished run is not trained again, and one
 that was stopped resumes. All runs read the same number of tokens, and warm up for the same share of them.
 
-Every optimizer gets the same selection. At the recipe's batch size it is trained with each of --rates on the first seed; at other batch
-sizes the rates are multiplied by the square root of the ratio of the sizes. If the best rate is the lowest or highest one, the next rate
+Every optimizer gets the same selection. At the first batch size it is trained with each of --rates on the first seed; at other batch sizes
+the rates are multiplied by the square root of the ratio of the sizes. If the best rate is the lowest or highest one, the next rate
 (half or twice) is tried too, until it is neither. Then the best rate is trained on all seeds, and their mean is the result.
 
 Losses are compared as bits per byte of the whole validation split. Seconds per step are measured apart from these runs, on an idle

@@ -105,11 +105,11 @@ class OptimizersSettings:
     data: str = "prepared"
     """Folder written by data/prepare.py."""
     recipe: str = "launch/recipes/demo.yaml"
-    """Recipe that every run has in common. Its batch size, length and warm-up are those of the first batch size."""
+    """Recipe that every run has in common. Its tokens, and the share of warm-up steps, hold at every batch size."""
     optimizers: tuple[str, ...] = ("adamw", "muon")
     """Optimizers to compare: values of --optimizer.name of launch/pretrain.py."""
     rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2)
-    """Learning rates that every optimizer is trained with at the recipe's batch size."""
+    """Learning rates that every optimizer is trained with at the first of --batch_sizes."""
     batch_sizes: tuple[int, ...] = (8, 64, 256)
     """Sequences per step."""
     micro_batch_size: Annotated[int, Ge(1)] = 16

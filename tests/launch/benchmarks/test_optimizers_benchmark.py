@@ -83,7 +83,7 @@ def test_picture_has_a_column_for_each_batch_and_a_row_for_each_axis():
 
 
 def test_larger_batches_get_rates_by_the_square_root_and_equal_tokens(options):
-    runs = Runs(OptimizersSettings(output=options[3], recipe=options[1], data=options[5], optimizers=("adamw",)))
+    runs = Runs(OptimizersSettings(output=options[3], recipe=options[1], data=options[5], optimizers=("adamw",), batch_sizes=(2, 8)))
     assert runs.rates(8) == [5e-3, 1e-2, 2e-2, 4e-2] and runs.steps(2) == 4 and runs.steps(8) == 1
 
 
