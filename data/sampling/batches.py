@@ -67,9 +67,11 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """`plan` must have a micro-batch size. Raises UserError if `world` data-parallel ranks cannot share a batch of the last size."""
+        """`plan` must have a micro-batch size. Raises UserError if `world` ranks cannot share its batch. (A ramp is checked by its user,
+        because sizes that were passed before a resume do not count.)"""
         assert plan.batch.micro_batch_size is not None
-        plan.batch.accumulation_steps(world)
+        if not plan.batch.ramp:
+            plan.batch.accumulation_steps(world)
         self.sources = sources
         self.blend = blend
         self.plan = plan

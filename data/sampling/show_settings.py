@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Lt
 
 from data.command_line import UserError, describe, flatten, read_settings
 from data.recorded_paths import require_path
-from data.sampling.batch_plan import BatchSettings, Segment, read_segments
+from data.sampling.batch_plan import BatchSizes, Segment, read_segments
 from data.sampling.settings import Architecture, SamplingSettings
 
 _NOT_FROM_RUN = ("run", "step", "rank", "characters")
@@ -47,7 +47,7 @@ class ShowSettings:
     """Maximum number of characters to show of each document, half from its beginning and half from its end; 0: no limit."""
     data: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
-    batch: BatchSettings = dataclasses.field(default_factory=BatchSettings)
+    batch: BatchSizes = dataclasses.field(default_factory=BatchSizes)
     seed: int = 1
     """Seed of the run, which determines the order of samples."""
 
@@ -55,8 +55,11 @@ class ShowSettings:
         """Return a message for each combination of settings that is not allowed."""
         if self.rank >= self.world_size:
             return [f"{describe(self, 'rank')} must be below {describe(self, 'world_size')}."]
+        if self.batch.is_seesaw and not self.run:
+            return [f"{describe(self, 'batch.ramp')} needs run: its sizes follow from the schedule of a run."]
         try:
-            self.batch.accumulation_steps(self.world_size, "world_size")
+            if not self.batch.ramp:  # of a ramp, the step that is shown decides
+                self.batch.accumulation_steps(self.world_size, "world_size")
         except UserError as error:
             return [str(error)]
         return []
@@ -89,11 +92,16 @@ def _settings_of_run(given: dict) -> dict:
         if "paths" in record:
             recipe["data.path"] = [require_path(one, Path(given["run"]), "--data") for one in record["paths"]["data.path"]]
         samples_per_rank = recipe["batch.micro_batch_size"] * deepspeed["gradient_accumulation_steps"]
-        recipe["world_size"] = recipe["batch.global_batch_size"] // samples_per_rank
+        if recipe.get("batch.ramp"):  # whose sizes differ from that in DeepSpeed's JSON
+            samples = deepspeed["train_batch_size"] // recipe["sequence_parallel_size"]  # DeepSpeed counts each part of a sequence
+        else:
+            samples = recipe["batch.global_batch_size"]
+        recipe["world_size"] = samples // samples_per_rank
         defaults = {name: value for name, value in flatten(dataclasses.asdict(ShowSettings())).items() if name not in _NOT_FROM_RUN}
         # Older versions did not write the settings of objectives; their runs used what are the defaults now.
         return {
-            name: recipe.get(name, default) if name.startswith(("data.", "model.")) else recipe[name] for name, default in defaults.items()
+            name: recipe.get(name, default) if name.startswith(("data.", "model.", "batch.")) else recipe[name]
+            for name, default in defaults.items()
         }
     except UserError:
         raise
@@ -106,9 +114,10 @@ def segments_of_run(settings: ShowSettings) -> tuple[Segment, ...]:
     record = read_run_record(settings.run) if settings.run else {}
     try:
         segments = read_segments(record.get("batch_plan", []))
+        own = {name: record.get("recipe", {}).get("batch", {}).get(name) for name in ("global_batch_size", "ramp")}
     except (TypeError, AttributeError) as error:
         raise _invalid_record(str(settings.run), error) from error
-    return segments if segments and segments[-1].size == settings.batch.global_batch_size else ()
+    return segments if own == {name: getattr(settings.batch, name) for name in own} else ()
 
 
 def changes_of_run(run: str) -> list[str]:
@@ -120,7 +129,7 @@ def changes_of_run(run: str) -> list[str]:
     try:
         record = read_run_record(run)
         if "batch_plan" in record:
-            del names["batch.global_batch_size"]
+            del names["batch.global_batch_size"], names["batch.ramp"]
         changes = [(line, change["time"]) for change in record.get("changes", []) for line in change["lines"]]
         return [f"{line} ({time})" for line, time in changes if line.startswith("the ") or line.split(":")[0] in names]
     except (KeyError, TypeError, AttributeError) as error:

@@ -32,8 +32,11 @@ def show(settings: ShowSettings) -> Iterator[str]:
         model.token_types,
     )
     plan = BatchPlan(settings.batch, model.sequence_length, segments=segments_of_run(settings))
-    batch = dataclasses.replace(settings.batch, global_batch_size=plan.size(settings.step - 1))
-    batch = dataclasses.replace(batch, micro_batch_size=batch.micro_batch_size or batch.accumulation_steps(settings.world_size))
+    size = plan.size(settings.step - 1)
+    share = settings.batch.accumulation_steps(settings.world_size, "world_size", size)
+    batch = dataclasses.replace(
+        settings.batch, global_batch_size=size, micro_batch_size=settings.batch.micro_batch_size or share, ramp=None
+    )
     plan = dataclasses.replace(plan, batch=batch)
     batches = TrainingBatches(sampling.samples, sampling.blend, plan, settings.rank, settings.world_size)
     yield (

@@ -138,3 +138,19 @@ def refuse_missing_python(peer_python: str | None) -> None:
     """Raise UserError if the Python of the peer's environment does not exist."""
     if peer_python is not None and not shutil.which(peer_python):
         raise UserError(f"--peer_python {peer_python} is not a program.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SeesawSettings:
+    """Settings of launch/benchmarks/seesaw.py."""
+
+    data: str = "prepared"
+    """Prepared folder."""
+    output: str = "runs/seesaw"
+    """Folder of the runs, one for each seed and contender."""
+    kind: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Schedule of the learning rate."""
+    train_tokens: Annotated[float, Gt(0)] = 3_072_000.0
+    """Length of each run in tokens (the demo's: 1,500 steps of 8 sequences)."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds to train with."""

@@ -185,7 +185,10 @@ def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], curre
     how += (
         "" if saved_layout == current_layout else f", converted from {describe_layout(saved_layout)} to {describe_layout(current_layout)}"
     )
-    return checkpoint.step_of(folder), run_folder.plan_after(ready.settings, manifest), how
+    step, plan_of_run = checkpoint.step_of(folder), run_folder.plan_after(ready.settings, manifest)
+    for size in plan_of_run.sizes_from(step):  # if newer checkpoints are damaged, sizes are to come again that nobody has checked
+        ready.settings.batch.accumulation_steps(ready.layout.data_parallel_size, size=size)
+    return step, plan_of_run, how
 
 
 def _introduce(monitor: Monitor, ready: Ready, first_step: int, batch_plan: BatchPlan, how_loaded: str, peak: str) -> None:

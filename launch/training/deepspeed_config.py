@@ -54,14 +54,27 @@ def layout_of(written: dict, settings: RunSettings, world_size: int) -> Layout:
     return Layout(world_size, stages, settings.tensor_parallel_size, settings.sequence_parallel_size)
 
 
-def complete(written: dict, path: str, settings: RunSettings, layout: Layout, device: str, ranks_per_node: int | None = None) -> dict:
+def complete(
+    written: dict,
+    path: str,
+    settings: RunSettings,
+    layout: Layout,
+    device: str,
+    ranks_per_node: int | None = None,
+    size: int | None = None,
+) -> dict:
     """Return what DeepSpeed receives: the JSON of `path` with every "auto" filled from the recipe and every number that matters.
 
-    `ranks_per_node` (default: all ranks) replaces the "auto" of hpZ.
+    `ranks_per_node` (default: all ranks) replaces the "auto" of hpZ. `size` (default: batch.global_batch_size) is the smallest number of
+    sequences of a step that the run still takes; the engine changes the number of micro-batches for other sizes.
     Raises UserError with all complaints together: numbers that JSON and recipe give differently, and what is not supported.
     """
-    merged, complaints = _fill_from_recipe(written, path, _recipe_values(settings, layout))
+    values = _recipe_values(settings, layout, size or settings.batch.global_batch_size)
+    merged, complaints = _fill_from_recipe(written, path, values)
     complaints += _unread_by_the_optimizer(written, path, settings)
+    optimizer = optimizer_for(settings.optimizer)
+    if settings.batch.beta2_rule != "fixed" and "betas" not in optimizer.json_parameters:
+        complaints.append(f"{describe(settings, 'batch.beta2_rule')} needs an optimizer with beta2, which {optimizer.name} does not have.")
     merged.pop("optimizer", None)  # DeepSpeed receives the optimizer itself, built from the same numbers
     if layout.pipeline_stages > 1:
         merged["pipeline"] = _PIPELINE_DEFAULTS | merged["pipeline"] | _FIXED_IN_A_PIPELINE
@@ -87,7 +100,7 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
     return merged | {
         **_FIXED,
         # DeepSpeed counts each rank's part of a sequence as a sample.
-        "train_batch_size": settings.batch.global_batch_size * layout.sequence_parallel_size,
+        "train_batch_size": merged["train_batch_size"] * layout.sequence_parallel_size,
         "prescale_gradients": merged.get("prescale_gradients", False),
         "gradient_predivide_factor": merged.get("gradient_predivide_factor", 1.0),
         "communication_data_type": merged.get("communication_data_type", "fp32"),
@@ -96,15 +109,15 @@ def complete(written: dict, path: str, settings: RunSettings, layout: Layout, de
     }
 
 
-def _recipe_values(settings: RunSettings, layout: Layout) -> dict[str, tuple[object, str]]:
+def _recipe_values(settings: RunSettings, layout: Layout, size: int) -> dict[str, tuple[object, str]]:
     """Return the numbers of the JSON that the recipe decides: by their dotted key, the value and the settings it comes from."""
     batch, optimizer = settings.batch, optimizer_for(settings.optimizer)
     assert batch.micro_batch_size is not None
     sizes = "batch.global_batch_size / (batch.micro_batch_size x data_parallel_size)"
     values: dict[str, tuple[object, str]] = {
-        "train_batch_size": (batch.global_batch_size, "batch.global_batch_size"),
+        "train_batch_size": (size, "batch.ramp" if batch.ramp else "batch.global_batch_size"),
         "train_micro_batch_size_per_gpu": (batch.micro_batch_size, "batch.micro_batch_size"),
-        "gradient_accumulation_steps": (batch.accumulation_steps(layout.data_parallel_size), sizes),
+        "gradient_accumulation_steps": (batch.accumulation_steps(layout.data_parallel_size, size=size), sizes),
         "gradient_clipping": (settings.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
         "bf16.enabled": (settings.precision == "bf16", "precision"),
         "fp16.enabled": (settings.precision == "fp16", "precision"),

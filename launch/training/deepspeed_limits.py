@@ -236,9 +236,13 @@ def _too_few_micro_batches(merged: dict, parts: int, path: str, settings: RunSet
     share = micro_batches * size
     smaller = next((smaller for smaller in range(share // parts, 0, -1) if share % smaller == 0), None)
     advice = f"micro_batch_size {smaller}" if smaller else f"global_batch_size {parts * size * layout.data_parallel_size}"
+    batch = f"batch.global_batch_size {settings.batch.global_batch_size}"
+    if settings.batch.ramp:
+        batch = f"the smallest size of batch.ramp {settings.batch.ramp}, {share * layout.data_parallel_size},"
+        advice = advice.replace("global_batch_size", "ramp with sizes of at least")
     return (
         f"{path}: pipeline.schedule dualpipev needs at least {parts} micro-batches per step, two for each stage; batch.micro_batch_size "
-        f"{size} and batch.global_batch_size {settings.batch.global_batch_size} give {micro_batches}. Nearest: batch.{advice}."
+        f"{size} and {batch} give {micro_batches}. Nearest: batch.{advice}."
     )
 
 

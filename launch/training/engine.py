@@ -150,12 +150,21 @@ class Engine:
         return next(one for one in found if one is not None)
 
     def train_step(
-        self, micro_batches: list[Batch], learning_rate: float, step: int, stop_asked: bool = False, with_scalars: bool = False
+        self,
+        micro_batches: list[Batch],
+        learning_rate: float,
+        step: int,
+        stop_asked: bool = False,
+        with_scalars: bool = False,
+        beta2: float | None = None,
     ) -> StepReport:
-        """Take optimizer step `step` on this data rank's micro-batches of it."""
+        """Take optimizer step `step` on this data rank's micro-batches of it. `beta2` replaces the optimizer's if it is given."""
         self.current_step, self._micro_batches_seen = step, {}
+        self._accumulate(len(micro_batches))
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
+            if beta2 is not None and "betas" in group:
+                group["betas"] = group["betas"][0], beta2
         micro_batches = [self._part_of(batch) for batch in micro_batches]
         counts = self.ranks.sum([target_tokens(micro_batches), target_classes(micro_batches)])
         parts = len(micro_batches) * self.layout.zero_size
@@ -197,12 +206,27 @@ class Engine:
                 updates |= others
         return scalars_of(updates)
 
+    def _accumulate(self, num_micro_batches: int) -> None:
+        """Tell DeepSpeed the number of micro-batches of the next step.
+
+        DeepSpeed 0.19.8 counts micro-batches over all steps: without a new start it would take the next steps too early after a change.
+        With offload under ZeRO-1 and -2 the optimizer has a number of its own, which decides how the gradient norm is computed.
+        """
+        engine = self._deepspeed
+        if num_micro_batches == engine.gradient_accumulation_steps():
+            return
+        engine.set_train_batch_size(num_micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+        engine.micro_steps = 0
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+            engine.optimizer.gradient_accumulation_steps = num_micro_batches
+
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         """Return the loss of this rank (the mean over all ranks is the step's loss), the gradient norm, and True if no weight changed."""
         engine = self._deepspeed
         engine.train()
         total = torch.zeros((), device=self.device)
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, 1):
+            assert engine.is_gradient_accumulation_boundary() == (number == len(micro_batches)), "DeepSpeed would step too early"
             batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
             with watch.measure("forward"):
                 loss = self._training_loss(engine(*batch.inputs), labels_of(batch, divisors), batch.inputs)

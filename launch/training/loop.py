@@ -142,12 +142,17 @@ def _is_logged(run: Run, done: int) -> bool:
 def _train_step(run: Run, step: int) -> StepReport:
     """Take one optimizer step and report it to the monitor."""
     start = time.perf_counter()
-    rate = _learning_rate(run, step)
+    rate, size = _learning_rate(run, step), run.plan.size(step)
+    batch, beta2 = run.settings.batch, None
+    if batch.beta2_rule != "fixed":
+        beta2 = batch.beta2(size, run.settings.optimizer.beta2)
+    if run.monitor and batch.ramp and step and size != run.plan.size(step - 1):
+        run.monitor.log(f"From step {step + 1} on a step reads {size} samples in place of {run.plan.size(step - 1)}.")
     with _reading(run):
         micro_batches = run.micro_batches(step)
     data_seconds = time.perf_counter() - start
     stop_asked = run.stop.signal_name is not None
-    report = run.engine.train_step(micro_batches, rate, step, stop_asked, with_scalars=_is_logged(run, step + 1))
+    report = run.engine.train_step(micro_batches, rate, step, stop_asked, with_scalars=_is_logged(run, step + 1), beta2=beta2)
     seconds = time.perf_counter() - start
     if run.monitor:
         _report_step(run, run.monitor, step + 1, rate, report, seconds, data_seconds)
@@ -169,10 +174,10 @@ def _reading(run: Run) -> Iterator[None]:
 
 
 def _learning_rate(run: Run, step: int) -> float:
-    schedule, peak = run.settings.schedule, run.settings.optimizer.learning_rate
-    return learning_rate(
-        step, run.plan, peak, schedule.kind, run.settings.warmup_steps, schedule.min_learning_rate, schedule.decay_fraction
-    )
+    settings, schedule = run.settings, run.settings.schedule
+    peak = settings.optimizer.learning_rate * settings.batch.rate_factor(run.plan.size(step))
+    warmup_steps = settings.warmup_steps_in(run.plan)
+    return learning_rate(step, run.plan, peak, schedule.kind, warmup_steps, schedule.min_learning_rate, schedule.decay_fraction)
 
 
 def _check_disk(run: Run, step: int) -> str | None:
@@ -228,6 +233,8 @@ def _report_step(run: Run, monitor: Monitor, done: int, rate: float, report: Ste
         **_by_source("progress/epochs", figures.epochs(done)),
         **report.scalars,
     }
+    if run.settings.batch.ramp:
+        scalars["optimization/batch_size"] = run.plan.size(done - 1)
     if report.loss_scale is not None:
         scalars["optimization/loss_scale"] = report.loss_scale
     if report.skipped:

@@ -37,7 +37,7 @@ class Monitor:
     def __init__(self, folder: Path, first_step: int, plan: BatchPlan):
         self._plan = plan
         self._files_failed = False
-        self._recent_seconds: deque[float] = deque(maxlen=50)
+        self._recent_seconds: deque[float] = deque(maxlen=50)  # for each sample
         self._log_file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
         _remove_later_entries(folder / "metrics.jsonl", first_step)
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -66,7 +66,7 @@ class Monitor:
 
     def step(self, step: int, scalars: dict[str, float], seconds: float) -> None:
         """Write the scalars of a training step and note that it took `seconds`."""
-        self._recent_seconds.append(seconds)
+        self._recent_seconds.append(seconds / self._plan.size(step - 1))
         self._bar.update(step - self._bar.n)
         self.scalars(step, scalars)
 
@@ -86,7 +86,7 @@ class Monitor:
         self, step: int, loss: float, learning_rate: float, gradient_norm: float, tokens_per_second: float, use: float | None
     ) -> None:
         """Log the line that appears every log.interval steps. `use` is the share of the peak FLOP/s (MFU), 0 to 1; None if unknown."""
-        left = median(self._recent_seconds) * (self._plan.steps - step)
+        left = median(self._recent_seconds) * (self._plan.position(self._plan.steps) - self._plan.position(step))
         mfu = "" if use is None else f" | MFU: {100 * use:.1f} %"
         self.log(
             f"step: {step}/{self._plan.steps} | loss: {loss:.4f} | learning rate: {learning_rate:.2e} | "

@@ -83,6 +83,7 @@ class PipelinedEngine(Engine):
 
     def _step_on(self, micro_batches: list[Batch], divisors: list[Tensor], watch: Stopwatch) -> tuple[float, float, bool]:
         engine, self._shaped_like = self._deepspeed, micro_batches[0]
+        assert engine.micro_batches == len(micro_batches), "DeepSpeed would step too early"
         methods = type(engine)._INSTRUCTION_MAP
         engine._INSTRUCTION_MAP = {instruction: _timed(method, watch, PART_OF[instruction]) for instruction, method in methods.items()}
         for name, parameter in self._model.named_parameters():

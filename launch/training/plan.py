@@ -42,13 +42,14 @@ def plan(
             else [("data", f"{', '.join(settings.data.path)} is missing: the embedded corpus is prepared first")]
         ),
         ("batch", batches.describe(layout.data_parallel_size)),
+        *_ramp_rows(settings, batches),
         ("length", _length(batches, data)),
-        ("rate", _rate(settings)),
+        ("rate", _rate(settings, batches)),
         *([] if initial or teacher else _advice(settings, layout, batches, data)),
         ("optimizer", optimizer_for(settings.optimizer).describe()),
         ("engine", _engine(settings, merged_json["zero_optimization"], layout, device)),
         *_notes_on_one_node(merged_json["zero_optimization"], layout, device),
-        *_pipeline_rows(settings, merged_json, layout),
+        *_pipeline_rows(settings, merged_json, layout, batches),
         ("memory", _memory(settings, merged_json, layout, teacher)),
         ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),
     ]
@@ -75,11 +76,31 @@ def _length(batches: BatchPlan, data: RunData | None) -> str:
     return text + (f", {_epochs(batches, data)} epochs" if data else "")
 
 
-def _rate(settings: RunSettings) -> str:
+def _ramp_rows(settings: RunSettings, batches: BatchPlan) -> Rows:
+    """Describe what follows the size of the batch, with a warning if the run ends before it has the last size."""
+    batch, optimizer = settings.batch, settings.optimizer
+    if batch.ramp is None:
+        return []
+    taken = [one for one in batches.segments if one.first_step < batches.steps]
+    sizes = " -> ".join(f"{one.size} (rate x {batch.rate_factor(one.size):.3g})" for one in taken)
+    text = f"{batch.ramp}: {sizes} in {batches.steps:,} steps"
+    if batch.is_seesaw:
+        text += f" in place of {batches.position(batches.steps) // batch.global_batch_size:,} of {batch.global_batch_size}"
+    if batch.beta2_rule != "fixed":
+        text += "; beta2 " + " -> ".join(f"{batch.beta2(one.size, optimizer.beta2):.4g}" for one in taken)
+    rows = [("ramp", text)]
+    if len(taken) < len(batches.segments) and not batch.is_seesaw:
+        rows.append(
+            ("warning", f"the run ends before its batch has {batches.segments[len(taken)].size} sequences, which batch.ramp asks for")
+        )
+    return rows
+
+
+def _rate(settings: RunSettings, batches: BatchPlan) -> str:
     schedule, optimizer = settings.schedule, settings.optimizer
     end = f", down to {schedule.min_learning_rate:g}" if schedule.kind != "constant" else ""
     return (
-        f"{optimizer.learning_rate:g}, {schedule.kind}, warm-up {settings.warmup_steps} steps{end}; "
+        f"{optimizer.learning_rate:g}, {schedule.kind}, warm-up {settings.warmup_steps_in(batches)} steps{end}; "
         f"clipping {optimizer.gradient_clipping:g}, decay {optimizer.weight_decay:g}"
     )
 
@@ -226,18 +247,19 @@ def _notes_on_one_node(zero: dict, layout: Layout, device: str) -> Rows:
     return rows
 
 
-def _pipeline_rows(settings: RunSettings, merged_json: dict, layout: Layout) -> Rows:
+def _pipeline_rows(settings: RunSettings, merged_json: dict, layout: Layout, batches: BatchPlan) -> Rows:
     """Describe the pipeline and its bubble, with a warning and better sizes if there are too few micro-batches."""
     if layout.pipeline_stages == 1:
         return []
     section, stages = merged_json["pipeline"], layout.pipeline_stages
-    micro_batches = settings.batch.accumulation_steps(layout.data_parallel_size)
+    smallest = min(batches.sizes_from(0)) if settings.batch.ramp else settings.batch.global_batch_size
+    micro_batches = max(1, smallest // (settings.batch.micro_batch_size or 1) // layout.data_parallel_size)
     bubble = f"bubble {layout.bubble(micro_batches):.1%} of a step with one forward, one backward"
     if section["schedule"] == "dualpipev":
         bubble += "; DualPipeV, which fills the pipeline from both ends, has a smaller one"
     rows = [("pipeline", f"{stages} stages by {section['partition']}, {section['schedule']}, {micro_batches} micro-batches; {bubble}")]
     if micro_batches < min_micro_batches(stages):
-        share = settings.batch.global_batch_size // layout.data_parallel_size
+        share = smallest // layout.data_parallel_size
         size = largest_micro_batch_size(share, stages)
         better = share // size
         advice = (

@@ -16,10 +16,10 @@ import uuid
 from pathlib import Path
 from typing import BinaryIO
 
-from data.command_line import UserError, flatten
+from data.command_line import UserError, describe, flatten
 from data.files import lock_file, nearest_existing, write_file
 from data.recorded_paths import find_path, places_of, require_path
-from data.sampling.batch_plan import BatchPlan, read_segments
+from data.sampling.batch_plan import BatchPlan, Segment, read_segments
 from data.tokenization.companions import GENERATION, companion_files, copy_companions, licence_files, published_configuration
 from data.tokenization.configuration import CONFIGURATION, read_configuration, read_json_object, token_content
 from launch import REPOSITORY
@@ -200,14 +200,45 @@ def _note_on_order(changed: list[str], settings: RunSettings) -> list[str]:
     ]
 
 
+def find_plan(settings: RunSettings) -> tuple[BatchPlan, int]:
+    """Return the samples that each step reads, and the step to begin with: that of the newest checkpoint, 0 without one.
+
+    Only `inspect` tells whether the run may resume with these settings.
+    """
+    newest = _newest_manifest(Path(settings.output) / "checkpoints")
+    if newest is None:
+        return settings.batch_plan, 0
+    step, segments = newest[1]["step"], _segments_in(newest[1], settings)
+    if settings.batch.ramp and not settings.batch_plan.begins_with(step, segments):  # `inspect` refuses it
+        return settings.batch_plan, step
+    return settings.batch_plan.after(step, segments), step
+
+
 def plan_after(settings: RunSettings, manifest: dict) -> BatchPlan:
-    """Return the samples that each step reads in a run that resumes from the checkpoint with this manifest."""
+    """Return the samples that each step reads in a run that resumes from the checkpoint with this manifest.
+
+    Raises UserError if the run has read other sizes than batch.ramp gives.
+    """
+    step, segments = manifest["step"], _segments_in(manifest, settings)
+    if settings.batch.ramp and not settings.batch_plan.begins_with(step, segments):
+        taken = [
+            f"{one.size} from token {one.first_position * settings.model.sequence_length:,}" for one in segments if one.first_step < step
+        ]
+        tokens = dataclasses.replace(settings.batch_plan, segments=segments).tokens_before(step)
+        raise UserError(
+            f"{describe(settings, 'batch.ramp')} gives other sizes than the run has read: {', '.join(taken)}. "
+            f"A ramp can be changed only after the {tokens:,} tokens of the newest checkpoint."
+        )
+    return settings.batch_plan.after(step, segments)
+
+
+def _segments_in(manifest: dict, settings: RunSettings) -> tuple[Segment, ...]:
+    """Return the sizes of the steps as a checkpoint's manifest has them."""
     # A version without batch_plan read equally many samples at every step, also before a change.
     whole = [
         {"first_step": 0, "first_position": 0, "size": manifest.get("data", {}).get("samples_per_step", settings.batch.global_batch_size)}
     ]
-    segments = read_segments(manifest.get("batch_plan", whole))
-    return settings.batch_plan.after(manifest["step"], segments)
+    return read_segments(manifest.get("batch_plan", whole))
 
 
 def _is_ours(name: str) -> bool:
@@ -299,7 +330,7 @@ def _copy_tokenizer(folder: Path, tokenizer: Path, initial: OpenedModel | None, 
 
 def describe_new_size(settings: RunSettings, plan: BatchPlan, first_step: int) -> str | None:
     """Return a line on what changes with the batch size at the step that a run resumes at; None if it does not change there."""
-    if not first_step or plan.segments[-1].first_step != first_step:
+    if not first_step or settings.batch.ramp or plan.segments[-1].first_step != first_step:
         return None
     before = dataclasses.replace(plan, segments=plan.segments[:-1])
     text = (

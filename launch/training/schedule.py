@@ -1,8 +1,9 @@
-"""Learning rate as a function of the step."""
+"""Learning rate as a function of the step, and the batch ramp that replaces its decay."""
 
+import dataclasses
 import math
 
-from data.sampling.batch_plan import BatchPlan
+from data.sampling.batch_plan import BatchPlan, segments_from
 
 
 def learning_rate(
@@ -18,10 +19,12 @@ def learning_rate(
 
     cosine: one half period down (Loshchilov and Hutter 2016, arXiv 1608.03983).  linear: a straight line down.  constant: `peak`.
     wsd: constant, then a straight line down over the last `decay_fraction` of the run (Hu et al. 2024, arXiv 2404.06395).
-    Progress after warm-up is counted in positions of the batch plan. A step after the last one would have the rate `minimum`.
+    Progress is counted in positions of the batch plan. A step after the last one would have the rate `minimum`. Where the batch has
+    another size, `peak` is the rate that belongs to that size.
     """
     if step < warmup_steps:
-        return peak * (step + 1) / (warmup_steps + 1)
+        size = plan.size(warmup_steps)  # with one size, positions / size are steps
+        return peak * (plan.position(step + 1) / size) / (plan.position(warmup_steps + 1) / size)
     if kind == "constant":
         return peak
     start, end = plan.position(warmup_steps), plan.position(plan.steps)
@@ -31,3 +34,24 @@ def learning_rate(
     progress = min(1.0, max(0.0, (plan.position(step) - start) / max(1, end - start)))
     remaining = (1 + math.cos(math.pi * progress)) / 2 if kind == "cosine" else 1 - progress
     return minimum + (peak - minimum) * remaining
+
+
+def seesaw(plan: BatchPlan, kind: str, warmup_steps: int, minimum: float, peak: float, decay_fraction: float) -> BatchPlan:
+    """Return a plan whose batch doubles where the schedule halves the learning rate (Meterez et al. 2025, arXiv 2510.14717).
+
+    `plan` has one size, `batch` its sizes with the ramp. With the rate times the root of the size, each halving of the rate becomes a
+    doubling of the batch and a division of the rate by the root of 2.
+    """
+    starts = [(0, plan.batch.seesaw_sizes[0])]
+    first = warmup_steps
+    for number, size in enumerate(plan.batch.seesaw_sizes[1:], 1):
+        low, high = first, plan.steps  # the rate never rises after warm-up: the first step with the halved rate by bisection
+        while low < high:
+            middle = (low + high) // 2
+            rate = learning_rate(middle, plan, peak, kind, warmup_steps, minimum, decay_fraction)
+            low, high = (low, middle) if rate <= peak / 2**number else (middle + 1, high)
+        if low == plan.steps:
+            break
+        first = low
+        starts.append((plan.position(low), size))
+    return dataclasses.replace(plan, segments=segments_from(starts))

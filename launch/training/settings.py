@@ -5,17 +5,19 @@ Each field's docstring is its text in --help; its range stands in its type. laun
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from data.command_line import UserError, add_origins, describe, not_utf8
 from data.preparation.settings import MIN_VOCAB_SIZE
-from data.sampling.batch_plan import BatchPlan, BatchSettings
+from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment
 from data.sampling.settings import SamplingSettings
 from launch import REPOSITORY
 from launch.ranks.layout import Layout, largest_micro_batch_size
 from launch.training.initial_model import differences_from_init
+from launch.training.schedule import seesaw
 from model.config import ModelConfig
 
 
@@ -77,10 +79,12 @@ class ScheduleSettings:
     """Shape of the learning rate after warm-up. wsd (warmup-stable-decay, arXiv 2404.06395) is constant and falls at the end."""
     warmup_steps: Annotated[int, Ge(0), Lt(2**31)] | None = None
     """Steps in which the learning rate rises linearly from 0 (default: a tenth of all steps, at most 100)."""
+    warmup_tokens: Annotated[float, Ge(0), Lt(1e18)] | None = None
+    """Warm-up in tokens, rounded up to whole steps. Give this or warmup_steps."""
     min_learning_rate: Annotated[float, Ge(0)] = 0.0
     """Learning rate at the end, one step after the last. Not used by kind constant."""
     decay_fraction: Annotated[float, Gt(0), Le(1)] = 0.2
-    """wsd: share of all steps in which the learning rate falls linearly."""
+    """wsd: share of the run's tokens in which the learning rate falls linearly."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,14 +253,40 @@ class RunSettings:
 
     @property
     def batch_plan(self) -> BatchPlan:
-        """The samples that each step reads, and the run's steps and tokens, which follow from them."""
-        return BatchPlan(self.batch, self.model.sequence_length, self.train_steps, self.train_tokens)
+        """The samples that each step reads, and the run's steps and tokens, which follow from them. (For a resume: Start.plan.)"""
+        if not self.batch.is_seesaw:
+            return BatchPlan(self.batch, self.model.sequence_length, self.train_steps, self.train_tokens)
+        schedule, plan = self.schedule, self._plan_of_one_size
+        return seesaw(
+            plan,
+            schedule.kind,
+            self.warmup_steps_in(plan),
+            schedule.min_learning_rate,
+            self.optimizer.learning_rate,
+            schedule.decay_fraction,
+        )
+
+    @property
+    def _plan_of_one_size(self) -> BatchPlan:
+        """The plan of a run whose batch always has global_batch_size."""
+        segments = (Segment(0, 0, self.batch.global_batch_size),)
+        return BatchPlan(self.batch, self.model.sequence_length, self.train_steps, self.train_tokens, segments)
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up: those that were set, else the default, which follows the length of the run."""
+        """Steps of warm-up of a run that has not been resumed."""
+        return self.warmup_steps_in(self.batch_plan)
+
+    def warmup_steps_in(self, plan: BatchPlan) -> int:
+        """Return the steps of warm-up: those that were set, else the default, which follows the length of the run."""
+        if self.batch.is_seesaw:
+            plan = self._plan_of_one_size  # on whose rates the ramp depends
+        if self.schedule.warmup_tokens is not None:
+            position = math.ceil(self.schedule.warmup_tokens / plan.sequence_length)
+            step = plan.step_of(position)
+            return step + (plan.position(step) < position)
         chosen = self.schedule.warmup_steps
-        return min(100, self.batch_plan.steps // 10) if chosen is None else chosen
+        return min(100, plan.steps // 10) if chosen is None else chosen
 
     def complaints(self) -> list[str]:
         """Return a message for each combination of settings that is invalid. Ranges are checked before."""
@@ -294,16 +324,43 @@ def _complaints_about_length(settings: RunSettings) -> list[str]:
         return ["Give train_steps or train_tokens, the length of training."]
     if settings.train_steps is not None and settings.train_tokens is not None:
         return [f"{steps} and {tokens} both set the length of training; keep one and set the other to null."]
-    complaints, plan = [], settings.batch_plan
     of_a_step = f"{describe(settings, 'batch.global_batch_size')} x {describe(settings, 'model.sequence_length')}"
-    if settings.train_tokens is not None and settings.train_tokens < plan.tokens(0):
+    plan = settings.batch_plan if settings.batch.ramp and not settings.batch.is_seesaw else settings._plan_of_one_size
+    complaints = _complaints_about_ramp(settings)
+    warmup_steps = settings.warmup_steps_in(plan)
+    if settings.schedule.warmup_steps is not None and settings.schedule.warmup_tokens is not None:
+        given = [describe(settings, f"schedule.{name}") for name in ("warmup_steps", "warmup_tokens")]
+        complaints.append(f"{given[0]} and {given[1]} both set the warm-up; keep one and set the other to null.")
+    elif settings.train_tokens is not None and settings.train_tokens < plan.tokens(0):
         complaints.append(f"{tokens} is less than one step, which is {of_a_step} = {plan.tokens(0):,} tokens.")
-    elif settings.warmup_steps >= plan.steps and settings.schedule.kind != "constant":
+    elif warmup_steps >= plan.steps and settings.schedule.kind != "constant" and settings.schedule.warmup_tokens is not None:
+        length = tokens if settings.train_tokens is not None else f"{plan.tokens_before(plan.steps):,}, the tokens of {steps}"
+        complaints.append(f"{describe(settings, 'schedule.warmup_tokens')} must be below {length}.")
+    elif warmup_steps >= plan.steps and settings.schedule.kind != "constant":
         length = steps if settings.train_steps is not None else f"{plan.steps}, the steps of {tokens} with {of_a_step}"
         complaints.append(
             f"{describe(settings, 'schedule.warmup_steps')} must be below {length}. "
             f"Use --schedule.warmup_steps {plan.steps - 1}{' or less' if plan.steps > 1 else ''}."
         )
+    return complaints
+
+
+def _complaints_about_ramp(settings: RunSettings) -> list[str]:
+    batch, ramp = settings.batch, describe(settings, "batch.ramp")
+    if batch.ramp is None:
+        rules = [name for name in ("rate_rule", "beta2_rule") if getattr(batch, name) != getattr(BatchSettings, name)]
+        return [f"{describe(settings, f'batch.{name}')} has no effect without batch.ramp." for name in rules]
+    if not batch.is_seesaw:
+        return []
+    complaints = []
+    if settings.schedule.kind == "constant":
+        complaints.append(f"{ramp} needs a schedule whose rate falls, but {describe(settings, 'schedule.kind')} never does.")
+    if settings.train_tokens is None:
+        complaints.append(
+            f"{ramp} needs train_tokens in place of {describe(settings, 'train_steps')}: the ramp decides the number of steps."
+        )
+    if batch.rate_rule != "sqrt":
+        complaints.append(f"{describe(settings, 'batch.rate_rule')} does not apply to {ramp}, whose rate follows the root of the size.")
     return complaints
 
 
@@ -381,23 +438,34 @@ def _without_effect(settings: RunSettings, section: str, switch: str) -> list[st
     return [f"{describe(settings, f'{section}.{name}')} has no effect without {section}.{switch}." for name in unused]
 
 
-def share_the_batch(settings: RunSettings, layout: Layout) -> RunSettings:
-    """Return the settings with a micro-batch size and warm-up, if none were given. Raises UserError if ranks cannot share the batch."""
+def share_the_batch(settings: RunSettings, layout: Layout, plan: BatchPlan | None = None, first_step: int = 0) -> RunSettings:
+    """Return the settings with a micro-batch size and warm-up, if none were given.
+
+    `plan` and `first_step` are those of a run that resumes. Raises UserError if ranks cannot share a batch of a size that is still to
+    come.
+    """
+    plan = plan or settings.batch_plan
+    sizes: Sequence[int] = plan.sizes_from(first_step)
     try:
-        share = settings.batch.accumulation_steps(layout.data_parallel_size)
+        shares = [settings.batch.accumulation_steps(layout.data_parallel_size, size=size) for size in sizes]
     except UserError as error:
         raise UserError(add_origins(str(error), settings)) from error
-    size = settings.batch.micro_batch_size or largest_micro_batch_size(share, layout.pipeline_stages)
+    size = settings.batch.micro_batch_size or _micro_batch_size(shares, layout.pipeline_stages)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
-    schedule = dataclasses.replace(settings.schedule, warmup_steps=settings.warmup_steps)
+    schedule = settings.schedule
+    if schedule.warmup_tokens is None:
+        schedule = dataclasses.replace(schedule, warmup_steps=settings.warmup_steps_in(plan))
     shared = dataclasses.replace(settings, batch=batch, schedule=schedule, pipeline_stages=layout.pipeline_stages)
-    if settings.log.noise_scale and (complaint := _why_noise_cannot_be_measured(settings, shared.batch, layout)):
+    if settings.log.noise_scale and (complaint := _why_noise_cannot_be_measured(settings, shared.batch, layout, min(sizes))):
         raise UserError(complaint)
     return shared
 
 
-def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, layout: Layout) -> str | None:
-    """Return a message if the gradients of micro-batches cannot be compared; `batch` has a micro-batch size."""
+def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, layout: Layout, smallest: int) -> str | None:
+    """Return a message if the gradients of micro-batches cannot be compared.
+
+    `batch` has a micro-batch size; `smallest` is the smallest number of sequences of a step that the run still takes.
+    """
     wanted = describe(settings, "log.noise_scale")
     if layout.sequence_parallel_size > 1:
         return (
@@ -405,9 +473,14 @@ def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, l
             "of a sequence. Use --sequence_parallel_size 1 or --log.noise_scale false."
         )
     assert batch.micro_batch_size is not None
-    smallest = min(segment.size for segment in settings.batch_plan.segments)
     if smallest > batch.micro_batch_size:
         return None
     size = next((size for size in range(smallest // 2, 0, -1) if smallest % size == 0), None)
     advice = f"--batch.micro_batch_size {size}" if size else "--batch.global_batch_size 2 or more"
     return f"{wanted} compares the micro-batches of a step, and a step of {smallest} sequences has only one here. Use {advice}."
+
+
+def _micro_batch_size(shares: Sequence[int], stages: int) -> int:
+    """Return the default micro-batch size for a rank's shares of all sizes of the batch: the largest that divides them."""
+    largest = largest_micro_batch_size(min(shares), stages)
+    return next(size for size in range(largest, 0, -1) if math.gcd(*shares) % size == 0)

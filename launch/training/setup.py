@@ -72,8 +72,10 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
         processes.keep_freed_memory()
     written = read_deepspeed_json(settings.deepspeed)
     layout = deepspeed_config.layout_of(written, settings, process.world_size)
-    settings = share_the_batch(settings, layout)
-    merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size)
+    batches, first_step = run_folder.find_plan(settings)
+    settings = share_the_batch(settings, layout, batches, first_step)
+    smallest = min(batches.sizes_from(first_step))
+    merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size, smallest)
     if settings.dry_run:
         data, start = (None, None) if will_be_prepared(settings) else _open_data_and_folder(settings, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)

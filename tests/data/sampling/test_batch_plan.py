@@ -69,7 +69,7 @@ def test_a_length_in_tokens_is_rounded_down_to_whole_steps(train_tokens, steps):
 
 
 def test_description_names_the_parts_of_a_batch():
-    plan = BatchPlan(BatchSettings(64, 4), 128, train_steps=1)
+    plan = BatchPlan(BatchSettings(64, 4), 128, train_steps=20)
     assert (
         plan.after(10, [Segment(0, 0, 8), Segment(4, 32, 32)])
         .describe(4)

@@ -89,8 +89,18 @@ def segments(length: int, generator: torch.Generator) -> torch.Tensor:
     return 1 + (torch.arange(length) >= cuts).long()
 
 
-def micro_batches(step: int, config: ModelConfig, layout: Layout, rank: int, size: int) -> list[Batch]:
-    starts = range(layout.data_rank(rank) * size, GLOBAL_BATCH, layout.data_parallel_size * size)
+def size_of(step: int, case: dict) -> int:
+    """Return the samples that a step reads: under a ramp half of the batch in its first steps, and three steps later again."""
+    return GLOBAL_BATCH // 2 if step < case.get("ramp", 0) or step == case.get("ramp", -4) + 3 else GLOBAL_BATCH
+
+
+def beta2_of(step: int, case: dict, settings: RunSettings) -> float | None:
+    """Return the beta2 of a step under a ramp with batch.beta2_rule tokens; None without a ramp."""
+    return settings.optimizer.beta2 ** (size_of(step, case) / GLOBAL_BATCH) if "ramp" in case else None
+
+
+def micro_batches(step: int, config: ModelConfig, layout: Layout, rank: int, size: int, case: dict) -> list[Batch]:
+    starts = range(layout.data_rank(rank) * size, size_of(step, case), layout.data_parallel_size * size)
     return [global_batch(step, config).map(lambda whole, start=start: whole[start : start + size]) for start in starts]
 
 
@@ -131,7 +141,8 @@ def train_plain(
         if step == case.get("poison"):  # as if the step had not been taken
             history.append((float("nan"), float("nan")))
             continue
-        batch = global_batch(step, settings.model)
+        size = size_of(step, case)
+        batch = global_batch(step, settings.model).map(lambda whole, size=size: whole[:size])
         outputs = torch.func.functional_call(model, rounded(model, settings), batch.inputs)
         loss = training_loss(outputs, labels_of(batch, counts_of(batch)), **case.get("loss", {}))
         if teacher:
@@ -143,7 +154,8 @@ def train_plain(
         for name, is_zero in held.items():
             model.get_parameter(name).grad[is_zero] = 0
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping or float("inf"))
-        take_step(rate(step, settings))
+        beta2 = beta2_of(step, case, settings)
+        take_step(rate(step, settings), *([] if beta2 is None else [beta2]))
         history.append((float(loss.detach()), float(norm)))
     return history, weights
 
@@ -215,9 +227,9 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
         engine.start_from(InitialWeights(job["init"], settings.model))
     reports, results = [], {}
     for step in range(first, first + job["steps"]):
-        batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size)
+        batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size, case)
         with poisoned(step == case.get("poison") and engine.layout.data_rank(process.rank) == 0):
-            reports.append(engine.train_step(batches, rate(step, settings), step))
+            reports.append(engine.train_step(batches, rate(step, settings), step, beta2=beta2_of(step, case, settings)))
         if case.get("samples") and step == 3:  # must not change the weights that ZeRO-3 has gathered
             if settings.model.architecture != "encoder":
                 source = [5, 6, 7, 8, 9] if settings.model.architecture == "encoder_decoder" else None

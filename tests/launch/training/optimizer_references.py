@@ -11,8 +11,8 @@ from launch.training.optimizers.base import Optimizer
 from launch.training.optimizers.pieces import Piece, Pieces
 from launch.training.settings import OptimizerSettings
 
-Step = Callable[[float], None]
-"""Updates the weights from their gradients, at a learning rate."""
+Step = Callable[..., None]
+"""Updates the weights from their gradients, at a learning rate; AdamW also takes the beta2 of the step."""
 
 
 def adamw(model: nn.Module, settings: OptimizerSettings) -> Step:
@@ -24,9 +24,10 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> Step:
         eps=settings.epsilon,
     )
 
-    def step(rate: float) -> None:
+    def step(rate: float, beta2: float = settings.beta2) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
+            group["betas"] = settings.beta1, beta2
         optimizer.step()
 
     return step

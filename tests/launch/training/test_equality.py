@@ -64,6 +64,18 @@ OTHERS = {
         {"json": "pipeline_zero1", "layout": STAGES, "model": GPT2, "pipeline": {"partition": "type:block"}},
     ),
     **{
+        f"batch ramp, {ranks} {json_name} {sizes}": (ranks, case_of(json_name, sizes, "llama", ramp=3))
+        for ranks, json_name, sizes in (
+            *((2, f"zero{stage}", {}) for stage in range(4)),
+            *((2, json_name, {}) for json_name in ("zero2_offload", "zero3_offload")),
+            *((2, json_name, STAGES) for json_name in ("pipeline_zero1", "pipeline_dualpipev")),
+            *((2, json_name, SEQUENCE) for json_name in ("zero1", "zero3")),
+            (2, "zero1", TENSOR),
+            (4, "pipeline_zero1", STAGES | SEQUENCE),
+            (4, "zero0", TENSOR | SEQUENCE),
+        )
+    },
+    **{
         f"not a number, {json_name} {sizes}": (2, {"json": json_name, "layout": sizes, "model": LLAMA, "poison": 5})
         for json_name, sizes in (
             *((f"zero{stage}", {}) for stage in range(4)),
@@ -195,7 +207,9 @@ def _plain(case: str) -> tuple:
 
 def plain(case: dict) -> tuple:
     """Return losses, gradient norms and weights of the reference, which is computed once for all layouts."""
-    return _plain(json.dumps({key: case[key] for key in ("model", "loss", "clipping", "poison", "words") if key in case} | {"json": ""}))
+    return _plain(
+        json.dumps({key: case[key] for key in ("model", "loss", "clipping", "poison", "words", "ramp") if key in case} | {"json": ""})
+    )
 
 
 def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: float) -> None:

@@ -1,0 +1,77 @@
+"""Compare a run whose learning rate falls with one whose batch grows instead (batch.ramp seesaw), on the demo's recipe.
+
+    python data/prepare.py --output prepared --vocab_size 4096
+    python launch/benchmarks/seesaw.py --data prepared --output runs/seesaw
+
+Both read the same tokens. It is resumable: the same command resumes the runs that are not done, and prints the table of those that are.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+
+from data.command_line import UserError, read_settings, run_script
+from launch import REPOSITORY
+from launch.benchmarks.settings import SeesawSettings
+
+RAMPS = {"plain": "null", "seesaw": "seesaw"}
+"""The contenders: name and batch.ramp."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train what is missing and print the table after each seed. Return the exit status."""
+    settings = read_settings(SeesawSettings, arguments, "Compare the demo's recipe with and without batch.ramp seesaw.")
+    for seed in settings.seeds:
+        for name, ramp in RAMPS.items():
+            _train(settings, name, ramp, seed)
+        print("\n".join(table(settings)), flush=True)
+    return 0
+
+
+def _train(settings: SeesawSettings, name: str, ramp: str, seed: int) -> None:
+    """Train one contender. Raises UserError if the run fails; its output is above the message."""
+    output = _folder(settings, name, seed)
+    if _result(output):
+        return
+    words = [
+        *("--config", "launch/recipes/demo.yaml", "--data", settings.data, "--output", str(output), "--seed", str(seed)),
+        *("--train_tokens", f"{settings.train_tokens:.0f}", "--schedule.kind", settings.kind, "--batch.ramp", ramp),
+        *("--log.validation_interval", "0", "--log.validation_samples", "0", "--log.sample_interval", "0", "--checkpoint.interval", "250"),
+    ]
+    if subprocess.run([sys.executable, "launch/pretrain.py", *words], cwd=REPOSITORY).returncode or not _result(output):
+        raise UserError(f"The run in {output} did not end. The same command resumes it.")
+
+
+def _folder(settings: SeesawSettings, name: str, seed: int) -> Path:
+    return Path(settings.output).resolve() / f"{name}_{seed}"
+
+
+def _result(folder: Path) -> tuple[int, float] | None:
+    """Return the steps and the last validation loss of a run; None if it has not ended."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    found = [entry for entry in map(json.loads, lines) if "loss/validation" in entry]
+    return (found[-1]["step"], found[-1]["loss/validation"]) if found else None
+
+
+def table(settings: SeesawSettings) -> Iterator[str]:
+    """Yield the lines of the table: a line for each seed whose two runs have ended, and their means."""
+    yield "| seed | steps | steps with seesaw | ratio | validation loss | with seesaw | difference |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    differences = []
+    for seed in settings.seeds:
+        results = [_result(_folder(settings, name, seed)) for name in RAMPS]
+        if results[0] is None or results[1] is None:
+            continue
+        (steps, loss), (fewer, other) = results[0], results[1]
+        differences.append(other - loss)
+        yield f"| {seed} | {steps} | {fewer} | {fewer / steps:.3f} | {loss:.4f} | {other:.4f} | {other - loss:+.4f} |"
+    if differences:
+        yield f"Mean difference over {len(differences)} seed(s): {mean(differences):+.4f} nats a token."
+
+
+if __name__ == "__main__":
+    run_script(main)
