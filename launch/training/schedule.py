@@ -29,8 +29,8 @@ def learning_rate(
         return peak
     start, end = plan.position(warmup_steps), plan.position(plan.steps)
     if kind == "wsd":
-        size = plan.size(plan.steps)
-        start = max(start, end - round(decay_fraction * (end / size)) * size)  # whole steps of the size that the run ends with
+        size = plan.size(plan.steps - 1)
+        start = max(start, end - max(1, round(decay_fraction * (end / size))) * size)  # whole steps of the size that the run ends with
     progress = min(1.0, max(0.0, (plan.position(step) - start) / max(1, end - start)))
     remaining = (1 + math.cos(math.pi * progress)) / 2 if kind == "cosine" else 1 - progress
     return minimum + (peak - minimum) * remaining

@@ -300,8 +300,11 @@ def test_run_resumes_in_other_layouts_with_its_own_curves(tiny, tmp_path):
     assert evaluation.loss == pytest.approx(found["loss/validation"][12], rel=1e-5)
 
 
-def train_plainly(arguments: list[str], sizes: list[int]) -> tuple[list[float], Transformer]:
-    """Train in this process, with torch alone, on the next samples of the run's order. Return the losses and the model."""
+def train_plainly(arguments: list[str], sizes: list[int], rates: list[float] | None = None) -> tuple[list[float], Transformer]:
+    """Train in this process, with torch alone, on the next samples of the run's order. Return the losses and the model.
+
+    `rates` are those of the steps (default: the peak in all of them).
+    """
     settings = read_run_settings(arguments)
     sampling = open_data(settings).sampling
     model = Transformer(settings.model, settings.seed).train()
@@ -314,7 +317,7 @@ def train_plainly(arguments: list[str], sizes: list[int]) -> tuple[list[float], 
         settings.optimizer.epsilon,
     )
     losses, position = [], 0
-    for size in sizes:
+    for size, rate in zip(sizes, rates or [settings.optimizer.learning_rate] * len(sizes), strict=True):
         drawn = zip(*(column.tolist() for column in sampling.blend.draw(np.arange(position, position + size))), strict=True)
         samples = [sampling.samples[source].sample(sample, epoch) for source, epoch, sample in drawn]
         tokens, segments, targets = (torch.from_numpy(np.stack(rows)) for rows in zip(*(sample[:3] for sample in samples), strict=True))
@@ -322,6 +325,8 @@ def train_plainly(arguments: list[str], sizes: list[int]) -> tuple[list[float], 
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         losses.append(loss.item())
         position += size

@@ -1,0 +1,229 @@
+"""Batch ramps: what is read, the rates, refusals, and runs that equal one plain process and continue bit for bit."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+
+from data.command_line import UserError
+from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment, segments_from
+from data.sampling.order import rank_share
+from launch.checkpoints import checkpoint
+from launch.checkpoints.opening import AveragedState
+from launch.ranks.layout import Layout
+from launch.training import deepspeed_config, run_folder
+from launch.training.recipe import read_run_settings
+from launch.training.schedule import learning_rate
+from launch.training.settings import share_the_batch
+from tests.launch.training.test_resume import assert_same_run, curves, run, train_plainly
+
+DECAYING = ("cosine", "linear", "wsd")
+
+ramps = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), max_size=4).map(
+    lambda steps: [(0, 3), *((sum(length for length, _ in steps[: number + 1]), steps[number][1]) for number in range(len(steps)))]
+)
+
+
+def plan_of(ramp: list[tuple[int, int]], tokens: int) -> BatchPlan:
+    """Return the plan of a ramp of thresholds in samples, of two tokens each."""
+    words = " ".join(f"{2 * position}:{size * 4}" for position, size in ramp)
+    return BatchPlan(BatchSettings(ramp[-1][1] * 4, 1, words), 2, train_tokens=tokens)
+
+
+@limits(deadline=None, max_examples=40)
+@given(ramps, st.integers(400, 900), st.sampled_from([1, 2, 4]), st.data())
+def test_ramp_reads_every_position_once_with_any_ranks_and_kills(ramp, tokens, ranks, data):
+    plan, read = plan_of(ramp, tokens), []
+    assert plan.tokens_before(plan.steps) <= tokens
+    for step in range(plan.steps):
+        threshold = max(number for number, (position, _) in enumerate(ramp) if position <= plan.position(step))
+        assert plan.size(step) == 4 * ramp[threshold][1]
+        if data.draw(st.booleans()):  # a kill: the plan is read back at this step
+            recorded = [Segment(**one) for one in json.loads(json.dumps(plan.record()))]
+            assert plan_of(ramp, tokens).after(step, recorded) == plan
+        positions = np.array(plan.positions(step))
+        read += sorted(position for rank in range(ranks) for position in rank_share(positions, 1, rank, ranks).ravel().tolist())
+        assert {plan.step_of(position) for position in plan.positions(step)} == {step}
+    assert read == list(range(plan.position(plan.steps)))
+
+
+@limits(deadline=None, max_examples=40)
+@given(ramps, st.integers(400, 900), st.sampled_from(DECAYING), st.integers(0, 5), st.floats(0.05, 1))
+def test_rate_reaches_the_minimum_at_the_end_of_any_ramp(ramp, tokens, kind, warmup, fraction):
+    plan = plan_of(ramp, tokens)
+    rates = [
+        learning_rate(step, plan, plan.batch.rate_factor(plan.size(step)), kind, min(warmup, plan.steps - 1), 0.01, fraction)
+        for step in range(plan.steps + 1)
+    ]
+    assert rates[-1] == 0.01
+    assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.parametrize(("rule", "power"), [("sqrt", 0.5), ("linear", 1), ("none", 0)])
+def test_rate_and_beta2_follow_the_size_of_the_batch(rule, power):
+    batch = BatchSettings(16, None, "0:4 1K:16", rule, "tokens")
+    assert batch.rate_factor(4) == 0.25**power
+    assert batch.rate_factor(16) == 1.0
+    assert batch.beta2(4, 0.95) == pytest.approx(0.95**0.25)
+    assert batch.beta2(4, 0.95) ** 4 == pytest.approx(batch.beta2(16, 0.95)), "the same half-life in tokens"
+    assert BatchSettings(16).rate_factor(4) == 1.0, "without a ramp"
+
+
+@pytest.mark.parametrize("kind", DECAYING)
+def test_seesaw_doubles_where_the_rate_halves_and_keeps_the_noise(kind):
+    words = ["--train_tokens", "3.072e6", "--schedule.kind", kind]
+    plain, seesaw = read_run_settings(words), read_run_settings([*words, "--batch.ramp", "seesaw"])
+    plan, before = seesaw.batch_plan, plain.batch_plan
+    assert [one.size for one in plan.segments] == [8 << n for n in range(5)]
+    for number, segment in enumerate(plan.segments[1:], 1):
+        step = before.step_of(segment.first_position)
+        rates = [learning_rate(one, before, 1.0, kind, 60) for one in (step - 16, step)]
+        assert rates[0] > 2.0**-number >= rates[1] - 1e-9, "at most one step of the largest size later"
+    for step in range(0, plan.steps, 7):
+        size = plan.size(step)
+        rate = learning_rate(step, plan, seesaw.batch.rate_factor(size), kind, 60)
+        same_place = learning_rate(plan.position(step) // 8, before, 1.0, kind, 60)
+        assert rate / (size / 8) ** 0.5 == pytest.approx(same_place, abs=0.02), "the rate over the root of the size"
+    if kind == "cosine":
+        assert plan.steps <= 0.65 * before.steps
+    assert share_the_batch(seesaw, Layout(1)).batch_plan.segments == plan.segments, "with the default warm-up written out"
+
+
+def test_seesaw_ends_at_the_size_that_is_given():
+    settings = read_run_settings(["--train_tokens", "3.072e6", "--schedule.kind", "cosine", "--batch.ramp", "seesaw:33"])
+    assert [one.size for one in settings.batch_plan.segments] == [8, 16, 32]
+
+
+def test_sizes_without_a_step_are_left_out():
+    assert segments_from([(0, 8), (8, 16), (9, 4), (30, 2)]) == (Segment(0, 0, 8), Segment(1, 8, 16), Segment(2, 24, 4), Segment(4, 32, 2))
+
+
+REFUSALS = {
+    "thresholds out of order": (["--batch.ramp=0:4 2K:6 1K:8"], "batch.ramp 0:4 2K:6 1K:8 (command line): each threshold must be above"),
+    "first not 0": (["--batch.ramp=1K:8"], "batch.ramp 1K:8 (command line): the first threshold must be 0, the beginning of the run."),
+    "not a number": (["--batch.ramp=0:4 1K:x"], '"1K:x" is not THRESHOLD:SIZE, such as 20M:128, and not seesaw.'),
+    "empty": (["--batch.ramp="], '"" is not THRESHOLD:SIZE'),
+    "size 0": (["--batch.ramp=0:0 1K:8"], "each size must be above 0"),
+    "other last size": (["--batch.ramp=0:4 1K:16"], "Give --batch.global_batch_size 16."),
+    "largest size below two": (["--batch.ramp=seesaw:12"], "the largest size must be a number of at least 16"),
+    "constant": (
+        ["--batch.ramp=seesaw", "--schedule.kind=constant"],
+        "batch.ramp seesaw (command line) needs a schedule whose rate falls, but schedule.kind constant (command line) never does.",
+    ),
+    "steps": (["--batch.ramp=seesaw", "--train_steps=99"], "needs train_tokens in place of train_steps 99 (command line)"),
+    "rule of seesaw": (["--batch.ramp=seesaw", "--batch.rate_rule=linear"], "batch.rate_rule linear (command line) does not apply to"),
+    "rule without ramp": (["--batch.beta2_rule=tokens"], "batch.beta2_rule tokens (command line) has no effect without batch.ramp."),
+    "both warm-ups": (["--config=launch/recipes/demo.yaml", "--schedule.warmup_tokens=9999"], "both set the warm-up; keep one"),
+    "long warm-up": (["--schedule.warmup_tokens=1e7"], "schedule.warmup_tokens 1e+07 (command line) must be below"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_wrong_ramp_is_refused_with_one_sentence(name):
+    words, message = REFUSALS[name]
+    length = [] if any("train_steps" in word for word in words) else ["--train_tokens=3.072e6"]
+    with pytest.raises(UserError) as refused:
+        read_run_settings([*words, *length])
+    assert message in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_sizes_to_come_must_be_shared_and_passed_ones_are_not_checked():
+    settings = read_run_settings(["--batch.ramp=0:6 4K:8", "--batch.micro_batch_size=2"])
+    with pytest.raises(UserError, match=r"batch\.ramp 0:6 4K:8 \(command line\): size 6 is not a multiple of .* = 4\.\nNearest: 4 or 8"):
+        share_the_batch(settings, Layout(2))
+    assert share_the_batch(settings, Layout(2), settings.batch_plan, 3).batch.micro_batch_size == 2
+    open_size = dataclasses.replace(settings, batch=dataclasses.replace(settings.batch, micro_batch_size=None))
+    assert share_the_batch(open_size, Layout(2)).batch.micro_batch_size == 1, "3 and 4 sequences of each rank"
+    assert share_the_batch(open_size, Layout(2), open_size.batch_plan, 3).batch.micro_batch_size == 4
+
+
+def test_dualpipev_needs_its_micro_batches_at_the_smallest_size():
+    settings = read_run_settings(["--batch.ramp=0:2 4K:8", "--batch.micro_batch_size=1"])
+    written = {"zero_optimization": {"stage": 1}, "pipeline": {"stages": 2, "schedule": "dualpipev"}}
+    with pytest.raises(UserError, match=r"needs at least 4 micro-batches .* the smallest size of batch\.ramp 0:2 4K:8, 2, give 2"):
+        deepspeed_config.complete(written, "x.json", settings, Layout(2, 2), "cpu", size=2)
+    assert deepspeed_config.complete(written, "x.json", settings, Layout(2, 2), "cpu", size=4)["gradient_accumulation_steps"] == 4
+
+
+def test_beta2_rule_is_refused_for_an_optimizer_without_beta2():
+    settings = read_run_settings(
+        ["--batch.ramp=0:4 4K:8", "--batch.beta2_rule=tokens", "--batch.micro_batch_size=1", "--optimizer.name=sgd"]
+    )
+    with pytest.raises(
+        UserError, match=r"batch\.beta2_rule tokens \(command line\) needs an optimizer with beta2, which sgd does not have"
+    ):
+        deepspeed_config.complete({"zero_optimization": {"stage": 1}}, "x.json", settings, Layout(1), "cpu")
+
+
+def rates_of(arguments: list[str]) -> list[float]:
+    """Return the rates of a linear schedule by hand: straight to 0 over the positions, times the root of the ratio of the sizes."""
+    settings = read_run_settings(arguments)
+    plan = settings.batch_plan
+    total = sum(plan.size(step) for step in range(plan.steps))
+    before = itertools.accumulate((plan.size(step) for step in range(plan.steps)), initial=0)
+    return [
+        settings.optimizer.learning_rate * (plan.size(step) / 16) ** 0.5 * (1 - position / total)
+        for step, position in zip(range(plan.steps), before, strict=False)
+    ]
+
+
+RAMP = ["--batch.ramp", "0:8 1K:16", "--batch.global_batch_size", "16", "--schedule.kind", "linear", "--schedule.warmup_steps", "0"]
+RAMP += ["--precision", "float32", "--train_steps", "8", "--checkpoint.interval", "1", "--log.sample_interval", "0"]
+SIZES = [8] * 4 + [16] * 4
+
+
+def test_ramp_on_two_ranks_equals_one_plain_process(tiny, tmp_path):
+    # With a larger epsilon, gradients of 1e-8 (of tokens that hardly occur) do not turn rounding into steps of another size.
+    arguments = [*tiny, *RAMP, "--optimizer.epsilon", "1e-6", "--checkpoint.interval", "0"]
+    output = run(2, [*arguments, "--deepspeed", "ds_configs/zero2.json"])
+    assert "From step 5 on a step reads 16 samples in place of 8." in output
+    assert "ramp: 0:8 1K:16: 8 (rate x 0.707) -> 16 (rate x 1) in 8 steps" in output
+    losses, model = train_plainly(arguments, SIZES, rates_of(arguments))
+    found = curves(tmp_path / "run")
+    assert list(found["loss/train"].values()) == pytest.approx(losses, abs=1e-6)
+    newest = checkpoint.published(tmp_path / "run" / "checkpoints")[0]
+    found_weights = AveragedState([newest])
+    differences = {name: float((found_weights[name] - model.get_parameter(name).detach()).abs().max()) for name in found_weights}
+    assert max(differences.values()) < 1e-6, differences
+    assert list(found["optimization/learning_rate"].values()) == pytest.approx(rates_of(arguments))
+
+
+def test_ramp_resumes_before_at_and_after_a_boundary_bit_for_bit(tiny, tmp_path):
+    arguments = [*tiny, *RAMP, "--batch.beta2_rule", "tokens"]
+    whole = tmp_path / "whole"
+    run(1, [*arguments, "--output", str(whole)])
+    for step in (3, 4, 5):
+        stopped = tmp_path / f"stopped{step}"
+        shutil.copytree(whole, stopped)
+        for folder in checkpoint.published(stopped / "checkpoints"):
+            if checkpoint.step_of(folder) > step:
+                shutil.rmtree(folder)
+        assert f"Resuming from step {step} of 8" in run(1, [*arguments, "--output", str(stopped)])
+        assert_same_run(whole, stopped)
+    refuses_other_ramps([*arguments, "--output", str(whole), "--train_steps", "20"])
+
+
+def refuses_other_ramps(arguments: list[str]) -> None:
+    """Check which ramps a run of 4 steps of 8 and 4 of 16 samples may resume with: 3,072 tokens."""
+
+    def inspect(ramp: str, size: int) -> run_folder.Start:
+        words = [*arguments, "--allow_changes", "--batch.ramp", ramp, "--batch.global_batch_size", str(size)]
+        settings = read_run_settings(words)
+        plan, step = run_folder.find_plan(settings)
+        settings = share_the_batch(settings, Layout(1), plan, step)
+        record = json.loads((Path(settings.output) / "run.json").read_text())
+        return run_folder.inspect(settings, record["data_fingerprint"], record["deepspeed"])
+
+    longer = inspect("0:8 1K:16 4K:32", 32)
+    assert [tuple(one) for one in longer.plan.segments] == [(0, 0, 8), (4, 32, 16), (10, 128, 32)]
+    assert "batch.ramp: 0:8 1K:16 -> 0:8 1K:16 4K:32" in "\n".join(longer.changes)
+    with pytest.raises(UserError, match=r"gives other sizes than the run has read: 8 from token 0, 16 from token 1,024\..* 3,072 tokens"):
+        inspect("0:8 2K:16", 16)
