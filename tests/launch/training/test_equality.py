@@ -86,6 +86,10 @@ OTHERS = {
         )
     },
 }
+# The batch in 1, 2, 4 and 8 micro-batches, whose shares of ignored targets differ between 0 and 70 %.
+ACCUMULATED = {
+    f"{8 // size} micro-batches": (1, {"json": "zero1", "model": LLAMA, "micro_batch": size, "clipping": 0.0}) for size in (8, 4, 2, 1)
+}
 # These jobs generate a text and validate between two steps. The others are compared with the first.
 SAMPLED = {
     f"{ranks} {json_name} {sizes}": (ranks, case_of(json_name, sizes, "llama", samples=True, recompute=True, **more))
@@ -184,7 +188,7 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def first_half(saved) -> JobsOnRanks:
     jobs = {name: (ranks, job(case, save=str(saved / name))) for name, (ranks, case) in TRAINED.items()}
-    more = {name: (ranks, job(case)) for some in (OTHERS, SAMPLED, WITH_DROPOUT) for name, (ranks, case) in some.items()}
+    more = {name: (ranks, job(case)) for some in (OTHERS, ACCUMULATED, SAMPLED, WITH_DROPOUT) for name, (ranks, case) in some.items()}
     more |= {name: (ranks, job(case, steps=STEPS)) for name, (ranks, case) in IN_BF16.items()}
     more |= {name: (ranks, job(case, steps=NOISE_STEPS)) for name, (ranks, case) in WITH_NOISE_SCALE.items()}
     more |= {name: (2, job(case, save=str(saved / name))) for name, case in MEASURED_OR_NOT.items()}
@@ -234,6 +238,11 @@ def test_a_layout_gives_the_numbers_of_plain_pytorch(name, first_half, saved):
 @pytest.mark.parametrize("name", OTHERS)
 def test_special_cases_match_plain_pytorch(name, first_half):
     assert_equal(first_half.answer(name), plain(OTHERS[name][1])[0][:FEWER_STEPS], 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_accumulation_changes_neither_loss_nor_gradient_norm(name, first_half):
+    assert_equal(first_half.answer(name), plain(ACCUMULATED[name][1])[0][:FEWER_STEPS], 4e-6, 1e-6)  # 1e-6 of losses of about 4.2
 
 
 @pytest.mark.parametrize("name", SAMPLED)
