@@ -107,11 +107,13 @@ class Engine:
             if self.config.dropout and name.isdigit():
                 layer.register_forward_pre_hook(functools.partial(self._seed_dropout, int(name)))
         self._state = OptimizerState(self._deepspeed, optimizer, self._region_of, self._is_replica)
-        self._built, self._pieces = built, None
+        self._built = built
+        self.pieces: Pieces | None = None
+        """Where the parameters of this pipeline stage are; None if the optimizer does not need it."""
         if optimizer.needs_pieces:
             held = self._state.pieces(layout.stage_place(process.rank), self._is_replica_in_stage)
-            self._pieces = Pieces(self._state.tensors, held, layout, process.rank, self.device)
-            optimizer.attach(built, self._pieces)
+            self.pieces = Pieces(self._state.tensors, held, layout, process.rank, self.device)
+            optimizer.attach(built, self.pieces)
         self._squares: SquaresMeter | None = None
         if settings.log.noise_scale:  # the last hooks on parameters: they see what the others make of a gradient
             clipping = settings.optimizer.gradient_clipping
@@ -171,8 +173,8 @@ class Engine:
         divisors = [torch.tensor(max(1, count / self.layout.num_replicas) / parts, device=self.device) for count in counts]
         watch = Stopwatch(self.device)
         loss_scale = self._loss_scale  # that of the gradients: the step may change it
-        if self._pieces is not None:
-            self._pieces.watch = watch
+        if self.pieces is not None:
+            self.pieces.watch = watch
         loss, gradient_norm, skipped = self._step_on(micro_batches, divisors, watch)
         summands = self._squares.take() if self._squares else []
         loss_sum, stops, *sums = self.ranks.sum([loss, float(stop_asked), *summands])
@@ -198,12 +200,12 @@ class Engine:
 
     def _scalars(self) -> dict[str, float]:
         """Return scalars about the last step, of the parameters of all pipeline stages."""
-        if self._pieces is None:
+        if self.pieces is None:
             return {}
-        updates = dict(self._optimizer.report(self._built))
+        updates = self._optimizer.report(self._built)
         if self.layout.pipeline_stages > 1:
-            for others in self.ranks.all_gather(updates if self._pieces.place == 0 else {}):
-                updates |= others
+            of_stages = self.ranks.all_gather(updates if self.pieces.place == 0 else {})
+            updates = {name: update for stage in of_stages for name, update in stage.items()}
         return scalars_of(updates)
 
     def _accumulate(self, num_micro_batches: int) -> None:

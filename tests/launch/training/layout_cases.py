@@ -66,6 +66,8 @@ LAYOUTS = [
     *((4, json, STAGES | TENSOR) for json in ("pipeline_zero1", "pipeline_dualpipev")),
     *((4, json, STAGES | SEQUENCE) for json in ("pipeline_zero1", "pipeline_dualpipev")),
 ]
+OTHER_OPTIMIZERS = ("lamb",)
+"""Optimizers that are compared next to AdamW, each in its share of the layouts."""
 _WITHOUT_GROUPS = [
     *((2, json, {}) for json in ("zero1", "zero2", "zero3")),
     *((2, json, STAGES) for json in ("pipeline_zero1", "pipeline_dualpipev")),
@@ -102,6 +104,7 @@ AFTER_COMPRESSION = {
             (("zero3", {}, GATHERED), ("pipeline_zero1", STAGES, {}), ("zero1", TENSOR, {}), ("pipeline_dualpipev", STAGES, {})),
         ),
         ("rounded", ROUNDED, (("zero2", {}, {}), ("zero3", {}, GATHERED), ("pipeline_zero1", STAGES, {}))),
+        ("rounded by lamb", ROUNDED, (("zero2", {}, {"optimizer": "lamb"}),)),
         ("taught in bf16", TAUGHT, (("zero1", {}, {"precision": "bf16"}),)),
     )
     for json, sizes, more in layouts
@@ -117,5 +120,5 @@ def case_of(json: str, sizes: dict, family: str, **more) -> dict:
     return case
 
 
-def name_of(ranks: int, json: str, sizes: dict, family: str) -> str:
-    return "-".join([f"{ranks}", json, *(f"{name.split('_')[0]}{size}" for name, size in sizes.items()), family])
+def name_of(ranks: int, json: str, sizes: dict, *more: str) -> str:
+    return "-".join([f"{ranks}", json, *(f"{name.split('_')[0]}{size}" for name, size in sizes.items()), *more])

@@ -206,6 +206,10 @@ def build_engine(case: dict, process: Process):
     return engine_for(layout)(settings, merged, process, layout), settings
 
 
+def matrices_of(pieces) -> list[str]:
+    return [name for name, shape in pieces.shapes.items() if len(shape) >= 2]
+
+
 @contextlib.contextmanager
 def poisoned(on_this_rank: bool):
     """Make the loss on this rank NaN inside the context."""
@@ -229,15 +233,16 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
     for step in range(first, first + job["steps"]):
         batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size, case)
         with poisoned(step == case.get("poison") and engine.layout.data_rank(process.rank) == 0):
-            reports.append(engine.train_step(batches, rate(step, settings), step, beta2=beta2_of(step, case, settings)))
+            beta2, last = beta2_of(step, case, settings), step == first + job["steps"] - 1
+            reports.append(engine.train_step(batches, rate(step, settings), step, beta2=beta2, with_scalars=last))
         if case.get("samples") and step == 3:  # must not change the weights that ZeRO-3 has gathered
             if settings.model.architecture != "encoder":
                 source = [5, 6, 7, 8, 9] if settings.model.architecture == "encoder_decoder" else None
                 results["drawn"] = engine.sample([1, 2, 3], 4, 0.0 if source else 1.0, step, VOCABULARY, source)
             score = engine.validate(batches)
             results["validated"] = [score.loss, score.tokens, score.classes, score.right]
-            first = engine.validate(batches[:1])
-            assert 0 < first.token_loss < score.token_loss and 0 < first.tokens < score.tokens
+            one = engine.validate(batches[:1])
+            assert 0 < one.token_loss < score.token_loss and 0 < one.tokens < score.tokens
     assert [step for step, report in enumerate(reports) if report.skipped] == [step for step in [case.get("poison")] if step is not None]
     if job["save"]:
         root = Path(job["save"])
@@ -250,6 +255,9 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
         results["hooks"] = on_parameters + len(optimizer._optimizer_step_pre_hooks)
     if settings.log.noise_scale:
         results["squares"] = [dataclasses.asdict(report.squares) for report in reports if report.squares]
+    if engine.pieces:
+        results["bytes"] = engine.ranks.all_gather((engine.pieces.bytes_exchanged, len(matrices_of(engine.pieces))))
+        results["scalars"] = reports[-1].scalars
     return results | {"history": [(report.loss, report.gradient_norm) for report in reports]}
 
 

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from data.command_line import UserError
+from launch.checkpoints.state import ShardSlice
+from launch.ranks.layout import Layout
 from launch.training.optimizers import optimizer_for
 from launch.training.optimizers.base import scalars_of
+from launch.training.optimizers.pieces import Piece, Pieces
 from launch.training.settings import OptimizerSettings
 from tests.launch.training.optimizer_references import REFERENCES, attach_whole
 
@@ -74,3 +78,10 @@ def test_reported_trust_ratios_and_changes_are_those_of_the_weights():
     assert [scalars[f"optimizer/trust_ratio_{name}"] for name in ("min", "median", "max")] == pytest.approx(
         [ratios[0], sum(ratios) / 2, ratios[1]]
     )
+
+
+def test_sub_groups_that_differ_between_ranks_are_refused():
+    halves = [ShardSlice("1.weight", (4, 2), ((0, 3), (0, 2)), 0, 6), ShardSlice("1.weight", (4, 2), ((3, 4), (0, 2)), 0, 2)]
+    held = [Piece(one, sub_group, 0, 0, False) for sub_group, one in enumerate(halves)]
+    with pytest.raises(UserError, match="sub_group_size divides parameters differently .* which share 1.weight unevenly.* Use a larger"):
+        Pieces([torch.zeros(6), torch.zeros(2)], held, Layout(1), 0, torch.device("cpu"))
