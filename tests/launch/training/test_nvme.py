@@ -8,7 +8,7 @@ import pytest
 
 from launch.checkpoints.checkpoint import folder_name
 from launch.checkpoints.opening import AveragedState
-from tests.launch.training.layout_cases import case_of
+from tests.launch.training.layout_cases import OTHER_OPTIMIZERS, case_of
 from tests.launch.training.layouts_on_ranks import STEPS, train_plain
 from tests.ranks import answers_of_ranks
 
@@ -18,15 +18,16 @@ MISSING = [name for name in ("g++", "ninja") if not shutil.which(name)] + ([] if
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"DeepSpeed needs them to compile its reader, and they are missing: {', '.join(MISSING)}")
-def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", *OTHER_OPTIMIZERS])
+def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(optimizer, tmp_path):
     zero = {
         "sub_group_size": 6000,
         "stage3_param_persistence_threshold": 0,
         "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 4, "fast_init": False},
         "offload_param": {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 30, "buffer_size": 100_000, "max_in_cpu": 0},
     }
-    on_nvme = case_of("zero3_nvme", {}, "llama", zero=zero, aio_bytes=4096)
-    in_memory = case_of("zero1", {}, "llama")
+    on_nvme = case_of("zero3_nvme", {}, "llama", zero=zero, aio_bytes=4096, optimizer=optimizer)
+    in_memory = case_of("zero1", {}, "llama", optimizer=optimizer)
     (tmp_path / "saved").mkdir()
 
     def job(case: dict, first: int, load: str | None, save: str | None) -> dict:
