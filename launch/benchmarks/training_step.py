@@ -3,8 +3,8 @@
     python launch/benchmarks/training_step.py
 
 Every contender runs in its own process, one after the other, in several rounds. All use the same number of threads, keep freed memory,
-run two warm-up steps and update float32 weights with the same optimizer; CONTENDERS names what differs. A share is a ratio of medians
-within one run.
+run two warm-up steps and update float32 weights with the same optimizer, unless their name has another one; CONTENDERS names what
+else differs. A share is a ratio of medians within one run.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,12 @@ CONTENDERS = {
     "ours plain compiled": _BF16,
     "ours ZeRO-1 eager": _BF16,
     "ours ZeRO-1 compiled": _BF16,
+    "ours ZeRO-1 eager, muon": _BF16,
+    "ours ZeRO-1 eager, muon in bf16": _BF16,
+    "ours ZeRO-1 eager, lamb": _BF16,
+    "ours ZeRO-1 eager, lars": _BF16,
+    "ours ZeRO-1 eager, sgd": _BF16,
+    "ours ZeRO-1 eager, lion": _BF16,
     "ours ZeRO-1 eager, two ranks": _BF16,
     "ours ZeRO-2 eager, two ranks": _BF16,
     "ours ZeRO-3 eager, two ranks": _BF16,

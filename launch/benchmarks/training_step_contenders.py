@@ -22,10 +22,12 @@ from launch.training import deepspeed_config
 from launch.training.communication import initialize_communication
 from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.pipeline import engine_for
-from launch.training.settings import RunSettings
+from launch.training.settings import OptimizerSettings, RunSettings
 from model.config import ModelConfig
 from model.loss import Labels, training_loss
 from model.transformer import Transformer
+
+ADAMW = OptimizerSettings()
 
 
 def measure(name: str, settings: TrainingStepSettings) -> int:
@@ -199,6 +201,7 @@ def _ours_under_deepspeed(
     json_name: str = "zero1",
     tensor_parallel_size: int = 1,
     sequence_parallel_size: int = 1,
+    optimizer: OptimizerSettings = ADAMW,
 ) -> Callable[[], object]:
     """Our engine, as launch/pretrain.py runs it."""
     process = processes.find_process()
@@ -208,6 +211,7 @@ def _ours_under_deepspeed(
     run = RunSettings(
         model=_config(settings),
         batch=batch,
+        optimizer=optimizer,
         train_steps=1,
         compile=compiled,
         tensor_parallel_size=tensor_parallel_size,
@@ -240,6 +244,13 @@ TABLE: dict[str, Callable[[TrainingStepSettings], Callable[[], object]]] = {
     "ours plain compiled": functools.partial(_ours_in_a_plain_loop, compiled=True),
     "ours ZeRO-1 eager": _ours_under_deepspeed,
     "ours ZeRO-1 compiled": functools.partial(_ours_under_deepspeed, compiled=True),
+    **{
+        f"ours ZeRO-1 eager, {name}": functools.partial(_ours_under_deepspeed, optimizer=OptimizerSettings(name=name))
+        for name in ("muon", "lamb", "lars", "sgd", "lion")
+    },
+    "ours ZeRO-1 eager, muon in bf16": functools.partial(
+        _ours_under_deepspeed, optimizer=OptimizerSettings(name="muon", muon_precision="bf16")
+    ),
     "ours ZeRO-1 eager, two ranks": _ours_under_deepspeed,
     "ours ZeRO-2 eager, two ranks": functools.partial(_ours_under_deepspeed, json_name="zero2"),
     "ours ZeRO-3 eager, two ranks": functools.partial(_ours_under_deepspeed, json_name="zero3"),

@@ -49,9 +49,13 @@ class ShardSlice:
         """Return the slice that is a whole parameter."""
         return cls(name, tuple(shape), whole_region(shape), 0, math.prod(shape))
 
+    def region_of(self, whole: Tensor) -> Tensor:
+        """Return a view of the region in the whole parameter.  [shape] -> [shape of the region]"""
+        return whole[_index(self.region)]
+
     def take_from(self, whole: Tensor) -> Tensor:
         """Return the slice's values out of the whole parameter.  [shape] -> [count]"""
-        return whole[_index(self.region)].reshape(-1)[self.start : self.start + self.count]
+        return self.region_of(whole).reshape(-1)[self.start : self.start + self.count]
 
 
 def whole_region(shape: Iterable[int]) -> Region:

@@ -98,7 +98,7 @@ class Engine:
             self._deepspeed: Any = deepspeed.initialize(model=model, optimizer=built, config=merged_json, mpu=mpu)[0]
         self._model = self._deepspeed.module
         if settings.hold_zeros:
-            _hold_zeros(self._model)
+            _hold_zeros(self._model, built)
         self._teacher: Transformer | None = None
         if self._distillation.teacher and self._computes_loss:
             teacher = Teacher(self._distillation.teacher, self.config)
@@ -394,12 +394,14 @@ def _blocks(model: nn.Module) -> list[Block]:
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
-def _hold_zeros(model: nn.Module) -> None:
+def _hold_zeros(model: nn.Module, built: torch.optim.Optimizer) -> None:
     """Set the gradient to 0 for weights of the blocks' linear layers that are exactly 0, so that optimizer and decay leave them 0.
 
     A weight that is 0 in the optimizer's float32 is also 0 in the bf16 or fp16 that the model computes with. When the gradient of a
-    weight arrives, ZeRO-3 still has the weight gathered.
+    weight arrives, ZeRO-3 still has the weight gathered. An optimizer that moves weights without a gradient reads "hold_zeros".
     """
+    for group in built.param_groups:
+        group["hold_zeros"] = True
     for block in _blocks(model):
         for weight in (parameter for parameter in block.parameters() if is_matrix(parameter)):
             weight.register_hook(lambda gradient, weight=weight: gradient.masked_fill(weight == 0, 0))

@@ -6,6 +6,7 @@ from launch.training.optimizers.base import Optimizer
 from launch.training.optimizers.lamb import Lamb
 from launch.training.optimizers.lars import Lars
 from launch.training.optimizers.lion import Lion
+from launch.training.optimizers.muon import Muon
 from launch.training.optimizers.sgd import SGD
 from launch.training.settings import OptimizerSettings
 
@@ -14,6 +15,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     Lamb.name: Lamb,
     Lars.name: Lars,
     Lion.name: Lion,
+    Muon.name: Muon,
     SGD.name: SGD,
 }
 """Optimizer by its name in the settings and in checkpoints."""

@@ -49,7 +49,7 @@ class Pieces:
         self.place = layout.stage_place(rank)
         self.num_places = layout.zero_size * layout.tensor_parallel_size
         self._group = _stage_group(layout, rank)
-        self._device = device
+        self.device = device
         self._index = {tensor: index for index, tensor in enumerate(tensors)}  # tensors are compared by identity
         lists: list = [held]
         if self.num_places > 1:
@@ -87,7 +87,7 @@ class Pieces:
         if self.num_places == 1:
             return values
         with self.watch.measure("exchange"):
-            summed = values.to(self._device, copy=True)
+            summed = values.to(self.device, copy=True)
             dist.all_reduce(summed, group=self._group)
             self.bytes_exchanged += summed.nbytes
             return summed.to(values.device)
@@ -97,7 +97,7 @@ class Pieces:
         if self.num_places == 1:
             return list(sent)
         with self.watch.measure("exchange"):
-            out = torch.cat(list(sent)).to(self._device)
+            out = torch.cat(list(sent)).to(self.device)
             received = out.new_empty(sum(counts))
             dist.all_to_all_single(received, out, list(counts), [len(one) for one in sent], group=self._group)
             self.bytes_exchanged += out.nbytes - sent[self.place].nbytes

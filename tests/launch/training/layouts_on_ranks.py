@@ -35,7 +35,7 @@ GLOBAL_BATCH = 8
 SEQUENCE = 16
 TARGET_LENGTH = 12
 VOCABULARY = 64
-RATES = {"adamw": 1e-3, "lamb": 2e-3, "lars": 1.0}
+RATES = {"adamw": 1e-3, "lamb": 2e-3, "lars": 1.0, "muon": 1e-3}
 """Learning rate by optimizer, at which the weights move about equally far."""
 
 

@@ -1,5 +1,6 @@
 """Optimizers for one process and whole parameters, written as in their papers or taken from torch. They share nothing with ours."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -72,7 +73,30 @@ def lars(model: nn.Module, settings: OptimizerSettings) -> Step:
     return step
 
 
-REFERENCES = {"adamw": adamw, "lamb": lamb, "lars": lars}
+def muon(model: nn.Module, settings: OptimizerSettings) -> Step:
+    """arXiv 2502.16982, with exact products; torch's AdamW for all but the linear layers of attention and feed-forward."""
+    pattern = re.compile(r"\.(attention|cross_attention)\.(query|key|value|output)\.weight$|\.feed_forward\.(gate|up|down)\.weight$")
+    momenta = {parameter: torch.zeros_like(parameter) for name, parameter in model.named_parameters() if pattern.search(name)}
+    rest = nn.Module()
+    for index, parameter in enumerate(parameter for parameter in model.parameters() if parameter not in momenta):
+        rest.register_parameter(str(index), parameter)
+    step_of_the_rest = adamw(rest, settings)
+
+    @torch.no_grad()
+    def step(rate: float) -> None:
+        step_of_the_rest(rate)
+        for w, m in momenta.items():
+            m.copy_(settings.momentum * m + (1 - settings.momentum) * w.grad)
+            x = settings.momentum * m + (1 - settings.momentum) * w.grad
+            x = x / x.norm()
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+            w -= rate * (settings.weight_decay * w + 0.2 * max(w.shape) ** 0.5 * x)
+
+    return step
+
+
+REFERENCES = {"adamw": adamw, "lamb": lamb, "lars": lars, "muon": muon}
 """Reference by the name of the optimizer."""
 
 
