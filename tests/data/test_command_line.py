@@ -17,7 +17,7 @@ import pytest
 from annotated_types import Ge, Gt, Le
 
 import data
-from data.command_line import RankError, UserError, describe, read_settings, run_script
+from data.command_line import RankError, UserError, as_text, describe, read_settings, run_script
 from data.ranges import range_complaints
 from tests.ranks import REPOSITORY, clean_environment
 
@@ -365,7 +365,7 @@ def test_help_shows_every_setting_with_its_docstring_and_default(module, name, c
         assert " ".join(docstring.split()) in shown, field
         if default not in (dataclasses.MISSING, None, (), "") and "(default: " not in docstring:
             value = str(default).lower() if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else default
-            value = " ".join(value) if isinstance(value, tuple) else value
+            value = " ".join(map(as_text, value)) if isinstance(value, tuple) else value
             assert f"{' '.join(docstring.split())} Default: {value}." in shown, field
 
 

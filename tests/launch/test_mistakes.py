@@ -73,6 +73,7 @@ SCRIPTS = {
     "benchmark of preparation": Script("launch.benchmarks.preparation", "--input {text} --only huggingface --rounds 1"),
     "benchmark of the training step": Script("launch.benchmarks.training_step", ""),
     "benchmark of seesaw": Script("launch.benchmarks.seesaw", ""),
+    "benchmark of optimizers": Script("launch.benchmarks.optimizers", ""),
 }
 FOLDERS = ("data", "model", "other", "marian", "run")
 FILES = ("text", "lines", "recipe", "deepspeed", "tokenizer")
@@ -83,6 +84,7 @@ FIXED_INPUT = "a benchmark, which writes only into temporary folders, and whose 
 NOT_APPLICABLE = {
     "demo": "takes no settings; each script that it starts has its own row",
     "benchmark of the training step": "reads and writes no file",
+    "benchmark of optimizers": "starts launch/pretrain.py, which has its own row, with the paths that it is given",
     "benchmark of seesaw": "starts launch/pretrain.py, which has its own row, with the paths that it is given",
     **{(mistake, name): FIXED_INPUT for mistake in ("not UTF-8", "no permission to read") for name in SCRIPTS if "benchmark" in name},
     **{(mistake, name): WRITES_NOTHING

@@ -1,4 +1,4 @@
-"""Each optimizer names the states that it has, and only its own file and the settings know it."""
+"""Each optimizer names the states that it has, and only its own folder and the settings know it."""
 
 import copy
 import re
@@ -80,7 +80,7 @@ def test_the_default_optimizer_gives_the_weights_of_torchs_adamw(model):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
 
 
-def test_only_the_optimizers_own_file_and_the_settings_know_adamw():
+def test_only_the_optimizers_own_folder_and_the_settings_know_adamw():
     files = {path.relative_to(REPOSITORY).as_posix(): path.read_text() for path in (REPOSITORY / "launch").rglob("*.py")}
     knowing = {name for name, text in files.items() if re.search(r"(?<!has_)adamw|exp_avg", text, re.I)}
     assert {name for name in knowing if not name.startswith(BY_NAME)} <= KNOW_ADAMW
