@@ -34,7 +34,7 @@ def train(case: dict, process: Process) -> dict:
     engine, settings = build_engine(case, process)
     losses = []
     for step in range(STEPS):
-        batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size)
+        batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size, case)
         losses.append(engine.train_step(batches, rate(step, settings), step).loss)
     muon.newton_schulz, muon.Muon.attach = orthogonalise, attach
     (pieces,) = attached
