@@ -55,10 +55,10 @@ def plant_termination(order: str) -> None:
     rank, number = order.split(":")
     original = Engine.train_step
 
-    def interrupted(self, micro_batches, learning_rate, step, stop_asked=False):
+    def interrupted(self, micro_batches, learning_rate, step, *more, **named):
         if os.environ["RANK"] == rank and step == int(number):
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, micro_batches, learning_rate, step, stop_asked)
+        return original(self, micro_batches, learning_rate, step, *more, **named)
 
     Engine.train_step = interrupted
 
@@ -93,10 +93,10 @@ def plant_commands(order: str) -> None:
     commands = dict(one.split(":", 1) for one in order.split(";"))
     original = Engine.train_step
 
-    def after_a_command(self, micro_batches, learning_rate, step, stop_asked=False):
+    def after_a_command(self, micro_batches, learning_rate, step, *more, **named):
         if os.environ["RANK"] == "0" and str(step) in commands:
             subprocess.run(commands[str(step)], shell=True, check=True)
-        return original(self, micro_batches, learning_rate, step, stop_asked)
+        return original(self, micro_batches, learning_rate, step, *more, **named)
 
     Engine.train_step = after_a_command
 
