@@ -126,20 +126,6 @@ class OptimizersSettings:
     """How many times each optimizer is timed."""
 
 
-def chosen(kind: str, known: Sequence[str], only: Sequence[str]) -> list[str]:
-    """Return the names to measure, in the order of `known`; all of them if `only` is empty. Raises UserError for an unknown `kind`."""
-    for name in only:
-        if name not in known:
-            raise UserError(f'Unknown {kind} "{name}".{nearest(name, list(known))} {kind.capitalize()}s: {", ".join(known)}.')
-    return [name for name in known if name in (only or known)]
-
-
-def refuse_missing_python(peer_python: str | None) -> None:
-    """Raise UserError if the Python of the peer's environment does not exist."""
-    if peer_python is not None and not shutil.which(peer_python):
-        raise UserError(f"--peer_python {peer_python} is not a program.")
-
-
 @dataclasses.dataclass(frozen=True)
 class SeesawSettings:
     """Settings of launch/benchmarks/seesaw.py."""
@@ -154,3 +140,17 @@ class SeesawSettings:
     """Length of each run in tokens (the demo's: 1,500 steps of 8 sequences)."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds to train with."""
+
+
+def chosen(kind: str, known: Sequence[str], only: Sequence[str]) -> list[str]:
+    """Return the names to measure, in the order of `known`; all of them if `only` is empty. Raises UserError for an unknown `kind`."""
+    for name in only:
+        if name not in known:
+            raise UserError(f'Unknown {kind} "{name}".{nearest(name, list(known))} {kind.capitalize()}s: {", ".join(known)}.')
+    return [name for name in known if name in (only or known)]
+
+
+def refuse_missing_python(peer_python: str | None) -> None:
+    """Raise UserError if the Python of the peer's environment does not exist."""
+    if peer_python is not None and not shutil.which(peer_python):
+        raise UserError(f"--peer_python {peer_python} is not a program.")

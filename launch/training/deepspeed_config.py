@@ -12,7 +12,7 @@ from data.command_line import UserError, describe
 from launch.ranks.layout import Layout
 from launch.training.deepspeed_json import invalid_values
 from launch.training.deepspeed_limits import unsupported
-from launch.training.optimizers import optimizer_for
+from launch.training.optimizers import Optimizer, optimizer_for
 from launch.training.settings import RunSettings
 
 _PRECISION_DEFAULTS = {  # those of DeepSpeed 0.19
@@ -71,8 +71,8 @@ def complete(
     """
     values = _recipe_values(settings, layout, size or settings.batch.global_batch_size)
     merged, complaints = _fill_from_recipe(written, path, values)
-    complaints += _unread_by_the_optimizer(written, path, settings)
     optimizer = optimizer_for(settings.optimizer)
+    complaints += _unread_by_the_optimizer(written, path, optimizer, describe(settings, "optimizer.name"))
     if settings.batch.beta2_rule != "fixed" and "betas" not in optimizer.json_parameters:
         complaints.append(f"{describe(settings, 'batch.beta2_rule')} needs an optimizer with beta2, which {optimizer.name} does not have.")
     merged.pop("optimizer", None)  # DeepSpeed receives the optimizer itself, built from the same numbers
@@ -147,11 +147,10 @@ def _fill_from_recipe(written: dict, path: str, values: dict[str, tuple[object, 
     return merged, complaints
 
 
-def _unread_by_the_optimizer(written: dict, path: str, settings: RunSettings) -> list[str]:
-    """Return a complaint for each parameter that the JSON gives to an optimizer that does not read it."""
-    optimizer = optimizer_for(settings.optimizer)
+def _unread_by_the_optimizer(written: dict, path: str, optimizer: Optimizer, named: str) -> list[str]:
+    """Return a complaint for each parameter that the JSON gives to an optimizer that does not read it; `named` describes the setting."""
     return [
-        f"{path}: optimizer.params.{key} has no effect with {describe(settings, 'optimizer.name')}. Delete it."
+        f"{path}: optimizer.params.{key} has no effect with {named}. Delete it."
         for key in written.get("optimizer", {}).get("params", {})
         if key not in optimizer.json_parameters
     ]

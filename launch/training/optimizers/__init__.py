@@ -1,6 +1,5 @@
 """The optimizers that a run can train with. A new one is a file in this folder, a line in OPTIMIZERS and a name in OptimizerSettings."""
 
-from data.command_line import UserError
 from launch.training.optimizers.adamw import AdamW
 from launch.training.optimizers.base import Optimizer
 from launch.training.optimizers.lamb import Lamb
@@ -22,7 +21,5 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 
 
 def optimizer_for(settings: OptimizerSettings) -> Optimizer:
-    """Return the optimizer of a run. Raises UserError if this version does not have it."""
-    if settings.name not in OPTIMIZERS:
-        raise UserError(f"optimizer.name {settings.name} is not available in this version. Use {', '.join(OPTIMIZERS)}.")
+    """Return the optimizer of a run."""
     return OPTIMIZERS[settings.name](settings)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import typing
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ BY_NAME = ("launch/training/optimizers/", "launch/benchmarks/")
 def model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+
+
+def test_every_name_in_the_settings_has_an_optimizer():
+    assert sorted(typing.get_args(typing.get_type_hints(OptimizerSettings)["name"])) == sorted(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
