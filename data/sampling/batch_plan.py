@@ -30,7 +30,8 @@ class BatchSizes:
     """Sequences per optimizer step, over all ranks. With batch.ramp: the last size of a list, and the first size of seesaw."""
     micro_batch_size: Annotated[int, Gt(0), Lt(2**31)] | None = None
     """Sequences per forward pass of one rank. Gradient accumulation follows from it (default: the whole share of the rank, which needs
-    no accumulation; in a pipeline, the size that gives four micro-batches a stage)."""
+    no accumulation; in a pipeline, the size that gives four micro-batches a stage; with batch.ramp, the largest size that divides the
+    shares of all its sizes)."""
     ramp: str | None = None
     """Sizes of the batch over the run (default: one size). A list of THRESHOLD:SIZE, thresholds in tokens with K, M, B or T, such as
     "0:64 20M:128 80M:256": it ends with batch.global_batch_size. Or seesaw (Meterez et al. 2025, arXiv 2510.14717): the batch starts at
@@ -111,6 +112,8 @@ def _wrong_ramp(ramp: str, global_batch_size: int) -> str | None:
         return "the first threshold must be 0, the beginning of the run."
     if not all(before < after for (before, _), (after, _) in itertools.pairwise(steps)):
         return "each threshold must be above the one before it."
+    if not steps[-1][0] < 1e18:
+        return "each threshold must be below 1e18 tokens."
     if not all(0 < size < 2**31 for _, size in steps):
         return "each size must be above 0 and below 2147483648."
     if steps[-1][1] != global_batch_size:

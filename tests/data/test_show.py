@@ -240,11 +240,18 @@ def test_changes_that_decide_the_samples_are_shown_first(run, capsys):
     )
 
 
-def test_steps_before_and_after_a_change_of_the_batch_are_shown(run, capsys):
+CHANGED = {"recipe": {"global_batch_size": 16}, "deepspeed": {"gradient_accumulation_steps": 4}}
+RAMPED = {"recipe": {"global_batch_size": 16, "ramp": "0:8 512:16"}, "deepspeed": {"gradient_accumulation_steps": 2, "train_batch_size": 8}}
+SEESAW = {"recipe": {"global_batch_size": 8, "ramp": "seesaw"}, "deepspeed": {"gradient_accumulation_steps": 4, "train_batch_size": 16}}
+
+
+@pytest.mark.parametrize("written", [CHANGED, RAMPED, SEESAW], ids=["changed", "ramp", "seesaw, resumed after its first size"])
+def test_steps_before_and_after_a_change_of_the_batch_are_shown(written, run, capsys):
     """Steps 1 and 2 of the run read 8 samples, the steps after them 16."""
     about = json.loads((run / "run.json").read_text())
-    about["recipe"]["batch"]["global_batch_size"] = 16
-    about |= {"deepspeed": {"gradient_accumulation_steps": 4}, "changes": [{"time": "-", "lines": ["batch.global_batch_size: 8 -> 16"]}]}
+    about["recipe"]["batch"] |= written["recipe"]
+    about["recipe"]["sequence_parallel_size"] = 1
+    about |= {"deepspeed": written["deepspeed"], "changes": [{"time": "-", "lines": ["batch.global_batch_size: 8 -> 16"]}]}
     about["batch_plan"] = [{"first_step": 0, "first_position": 0, "size": 8}, {"first_step": 2, "first_position": 16, "size": 16}]
     (run / "run.json").write_text(json.dumps(about))
     rows = []
@@ -254,7 +261,7 @@ def test_steps_before_and_after_a_change_of_the_batch_are_shown(run, capsys):
             lines = capsys.readouterr().out.splitlines()
             assert lines[0].startswith(f"step {step}, rank {rank} of 2: "), "nothing to warn of"
             rows += rows_of(lines)
-    other = ["--run", str(run), "--batch.global_batch_size", "32", "--world_size", "1", "--step", "1"]
+    other = ["--run", str(run), "--batch.ramp", "null", "--batch.global_batch_size", "32", "--world_size", "1", "--step", "1"]
     show.main(other)
     assert sorted(rows) == sorted(rows_of(capsys.readouterr().out.splitlines()))
 

@@ -110,6 +110,7 @@ REFUSALS = {
     "first not 0": (["--batch.ramp=1K:8"], "batch.ramp 1K:8 (command line): the first threshold must be 0, the beginning of the run."),
     "not a number": (["--batch.ramp=0:4 1K:x"], '"1K:x" is not THRESHOLD:SIZE, such as 20M:128, and not seesaw.'),
     "empty": (["--batch.ramp="], '"" is not THRESHOLD:SIZE'),
+    "threshold beyond all runs": (["--batch.ramp=0:4 " + "9" * 400 + "T:8"], "each threshold must be below 1e18 tokens."),
     "size 0": (["--batch.ramp=0:0 1K:8"], "each size must be above 0"),
     "other last size": (["--batch.ramp=0:4 1K:16"], "Give --batch.global_batch_size 16."),
     "largest size below two": (["--batch.ramp=seesaw:12"], "the largest size must be a number of at least 16"),
@@ -142,7 +143,9 @@ def test_sizes_to_come_must_be_shared_and_passed_ones_are_not_checked():
     assert share_the_batch(settings, Layout(2), settings.batch_plan, 3).batch.micro_batch_size == 2
     open_size = dataclasses.replace(settings, batch=dataclasses.replace(settings.batch, micro_batch_size=None))
     assert share_the_batch(open_size, Layout(2)).batch.micro_batch_size == 1, "3 and 4 sequences of each rank"
-    assert share_the_batch(open_size, Layout(2), open_size.batch_plan, 3).batch.micro_batch_size == 4
+    resumed = share_the_batch(open_size, Layout(2), open_size.batch_plan, 3).batch.micro_batch_size
+    assert resumed == 1, "another size would change the last bits of the run"
+    assert share_the_batch(open_size, Layout(4), open_size.batch_plan, 3).batch.micro_batch_size == 2, "4 ranks cannot share the passed 6"
 
 
 def test_dualpipev_needs_its_micro_batches_at_the_smallest_size():
