@@ -450,6 +450,8 @@ def share_the_batch(settings: RunSettings, layout: Layout, plan: BatchPlan | Non
         shares = [settings.batch.accumulation_steps(layout.data_parallel_size, size=size) for size in sizes]
     except UserError as error:
         raise UserError(add_origins(str(error), settings)) from error
+    if settings.batch.ramp:  # a run that resumes keeps the micro-batches of one that never stopped, and so its bits
+        shares += [size // layout.data_parallel_size for size in plan.sizes_from(0) if size % layout.data_parallel_size == 0]
     size = settings.batch.micro_batch_size or _micro_batch_size(shares, layout.pipeline_stages)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
     schedule = settings.schedule
