@@ -7,6 +7,8 @@ from torch import Tensor
 
 from launch.training.optimizers.pieces import Pieces
 
+_CHUNK = 1 << 20
+"""Values that are converted to float64 at a time: torch makes a copy of them."""
 Norms = dict[str, tuple[float, float]]
 """Norms of the weights and of a direction of each matrix, by the parameter's name."""
 
@@ -27,6 +29,10 @@ def norms_of_matrices(pieces: Pieces, tensors: Sequence[Tensor], directions: Seq
         for piece in pieces.of(tensor):
             if piece.shard_slice.name in row and not piece.is_replica:
                 for column, whole in enumerate((tensor, direction)):
-                    values = whole.view(-1)[piece.values]
-                    squares[row[piece.shard_slice.name], column] += torch.linalg.vector_norm(values, dtype=torch.float64) ** 2
+                    squares[row[piece.shard_slice.name], column] += _sum_of_squares(whole.view(-1)[piece.values])
     return dict(zip(names, map(tuple, pieces.sum(squares).sqrt().tolist()), strict=True))
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """Return the sum of the squares of a vector as a scalar in float64."""
+    return torch.stack([torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in values.split(_CHUNK)]).square().sum()
