@@ -101,7 +101,9 @@ def advice_rows(facts: Facts, has_adamw_rates: bool) -> Rows:
     if has_adamw_rates:
         texts.append(f"rate {facts.learning_rate:g} ({rate_band(facts)})")
     rows = [("advice", f"{', '.join(texts)}; {sources}")]
-    ratio = f"{_short(facts.tokens / facts.parameters)} tokens per parameter (about 20 is best for a given computation; arXiv 2203.15556)"
+    ratio = (
+        f"{_short(facts.tokens / facts.parameters)} tokens per parameter (about 20 is best for a given compute budget; arXiv 2203.15556)"
+    )
     if has_adamw_rates and facts.timescale is not None:
         timescale = f"decay timescale {_short(facts.timescale)} of the run (published: {timescale_band(facts)}; arXiv 2505.13738)"
         ratio = f"{timescale}, {ratio}"
@@ -126,7 +128,7 @@ def accumulation_rows(accumulation: int, data_parallel_size: int, pipeline_stage
 def epoch_rows(paths: Sequence[str], epochs: Mapping[str, float]) -> Rows:
     """Return a warning for each source that is read more than MAX_EPOCHS times. `epochs` are in the order of `paths`."""
     return [
-        ("warning", f"{path} is read {number:,.1f} times; more than {MAX_EPOCHS} times help less and less (arXiv 2305.16264)")
+        ("warning", f"{path} is read {number:,.1f} times; after {MAX_EPOCHS} times, each repetition helps less (arXiv 2305.16264)")
         for path, number in zip(paths, epochs.values(), strict=True)
         if number > MAX_EPOCHS
     ]

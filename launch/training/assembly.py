@@ -133,7 +133,7 @@ def _noise_scale(ready: Ready, batch_plan: BatchPlan, first_step: int, monitor: 
     if first_step:
         folder = Path(settings.output) / "checkpoints" / checkpoint.folder_name(first_step)
         if not noise.restore(checkpoint.read_manifest(folder).get("noise_scale")):
-            monitor.log(f"The noise scale is measured anew from step {first_step}: {folder.name} holds none of the same parameters.")
+            monitor.log(f"The noise scale is measured anew from step {first_step}: {folder.name} has no noise scale of these parameters.")
     return noise
 
 

@@ -1,4 +1,4 @@
-"""Updates that need one value at a time: the same for whole parameters and for any slice of them."""
+"""Optimizers that update each value by itself: whole parameters and slices of them are updated alike."""
 
 import abc
 import math
@@ -25,14 +25,14 @@ def adam_direction(state: Mapping[str, Tensor], gradient: Tensor, beta1: float, 
 
 
 def decaying(weight: Tensor, update: Tensor, cautious: bool) -> Tensor:
-    """Return the weights that decay: all or, if `cautious`, those whose update has their sign or one of them is 0, and 0 for the others."""
+    """Return the weights that decay. If `cautious`, those whose update has the opposite sign do not: they are 0 in the result."""
     return weight * (update * weight >= 0) if cautious else weight
 
 
 def apply_update(weight: Tensor, update: Tensor, rate: float, decay: float, *, cautious: bool = False, scale: float = 1.0) -> None:
     """Decay a weight by rate x decay of itself, then subtract rate x scale x update, in place.
 
-    If `cautious`, a weight decays only where its update has its sign or one of them is 0 (Chen et al. 2025, arXiv 2510.12402).
+    If `cautious`, a weight whose update has the opposite sign does not decay (Chen et al. 2025, arXiv 2510.12402).
     """
     if decay and cautious:
         weight.sub_(decaying(weight, update, cautious), alpha=rate * decay)

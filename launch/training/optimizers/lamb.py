@@ -12,7 +12,7 @@ from launch.training.optimizers.trust_ratio import Norms, norms_of_matrices
 
 
 class Lamb(Optimizer):
-    """Adam, of which each matrix's update, decay included, is scaled to the norm of the matrix: algorithm 2 of the paper.
+    """Adam whose update of a matrix, decay included, is scaled to the norm of the matrix: algorithm 2 of the paper.
 
     The means are bias-corrected and the ratio of the norms is not bounded. The states are Adam's.
     """

@@ -1,7 +1,7 @@
 """Newton-Schulz iteration: the orthogonal matrix near a given one, from matrix products alone.
 
-Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. Iterations and coefficients are those of torch.optim.Muon. On a CPU, so
-is every bit in bf16, except where torch has another kernel for a product of 16 x 16 x 16 or less than for a batch of them.
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. Iterations and coefficients are those of torch.optim.Muon. On a CPU,
+the results in bf16 have the same bits, except for products of 16 x 16 x 16 or less, for which torch uses another kernel in a batch.
 """
 
 import torch

@@ -80,7 +80,7 @@ def test_rate_of_a_small_model_is_clamped_and_called_extrapolated():
 
 def test_rows_of_a_run_with_adamw_and_with_another_optimizer():
     run = facts(124e6, 2.5e9, 524_288, 6e-4)
-    ratio = "20 tokens per parameter (about 20 is best for a given computation; arXiv 2203.15556)"
+    ratio = "20 tokens per parameter (about 20 is best for a given compute budget; arXiv 2203.15556)"
     assert advice_rows(run, True) == [
         ("advice", "batch 524,288 tokens (published: 130,000 to 280,000), rate 0.0006 (0.0016 to 0.0023); arXiv 2503.04715 and 2401.02954"),
         ("advice", f"decay timescale 3.5 of the run (published: 0.11 to 0.45; arXiv 2505.13738), {ratio}"),

@@ -150,7 +150,7 @@ def test_plan_shows_packing_with_a_warning_and_a_note():
 
     best_fit = "samples: 1 of 128 tokens: documents packed by best fit, not cut if they fit, "
     warning = "warning: the 100 tokens of prepared do not fill one sample of 128 tokens; the rest of it is padding"
-    often = "warning: prepared is read 6,400.0 times; more than 4 times help less and less (arXiv 2305.16264)"
+    often = "warning: prepared is read 6,400.0 times; after 4 times, each repetition helps less (arXiv 2305.16264)"
     assert shown(True, packing="best_fit") == [best_fit + "separated by mask, 21.88% padding", warning, often]
     assert shown(False, packing="best_fit") == [
         best_fit + "seeing one another, 21.88% padding",
