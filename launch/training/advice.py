@@ -48,11 +48,13 @@ class Facts:
     tokens: float
     """Tokens of the whole run."""
     batch_tokens: int
-    """Tokens of the last step."""
+    """Tokens of a step of batch.global_batch_size."""
     learning_rate: float
-    """Peak rate, at the batch of the last step."""
+    """Peak rate of a step of batch.global_batch_size."""
     decay: float
     """Share of a matrix that decays in a step, as a multiple of the rate."""
+    sizes: tuple[int, ...] = ()
+    """Tokens of a step over the run (default: always batch_tokens)."""
 
     @property
     def timescale(self) -> float | None:
@@ -96,7 +98,9 @@ def advice_rows(facts: Facts, has_adamw_rates: bool) -> Rows:
         return []
     batch = batch_band(facts)
     small = facts.parameters_in_blocks < MIN_PARAMETERS
-    texts = [f"batch {facts.batch_tokens:,} tokens (published: {batch})"]
+    taken = facts.sizes or (facts.batch_tokens,)
+    sizes = sorted({min(taken), max(taken)})
+    texts = [f"batch {' to '.join(f'{size:,}' for size in sizes)} tokens (published: {batch})"]
     sources = f"arXiv 2503.04715 and 2401.02954{', extrapolated to so small a model' if small else ''}"
     if has_adamw_rates:
         texts.append(f"rate {facts.learning_rate:g} ({rate_band(facts)})")
@@ -108,21 +112,23 @@ def advice_rows(facts: Facts, has_adamw_rates: bool) -> Rows:
         timescale = f"decay timescale {_short(facts.timescale)} of the run (published: {timescale_band(facts)}; arXiv 2505.13738)"
         ratio = f"{timescale}, {ratio}"
     rows.append(("advice", ratio))
-    if facts.batch_tokens > TIMES_TOO_LARGE * batch.high:
-        text = f"the batch of {facts.batch_tokens:,} tokens is {_short(facts.batch_tokens / batch.high)} times the largest published one; "
-        rows.append(("warning", text + "smaller batches reach a lower loss with the same tokens. Lower batch.global_batch_size"))
+    if sizes[-1] > TIMES_TOO_LARGE * batch.high:
+        text = f"the batch of {sizes[-1]:,} tokens is {_short(sizes[-1] / batch.high)} times the largest published one; "
+        setting = "batch.ramp and " if len(sizes) > 1 else ""
+        rows.append(("warning", text + f"smaller batches reach a lower loss with the same tokens. Lower {setting}batch.global_batch_size"))
     return rows
 
 
-def accumulation_rows(accumulation: int, data_parallel_size: int, pipeline_stages: int) -> Rows:
+def accumulation_rows(accumulation: int, data_parallel_size: int, pipeline_stages: int, has_ramp: bool = False) -> Rows:
     """Return a note if micro-batches are accumulated without other replicas to wait for (Marek et al. 2025, arXiv 2507.07101).
 
     A pipeline needs its micro-batches. Whether one micro-batch could be larger depends on memory, which is not known here.
     """
     if accumulation == 1 or data_parallel_size > 1 or pipeline_stages > 1:
         return []
-    text = f"accumulation {accumulation} without data parallelism saves little time; a smaller batch.global_batch_size, "
-    return [("note", text + "with learning rate and beta2 to suit, reaches an equal or lower loss in the same tokens (arXiv 2507.07101)")]
+    smaller = "smaller sizes in batch.ramp" if has_ramp else "a smaller batch.global_batch_size"
+    text = f"accumulation {accumulation} without data parallelism saves little time; {smaller}, with learning rate and beta2 to suit, "
+    return [("note", f"{text}{'reach' if has_ramp else 'reaches'} an equal or lower loss in the same tokens (arXiv 2507.07101)")]
 
 
 def epoch_rows(paths: Sequence[str], epochs: Mapping[str, float]) -> Rows:

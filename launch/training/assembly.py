@@ -33,7 +33,7 @@ from launch.training.noise_scale import NoiseScale
 from launch.training.peak import peak_flops
 from launch.training.pipeline import engine_for
 from launch.training.plan import plan
-from launch.training.settings import RunSettings
+from launch.training.settings import RunSettings, share_the_batch
 from launch.training.setup import Ready, get_ready
 from model.transformer import layers
 
@@ -186,8 +186,8 @@ def _load_checkpoint(ready: Ready, engine: Engine, candidates: list[Path], curre
         "" if saved_layout == current_layout else f", converted from {describe_layout(saved_layout)} to {describe_layout(current_layout)}"
     )
     step, plan_of_run = checkpoint.step_of(folder), run_folder.plan_after(ready.settings, manifest)
-    for size in plan_of_run.sizes_from(step):  # if newer checkpoints are damaged, sizes are to come again that nobody has checked
-        ready.settings.batch.accumulation_steps(ready.layout.data_parallel_size, size=size)
+    # If newer checkpoints are damaged, sizes are to come again that nobody has checked.
+    share_the_batch(ready.settings, ready.layout, plan_of_run, step)
     return step, plan_of_run, how
 
 

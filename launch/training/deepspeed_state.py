@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from launch.checkpoints.initial import InitialWeights
 from launch.checkpoints.state import WEIGHT, Region, SavedState, ShardSlice
 from launch.training.optimizers import Optimizer
+from launch.training.optimizers.beta2 import beta2_of, restore, sum_of
 from launch.training.optimizers.pieces import Piece
 
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -97,6 +98,12 @@ class OptimizerState:
         return self.optimizer.steps(self._built)
 
     @property
+    def counters(self) -> dict:
+        """What a checkpoint holds besides tensors, and `resume` takes."""
+        built = self._built
+        return {"steps": self.steps, "loss_scaler": self.loss_scaler, "beta2": beta2_of(built), "sum_of_weights": sum_of(built)}
+
+    @property
     def loss_scaler(self) -> dict | None:
         """State of fp16's dynamic loss scale; None without one."""
         scaler = getattr(self._zero, "loss_scaler", None)
@@ -110,9 +117,10 @@ class OptimizerState:
                 saved.read(shard_slice, kind, into)
 
     @torch.no_grad()
-    def resume(self, steps: int, loss_scaler: dict | None) -> None:
+    def resume(self, steps: int, loss_scaler: dict | None = None, beta2: float | None = None, sum_of_weights: float | None = None) -> None:
         """Continue after `steps` steps with what was read. All ranks then update the training weights from the float32 weights."""
         self.optimizer.set_steps(self._built, steps)
+        restore(self._built, beta2, sum_of_weights)
         if loss_scaler is not None and self.loss_scaler is not None:
             for name, value in loss_scaler.items():
                 setattr(self._zero.loss_scaler, name, value)

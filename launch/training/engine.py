@@ -33,6 +33,7 @@ from launch.training.deepspeed_state import OptimizerState
 from launch.training.gradient_squares import GradientSquares, SquaresMeter
 from launch.training.optimizers import optimizer_for
 from launch.training.optimizers.base import is_matrix, scalars_of
+from launch.training.optimizers.beta2 import change_beta2, count_step
 from launch.training.optimizers.pieces import Pieces
 from launch.training.settings import RunSettings
 from launch.training.stopwatch import Stopwatch
@@ -160,13 +161,12 @@ class Engine:
         with_scalars: bool = False,
         beta2: float | None = None,
     ) -> StepReport:
-        """Take optimizer step `step` on this data rank's micro-batches of it. `beta2` replaces the optimizer's if it is given."""
+        """Take optimizer step `step` on this data rank's micro-batches of it. `beta2`, if it is given, replaces that of the step before."""
         self.current_step, self._micro_batches_seen = step, {}
         self._accumulate(len(micro_batches))
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-            if beta2 is not None and "betas" in group:
-                group["betas"] = group["betas"][0], beta2
+        change_beta2(self._built, beta2, lambda: self._state.steps)
         micro_batches = [self._part_of(batch) for batch in micro_batches]
         counts = self.ranks.sum([target_tokens(micro_batches), target_classes(micro_batches)])
         parts = len(micro_batches) * self.layout.zero_size
@@ -176,6 +176,8 @@ class Engine:
         if self.pieces is not None:
             self.pieces.watch = watch
         loss, gradient_norm, skipped = self._step_on(micro_batches, divisors, watch)
+        if not skipped:
+            count_step(self._built)
         summands = self._squares.take() if self._squares else []
         loss_sum, stops, *sums = self.ranks.sum([loss, float(stop_asked), *summands])
         squares = None

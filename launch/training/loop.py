@@ -143,9 +143,7 @@ def _train_step(run: Run, step: int) -> StepReport:
     """Take one optimizer step and report it to the monitor."""
     start = time.perf_counter()
     rate, size = _learning_rate(run, step), run.plan.size(step)
-    batch, beta2 = run.settings.batch, None
-    if batch.beta2_rule != "fixed":
-        beta2 = batch.beta2(size, run.settings.optimizer.beta2)
+    batch, beta2 = run.settings.batch, run.settings.batch.beta2(size, run.settings.optimizer.beta2)
     if run.monitor and batch.ramp and step and size != run.plan.size(step - 1):
         run.monitor.log(f"From step {step + 1} on a step reads {size} samples in place of {run.plan.size(step - 1)}.")
     with _reading(run):

@@ -49,7 +49,7 @@ def plan(
         ("optimizer", optimizer_for(settings.optimizer).describe()),
         ("engine", _engine(settings, merged_json["zero_optimization"], layout, device)),
         *_notes_on_one_node(merged_json["zero_optimization"], layout, device),
-        *_pipeline_rows(settings, merged_json, layout, batches),
+        *_pipeline_rows(settings, merged_json, layout),
         ("memory", _memory(settings, merged_json, layout, teacher)),
         ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),
     ]
@@ -82,12 +82,13 @@ def _ramp_rows(settings: RunSettings, batches: BatchPlan) -> Rows:
     if batch.ramp is None:
         return []
     taken = [one for one in batches.segments if one.first_step < batches.steps]
-    sizes = " -> ".join(f"{one.size} (rate x {batch.rate_factor(one.size):.3g})" for one in taken)
-    text = f"{batch.ramp}: {sizes} in {batches.steps:,} steps"
+    sizes = ", then ".join(f"{one.size} (rate x {batch.rate_factor(one.size):.3g})" for one in taken)
+    text = f"{batch.ramp} gives steps of {sizes}"
     if batch.is_seesaw:
-        text += f" in place of {batches.position(batches.steps) // batch.global_batch_size:,} of {batch.global_batch_size}"
+        plain = batches.position(batches.steps) // batch.global_batch_size
+        text += f"; {batches.steps:,} steps, where a batch of {batch.global_batch_size} would need {plain:,}"
     if batch.beta2_rule != "fixed":
-        text += "; beta2 " + " -> ".join(f"{batch.beta2(one.size, optimizer.beta2):.4g}" for one in taken)
+        text += "; beta2 " + ", then ".join(f"{batch.beta2(one.size, optimizer.beta2):.4g}" for one in taken)
     rows = [("ramp", text)]
     if len(taken) < len(batches.segments) and not batch.is_seesaw:
         rows.append(
@@ -99,8 +100,9 @@ def _ramp_rows(settings: RunSettings, batches: BatchPlan) -> Rows:
 def _rate(settings: RunSettings, batches: BatchPlan) -> str:
     schedule, optimizer = settings.schedule, settings.optimizer
     end = f", down to {schedule.min_learning_rate:g}" if schedule.kind != "constant" else ""
+    size = f" at {settings.batch.global_batch_size} sequences" if settings.batch.ramp else ""
     return (
-        f"{optimizer.learning_rate:g}, {schedule.kind}, warm-up {settings.warmup_steps_in(batches)} steps{end}; "
+        f"{optimizer.learning_rate:g}{size}, {schedule.kind}, warm-up {settings.warmup_steps_in(batches)} steps{end}; "
         f"clipping {optimizer.gradient_clipping:g}, decay {optimizer.weight_decay:g}"
     )
 
@@ -115,14 +117,15 @@ def _advice(settings: RunSettings, layout: Layout, batches: BatchPlan, data: Run
         parameters_in_blocks=parameters_in_blocks(model),
         block_flops=flops_per_token(model) - 6 * model.vocab_size * model.hidden_size,
         tokens=batches.tokens_before(batches.steps),
-        batch_tokens=batches.tokens(batches.steps - 1),
+        batch_tokens=settings.batch.global_batch_size * model.sequence_length,
         learning_rate=optimizer.learning_rate,
         decay=optimizer.decay_coefficient,
+        sizes=tuple(size * model.sequence_length for size in batches.sizes_from(0)) if settings.batch.ramp else (),
     )
-    accumulation = settings.batch.accumulation_steps(layout.data_parallel_size)
+    accumulation = settings.batch.accumulation_steps(layout.data_parallel_size, size=batches.size(batches.steps - 1))
     return [
         *advice_rows(facts, optimizer_for(optimizer).has_adamw_rates),
-        *accumulation_rows(accumulation, layout.data_parallel_size, layout.pipeline_stages),
+        *accumulation_rows(accumulation, layout.data_parallel_size, layout.pipeline_stages, settings.batch.ramp is not None),
         *(epoch_rows(settings.data.path, data.sampling.epochs(batches.position(batches.steps))) if data else []),
     ]
 
@@ -247,19 +250,18 @@ def _notes_on_one_node(zero: dict, layout: Layout, device: str) -> Rows:
     return rows
 
 
-def _pipeline_rows(settings: RunSettings, merged_json: dict, layout: Layout, batches: BatchPlan) -> Rows:
+def _pipeline_rows(settings: RunSettings, merged_json: dict, layout: Layout) -> Rows:
     """Describe the pipeline and its bubble, with a warning and better sizes if there are too few micro-batches."""
     if layout.pipeline_stages == 1:
         return []
     section, stages = merged_json["pipeline"], layout.pipeline_stages
-    smallest = min(batches.sizes_from(0)) if settings.batch.ramp else settings.batch.global_batch_size
-    micro_batches = max(1, smallest // (settings.batch.micro_batch_size or 1) // layout.data_parallel_size)
+    micro_batches = merged_json["gradient_accumulation_steps"]  # of the smallest size that is still to come
     bubble = f"bubble {layout.bubble(micro_batches):.1%} of a step with one forward, one backward"
     if section["schedule"] == "dualpipev":
         bubble += "; DualPipeV, which fills the pipeline from both ends, has a smaller one"
     rows = [("pipeline", f"{stages} stages by {section['partition']}, {section['schedule']}, {micro_batches} micro-batches; {bubble}")]
     if micro_batches < min_micro_batches(stages):
-        share = smallest // layout.data_parallel_size
+        share = micro_batches * (settings.batch.micro_batch_size or 1)
         size = largest_micro_batch_size(share, stages)
         better = share // size
         advice = (

@@ -32,8 +32,7 @@ def save(current: OptimizerState, config: ModelConfig, ranks: Ranks, root: Path,
         return error
     collected.run(lambda: _write(current, folder, ranks.process.rank))
     if ranks.all_ranks(collected.message is None) and ranks.is_first:
-        counters = {"steps": current.steps, "loss_scaler": current.loss_scaler}
-        manifest = about | current.optimizer.record() | {"optimizer": counters, "checksums": checksums}
+        manifest = about | current.optimizer.record() | {"optimizer": current.counters, "checksums": checksums}
         collected.run(lambda: checkpoint.publish(folder, step, manifest))
     if (error := ranks.first_error_of_any_rank(collected.message)) and ranks.is_first:
         checkpoint.discard(folder)
@@ -64,7 +63,7 @@ def start_from(current: OptimizerState, config: ModelConfig, ranks: Ranks, weigh
     Raises UserError on every rank if a shape differs or a weight is not finite.
     """
     _read(current, ranks, weights)
-    current.resume(0, None)
+    current.resume(0)
     checksums, not_finite = _checksums(current, config, ranks)
     if not_finite:
         raise UserError(f"init {weights.path} cannot be trained: {not_finite}. The file is damaged, or its training diverged.")

@@ -6,6 +6,7 @@ Each field's docstring is its text in --help; its range stands in its type. laun
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -324,25 +325,37 @@ def _complaints_about_length(settings: RunSettings) -> list[str]:
         return ["Give train_steps or train_tokens, the length of training."]
     if settings.train_steps is not None and settings.train_tokens is not None:
         return [f"{steps} and {tokens} both set the length of training; keep one and set the other to null."]
-    of_a_step = f"{describe(settings, 'batch.global_batch_size')} x {describe(settings, 'model.sequence_length')}"
-    plan = settings.batch_plan if settings.batch.ramp and not settings.batch.is_seesaw else settings._plan_of_one_size
     complaints = _complaints_about_ramp(settings)
-    warmup_steps = settings.warmup_steps_in(plan)
     if settings.schedule.warmup_steps is not None and settings.schedule.warmup_tokens is not None:
         given = [describe(settings, f"schedule.{name}") for name in ("warmup_steps", "warmup_tokens")]
         complaints.append(f"{given[0]} and {given[1]} both set the warm-up; keep one and set the other to null.")
-    elif settings.train_tokens is not None and settings.train_tokens < plan.tokens(0):
-        complaints.append(f"{tokens} is less than one step, which is {of_a_step} = {plan.tokens(0):,} tokens.")
-    elif warmup_steps >= plan.steps and settings.schedule.kind != "constant" and settings.schedule.warmup_tokens is not None:
-        length = tokens if settings.train_tokens is not None else f"{plan.tokens_before(plan.steps):,}, the tokens of {steps}"
-        complaints.append(f"{describe(settings, 'schedule.warmup_tokens')} must be below {length}.")
-    elif warmup_steps >= plan.steps and settings.schedule.kind != "constant":
-        length = steps if settings.train_steps is not None else f"{plan.steps}, the steps of {tokens} with {of_a_step}"
-        complaints.append(
-            f"{describe(settings, 'schedule.warmup_steps')} must be below {length}. "
-            f"Use --schedule.warmup_steps {plan.steps - 1}{' or less' if plan.steps > 1 else ''}."
-        )
+    elif not (Path(settings.output) / "run.json").exists():  # the steps of a run that resumes are not known here
+        complaints += _complaints_about_steps(settings, settings.batch_plan if not settings.batch.is_seesaw else settings._plan_of_one_size)
     return complaints
+
+
+def _complaints_about_steps(settings: RunSettings, plan: BatchPlan) -> list[str]:
+    """Return a message if a run that reads the samples of `plan` is shorter than a step or ends before its warm-up."""
+    steps, tokens = describe(settings, "train_steps"), describe(settings, "train_tokens")
+    length, warmup_steps = describe(settings, "model.sequence_length"), settings.warmup_steps_in(plan)
+    size = describe(settings, "batch.global_batch_size")
+    if plan.size(0) != settings.batch.global_batch_size:
+        size = (
+            f"{plan.size(0)} sequences, the first size of {describe(settings, 'batch.ramp')}," if settings.batch.ramp else f"{plan.size(0)}"
+        )
+    if settings.train_tokens is not None and settings.train_tokens < plan.tokens(0):
+        return [f"{tokens} is less than one step, which is {size} x {length} = {plan.tokens(0):,} tokens."]
+    if warmup_steps < plan.steps or settings.schedule.kind == "constant":
+        return []
+    if settings.schedule.warmup_tokens is not None:
+        most = tokens if settings.train_tokens is not None else f"{plan.tokens_before(plan.steps):,}, the tokens of {steps}"
+        return [f"{describe(settings, 'schedule.warmup_tokens')} must be below {most}."]
+    of_a_step = f" with {size} x {length}" if len(plan.segments) == 1 else ""
+    most = steps if settings.train_steps is not None else f"{plan.steps}, the steps of {tokens}{of_a_step}"
+    return [
+        f"{describe(settings, 'schedule.warmup_steps')} must be below {most}. "
+        f"Use --schedule.warmup_steps {plan.steps - 1}{' or less' if plan.steps > 1 else ''}."
+    ]
 
 
 def _complaints_about_ramp(settings: RunSettings) -> list[str]:
@@ -441,10 +454,12 @@ def _without_effect(settings: RunSettings, section: str, switch: str) -> list[st
 def share_the_batch(settings: RunSettings, layout: Layout, plan: BatchPlan | None = None, first_step: int = 0) -> RunSettings:
     """Return the settings with a micro-batch size and warm-up, if none were given.
 
-    `plan` and `first_step` are those of a run that resumes. Raises UserError if ranks cannot share a batch of a size that is still to
-    come.
+    `plan` and `first_step` are those of a run that resumes. Raises UserError if the run ends before its warm-up, or if a size of the
+    batch that is still to come cannot be shared by the ranks or has no noise scale.
     """
     plan = plan or settings.batch_plan
+    if complaints := _complaints_about_steps(settings, plan):
+        raise UserError("\n".join(complaints))
     sizes: Sequence[int] = plan.sizes_from(first_step)
     try:
         shares = [settings.batch.accumulation_steps(layout.data_parallel_size, size=size) for size in sizes]
@@ -458,17 +473,17 @@ def share_the_batch(settings: RunSettings, layout: Layout, plan: BatchPlan | Non
     if schedule.warmup_tokens is None:
         schedule = dataclasses.replace(schedule, warmup_steps=settings.warmup_steps_in(plan))
     shared = dataclasses.replace(settings, batch=batch, schedule=schedule, pipeline_stages=layout.pipeline_stages)
-    if settings.log.noise_scale and (complaint := _why_noise_cannot_be_measured(settings, shared.batch, layout, min(sizes))):
+    if settings.log.noise_scale and (complaint := _why_noise_cannot_be_measured(settings, shared.batch, layout, sizes)):
         raise UserError(complaint)
     return shared
 
 
-def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, layout: Layout, smallest: int) -> str | None:
+def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, layout: Layout, sizes: Sequence[int]) -> str | None:
     """Return a message if the gradients of micro-batches cannot be compared.
 
-    `batch` has a micro-batch size; `smallest` is the smallest number of sequences of a step that the run still takes.
+    `batch` has a micro-batch size; `sizes` are the sequences of the steps that the run still takes.
     """
-    wanted = describe(settings, "log.noise_scale")
+    wanted, smallest = describe(settings, "log.noise_scale"), min(sizes)
     if layout.sequence_parallel_size > 1:
         return (
             f"{wanted} is not supported with {describe(settings, 'sequence_parallel_size')}: each rank has only a part of the gradient "
@@ -477,8 +492,9 @@ def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, l
     assert batch.micro_batch_size is not None
     if smallest > batch.micro_batch_size:
         return None
-    size = next((size for size in range(smallest // 2, 0, -1) if smallest % size == 0), None)
-    advice = f"--batch.micro_batch_size {size}" if size else "--batch.global_batch_size 2 or more"
+    size = next((size for size in range(smallest // 2, 0, -1) if math.gcd(*sizes) % size == 0), None)
+    larger = "sizes of 2 or more in --batch.ramp" if batch.ramp else "--batch.global_batch_size 2 or more"
+    advice = f"--batch.micro_batch_size {size}" if size else larger
     return f"{wanted} compares the micro-batches of a step, and a step of {smallest} sequences has only one here. Use {advice}."
 
 

@@ -5,17 +5,20 @@
 FULL_DISK="rank:number" makes the `number`-th write of checkpoint bytes fail, and none after it. MISREAD="rank" changes one
 moment a little on that rank while a checkpoint is loaded. RUIN="rank:step:kind:value" sets a tensor of that rank (a weight, or
 a state of the optimizer) before the checkpoint of `step` is written. COMMANDS="number:command;number:command" runs shell commands on
-rank 0 before those optimizer steps.
+rank 0 before those optimizer steps. RECORD="file" adds a JSON line for each step of each rank to a file: the step, and source, epoch
+and number of each sample that the rank reads.
 """
 
 import errno
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 
 from data.command_line import run_script
+from data.sampling.batches import TrainingBatches
 from launch import pretrain
 from launch.checkpoints import checkpoint
 from launch.checkpoints.state import SavedState
@@ -101,7 +104,21 @@ def plant_commands(order: str) -> None:
     Engine.train_step = after_a_command
 
 
+def plant_record(file: str) -> None:
+    original = TrainingBatches.step
+
+    def recorded(self, number):
+        line = {"step": number, "samples": self.step_samples(number).reshape(-1, 3).tolist()}
+        with open(file, "a") as lines:  # one short write: lines of several ranks do not mix
+            lines.write(json.dumps(line) + "\n")
+        return original(self, number)
+
+    TrainingBatches.step = recorded
+
+
 if __name__ == "__main__":
+    if "RECORD" in os.environ:
+        plant_record(os.environ["RECORD"])
     if "MISREAD" in os.environ:
         plant_misreading(os.environ["MISREAD"])
     if "FAULT" in os.environ:

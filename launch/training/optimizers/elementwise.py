@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from launch.training.optimizers.base import Optimizer, split_by_decay
+from launch.training.optimizers.beta2 import sum_with
 
 
-def adam_direction(state: Mapping[str, Tensor], gradient: Tensor, beta1: float, beta2: float, epsilon: float) -> Tensor:
+def adam_direction(state: Mapping[str, Tensor], gradient: Tensor, group: dict) -> Tensor:
     """Advance Adam's running means by one step and return mean / (root of mean square + epsilon), both corrected for their start at 0.
 
-    `state` has step, exp_avg and exp_avg_sq, which are changed in place (Kingma and Ba 2014, arXiv 1412.6980).
+    `state` has step, exp_avg and exp_avg_sq, which are changed in place (Kingma and Ba 2014, arXiv 1412.6980). `group` has betas and eps.
     """
     state["step"] += 1
-    step = float(state["step"])
+    step, (beta1, beta2) = float(state["step"]), group["betas"]
     mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
     mean_square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    divisor = mean_square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(epsilon)
+    divisor = mean_square.sqrt().div_(math.sqrt(sum_with(group, step))).add_(group["eps"])
     return torch.div(mean, divisor, out=divisor).div_(1 - beta1**step)
 
 

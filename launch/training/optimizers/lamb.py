@@ -70,6 +70,5 @@ class _LambStep(torch.optim.Optimizer):
     def _direction(self, group: dict, tensor: Tensor) -> Tensor:
         """Return Adam's direction plus the decay."""
         assert tensor.grad is not None
-        (beta1, beta2), state = group["betas"], self._optimizer.state_of(self, tensor)
-        direction = adam_direction(state, tensor.grad, beta1, beta2, group["eps"])
+        direction = adam_direction(self._optimizer.state_of(self, tensor), tensor.grad, group)
         return direction.add_(decaying(tensor, direction, self._optimizer.settings.cautious_decay), alpha=group["weight_decay"])

@@ -27,7 +27,7 @@ from launch.training.settings import RunSettings
 from model.config import ModelConfig
 from model.loss import IGNORED, training_loss
 from model.transformer import Transformer
-from tests.launch.training.optimizer_references import REFERENCES
+from tests.launch.training.optimizer_references import REFERENCES, adamw_with_changing_beta2
 from tests.ranks import answer
 
 STEPS = 20
@@ -133,7 +133,8 @@ def train_plain(
         there = open_model(settings.distillation.teacher)
         teacher = Transformer(dataclasses.replace(there.config, document_mask=settings.model.document_mask))
         teacher.load_state_dict(dict(there.state))
-    take_step = REFERENCES[settings.optimizer.name](model, settings.optimizer)
+    reference = adamw_with_changing_beta2 if "ramp" in case else REFERENCES[settings.optimizer.name]
+    take_step = reference(model, settings.optimizer)
     history, weights = [], {}
     for step in range(steps):
         if step == STEPS:

@@ -13,7 +13,7 @@ from launch.training.optimizers.pieces import Piece, Pieces
 from launch.training.settings import OptimizerSettings
 
 Step = Callable[..., None]
-"""Updates the weights from their gradients, at a learning rate; AdamW also takes the beta2 of the step."""
+"""Updates the weights from their gradients, at a learning rate; adamw_with_changing_beta2 also takes the beta2 of the step."""
 
 
 def adamw(model: nn.Module, settings: OptimizerSettings) -> Step:
@@ -25,11 +25,28 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> Step:
         eps=settings.epsilon,
     )
 
-    def step(rate: float, beta2: float = settings.beta2) -> None:
+    def step(rate: float) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
-            group["betas"] = settings.beta1, beta2
         optimizer.step()
+
+    return step
+
+
+def adamw_with_changing_beta2(model: nn.Module, settings: OptimizerSettings) -> Step:
+    """AdamW whose running means are divided by the sums of the weights that they have given to all gradients so far."""
+    means = {parameter: (torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in model.parameters()}
+    sums = [0.0, 0.0]
+
+    @torch.no_grad()
+    def step(rate: float, beta2: float) -> None:
+        for number, beta in enumerate((settings.beta1, beta2)):
+            sums[number] = beta * sums[number] + 1 - beta
+        for x, (m, v) in means.items():
+            m.copy_(settings.beta1 * m + (1 - settings.beta1) * x.grad)
+            v.copy_(beta2 * v + (1 - beta2) * x.grad**2)
+            x -= rate * (settings.weight_decay if x.dim() >= 2 else 0.0) * x
+            x -= rate * (m / sums[0]) / ((v / sums[1]).sqrt() + settings.epsilon)
 
     return step
 

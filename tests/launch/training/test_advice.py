@@ -97,6 +97,9 @@ def test_only_a_batch_far_above_the_band_is_warned_of():
     assert len(advice_rows(dataclasses.replace(run, batch_tokens=int(7.9 * high)), True)) == 2
     name, text = advice_rows(dataclasses.replace(run, batch_tokens=int(9 * high)), True)[-1]
     assert name == "warning" and " is 9 times the largest published one; " in text and "batch.global_batch_size" in text
+    grown = dataclasses.replace(run, batch_tokens=32_768, sizes=(32_768, 65_536, int(9 * high)))
+    assert advice_rows(grown, True)[0][1].startswith(f"batch 32,768 to {int(9 * high):,} tokens (published: ")
+    assert advice_rows(grown, True)[-1][1].endswith("Lower batch.ramp and batch.global_batch_size")
     critical = facts(1e9, 608e9, 4096 * 4096)  # measured as still useful (arXiv 2505.23971)
     assert [name for name, _ in advice_rows(critical, True)] == ["advice", "advice"]
 
@@ -109,6 +112,7 @@ def test_accumulation_is_noted_only_without_replicas_and_pipeline():
     assert accumulation_rows(1, 1, 1) == accumulation_rows(8, 2, 1) == accumulation_rows(8, 1, 2) == []
     [(name, text)] = accumulation_rows(8, 1, 1)
     assert name == "note" and text.startswith("accumulation 8 without data parallelism saves little time; ") and "2507.07101" in text
+    assert "; smaller sizes in batch.ramp, with" in accumulation_rows(8, 1, 1, has_ramp=True)[0][1]
 
 
 def test_each_source_that_is_read_more_than_four_times_is_warned_of():

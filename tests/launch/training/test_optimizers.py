@@ -10,8 +10,11 @@ from torch import nn
 
 from launch.checkpoints.state import kinds_in
 from launch.training.optimizers import OPTIMIZERS, optimizer_for
+from launch.training.optimizers.adamw import AdamW
+from launch.training.optimizers.beta2 import beta2_of, change_beta2, count_step, sum_of
+from launch.training.optimizers.elementwise import Elementwise
 from launch.training.settings import OptimizerSettings, RunSettings
-from tests.launch.training.optimizer_references import attach_whole
+from tests.launch.training.optimizer_references import adamw_with_changing_beta2, attach_whole
 from tests.ranks import REPOSITORY
 
 KNOW_ADAMW = {
@@ -116,6 +119,33 @@ def test_adamw_with_own_steps_equals_torchs(model):
     ours, theirs = (_weights_after(one, model.double(), RATES) for one in (settings, OptimizerSettings(weight_decay=0.0)))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_bias_correction_is_exact_after_changes_of_beta2(own, model):
+    """The reference divides the mean of squares by the sum of its weights; 1 - beta2^t of the present beta2 gives other steps."""
+    settings = OptimizerSettings(learning_rate=1.0, beta2=0.999)
+    network, expected, uncorrected = (copy.deepcopy(model).double() for _ in range(3))
+    optimizer = AdamW(settings)
+    built, plain = (one(optimizer, net) for one, net in ((Elementwise.build if own else AdamW.build, network), (AdamW.build, uncorrected)))
+    reference = adamw_with_changing_beta2(expected, settings)
+    for step, beta2 in enumerate([0.99] * 4 + [0.9] * 3 + [0.999] * 4):
+        change_beta2(built, beta2, lambda step=step: step)
+        for group in plain.param_groups:
+            group["betas"] = settings.beta1, beta2
+        for net, take_step in ((network, built.step), (uncorrected, plain.step), (expected, lambda beta2=beta2: reference(0.01, beta2))):
+            net.zero_grad()
+            (net(torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3) + step) - 0.3).square().sum().backward()
+            for group in (*built.param_groups, *plain.param_groups):
+                group["lr"] = 0.01
+            take_step()
+        count_step(built)
+    far, near = (
+        max(float((a - b).detach().abs().max()) for a, b in zip(net.parameters(), expected.parameters(), strict=True))
+        for net in (uncorrected, network)
+    )
+    assert near < 1e-12 < 1e-3 < far
+    assert beta2_of(built) == 0.999 and sum_of(built) == pytest.approx(1 - 0.99**4 * 0.9**3 * 0.999**4)
 
 
 def test_sgd_equals_torchs_with_decay_beside_the_momentum(model):

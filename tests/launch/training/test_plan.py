@@ -89,7 +89,9 @@ def data_of(settings: RunSettings, weights: tuple[float, ...] = (), **streams_an
 
 def lines(settings: RunSettings, zero: dict, layout: Layout = FOUR, device: str = "cpu", **more) -> dict[str, str]:
     """Return the rows of a plan by name; of several notes the last one."""
-    printed = plan(settings, {"zero_optimization": zero} | more, layout, device, settings.batch_plan, data_of(settings, prepared=TRAIN))
+    accumulation = settings.batch.accumulation_steps(layout.data_parallel_size)
+    merged = {"zero_optimization": zero, "gradient_accumulation_steps": accumulation} | more
+    printed = plan(settings, merged, layout, device, settings.batch_plan, data_of(settings, prepared=TRAIN))
     return dict(line.strip().split(": ", 1) for line in printed.splitlines())
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ from launch.checkpoints import checkpoint
 from launch.checkpoints.opening import AveragedState
 from launch.ranks.layout import Layout
 from launch.training import deepspeed_config, run_folder
+from launch.training.data import open_data
+from launch.training.plan import plan
 from launch.training.recipe import read_run_settings
 from launch.training.schedule import learning_rate
-from launch.training.settings import share_the_batch
-from tests.launch.training.test_resume import assert_same_run, curves, run, train_plainly
+from launch.training.settings import RunSettings, share_the_batch
+from model.config import ModelConfig
+from tests.launch.training.test_resume import assert_same_run, curves, run, statuses, train_plainly
 
 DECAYING = ("cosine", "linear", "wsd")
 
@@ -38,20 +42,32 @@ def plan_of(ramp: list[tuple[int, int]], tokens: int) -> BatchPlan:
 
 
 @limits(deadline=None, max_examples=40)
-@given(ramps, st.integers(400, 900), st.sampled_from([1, 2, 4]), st.data())
-def test_ramp_reads_every_position_once_with_any_ranks_and_kills(ramp, tokens, ranks, data):
-    plan, read = plan_of(ramp, tokens), []
-    assert plan.tokens_before(plan.steps) <= tokens
-    for step in range(plan.steps):
-        threshold = max(number for number, (position, _) in enumerate(ramp) if position <= plan.position(step))
-        assert plan.size(step) == 4 * ramp[threshold][1]
-        if data.draw(st.booleans()):  # a kill: the plan is read back at this step
-            recorded = [Segment(**one) for one in json.loads(json.dumps(plan.record()))]
-            assert plan_of(ramp, tokens).after(step, recorded) == plan
-        positions = np.array(plan.positions(step))
-        read += sorted(position for rank in range(ranks) for position in rank_share(positions, 1, rank, ranks).ravel().tolist())
-        assert {plan.step_of(position) for position in plan.positions(step)} == {step}
-    assert read == list(range(plan.position(plan.steps)))
+@given(ramps, st.integers(400, 900), st.integers(1, 9), st.data())
+def test_ramp_reads_every_position_once_with_any_ranks_and_kills(ramp, tokens, interval, data):
+    """Each start has other ranks and another micro-batch size, and is killed before any step; steps after a checkpoint are taken again."""
+    batch = plan_of(ramp, tokens).batch
+    settings = RunSettings(model=ModelConfig(sequence_length=2), batch=batch, train_tokens=tokens)
+    read: dict[int, list[int]] = {}
+    manifest = {"step": 0, "batch_plan": settings.batch_plan.record()}
+    while (first := manifest["step"]) < settings.batch_plan.steps:
+        plan = run_folder.plan_after(settings, json.loads(json.dumps(manifest)))
+        ranks = data.draw(st.sampled_from([ranks for ranks in (1, 2, 3, 4) if all(size % ranks == 0 for size in plan.sizes_from(first))]))
+        shared = share_the_batch(
+            dataclasses.replace(settings, batch=dataclasses.replace(batch, micro_batch_size=None)), Layout(ranks), plan, first
+        )
+        largest = shared.batch.micro_batch_size
+        size = data.draw(st.sampled_from([size for size in range(1, largest + 1) if largest % size == 0]))
+        end = data.draw(st.integers(first + 1, plan.steps))
+        for step in range(first, end):
+            positions = np.array(plan.positions(step))
+            read[step] = [position for rank in range(ranks) for position in rank_share(positions, size, rank, ranks).ravel().tolist()]
+            assert {plan.step_of(position) for position in read[step]} == {step}
+        saved = end if end == plan.steps else max(first, end // interval * interval)
+        manifest = {"step": saved, "batch_plan": plan.record()}
+    thresholds = [max(number for number, (position, _) in enumerate(ramp) if position <= min(read[step])) for step in read]
+    assert [len(positions) for positions in read.values()] == [4 * ramp[number][1] for number in thresholds]
+    assert sorted(itertools.chain.from_iterable(read.values())) == list(range(plan.position(plan.steps)))
+    assert tokens - 2 * 4 * ramp[-1][1] < plan.tokens_before(plan.steps) <= tokens
 
 
 @limits(deadline=None, max_examples=40)
@@ -148,6 +164,36 @@ def test_sizes_to_come_must_be_shared_and_passed_ones_are_not_checked():
     assert share_the_batch(open_size, Layout(4), open_size.batch_plan, 3).batch.micro_batch_size == 2, "4 ranks cannot share the passed 6"
 
 
+def test_noise_scale_needs_two_micro_batches_in_steps_to_come():
+    words = ["--batch.ramp=0:4 4K:12 8K:16", "--batch.global_batch_size=16", "--log.noise_scale=true", "--batch.micro_batch_size=4"]
+    settings = read_run_settings(words)
+    with pytest.raises(UserError, match=r"a step of 4 sequences has only one here\. Use --batch\.micro_batch_size 2\.$"):
+        share_the_batch(settings, Layout(1))
+    assert share_the_batch(settings, Layout(1), settings.batch_plan, settings.batch_plan.segments[1].first_step).batch.micro_batch_size == 4
+    shared = dataclasses.replace(settings, batch=BatchSettings(3, 3, "0:9 4K:6 8K:3"))
+    with pytest.raises(UserError, match=r"a step of 3 sequences has only one here\. Use --batch\.micro_batch_size 1\.$"):
+        share_the_batch(shared, Layout(1))
+    with pytest.raises(UserError, match=r"a step of 1 sequences has only one here\. Use sizes of 2 or more in --batch\.ramp\.$"):
+        share_the_batch(dataclasses.replace(settings, batch=BatchSettings(4, 1, "0:1 4K:4")), Layout(1))
+
+
+def test_plan_of_a_resumed_ramp_does_not_check_sizes_that_have_passed():
+    words = ["--batch.ramp=seesaw:16", "--batch.global_batch_size=2", "--batch.micro_batch_size=2", "--train_tokens=3e6"]
+    settings, layout = read_run_settings([*words, "--schedule.kind=cosine"]), Layout(8, 2)
+    batches = settings.batch_plan
+    with pytest.raises(UserError, match=r"batch\.ramp seesaw:16 \(command line\): size 2 is not a multiple of .* = 8\."):
+        share_the_batch(settings, layout)
+    settings = share_the_batch(settings, layout, batches, batches.segments[2].first_step)
+    merged = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 1}
+    merged["pipeline"] = {"stages": 2, "partition": "parameters", "schedule": "1f1b"}
+    shown = plan(settings, merged, layout, "cpu", batches, None)
+    assert "2 stages by parameters, 1f1b, 1 micro-batches; bubble 50.0% of a step" in shown
+    assert "16 sequences = micro-batch 2 x accumulation 2 x data parallel 4; 4,096 tokens a step; steps 1 to " in shown
+    assert f"; {batches.steps:,} steps, where a batch of 2 would need 5,85" in shown, "at most 16 samples less than 3e6 tokens"
+    assert "rate: 0.005 at 2 sequences, cosine" in shown and "advice: batch 512 to 4,096 tokens (published: " in shown
+    assert "decay timescale 0.34 of the run" in shown, "of the batch of 2, at which the rate is 0.005"
+
+
 def test_dualpipev_needs_its_micro_batches_at_the_smallest_size():
     settings = read_run_settings(["--batch.ramp=0:2 4K:8", "--batch.micro_batch_size=1"])
     written = {"zero_optimization": {"stage": 1}, "pipeline": {"stages": 2, "schedule": "dualpipev"}}
@@ -188,7 +234,7 @@ def test_ramp_on_two_ranks_equals_one_plain_process(tiny, tmp_path):
     arguments = [*tiny, *RAMP, "--optimizer.epsilon", "1e-6", "--checkpoint.interval", "0"]
     output = run(2, [*arguments, "--deepspeed", "ds_configs/zero2.json"])
     assert "From step 5 on a step reads 16 samples in place of 8." in output
-    assert "ramp: 0:8 1K:16: 8 (rate x 0.707) -> 16 (rate x 1) in 8 steps" in output
+    assert "ramp: 0:8 1K:16 gives steps of 8 (rate x 0.707), then 16 (rate x 1)\n" in output
     losses, model = train_plainly(arguments, SIZES, rates_of(arguments))
     found = curves(tmp_path / "run")
     assert list(found["loss/train"].values()) == pytest.approx(losses, abs=1e-6)
@@ -206,12 +252,65 @@ def test_ramp_resumes_before_at_and_after_a_boundary_bit_for_bit(tiny, tmp_path)
     for step in (3, 4, 5):
         stopped = tmp_path / f"stopped{step}"
         shutil.copytree(whole, stopped)
-        for folder in checkpoint.published(stopped / "checkpoints"):
-            if checkpoint.step_of(folder) > step:
-                shutil.rmtree(folder)
+        remove_checkpoints_after(step, stopped)
         assert f"Resuming from step {step} of 8" in run(1, [*arguments, "--output", str(stopped)])
         assert_same_run(whole, stopped)
+    stopped.rename(tmp_path / "other")
+    remove_checkpoints_after(3, tmp_path / "other")
+    assert "Resuming from step 3 of 8" in run(1, [*arguments, "--output", str(tmp_path / "other"), "--batch.micro_batch_size", "8"])
+    assert_equal_run(whole, tmp_path / "other")
     refuses_other_ramps([*arguments, "--output", str(whole), "--train_steps", "20"])
+
+
+def remove_checkpoints_after(step: int, output: Path) -> None:
+    for folder in checkpoint.published(output / "checkpoints"):
+        if checkpoint.step_of(folder) > step:
+            shutil.rmtree(folder)
+
+
+def assert_equal_run(one: Path, other: Path) -> None:
+    """Check that two runs have the same steps, and the same losses, norms, rates and last weights to rounding."""
+    ours, theirs = curves(one), curves(other)
+    for name, values in ours.items():
+        assert theirs[name] == pytest.approx(values, rel=1e-5), name
+    first, second = (AveragedState(checkpoint.published(folder / "checkpoints")[:1]) for folder in (one, other))
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
+
+
+@pytest.mark.slow
+def test_killed_ramp_reads_every_position_once_on_changing_ranks(tiny, tmp_path):
+    """Public failures: data read twice after a resume within accumulation (gpt-neox #308); another micro-batch size that changes the steps
+    (transformers #43708); ranks that cannot share a size that has passed (OLMo-core #332)."""
+    ramp = ["--batch.ramp", "0:4 1K:8 2K:16", "--batch.global_batch_size", "16", "--train_steps", "16", "--checkpoint.interval", "3"]
+    arguments = [*tiny, *ramp, "--precision", "float32", "--optimizer.epsilon", "1e-6", "--log.sample_interval", "0"]
+    whole, stopped, record = tmp_path / "whole", tmp_path / "stopped", tmp_path / "samples.jsonl"
+    run(1, [*arguments, "--batch.micro_batch_size", "4", "--output", str(whole)])
+    starts = (  # ranks, micro-batch size, JSON, step before which rank 0 is killed, counted from that start
+        (1, 2, "zero1", 5),
+        (2, 1, "zero2", 7),
+        (4, 2, "zero3", 4),  # 4 x 2 = 8 sequences: 4, the first size, could not be shared
+        (1, 4, "zero1", None),
+    )
+    for ranks, size, json_name, kill in starts:
+        words = [*arguments, "--output", str(stopped), "--batch.micro_batch_size", str(size), "--deepspeed", f"ds_configs/{json_name}.json"]
+        more = {"RECORD": str(record)} | ({"FAULT": f"0:step:{kill}"} if kill else {})
+        ended = statuses(ranks, words, **more)
+        assert (-signal.SIGKILL in ended) if kill else (ended == [0]), ended
+        with record.open("a") as lines:
+            lines.write("{}\n")
+    read: dict[int, list[list[int]]] = {}
+    num_reads, start_of = 0, {}
+    for start, lines in enumerate(record.read_text().split("{}\n")):
+        for entry in map(json.loads, lines.splitlines()):
+            step, num_reads = entry["step"], num_reads + len(entry["samples"])
+            read[step] = (read[step] if start_of.get(step) == start else []) + entry["samples"]
+            start_of[step] = start
+    assert [len(read[step]) for step in range(16)] == [4] * 8 + [8] * 4 + [16] * 4
+    assert set(start_of.values()) == {0, 1, 2, 3} and num_reads > 128, "each start has taken steps that stayed, and some were taken again"
+    blend = open_data(read_run_settings(arguments)).sampling.blend
+    expected = np.stack(blend.draw(np.arange(128)), axis=-1).tolist()
+    assert sorted(sample for samples in read.values() for sample in samples) == sorted(expected)
+    assert_equal_run(whole, stopped)
 
 
 def refuses_other_ramps(arguments: list[str]) -> None:
