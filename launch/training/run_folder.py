@@ -19,7 +19,7 @@ from typing import BinaryIO
 from data.command_line import UserError, describe, flatten
 from data.files import lock_file, nearest_existing, write_file
 from data.recorded_paths import find_path, places_of, require_path
-from data.sampling.batch_plan import BatchPlan, Segment, read_segments
+from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment, read_segments
 from data.tokenization.companions import GENERATION, companion_files, copy_companions, licence_files, published_configuration
 from data.tokenization.configuration import CONFIGURATION, read_configuration, read_json_object, token_content
 from launch import REPOSITORY
@@ -176,7 +176,7 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
             f"{folder} has another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
             "Give another --output, or --allow_changes to resume with the new settings."
         )
-    plan = settings.batch_plan
+    plan, notes = settings.batch_plan, [f"Resuming with a change: {line}" for line in changed]
     if newest := _newest_manifest(root):
         _refuse_other_model(*newest, settings)
         if refusal := optimizer_for(settings.optimizer).refusal_of(*newest):
@@ -184,8 +184,23 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
         plan = plan_after(settings, newest[1])
         if newest[1]["step"] > plan.steps:
             raise UserError(f"{newest[0]} is already beyond the {plan.steps} steps of this command. Nearest: {newest[1]['step']}.")
-    notes = [f"Resuming with a change: {line}" for line in changed]
+        notes += _note_on_rate(before["recipe"], settings, plan, newest[1]["step"])
     return Start(before["run_id"], True, plan, (*notes, *_note_on_order(changed, settings)), tuple(changed))
+
+
+def _note_on_rate(recipe: dict, settings: RunSettings, plan: BatchPlan, step: int) -> list[str]:
+    """Return a note if step `step` has another learning rate than with the recorded recipe only because the ramp is another."""
+    fields = {field.name for field in dataclasses.fields(BatchSettings)}
+    former = BatchSettings(**{name: value for name, value in recipe["batch"].items() if name in fields})
+    size, peak = plan.size(step), settings.optimizer.learning_rate
+    factors = former.rate_factor(size), settings.batch.rate_factor(size)
+    if factors[0] == factors[1] or size != plan.size(step - 1) or peak != recipe["optimizer"]["learning_rate"]:
+        return []
+    before, now = (f"{peak * factor:.3g}" for factor in factors)
+    return [
+        f"The peak learning rate of a step of {size} samples changes from {before} to {now}, because it follows from batch.ramp and "
+        f"batch.global_batch_size. To keep it, give --optimizer.learning_rate {peak * factors[0] / factors[1]:.3g}."
+    ]
 
 
 def _note_on_order(changed: list[str], settings: RunSettings) -> list[str]:
@@ -227,7 +242,7 @@ def plan_after(settings: RunSettings, manifest: dict) -> BatchPlan:
         tokens = dataclasses.replace(settings.batch_plan, segments=segments).tokens_before(step)
         raise UserError(
             f"{describe(settings, 'batch.ramp')} gives other sizes than the run has read: {', '.join(taken)}. "
-            f"A ramp can be changed only after the {tokens:,} tokens of the newest checkpoint."
+            f"Keep these sizes; only those after token {tokens:,}, where the newest checkpoint ends, can be changed."
         )
     return settings.batch_plan.after(step, segments)
 

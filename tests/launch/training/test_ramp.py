@@ -327,5 +327,11 @@ def refuses_other_ramps(arguments: list[str]) -> None:
     longer = inspect("0:8 1K:16 4K:32", 32)
     assert [tuple(one) for one in longer.plan.segments] == [(0, 0, 8), (4, 32, 16), (10, 128, 32)]
     assert "batch.ramp: 0:8 1K:16 -> 0:8 1K:16 4K:32" in "\n".join(longer.changes)
-    with pytest.raises(UserError, match=r"gives other sizes than the run has read: 8 from token 0, 16 from token 1,024\..* 3,072 tokens"):
+    assert longer.notes[-1] == (
+        "The peak learning rate of a step of 16 samples changes from 0.005 to 0.00354, because it follows from batch.ramp and "
+        "batch.global_batch_size. To keep it, give --optimizer.learning_rate 0.00707."
+    )
+    with pytest.raises(
+        UserError, match=r"gives other sizes than the run has read: 8 from token 0, 16 from token 1,024\. Keep .* token 3,072, "
+    ):
         inspect("0:8 2K:16", 16)

@@ -11,9 +11,17 @@ import pytest
 from data.command_line import UserError
 from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment
 from launch.checkpoints import checkpoint, run_record
-from launch.ranks.layout import describe_layout
+from launch.ranks.layout import Layout, describe_layout
 from launch.training import run_folder
-from launch.training.settings import DataSettings, DistillationSettings, LogSettings, OptimizerSettings, RunSettings
+from launch.training.settings import (
+    DataSettings,
+    DistillationSettings,
+    LogSettings,
+    OptimizerSettings,
+    RunSettings,
+    ScheduleSettings,
+    share_the_batch,
+)
 from model.config import ModelConfig
 
 MERGED = {"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}
@@ -210,6 +218,25 @@ def test_run_with_another_batch_size_goes_on_at_its_position(run):
     assert smaller.segments == (*wider.segments, Segment(20, 240, 4))
     shutil.rmtree(run.root / "step_00000020")
     assert run.start(batch=BatchSettings(4), allow_changes=True).plan.segments == (Segment(0, 0, 8), Segment(10, 80, 4))
+
+
+def test_warm_up_of_a_resumed_run_is_compared_with_all_its_steps(run):
+    """90 steps of 8 samples, then one of 64: a run that always had read 64 would have 12 steps."""
+    tokens = 100.0 * 8 * run.settings.model.sequence_length
+    run.settings = dataclasses.replace(run.settings, batch=BatchSettings(8), train_tokens=tokens, train_steps=None)
+    run.record()
+    run.save(90, batch_plan=run.settings.batch_plan)
+
+    def shared(size: int, warmup_steps: int) -> RunSettings:
+        changed = dataclasses.replace(run.settings, batch=BatchSettings(size), schedule=ScheduleSettings(warmup_steps=warmup_steps))
+        assert changed.complaints() == []
+        return share_the_batch(changed, Layout(1), *run_folder.find_plan(changed))
+
+    assert shared(64, 20).schedule.warmup_steps == shared(801, 20).schedule.warmup_steps == 20
+    with pytest.raises(
+        UserError, match=r"^schedule\.warmup_steps 95 must be below 91, the steps of train_tokens \S+\. Use .* 90 or less\.$"
+    ):
+        shared(64, 95)
 
 
 def test_checkpoint_without_a_batch_plan_has_one_size(run):
