@@ -136,6 +136,13 @@ def origin_of(settings: object, name: str) -> str | None:
     return getattr(settings, "_origins", {}).get(name)
 
 
+def replace(settings: Settings, **changes: object) -> Settings:
+    """Return the settings with other values for some fields. Unlike dataclasses.replace, it keeps the places where values were set."""
+    changed = dataclasses.replace(settings, **changes)  # type: ignore[type-var]  # every settings class is a dataclass
+    object.__setattr__(changed, "_origins", getattr(settings, "_origins", {}))
+    return changed
+
+
 def add_origins(message: str, settings: object) -> str:
     """Return a message with the place where it was set after each "name value" in it, for names with a dot."""
     origins = {name: origin for name, origin in getattr(settings, "_origins", {}).items() if "." in name}
@@ -406,7 +413,12 @@ def _explain(message: str, given: _Given, options: dict[str, _Option]) -> tuple[
 
 
 def _choices(kind: object) -> str:
-    *others, last = _allowed(kind)
+    return joined_by_or(_allowed(kind))
+
+
+def joined_by_or(words: Sequence[str]) -> str:
+    """Return "a, b or c"."""
+    *others, last = words
     return f"{', '.join(others)} or {last}" if others else last
 
 

@@ -12,7 +12,7 @@ from data.command_line import UserError, describe
 from launch.ranks.layout import Layout
 from launch.training.deepspeed_json import invalid_values
 from launch.training.deepspeed_limits import unsupported
-from launch.training.optimizers import Optimizer, optimizer_for
+from launch.training.optimizers import OPTIMIZERS, Optimizer, optimizer_for
 from launch.training.settings import RunSettings
 
 _PRECISION_DEFAULTS = {  # those of DeepSpeed 0.19
@@ -73,8 +73,6 @@ def complete(
     merged, complaints = _fill_from_recipe(written, path, values)
     optimizer = optimizer_for(settings.optimizer)
     complaints += _unread_by_the_optimizer(written, path, optimizer, describe(settings, "optimizer.name"))
-    if settings.batch.beta2_rule != "fixed" and "betas" not in optimizer.json_parameters:
-        complaints.append(f"{describe(settings, 'batch.beta2_rule')} needs an optimizer with beta2, which {optimizer.name} does not have.")
     merged.pop("optimizer", None)  # DeepSpeed receives the optimizer itself, built from the same numbers
     if layout.pipeline_stages > 1:
         merged["pipeline"] = _PIPELINE_DEFAULTS | merged["pipeline"] | _FIXED_IN_A_PIPELINE
@@ -133,6 +131,7 @@ def _recipe_values(settings: RunSettings, layout: Layout, size: int) -> dict[str
 def _fill_from_recipe(written: dict, path: str, values: dict[str, tuple[object, str]]) -> tuple[dict, list[str]]:
     """Return the JSON with the recipe's values in it, and a complaint for each number that it gave differently."""
     merged, complaints = json.loads(json.dumps(written)), []
+    others = {optimizer.json_type: name for name, optimizer in OPTIMIZERS.items()}
     for name, (value, origin) in values.items():
         *sections, key = name.split(".")
         if sections and sections[0] == "optimizer" and "optimizer" not in written:
@@ -142,7 +141,10 @@ def _fill_from_recipe(written: dict, path: str, values: dict[str, tuple[object, 
             target = target.setdefault(section, {})
         given = target.get(key, "auto")
         if given != "auto" and given != value:
-            complaints.append(f'{path}: {name} is {json.dumps(given)}, but the recipe gives {json.dumps(value)} ({origin}). Write "auto".')
+            advice = f", or set --optimizer.name {others[given]}" if name == "optimizer.type" and given in others else ""
+            complaints.append(
+                f'{path}: {name} is {json.dumps(given)}, but the recipe gives {json.dumps(value)} ({origin}). Write "auto"{advice}.'
+            )
         target[key] = value
     return merged, complaints
 

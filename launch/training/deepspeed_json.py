@@ -13,7 +13,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
-from data.command_line import UserError, nearest
+from data.command_line import UserError, joined_by_or, nearest
 from launch.training.optimizers import OPTIMIZERS
 
 _TYPED_SECTIONS: dict[str, type[BaseModel]] = {
@@ -30,6 +30,7 @@ _PLAIN_SECTIONS: dict[str, set[str]] = {
     "optimizer": {"type", "params"},
     "pipeline": {"stages", "partition", "schedule"},
 }
+_OPTIMIZER_TYPES = ["auto", *sorted(optimizer.json_type for optimizer in OPTIMIZERS.values())]
 _OPTIMIZER_PARAMETERS = {key for optimizer in OPTIMIZERS.values() for key in optimizer.json_parameters}
 _TOP_LEVEL = {
     "train_batch_size",
@@ -93,12 +94,20 @@ def _complaints_about_key(key: str, value: typing.Any, path: str) -> list[str]:
     if typed:
         return _unknown_in_model(typed, value, path, key)
     complaints = _unknown_in(_PLAIN_SECTIONS[key], value, path, key) if key in _PLAIN_SECTIONS else []
-    if key == "optimizer":
-        parameters = value.get("params", {})
-        if not isinstance(parameters, dict):
-            return [*complaints, f'{path}: "optimizer.params" is {json.dumps(parameters)}; it must be an object.']
-        complaints += _unknown_in(_OPTIMIZER_PARAMETERS, parameters, path, "optimizer.params")
-    return complaints
+    return complaints + (_complaints_about_optimizer(value, path) if key == "optimizer" else [])
+
+
+def _complaints_about_optimizer(section: dict, path: str) -> list[str]:
+    """Return what is wrong with the names in the section optimizer. What the chosen optimizer reads is checked with the recipe."""
+    chosen, parameters = section.get("type", "auto"), section.get("params", {})
+    complaints = []
+    if chosen not in _OPTIMIZER_TYPES:
+        allowed = joined_by_or([json.dumps(name) for name in _OPTIMIZER_TYPES])
+        complaints.append(f"{path}: optimizer.type is {json.dumps(chosen)}; it must be {allowed}.")
+    if not isinstance(parameters, dict):
+        return [*complaints, f'{path}: "optimizer.params" is {json.dumps(parameters)}; it must be an object.']
+    known = ", ".join(sorted(_OPTIMIZER_PARAMETERS))
+    return complaints + [f"{one} Known keys: {known}." for one in _unknown_in(_OPTIMIZER_PARAMETERS, parameters, path, "optimizer.params")]
 
 
 def _unknown(path: str, name: str, key: str, allowed: Iterable[str]) -> str:

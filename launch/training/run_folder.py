@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import BinaryIO
 
-from data.command_line import UserError, describe, flatten
+from data.command_line import UserError, describe, flatten, replace
 from data.files import lock_file, nearest_existing, write_file
 from data.recorded_paths import find_path, places_of, require_path
 from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment, read_segments
@@ -117,7 +117,7 @@ def find_paths(settings: RunSettings) -> RunSettings:
         return settings
     data = dataclasses.replace(settings.data, path=places[0])
     distillation = dataclasses.replace(settings.distillation, teacher=places[2])
-    return dataclasses.replace(settings, data=data, init=places[1], distillation=distillation)
+    return replace(settings, data=data, init=places[1], distillation=distillation)
 
 
 def refuse_missing_data(settings: RunSettings) -> None:

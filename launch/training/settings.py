@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from data.command_line import UserError, add_origins, describe, not_utf8
+from data.command_line import UserError, add_origins, describe, joined_by_or, not_utf8, replace
 from data.preparation.settings import MIN_VOCAB_SIZE
 from data.sampling.batch_plan import BatchPlan, BatchSettings, Segment
 from data.sampling.settings import SamplingSettings
@@ -385,11 +385,16 @@ def _complaints_about_learning_rate(settings: RunSettings) -> list[str]:
 
 def _complaints_about_optimizer(settings: RunSettings) -> list[str]:
     chosen, default = settings.optimizer, OptimizerSettings()
+    changed = {
+        f"optimizer.{field}": names for field, names in _OPTIMIZERS_THAT_READ.items() if getattr(chosen, field) != getattr(default, field)
+    }
+    if settings.batch.beta2_rule != BatchSettings.beta2_rule:
+        changed["batch.beta2_rule"] = _OPTIMIZERS_THAT_READ["beta2"]
     complaints = [
-        f"{describe(settings, f'optimizer.{field}')} has no effect with {describe(settings, 'optimizer.name')}. Remove it, or use "
-        f"optimizer.name {' or '.join(names)}."
-        for field, names in _OPTIMIZERS_THAT_READ.items()
-        if chosen.name not in names and getattr(chosen, field) != getattr(default, field)
+        f"{describe(settings, field)} has no effect with {describe(settings, 'optimizer.name')}. Remove it, or use optimizer.name "
+        f"{joined_by_or(names)}."
+        for field, names in changed.items()
+        if chosen.name not in names
     ]
     if chosen.weight_decay == 0:
         complaints += [
@@ -472,7 +477,7 @@ def share_the_batch(settings: RunSettings, layout: Layout, plan: BatchPlan | Non
     schedule = settings.schedule
     if schedule.warmup_tokens is None:
         schedule = dataclasses.replace(schedule, warmup_steps=settings.warmup_steps_in(plan))
-    shared = dataclasses.replace(settings, batch=batch, schedule=schedule, pipeline_stages=layout.pipeline_stages)
+    shared = replace(settings, batch=batch, schedule=schedule, pipeline_stages=layout.pipeline_stages)
     if settings.log.noise_scale and (complaint := _why_noise_cannot_be_measured(settings, shared.batch, layout, sizes)):
         raise UserError(complaint)
     return shared
@@ -495,7 +500,8 @@ def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, l
     size = next((size for size in range(smallest // 2, 0, -1) if math.gcd(*sizes) % size == 0), None)
     larger = "sizes of 2 or more in --batch.ramp" if batch.ramp else "--batch.global_batch_size 2 or more"
     advice = f"--batch.micro_batch_size {size}" if size else larger
-    return f"{wanted} compares the micro-batches of a step, and a step of {smallest} sequences has only one here. Use {advice}."
+    step = f"a step of {smallest} sequence{'s' if smallest > 1 else ''}"
+    return f"{wanted} needs at least two micro-batches a step, and {step} has one. Use {advice}."
 
 
 def _micro_batch_size(shares: Sequence[int], stages: int) -> int:

@@ -7,12 +7,14 @@ import re
 
 import pytest
 
-from data.command_line import UserError
+from data.command_line import UserError, replace
 from data.sampling.batch_plan import BatchSettings
 from launch.ranks.layout import Layout
 from launch.training.deepspeed_config import complete, layout_of
 from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.deepspeed_limits import known_wrong_gradients
+from launch.training.optimizers import OPTIMIZERS
+from launch.training.recipe import read_run_settings
 from launch.training.settings import OptimizerSettings, RunSettings, share_the_batch
 from model.config import ModelConfig
 from tests.ranks import REPOSITORY
@@ -77,7 +79,7 @@ def merge(tmp_path):
     ) -> dict:
         path = tmp_path / "engine.json"
         path.write_text(written if isinstance(written, str) else json.dumps(written))
-        read, settings = read_deepspeed_json(str(path)), dataclasses.replace(settings, **changes)
+        read, settings = read_deepspeed_json(str(path)), replace(settings, **changes)
         layout = layout_of(read, settings, ranks)
         return complete(read, str(path), share_the_batch(settings, layout), layout, device, ranks_per_node)
 
@@ -157,7 +159,7 @@ def test_all_contradictions_are_reported_together_with_both_sources(refusal):
             "bf16": {"enabled": False},
             "fp16": {"enabled": True},
             "data_types": {"grad_accum_dtype": "bf16"},
-            "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0}},
+            "optimizer": {"type": "Lamb", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0}},
             "zero_optimization": {"stage": 1},
         }
     )
@@ -169,13 +171,13 @@ def test_all_contradictions_are_reported_together_with_both_sources(refusal):
         ("bf16.enabled is false", "true (precision)"),
         ("fp16.enabled is true", "false (precision)"),
         ('data_types.grad_accum_dtype is "bf16"', '"fp32" (precision)'),
-        ('optimizer.type is "Adam"', '"AdamW" (optimizer.name)'),
         ("optimizer.params.lr is 0.001", "0.002 (optimizer.learning_rate)"),
         ("optimizer.params.betas is [0.9, 0.95]", "[0.8, 0.9] (optimizer.beta1, beta2)"),
         ("optimizer.params.eps is 1e-08", "1e-06 (optimizer.epsilon)"),
         ("optimizer.params.weight_decay is 0", "0.05 (optimizer.weight_decay)"),
     }
-    assert set(lines) == {f'FILE: {in_json}, but the recipe gives {in_recipe}. Write "auto".' for in_json, in_recipe in expected}
+    named = 'FILE: optimizer.type is "Lamb", but the recipe gives "AdamW" (optimizer.name). Write "auto", or set --optimizer.name lamb.'
+    assert set(lines) == {named, *(f'FILE: {in_json}, but the recipe gives {in_recipe}. Write "auto".' for in_json, in_recipe in expected)}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,19 @@ def test_all_contradictions_are_reported_together_with_both_sources(refusal):
         ),
         (
             {"optimizer": {"type": "AdamW", "params": {"weight_dekay": 0.1}}},
-            'FILE: unknown key "optimizer.params.weight_dekay". Did you mean "weight_decay"?',
+            'FILE: unknown key "optimizer.params.weight_dekay". Did you mean "weight_decay"? '
+            "Known keys: betas, eps, lr, momentum, weight_decay.",
+        ),
+        (
+            {"optimizer": {"type": "SGD", "params": {"nesterov": True}}},
+            'FILE: unknown key "optimizer.params.nesterov". Known keys: betas, eps, lr, momentum, weight_decay.',
+        ),
+        *(
+            (
+                {"optimizer": {"type": name}},
+                f'FILE: optimizer.type is {json.dumps(name)}; it must be "auto", "AdamW", "Lamb", "Lars", "Lion", "Muon" or "SGD".',
+            )
+            for name in ("Adam", "FusedAdam", "OneBitLamb", "adamw", 5, ["Muon"])
         ),
         ({"optimizer": {"kind": "AdamW"}}, 'FILE: unknown key "optimizer.kind".'),
         ({"optimizer": {"params": "auto"}}, 'FILE: "optimizer.params" is "auto"; it must be an object.'),
@@ -222,6 +236,19 @@ def test_all_contradictions_are_reported_together_with_both_sources(refusal):
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(refusal, written, message):
     assert refusal(written) == [message]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_that_the_optimizer_does_not_read_is_refused(refusal, merge, name):
+    """The message names where optimizer.name was set, also in the settings that the ranks have shared the batch of."""
+    settings = read_run_settings(["--optimizer.name", name, "--train_steps", "10", "--batch.global_batch_size", "4"])
+    read, keys = OPTIMIZERS[name].json_parameters, ["lr", "betas", "eps", "momentum", "weight_decay"]
+    written = {"optimizer": {"type": OPTIMIZERS[name].json_type, "params": dict.fromkeys(read, "auto")}, "zero_optimization": {"stage": 1}}
+    merge(written, settings)
+    for key in set(keys) - set(read):
+        unread = written | {"optimizer": {"type": "auto", "params": {key: "auto"}}}
+        message = f"FILE: optimizer.params.{key} has no effect with optimizer.name {name} (command line). Delete it."
+        assert refusal(unread, settings=settings) == [message]
 
 
 @pytest.mark.parametrize(

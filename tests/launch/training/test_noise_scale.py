@@ -99,9 +99,9 @@ def test_doubling_the_batch_follows_the_paper():
 @pytest.mark.parametrize(
     ("words", "ranks", "message"),
     [
-        (["--batch.global_batch_size=8"], 1, "a step of 8 sequences has only one here. Use --batch.micro_batch_size 4."),
-        (["--batch.global_batch_size=15"], 1, "a step of 15 sequences has only one here. Use --batch.micro_batch_size 5."),
-        (["--batch.global_batch_size=1"], 1, "a step of 1 sequences has only one here. Use --batch.global_batch_size 2 or more."),
+        (["--batch.global_batch_size=8"], 1, "a step of 8 sequences has one. Use --batch.micro_batch_size 4."),
+        (["--batch.global_batch_size=15"], 1, "a step of 15 sequences has one. Use --batch.micro_batch_size 5."),
+        (["--batch.global_batch_size=1"], 1, "a step of 1 sequence has one. Use --batch.global_batch_size 2 or more."),
         (["--sequence_parallel_size=2"], 2, "is not supported with sequence_parallel_size 2 (command line): each rank has only a part"),
     ],
 )

@@ -202,16 +202,6 @@ def test_dualpipev_needs_its_micro_batches_at_the_smallest_size():
     assert deepspeed_config.complete(written, "x.json", settings, Layout(2, 2), "cpu", size=4)["gradient_accumulation_steps"] == 4
 
 
-def test_beta2_rule_is_refused_for_an_optimizer_without_beta2():
-    settings = read_run_settings(
-        ["--batch.ramp=0:4 4K:8", "--batch.beta2_rule=tokens", "--batch.micro_batch_size=1", "--optimizer.name=sgd"]
-    )
-    with pytest.raises(
-        UserError, match=r"batch\.beta2_rule tokens \(command line\) needs an optimizer with beta2, which sgd does not have"
-    ):
-        deepspeed_config.complete({"zero_optimization": {"stage": 1}}, "x.json", settings, Layout(1), "cpu")
-
-
 def rates_of(arguments: list[str]) -> list[float]:
     """Return the rates of a linear schedule by hand: straight to 0 over the positions, times the root of the ratio of the sizes."""
     settings = read_run_settings(arguments)

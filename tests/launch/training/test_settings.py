@@ -246,17 +246,22 @@ def test_complaints_of_ranges_model_length_and_objective_come_together(recipe):
         (
             ["--optimizer.name=sgd", "--optimizer.beta2=0.9"],
             "optimizer.beta2 0.9 (command line) has no effect with optimizer.name sgd (command line). Remove it, or use optimizer.name "
-            "adamw or muon or lamb or lion.",
+            "adamw, muon, lamb or lion.",
         ),
         (
             ["--optimizer.momentum=0.9"],
             "optimizer.momentum 0.9 (command line) has no effect with optimizer.name adamw (default). Remove it, or use optimizer.name "
-            "muon or lars or sgd.",
+            "muon, lars or sgd.",
         ),
         (
             ["--optimizer.name=lion", "--optimizer.muon_precision=bf16"],
             "optimizer.muon_precision bf16 (command line) has no effect with optimizer.name lion (command line). Remove it, or use "
             "optimizer.name muon.",
+        ),
+        (
+            ["--optimizer.name=sgd", "--batch.beta2_rule=tokens", "--batch.ramp=0:4 1K:8"],
+            "batch.beta2_rule tokens (command line) has no effect with optimizer.name sgd (command line). Remove it, or use "
+            "optimizer.name adamw, muon, lamb or lion.",
         ),
         (
             ["--optimizer.weight_decay=0", "--optimizer.cautious_decay=true"],
