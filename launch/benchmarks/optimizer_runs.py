@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from data.command_line import UserError
-from launch import REPOSITORY
 from launch.benchmarks.settings import OptimizersSettings
+from launch.benchmarks.training_runs import pretrain, read_curve
 from launch.training.recipe import read_run_settings
 
 _CURVE = "bits_per_byte/validation"
@@ -72,9 +72,7 @@ class Runs:
 
     def curve(self, trained: Trained) -> dict[int, float] | None:
         """Return the validation bits per byte of a finished run by step, and None of another."""
-        path = self.folder / trained.name / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        curve = {line["step"]: line[_CURVE] for line in lines if _CURVE in line}
+        curve = read_curve(self.folder / trained.name, _CURVE)
         return curve if max(curve, default=0) == self.steps(trained.batch_size) else None
 
     def finished(self, optimizer: str, batch_size: int, seed: int) -> dict[float, float]:
@@ -88,10 +86,11 @@ class Runs:
         """Train a run unless it is finished. Return its last bits per byte, infinite if its loss did not stay finite."""
         if self.curve(trained) is None:
             steps = self.steps(trained.batch_size)
-            evaluation = ["--log.validation_interval", str(max(steps // VALIDATIONS, 1)), "--log.validation_samples", "0"]
-            saving = ["--checkpoint.interval", str(max(steps // VALIDATIONS, 1)), "--checkpoint.keep", "2"]
+            interval = max(steps // VALIDATIONS, 1)
+            evaluation = {"log.validation_interval": interval, "log.validation_samples": 0}
+            saving = {"checkpoint.interval": interval, "checkpoint.keep": 2}
             print(f"training {trained.name}, {steps:,} steps ...", file=sys.stderr, flush=True)
-            done = self._pretrain(trained, self.folder / trained.name, steps, [*evaluation, *saving])
+            done = self._pretrain(trained, self.folder / trained.name, steps, evaluation | saving)
             if "not finite" in done.stderr:
                 return math.inf
             if done.returncode:
@@ -104,15 +103,16 @@ class Runs:
         """Return the median seconds of a step, in a new run of a few steps without the first two."""
         trained = Trained(optimizer, batch_size, self.rates(batch_size)[0], 1)
         with tempfile.TemporaryDirectory() as folder:
-            options = ["--log.validation_interval", "0", "--checkpoint.interval", "0", "--log.interval", "1"]
-            done = self._pretrain(trained, Path(folder) / "run", steps + 2, options)
+            run, options = Path(folder) / "run", {"log.validation_interval": 0, "checkpoint.interval": 0, "log.interval": 1}
+            done = self._pretrain(trained, run, steps + 2, options)
             if done.returncode:
                 raise RuntimeError(f"{trained.name} failed:\n{done.stdout}{done.stderr}")
-            lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-        return statistics.median([line["time/step"] for line in lines if "time/step" in line][2:])
+            seconds = list(read_curve(run, "time/step").values())
+        return statistics.median(seconds[2:])
 
-    def _pretrain(self, trained: Trained, output: Path, steps: int, options: list[str]) -> subprocess.CompletedProcess[str]:
-        chosen = {
+    def _pretrain(self, trained: Trained, output: Path, steps: int, options: dict[str, int]) -> subprocess.CompletedProcess[str]:
+        chosen: dict[str, object] = {
+            "deepspeed": "ds_configs/zero1.json",
             "config": Path(self._settings.recipe).resolve(),
             "data.path": Path(self._settings.data).resolve(),
             "output": output,
@@ -125,9 +125,7 @@ class Runs:
             "schedule.warmup_steps": min(round(steps * self._warmup_share), steps - 1),
             "log.sample_interval": 0,
         }
-        words = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, "launch/pretrain.py", "--deepspeed", "ds_configs/zero1.json", *words, *options]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        return pretrain(chosen | options, captured=True)
 
 
 def three_digits(rate: float) -> float:

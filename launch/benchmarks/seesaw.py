@@ -6,16 +6,13 @@
 Both read the same tokens. It is resumable: the same command resumes the runs that are not done, and prints the table of those that are.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
 from data.command_line import UserError, read_settings, run_script
-from launch import REPOSITORY
 from launch.benchmarks.settings import SeesawSettings
+from launch.benchmarks.training_runs import pretrain, read_curve
 
 RAMPS = {"plain": "null", "seesaw": "seesaw"}
 """The contenders: name and batch.ramp."""
@@ -36,12 +33,10 @@ def _train(settings: SeesawSettings, name: str, ramp: str, seed: int) -> None:
     output = _folder(settings, name, seed)
     if _result(output):
         return
-    words = [
-        *("--config", "launch/recipes/demo.yaml", "--data", settings.data, "--output", str(output), "--seed", str(seed)),
-        *("--train_tokens", f"{settings.train_tokens:.0f}", "--schedule.kind", settings.kind, "--batch.ramp", ramp),
-        *("--log.validation_interval", "0", "--log.validation_samples", "0", "--log.sample_interval", "0", "--checkpoint.interval", "250"),
-    ]
-    if subprocess.run([sys.executable, "launch/pretrain.py", *words], cwd=REPOSITORY).returncode or not _result(output):
+    chosen: dict[str, object] = {"config": "launch/recipes/demo.yaml", "data.path": Path(settings.data).resolve(), "output": output}
+    chosen |= {"seed": seed, "train_tokens": f"{settings.train_tokens:.0f}", "schedule.kind": settings.kind, "batch.ramp": ramp}
+    chosen |= {"log.validation_interval": 0, "log.validation_samples": 0, "log.sample_interval": 0, "checkpoint.interval": 250}
+    if pretrain(chosen).returncode or not _result(output):
         raise UserError(f"The run in {output} did not end. The same command resumes it.")
 
 
@@ -51,10 +46,8 @@ def _folder(settings: SeesawSettings, name: str, seed: int) -> Path:
 
 def _result(folder: Path) -> tuple[int, float] | None:
     """Return the steps and the last validation loss of a run; None if it has not ended."""
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    found = [entry for entry in map(json.loads, lines) if "loss/validation" in entry]
-    return (found[-1]["step"], found[-1]["loss/validation"]) if found else None
+    losses = read_curve(folder, "loss/validation")
+    return max(losses.items()) if losses else None
 
 
 def table(settings: SeesawSettings) -> Iterator[str]:

@@ -32,7 +32,7 @@ def options(tmp_path) -> list[str]:
 def valley(best: float):
     """Return a stand-in for a run: the nearer its rate is to `best`, the fewer bits. AdamW ends 0.1 bits higher at every rate."""
 
-    def pretrain(runs: Runs, trained, output: Path, steps: int, extra: list[str]):
+    def pretrain(runs: Runs, trained, output: Path, steps: int, extra: dict[str, int]):
         runs.trained.append(trained)  # type: ignore[attr-defined]
         end = 1 + 0.1 * (trained.optimizer == "adamw") + abs(math.log2(trained.rate / best)) + 0.01 * trained.seed
         output.mkdir(parents=True)
