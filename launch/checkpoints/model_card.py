@@ -20,11 +20,11 @@ from model.config import ModelConfig, count_parameters
 # Settings of a recipe that the card lists unless they are zero or not set -> their names in the card.
 _LISTED_SETTINGS = {
     "batch.global_batch_size": "sequences a step",
+    "batch.ramp": "batch ramp",
     "optimizer.learning_rate": "learning rate",
     "schedule.kind": "schedule",
     "schedule.warmup_steps": "warm-up steps",
-    "optimizer.weight_decay": "weight decay",
-    "optimizer.beta2": "beta2",
+    "schedule.warmup_tokens": "warm-up tokens",
     "loss.label_smoothing": "label smoothing",
     "model.dropout": "dropout",
     "precision": "precision",
@@ -81,7 +81,7 @@ def _training(opened: OpenedModel, average: int) -> Iterator[tuple[str, str]]:
         objective = settings.get("data.objective") or default_objective(opened.config.architecture).name
         rate = f", {settings['data.mask_rate']:g} of the tokens" if "mask_rate" in OBJECTIVES[objective].own_settings else ""
         yield "objective", objective.replace("_", " ") + rate
-        yield "optimizer", state.optimizer_name_in(manifest)
+        yield "optimizer", state.optimizer_description_in(manifest)
         for name, label in _LISTED_SETTINGS.items():
             if settings.get(name):
                 yield label, str(settings[name])

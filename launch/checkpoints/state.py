@@ -80,6 +80,11 @@ def optimizer_name_in(manifest: dict) -> str:
     return (_BEFORE_RECORDS | manifest)["optimizer_name"]
 
 
+def optimizer_description_in(manifest: dict) -> str:
+    """Return the name and the settings of the optimizer that wrote a checkpoint; the name alone if an earlier version wrote it."""
+    return manifest.get("optimizer_description", optimizer_name_in(manifest))
+
+
 def checksum(values: Tensor, shard_slice: ShardSlice) -> int:
     """Return the sum of each value's bits times an odd number that depends on its index in the whole parameter, modulo 2**64.
 

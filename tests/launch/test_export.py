@@ -14,7 +14,10 @@ from data.tokenization.learning import train_sentencepiece
 from data.tokenization.loading import copy_tokenizer, load_tokenizer
 from launch import export
 from launch.checkpoints import checkpoint, state
+from launch.checkpoints.model_card import model_card
 from launch.checkpoints.opening import load_model, open_model
+from launch.training.optimizers import OPTIMIZERS
+from launch.training.settings import OptimizerSettings
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.data.tokenization.vocabularies import begin_of_text_file, rank_file
@@ -39,7 +42,7 @@ def tokenizer_file(tmp_path_factory):
 def run(tmp_path, tokenizer_file):
     """Return a function that writes a run folder with a checkpoint of new weights at each of the given steps."""
 
-    def build(*steps: int, data: dict | None = None, **options) -> Path:
+    def build(*steps: int, data: dict | None = None, record: dict | None = None, **options) -> Path:
         folder = tmp_path / "run"
         config = ModelConfig(**SMALL | options)
         recipe = {
@@ -56,7 +59,7 @@ def run(tmp_path, tokenizer_file):
             state.write(file, slices, state.kinds_in({}), values)
             checkpoint.write_part(unfinished, 0, {file.path.name: file.finish()})
             manifest = {"layout": {"world_size": 1}, "model": recipe["model"], "recipe": recipe, "checksums": {}}
-            manifest |= {"data": {"fingerprint": "f" * 64}, "versions": {"megabatch": "0.0"}}
+            manifest |= {"data": {"fingerprint": "f" * 64}, "versions": {"megabatch": "0.0"}} | (record or {})
             checkpoint.publish(unfinished, step, manifest)
         (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
         (folder / "run.json").write_text(json.dumps({"recipe": recipe, "commit": "abc123"}))
@@ -151,6 +154,17 @@ def test_model_card_lists_what_is_known_of_the_run(run, capsys):
     assert "logits differ from ours by at most" in card and "AutoModelForMaskedLM" in card
     again = export_run(output, "--precision", "bf16")  # a folder without its run has fewer rows
     assert "| tokens |" not in (again / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_model_card_lists_the_settings_that_the_optimizer_reads(run, name):
+    optimizer = OPTIMIZERS[name](OptimizerSettings(name=name, weight_decay=0.2, decay="independent", cautious_decay=True))
+    card = model_card(open_model(str(run(10, record=optimizer.record()))), "mine", 1, torch.float32, 0.0, "text-generation")
+    (row,) = [line for line in card.splitlines() if line.startswith("| optimizer |")]
+    assert row.startswith(f"| optimizer | {name}, ") and "cautious weight_decay independent 0.2" in row
+    read = {field for fields in optimizer.json_parameters.values() for field in fields}
+    assert {field for field in ("beta1", "beta2", "epsilon", "momentum") if field in card} == read - {"learning_rate", "weight_decay"}
+    assert ("muon_precision auto" in row) == (name == "muon")
 
 
 def test_average_of_checkpoints_is_export_run(run):

@@ -104,7 +104,7 @@ class Optimizer(abc.ABC):
 
     def record(self) -> dict[str, object]:
         """Return the manifest's entries about this optimizer, which launch/checkpoints/state.py reads."""
-        return {"optimizer_name": self.name, "optimizer_states": list(self.states)}
+        return {"optimizer_name": self.name, "optimizer_states": list(self.states), "optimizer_description": self.describe()}
 
     def refusal_of(self, checkpoint: Path, manifest: dict) -> str | None:
         """Return a message if the states in a checkpoint are not those of this optimizer."""

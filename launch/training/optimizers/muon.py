@@ -41,6 +41,10 @@ class Muon(Optimizer):
     has_adamw_rates = True
     needs_pieces = True
 
+    def describe(self) -> str:
+        """Return the name and the settings that this optimizer reads, without the learning rate."""
+        return f"{super().describe()}, muon_precision {self.settings.muon_precision}"
+
     def build(self, model: nn.Module) -> "MuonStep":
         """Return the torch optimizer of the parameters of `model`, which may be a pipeline stage without blocks."""
         numbers = self.settings
