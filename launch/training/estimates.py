@@ -11,12 +11,12 @@ def model_state_bytes(parameters: float, stage: int, data_parallel_size: int, pr
     """Return bytes per rank of weights, gradients and optimizer states (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054).
 
     Weights have the run's precision. Gradients are accumulated in float32 (fp16: in fp16). The optimizer has states of
-    `state_bytes` per parameter and, below float32, master weights in float32. ZeRO-1 divides the optimizer states among the ranks,
-    ZeRO-2 also the gradients, ZeRO-3 also the weights (section 3 of the paper).
+    `state_bytes` per parameter and master weights in float32, which DeepSpeed keeps apart from the weights under ZeRO-1 to -3 in every
+    precision. ZeRO-1 divides these among the ranks, ZeRO-2 also the gradients, ZeRO-3 also the weights (section 3 of the paper).
     """
     weight = 4 if precision == "float32" else 2
     gradient = 2 if precision == "fp16" else 4
-    optimizer = state_bytes + (0 if precision == "float32" else WEIGHT_BYTES)
+    optimizer = state_bytes + (0 if precision == "float32" and stage == 0 else WEIGHT_BYTES)
     share = lambda from_stage: data_parallel_size if stage >= from_stage else 1  # noqa: E731
     return {
         "weights": parameters * weight / share(3),

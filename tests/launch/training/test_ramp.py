@@ -167,13 +167,13 @@ def test_sizes_to_come_must_be_shared_and_passed_ones_are_not_checked():
 def test_noise_scale_needs_two_micro_batches_in_steps_to_come():
     words = ["--batch.ramp=0:4 4K:12 8K:16", "--batch.global_batch_size=16", "--log.noise_scale=true", "--batch.micro_batch_size=4"]
     settings = read_run_settings(words)
-    with pytest.raises(UserError, match=r"a step of 4 sequences has only one here\. Use --batch\.micro_batch_size 2\.$"):
+    with pytest.raises(UserError, match=r"a step of 4 sequences has one\. Use --batch\.micro_batch_size 2\.$"):
         share_the_batch(settings, Layout(1))
     assert share_the_batch(settings, Layout(1), settings.batch_plan, settings.batch_plan.segments[1].first_step).batch.micro_batch_size == 4
     shared = dataclasses.replace(settings, batch=BatchSettings(3, 3, "0:9 4K:6 8K:3"))
-    with pytest.raises(UserError, match=r"a step of 3 sequences has only one here\. Use --batch\.micro_batch_size 1\.$"):
+    with pytest.raises(UserError, match=r"a step of 3 sequences has one\. Use --batch\.micro_batch_size 1\.$"):
         share_the_batch(shared, Layout(1))
-    with pytest.raises(UserError, match=r"a step of 1 sequences has only one here\. Use sizes of 2 or more in --batch\.ramp\.$"):
+    with pytest.raises(UserError, match=r"a step of 1 sequence has one\. Use sizes of 2 or more in --batch\.ramp\.$"):
         share_the_batch(dataclasses.replace(settings, batch=BatchSettings(4, 1, "0:1 4K:4")), Layout(1))
 
 
