@@ -189,7 +189,7 @@ ON_TWO_RANKS = {
     "pipeline": case_of("pipeline_zero1", STAGES, "llama", optimizer="muon"),
     "bf16": case_of("zero1", {}, "llama", optimizer="muon", words=["--optimizer.muon_precision=bf16"]),
     "never clipped": case_of("zero1", {}, "llama", optimizer="muon", clipping=0.0),
-    "clipped above every norm": case_of("zero1", {}, "llama", optimizer="muon", clipping=1e6),
+    "clipped above the gradient": case_of("zero1", {}, "llama", optimizer="muon", clipping=2.0),
 }
 
 
@@ -214,4 +214,5 @@ def test_each_matrix_is_orthogonalised_once_a_step_and_little_is_sent(name, on_t
 
 
 def test_a_clipping_above_the_gradient_changes_nothing(on_two_ranks):
-    assert on_two_ranks["never clipped"][0]["losses"] == on_two_ranks["clipped above every norm"][0]["losses"]
+    """The gradients' norms are about 1, and those of the orthogonalised updates, which DeepSpeed's Muon clips (#8439), about 17."""
+    assert on_two_ranks["never clipped"][0]["losses"] == on_two_ranks["clipped above the gradient"][0]["losses"]
