@@ -129,7 +129,8 @@ def _noise_scale(ready: Ready, batch_plan: BatchPlan, first_step: int, monitor: 
     """Return the noise scale as the checkpoint of `first_step` recorded it; if it holds none, an empty one, and log that."""
     settings = ready.settings
     has_tied = any(layer.tied_key for layer in layers(settings.model))
-    noise = NoiseScale(settings.log.noise_horizon * batch_plan.batch.global_batch_size, has_tied and leaves_out_tied(ready.layout))
+    horizon = settings.log.noise_horizon * max(batch_plan.sizes_from(0))
+    noise = NoiseScale(horizon, has_tied and leaves_out_tied(ready.layout))
     if first_step:
         folder = Path(settings.output) / "checkpoints" / checkpoint.folder_name(first_step)
         if not noise.restore(checkpoint.read_manifest(folder).get("noise_scale")):

@@ -175,7 +175,7 @@ class LogSettings:
     """Estimate the gradient noise scale, a lower bound of the largest useful batch (McCandlish et al. 2018, arXiv 1812.06162), and write
     it to TensorBoard. A step must have two micro-batches or more."""
     noise_horizon: Annotated[int, Ge(10)] = 50
-    """Horizon of the noise scale's running means, in steps of batch.global_batch_size. A step with fewer sequences counts less."""
+    """Horizon of the noise scale's running means, in steps of the run's largest batch. A step with fewer sequences counts less."""
 
 
 @dataclasses.dataclass(frozen=True)

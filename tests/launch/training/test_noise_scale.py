@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from data.command_line import UserError
 from launch import REPOSITORY
 from launch.checkpoints.checkpoint import folder_name, read_manifest
 from launch.ranks.layout import Layout
+from launch.training import assembly
 from launch.training.gradient_squares import OTHERS, PARTS, GradientSquares
 from launch.training.noise_scale import NoiseScale, doubling
 from launch.training.recipe import read_run_settings
@@ -143,6 +145,16 @@ def test_a_run_writes_the_noise_scale_and_three_lines_of_advice(tiny, tmp_path):
         assert re.match(rf"Noise scale: .* over the last {steps} steps; a step has 256 tokens\. A batch of twice the size would need", line)
     recorded = read_manifest(tmp_path / "run" / "checkpoints" / folder_name(40))["noise_scale"]
     assert sum(block["steps"] for block in recorded["blocks"]) == 40
+
+
+def test_horizon_is_long_enough_for_an_interval_at_the_largest_batch():
+    settings = read_run_settings([*ON, "--log.noise_horizon=10", "--batch.ramp=seesaw", "--schedule.kind=cosine", "--train_tokens=1e7"])
+    plan = settings.batch_plan
+    noise = assembly._noise_scale(SimpleNamespace(settings=settings, layout=Layout(1)), plan, 0, None)
+    assert plan.size(plan.steps - 1) == 16 * settings.batch.global_batch_size
+    for _ in range(15):
+        noise.add(GradientSquares(dict.fromkeys(PARTS, 2.0), dict.fromkeys(PARTS, 1.0), 16, settings.batch.global_batch_size))
+    assert noise.estimate().low is not None
 
 
 def test_the_noise_scale_of_other_parameters_is_not_restored():
