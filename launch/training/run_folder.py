@@ -170,16 +170,16 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
         return Start(
             before["run_id"], False, settings.batch_plan, (f"{folder} has a run without a checkpoint: it starts again from step 0.",)
         )
+    newest = _newest_manifest(root)
+    refusal = optimizer_for(settings.optimizer).refusal_of(*newest) if newest else None
     changed = _changes(before, settings, fingerprint, merged_json)
     if changed and not settings.allow_changes:
-        raise UserError(
-            f"{folder} has another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
-            "Give another --output, or --allow_changes to resume with the new settings."
-        )
+        advice = refusal or "Give another --output, or --allow_changes to resume with the new settings."
+        raise UserError("\n".join([f"{folder} has another run:", *(f"  {line}" for line in changed), advice]))
     plan, notes = settings.batch_plan, [f"Resuming with a change: {line}" for line in changed]
-    if newest := _newest_manifest(root):
+    if newest:
         _refuse_other_model(*newest, settings)
-        if refusal := optimizer_for(settings.optimizer).refusal_of(*newest):
+        if refusal:
             raise UserError(refusal)
         plan = plan_after(settings, newest[1])
         if newest[1]["step"] > plan.steps:

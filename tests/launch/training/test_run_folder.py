@@ -178,6 +178,22 @@ def test_changed_settings_are_refused_with_every_difference(saved):
     )
 
 
+@pytest.mark.parametrize(("name", "resumes"), [("lamb", True), ("muon", False)])
+def test_another_optimizer_is_refused_with_what_a_resume_would_need(saved, name, resumes):
+    settings = OptimizerSettings(name=name)
+    advice = "Give another --output, or --allow_changes to resume with the new settings."
+    refused = (
+        f"RUN/checkpoints/{checkpoint.folder_name(10)} holds the state of the optimizer adamw, which {name} cannot use. Resume with "
+        "optimizer.name adamw, or start another run from its weights with --init and another --output."
+    )
+    message = f"RUN has another run:\n  optimizer.name: adamw -> {name}\n"
+    assert saved.refusal(optimizer=settings) == message + (advice if resumes else refused)
+    if resumes:
+        assert saved.start(optimizer=settings, allow_changes=True).resumes
+    else:
+        assert saved.refusal(optimizer=settings, allow_changes=True) == refused
+
+
 ORDER_CHANGES = [
     {"seed": 2},
     {"data": DataSettings(("old",), weights=(2.0,))},
