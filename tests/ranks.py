@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -26,7 +26,7 @@ _ENVIRONMENT = dict(os.environ)  # before any test: one that starts a run in thi
 
 def clean_environment(**more: str) -> dict[str, str]:
     """The environment in which the tests were started, without what an outer launcher may have set."""
-    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     kept = {name: value for name, value in _ENVIRONMENT.items() if name not in launcher}
     binaries = os.path.dirname(sys.executable)
     return (
@@ -132,24 +132,78 @@ def answers_of_ranks(world_size: int, script: Path, *arguments: str, timeout_sec
 
     Each rank is a fresh Python, as under a launcher, with an order of its sets of its own: forks would hide where ranks part over it.
     """
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env=each,
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for each in _environments(world_size, environment)
-    ]
-    outputs = finish(processes, timeout_seconds)
+    outputs = finish([_fresh(script, arguments, each) for each in _environments(world_size, environment)], timeout_seconds)
     found = [[line for line in output.splitlines() if line.startswith(_ANSWER)] for output in outputs]
     assert all(len(lines) == 1 for lines in found), "\n---\n".join(outputs)
     return [json.loads(lines[0].removeprefix(_ANSWER)) for lines in found]
 
 
+def _fresh(script: Path, arguments: Sequence[str], environment: dict[str, str], **more: int) -> subprocess.Popen:
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+
+
+class AskedRanks:
+    """Ranks of a script that gives an `answer` for each of its `questions`: their start, which takes seconds, is paid once."""
+
+    def __init__(self, script: Path, **environment: str):
+        self._script, self._environment = script, environment
+        self._processes: dict[int, list[subprocess.Popen]] = {}
+
+    def answers(self, world_size: int, question: object, timeout_seconds: float = 300) -> list:
+        """Return each rank's answer. Ranks that fail are ended; the next question starts others."""
+        if world_size not in self._processes:
+            environments = _environments(world_size, self._environment)
+            self._processes[world_size] = [_fresh(self._script, (), each, stdin=subprocess.PIPE) for each in environments]
+        processes = self._processes[world_size]
+        with ThreadPoolExecutor(world_size) as readers:
+            reading = [readers.submit(_ask, process, json.dumps(question)) for process in processes]
+            wait(reading, timeout_seconds)
+            late = [rank for rank, answer in enumerate(reading) if not answer.done()]
+            for rank in late:
+                processes[rank].send_signal(signal.SIGABRT)  # faulthandler prints where it stood
+            outputs = [answer.result() for answer in reading]
+        if late or not all(output[-1:] and output[-1].startswith(_ANSWER) for output in outputs):
+            self._end(world_size)
+            raise AssertionError(f"ranks {late} were late:\n" * bool(late) + "\n---\n".join("".join(output) for output in outputs))
+        return [json.loads(output[-1].removeprefix(_ANSWER)) for output in outputs]
+
+    def close(self) -> None:
+        for world_size in list(self._processes):
+            self._end(world_size)
+
+    def _end(self, world_size: int) -> None:
+        """Close the input of these ranks, at whose end they exit. No process outlives the call."""
+        for process in self._processes[world_size]:
+            process.stdin.close()
+        for process in self._processes.pop(world_size):
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+
+
+def _ask(process: subprocess.Popen, question: str) -> list[str]:
+    """Return the lines that a rank prints until its answer, or, if it ends without one, until its end."""
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(question + "\n")
+        process.stdin.flush()
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(_ANSWER):
+            break
+    return lines
+
+
+def questions() -> Iterator:
+    """The questions to a rank of `AskedRanks`, until there are no more."""
+    return map(json.loads, sys.stdin)
+
+
 def answer(value: object) -> None:
-    """Called once in a rank's script, at its end: the value reaches `answers_of_ranks`."""
+    """Called once in a rank's script, at its end, or once for each of its `questions`: the value reaches the test."""
     sys.stderr.flush()
     print("\n" + _ANSWER + json.dumps(value), flush=True)

@@ -117,6 +117,24 @@ def test_number_of_tasks_may_differ_between_nodes(monkeypatch):
     assert find_process().local_world_size == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "slurm", "threads"),
+    [(None, {}, 4), ("3", {}, None), (None, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_PER_TASK": "7"}, 7)],
+    ids=["part of the cores", "set by the user", "bound by srun"],
+)
+def test_ranks_of_a_machine_share_its_cores_unless_the_user_sets_threads(given, slurm, threads, monkeypatch):
+    set_to: list[int] = []
+    monkeypatch.setattr(processes.torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    processes.share_cores(Process(1, 4, 1, 2))
+    assert set_to == ([] if threads is None else [threads])
+
+
 def with_gpus(monkeypatch, number: int) -> None:
     monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: number)
 

@@ -1,4 +1,4 @@
-"""One rank of the equality tests: trains a tiny model for each job of a JSON list and returns losses and gradient norms.
+"""One rank of the equality tests: trains a tiny model for each job of the lists that it is asked for and returns losses and gradient norms.
 
 A job is {"case": the model and its layout, "first": first step, "steps": number of steps, "load": a checkpoint or null, "init": a
 model or null, "save": a folder or null}.
@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from model.config import ModelConfig
 from model.loss import IGNORED, training_loss
 from model.transformer import Transformer
 from tests.launch.training.optimizer_references import REFERENCES, adamw_with_changing_beta2
-from tests.ranks import answer
+from tests.ranks import answer, questions
 
 STEPS = 20
 GLOBAL_BATCH = 8
@@ -44,19 +43,26 @@ def model_config(case: dict) -> ModelConfig:
     return ModelConfig(**shape | case.get("model", {}))
 
 
-settings_of = functools.cache(read_run_settings)  # building the parser takes longer than building a small model
+settings_of = functools.cache(read_run_settings)  # reading a command line takes longer than building a small model
 
 
 def run_settings(case: dict) -> RunSettings:
-    words = ["--batch.global_batch_size", str(GLOBAL_BATCH)]
-    words += ["--optimizer.gradient_clipping", str(case.get("clipping", 0.5))]
-    words += ["--precision", case.get("precision", "float32"), "--recompute", str(case.get("recompute", False)).lower()]
-    words += ["--compile", str(case.get("compile", False)).lower()]
-    words += [f"--loss.{name}={value}" for name, value in case.get("loss", {}).items()]
-    words += [f"--{name}={size}" for name, size in case.get("layout", {}).items()]
-    words += ["--optimizer.name", case.get("optimizer", "adamw"), "--optimizer.learning_rate", str(RATES[case.get("optimizer", "adamw")])]
-    words += case.get("words", [])
-    return dataclasses.replace(settings_of(tuple(words)), model=model_config(case))
+    settings = settings_of(("--batch.global_batch_size", str(GLOBAL_BATCH), *case.get("words", [])))
+    name = case.get("optimizer", "adamw")
+    settings = dataclasses.replace(
+        settings,
+        model=model_config(case),
+        optimizer=dataclasses.replace(
+            settings.optimizer, name=name, learning_rate=RATES[name], gradient_clipping=case.get("clipping", 0.5)
+        ),
+        loss=dataclasses.replace(settings.loss, **case.get("loss", {})),
+        precision=case.get("precision", "float32"),
+        recompute=case.get("recompute", False),
+        compile=case.get("compile", False),
+        **case.get("layout", {}),
+    )
+    assert not settings.complaints()
+    return settings
 
 
 def global_batch(step: int, config: ModelConfig) -> Batch:
@@ -271,14 +277,15 @@ def main() -> None:
     torch.set_num_threads(1)
     process = find_process()
     initialize_communication(process, connect(process, 30, sys.argv), 600)
-    results = []
     gc.freeze()  # imported objects stay; visiting them at every collection would take a tenth of the time
-    for job in json.loads(sys.argv[1]):
-        start = time.perf_counter()
-        results.append(train_under_deepspeed(job, process))
-        print(f"{time.perf_counter() - start:.1f} s: {job['case']}", flush=True)
-        groups._release_process_group_references()  # they belong to this engine's layout; a run has one engine, these ranks have many
-    answer(results)
+    for jobs in questions():
+        results = []
+        for job in jobs:
+            start = time.perf_counter()
+            results.append(train_under_deepspeed(job, process))
+            print(f"{time.perf_counter() - start:.1f} s: {job['case']}", flush=True)
+            groups._release_process_group_references()  # they belong to this engine's layout; a run has one engine, these ranks have many
+        answer(results)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,8 +1,10 @@
 """Every layout gives the numbers of plain PyTorch on one process, and resumes from what any other layout saved."""
 
+import contextlib
 import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ from tests.launch.training.layout_cases import (
 from tests.launch.training.layouts_on_ranks import STEPS, is_of_a_linear, model_config, train_plain
 from tests.launch.training.noise_by_brute_force import MEASURED_OR_NOT, WITH_NOISE_SCALE, assert_equals_brute_force
 from tests.launch.training.noise_by_brute_force import STEPS as NOISE_STEPS
-from tests.ranks import answers_of_ranks
+from tests.ranks import AskedRanks
 
 RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
 FEWER_STEPS = 10
@@ -190,10 +192,10 @@ def make_models(folder: Path) -> None:
 
 
 class JobsOnRanks:
-    """Starts ranks once for all jobs of a world size, and keeps their results or their failure."""
+    """Asks ranks once for all jobs of a world size, and keeps their results or their failure."""
 
-    def __init__(self, jobs: dict[str, tuple[int, dict]]):
-        self._jobs = jobs
+    def __init__(self, jobs: dict[str, tuple[int, dict]], ranks: AskedRanks):
+        self._jobs, self._ranks = jobs, ranks
         self._answers: dict[int, dict[str, dict] | AssertionError] = {}
 
     def answer(self, name: str) -> dict:
@@ -202,7 +204,7 @@ class JobsOnRanks:
         if ranks not in self._answers:
             jobs = {other: job for other, (world_size, job) in self._jobs.items() if world_size == ranks}
             try:
-                answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps(list(jobs.values())), timeout_seconds=500)
+                answers = self._ranks.answers(ranks, list(jobs.values()), timeout_seconds=500)
                 assert all(str(answer) == str(answers[0]) for answer in answers), "the ranks report different numbers"
                 self._answers[ranks] = dict(zip(jobs, answers[0], strict=True))
             except AssertionError as failure:
@@ -219,7 +221,13 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first_half(saved) -> JobsOnRanks:
+def asked_ranks() -> Iterator[AskedRanks]:
+    with contextlib.closing(AskedRanks(RANK_SCRIPT)) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def first_half(saved, asked_ranks) -> JobsOnRanks:
     jobs = {name: (ranks, job(case, save=str(saved / name))) for name, (ranks, case) in TRAINED.items()}
     more = {name: (ranks, job(case)) for some in (OTHERS, ACCUMULATED, SAMPLED, WITH_DROPOUT) for name, (ranks, case) in some.items()}
     more |= {name: (ranks, job(case, steps=STEPS)) for name, (ranks, case) in IN_BF16.items()}
@@ -228,7 +236,7 @@ def first_half(saved) -> JobsOnRanks:
     make_models(saved)
     more |= {name: (2, job(compressed_case(name, saved), init=str(saved / "pruned"), save=str(saved / name))) for name in AFTER_COMPRESSION}
     assert not jobs.keys() & more.keys()
-    return JobsOnRanks(jobs | more)
+    return JobsOnRanks(jobs | more, asked_ranks)
 
 
 WEIGHT_BOUNDS = {"adamw": 1e-5, "lamb": 1e-6, "muon": 5e-6}
@@ -370,7 +378,7 @@ STARTS_FROM = {
 
 
 @pytest.fixture(scope="module")
-def second_half(first_half, saved) -> JobsOnRanks:
+def second_half(first_half, saved, asked_ranks) -> JobsOnRanks:
     resumed = {
         name: (ranks, job(case, first=STEPS, load=str(saved / RESUMES_FROM[name] / folder_name(STEPS))))
         for name, (ranks, case) in TRAINED.items()
@@ -380,7 +388,7 @@ def second_half(first_half, saved) -> JobsOnRanks:
         name: (2, job(compressed_case(name, saved), first=STEPS, load=str(saved / origin / folder_name(STEPS))))
         for name, origin in COMPRESSED_RESUMES_FROM.items()
     }
-    return JobsOnRanks(resumed | started | compressed)
+    return JobsOnRanks(resumed | started | compressed, asked_ranks)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -443,8 +451,8 @@ COMPILED = {
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU, and there is none")
 @pytest.mark.parametrize("ranks", COMPILED)
-def test_compiled_blocks_give_the_same_numbers(ranks):
-    answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps([job(case) for case in COMPILED[ranks]]))
+def test_compiled_blocks_give_the_same_numbers(ranks, asked_ranks):
+    answers = asked_ranks.answers(ranks, [job(case) for case in COMPILED[ranks]])
     for case, measured in zip(COMPILED[ranks], answers[0], strict=True):
         assert_equal(measured, plain(case)[0][:FEWER_STEPS], 1e-5, 1e-5)
 
@@ -473,6 +481,7 @@ MANY_RANKS = {
 def test_many_ranks_match_plain_pytorch_and_resume(name, tmp_path):
     ranks, case = MANY_RANKS[name]
     jobs = [job(case, save=str(tmp_path)), job(case, first=STEPS, load=str(tmp_path / folder_name(STEPS)))]
-    answers = answers_of_ranks(ranks, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=500)
+    with contextlib.closing(AskedRanks(RANK_SCRIPT)) as asked:
+        answers = asked.answers(ranks, jobs, timeout_seconds=500)
     for measured, expected in zip(answers[0], (plain(case)[0][:STEPS], plain(case)[0][STEPS : STEPS + FEWER_STEPS]), strict=True):
         assert_equal(measured, expected, 1e-5, 1e-5)

@@ -1,6 +1,6 @@
 """State on NVMe gives the same numbers, and its checkpoints resume in memory and back. DeepSpeed compiles its reader for it."""
 
-import json
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from launch.checkpoints.checkpoint import folder_name
 from launch.checkpoints.opening import AveragedState
 from tests.launch.training.layout_cases import OTHER_OPTIMIZERS, case_of
 from tests.launch.training.layouts_on_ranks import STEPS, train_plain
-from tests.ranks import answers_of_ranks
+from tests.ranks import AskedRanks
 
 RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
 MISSING = [name for name in ("g++", "ninja") if not shutil.which(name)] + ([] if Path("/usr/include/libaio.h").exists() else ["libaio-dev"])
@@ -43,7 +43,9 @@ def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(optimizer, tm
     ]
     history, weights = train_plain(in_memory)
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}  # a start killed while it compiles would leave a lock
-    for each, measured in zip(jobs, answers_of_ranks(2, RANK_SCRIPT, json.dumps(jobs), timeout_seconds=900, **environment)[0], strict=True):
+    with contextlib.closing(AskedRanks(RANK_SCRIPT, **environment)) as ranks:
+        answers = ranks.answers(2, jobs, timeout_seconds=900)[0]
+    for each, measured in zip(jobs, answers, strict=True):
         for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], history[each["first"] : each["first"] + STEPS], strict=True):
             assert loss == pytest.approx(plain_loss, abs=1e-5)
             assert norm == pytest.approx(plain_norm, rel=1e-5)
