@@ -17,6 +17,8 @@ from data.command_line import UserError
 SEESAW = "seesaw"
 SEESAW_GROWTH = 16
 """Largest batch of a seesaw ramp without a size, in multiples of the first. Another doubling would save few steps."""
+MAX_SEESAW_SIZES = 16
+"""Most sizes of seesaw:SIZE:STEP, so that the plan of a run can be read. More sizes save hardly any steps."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _THRESHOLD = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?):(\d+)", re.IGNORECASE | re.ASCII)
 _POWERS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
@@ -36,7 +38,8 @@ class BatchSizes:
     """Sizes of the batch over the run (default: one size). A list of THRESHOLD:SIZE, thresholds in tokens with K, M, B or T, such as
     "0:64 20M:128 80M:256": it ends with batch.global_batch_size. Or seesaw (Meterez et al. 2025, arXiv 2510.14717): the batch starts at
     batch.global_batch_size and doubles each time the schedule halves the learning rate, which then falls by the root of 2 alone, up
-    to 16 times the first size, or up to SIZE with seesaw:SIZE."""
+    to 16 times the first size, or up to SIZE with seesaw:SIZE. With seesaw:SIZE:STEP, such as seesaw:32:4, it grows by STEP sequences
+    each time the schedule's rate has fallen in proportion: fewer steps for the same SIZE."""
 
     def __post_init__(self) -> None:
         if self.ramp is not None and (wrong := _wrong_ramp(self.ramp, self.global_batch_size)):
@@ -49,9 +52,12 @@ class BatchSizes:
 
     @property
     def seesaw_sizes(self) -> list[int]:
-        """The sizes of a seesaw ramp: the first one and its doublings."""
+        """The sizes of a seesaw ramp: the first one and its doublings, or all that are a multiple of STEP above it."""
         assert self.ramp is not None
-        largest = int(self.ramp.partition(":")[2] or SEESAW_GROWTH * self.global_batch_size)
+        _, *numbers = self.ramp.split(":")
+        largest = int(numbers[0]) if numbers else SEESAW_GROWTH * self.global_batch_size
+        if len(numbers) == 2:
+            return list(range(self.global_batch_size, largest + 1, int(numbers[1])))
         return [self.global_batch_size << n for n in range(largest.bit_length()) if self.global_batch_size << n <= largest]
 
     def accumulation_steps(self, data_parallel_size: int, name_of_ranks: str = "data_parallel_size", size: int | None = None) -> int:
@@ -97,11 +103,8 @@ class BatchSettings(BatchSizes):
 
 def _wrong_ramp(ramp: str, global_batch_size: int) -> str | None:
     """Return what is wrong with a ramp; None if nothing is."""
-    name, _, largest = ramp.partition(":")
-    if name == SEESAW:
-        if ramp != SEESAW and (not largest.isdecimal() or int(largest) < 2 * global_batch_size):
-            return f"the largest size must be a number of at least {2 * global_batch_size}, twice batch.global_batch_size."
-        return None
+    if ramp.partition(":")[0] == SEESAW:
+        return _wrong_seesaw(ramp.split(":")[1:], global_batch_size)
     parsed = [(word, _THRESHOLD.fullmatch(word)) for word in ramp.split()]
     if wrong := [word for word, match in parsed if match is None] or ([] if parsed else [ramp]):
         return (
@@ -121,6 +124,22 @@ def _wrong_ramp(ramp: str, global_batch_size: int) -> str | None:
             f"its last size is {steps[-1][1]}, but batch.global_batch_size {global_batch_size} is the size that the run ends with. "
             f"Give --batch.global_batch_size {steps[-1][1]}."
         )
+    return None
+
+
+def _wrong_seesaw(numbers: Sequence[str], first: int) -> str | None:
+    """Return what is wrong with SIZE and STEP of a seesaw ramp that begins at `first`; None if nothing is."""
+    if len(numbers) > 2:
+        return "write seesaw, seesaw:SIZE or seesaw:SIZE:STEP."
+    least = 2 * first if len(numbers) == 1 else first + 1
+    if numbers and (not numbers[0].isdecimal() or not least <= int(numbers[0]) < 2**31):
+        twice = ", twice batch.global_batch_size" if len(numbers) == 1 else ", above batch.global_batch_size"
+        return f"the largest size must be a number of at least {least}{twice}."
+    if len(numbers) == 2:
+        growth = int(numbers[0]) - first
+        smallest = -(-growth // (MAX_SEESAW_SIZES - 1))
+        if not numbers[1].isdecimal() or not smallest <= int(numbers[1]) <= growth:
+            return f"STEP must be a number from {smallest} (which gives at most {MAX_SEESAW_SIZES} sizes) to {growth}."
     return None
 
 

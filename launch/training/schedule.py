@@ -37,19 +37,19 @@ def learning_rate(
 
 
 def seesaw(plan: BatchPlan, kind: str, warmup_steps: int, minimum: float, peak: float, decay_fraction: float) -> BatchPlan:
-    """Return a plan whose batch doubles where the schedule halves the learning rate (Meterez et al. 2025, arXiv 2510.14717).
+    """Return a plan whose batch grows where the schedule lowers the learning rate (Meterez et al. 2025, arXiv 2510.14717).
 
-    `plan` has one size, `batch` its sizes with the ramp. With the rate times the root of the size, each halving of the rate becomes a
-    doubling of the batch and a division of the rate by the root of 2.
+    `plan` has one size, `batch` its sizes with the ramp. Where the rate has fallen to 1 / a of the peak, the batch becomes a times its
+    first size. With the rate times the root of the size, the rate is then divided by the root of a alone.
     """
-    starts = [(0, plan.batch.seesaw_sizes[0])]
-    first = warmup_steps
-    for number, size in enumerate(plan.batch.seesaw_sizes[1:], 1):
-        low, high = first, plan.steps  # the rate never rises after warm-up: the first step with the halved rate by bisection
+    first_size, *sizes = plan.batch.seesaw_sizes
+    starts, first = [(0, first_size)], warmup_steps
+    for size in sizes:
+        low, high = first, plan.steps  # the rate never rises after warm-up: the first step with a rate so low by bisection
         while low < high:
             middle = (low + high) // 2
             rate = learning_rate(middle, plan, peak, kind, warmup_steps, minimum, decay_fraction)
-            low, high = (low, middle) if rate <= peak / 2**number else (middle + 1, high)
+            low, high = (low, middle) if rate <= peak * first_size / size else (middle + 1, high)
         if low == plan.steps:
             break
         first = low

@@ -117,6 +117,24 @@ def test_seesaw_ends_at_the_size_that_is_given():
     assert [one.size for one in settings.batch_plan.segments] == [8, 16, 32]
 
 
+@pytest.mark.parametrize("kind", DECAYING)
+def test_seesaw_of_small_steps_grows_where_the_rate_has_fallen_as_much(kind):
+    words = ["--train_tokens", "3.072e6", "--schedule.kind", kind]
+    plan, before = (read_run_settings([*words, *more]).batch_plan for more in (["--batch.ramp", "seesaw:32:4"], []))
+    assert [one.size for one in plan.segments] == [8, 12, 16, 20, 24, 28, 32]
+    for segment in plan.segments[1:]:
+        step = before.step_of(segment.first_position)
+        late, at = (learning_rate(one, before, 1.0, kind, 60) for one in (step - 4, step))
+        assert late > 8 / segment.size >= at - 1e-9, "at most one step of the largest size later"
+    if kind != "wsd":
+        assert (
+            plan.steps
+            < 0.64 * before.steps
+            < 0.675 * before.steps
+            < read_run_settings([*words, "--batch.ramp", "seesaw:32"]).batch_plan.steps
+        )
+
+
 def test_sizes_without_a_step_are_left_out():
     assert segments_from([(0, 8), (8, 16), (9, 4), (30, 2)]) == (Segment(0, 0, 8), Segment(1, 8, 16), Segment(2, 24, 4), Segment(4, 32, 2))
 
@@ -130,6 +148,9 @@ REFUSALS = {
     "size 0": (["--batch.ramp=0:0 1K:8"], "each size must be above 0"),
     "other last size": (["--batch.ramp=0:4 1K:16"], "Give --batch.global_batch_size 16."),
     "largest size below two": (["--batch.ramp=seesaw:12"], "the largest size must be a number of at least 16"),
+    "seesaw of three numbers": (["--batch.ramp=seesaw:16:8:4"], "write seesaw, seesaw:SIZE or seesaw:SIZE:STEP."),
+    "step of seesaw": (["--batch.ramp=seesaw:64:3"], "STEP must be a number from 4 (which gives at most 16 sizes) to 56."),
+    "small seesaw": (["--batch.ramp=seesaw:8:4"], "the largest size must be a number of at least 9, above batch.global_batch_size."),
     "constant": (
         ["--batch.ramp=seesaw", "--schedule.kind=constant"],
         "batch.ramp seesaw (command line) needs a schedule whose rate falls, but schedule.kind constant (command line) never does.",
@@ -214,17 +235,18 @@ def rates_of(arguments: list[str]) -> list[float]:
     ]
 
 
-RAMP = ["--batch.ramp", "0:8 1K:16", "--batch.global_batch_size", "16", "--schedule.kind", "linear", "--schedule.warmup_steps", "0"]
+# Three steps of 8: on two ranks 6 micro-batches, after which a count that goes on would end the first step of 4 micro-batches too early.
+RAMP = ["--batch.ramp", "0:8 700:16", "--batch.global_batch_size", "16", "--schedule.kind", "linear", "--schedule.warmup_steps", "0"]
 RAMP += ["--precision", "float32", "--train_steps", "8", "--checkpoint.interval", "1", "--log.sample_interval", "0"]
-SIZES = [8] * 4 + [16] * 4
+SIZES = [8] * 3 + [16] * 5
 
 
 def test_ramp_on_two_ranks_equals_one_plain_process(tiny, tmp_path):
     # With a larger epsilon, gradients of 1e-8 (of tokens that hardly occur) do not turn rounding into steps of another size.
     arguments = [*tiny, *RAMP, "--optimizer.epsilon", "1e-6", "--checkpoint.interval", "0"]
     output = run(2, [*arguments, "--deepspeed", "ds_configs/zero2.json"])
-    assert "From step 5 on a step reads 16 samples in place of 8." in output
-    assert "ramp: 0:8 1K:16 gives steps of 8 (rate x 0.707), then 16 (rate x 1)\n" in output
+    assert "From step 4 on a step reads 16 samples in place of 8." in output
+    assert "ramp: 0:8 700:16 gives steps of 8 (rate x 0.707), then 16 (rate x 1)\n" in output
     losses, model = train_plainly(arguments, SIZES, rates_of(arguments))
     found = curves(tmp_path / "run")
     assert list(found["loss/train"].values()) == pytest.approx(losses, abs=1e-6)
@@ -239,15 +261,15 @@ def test_ramp_resumes_before_at_and_after_a_boundary_bit_for_bit(tiny, tmp_path)
     arguments = [*tiny, *RAMP, "--batch.beta2_rule", "tokens"]
     whole = tmp_path / "whole"
     run(1, [*arguments, "--output", str(whole)])
-    for step in (3, 4, 5):
+    for step in (2, 3, 4):
         stopped = tmp_path / f"stopped{step}"
         shutil.copytree(whole, stopped)
         remove_checkpoints_after(step, stopped)
         assert f"Resuming from step {step} of 8" in run(1, [*arguments, "--output", str(stopped)])
         assert_same_run(whole, stopped)
     stopped.rename(tmp_path / "other")
-    remove_checkpoints_after(3, tmp_path / "other")
-    assert "Resuming from step 3 of 8" in run(1, [*arguments, "--output", str(tmp_path / "other"), "--batch.micro_batch_size", "8"])
+    remove_checkpoints_after(2, tmp_path / "other")
+    assert "Resuming from step 2 of 8" in run(1, [*arguments, "--output", str(tmp_path / "other"), "--batch.micro_batch_size", "8"])
     assert_equal_run(whole, tmp_path / "other")
     refuses_other_ramps([*arguments, "--output", str(whole), "--train_steps", "20"])
 
@@ -304,7 +326,7 @@ def test_killed_ramp_reads_every_position_once_on_changing_ranks(tiny, tmp_path)
 
 
 def refuses_other_ramps(arguments: list[str]) -> None:
-    """Check which ramps a run of 4 steps of 8 and 4 of 16 samples may resume with: 3,072 tokens."""
+    """Check which ramps a run of 3 steps of 8 and 5 of 16 samples may resume with: 3,328 tokens."""
 
     def inspect(ramp: str, size: int) -> run_folder.Start:
         words = [*arguments, "--allow_changes", "--batch.ramp", ramp, "--batch.global_batch_size", str(size)]
@@ -314,14 +336,14 @@ def refuses_other_ramps(arguments: list[str]) -> None:
         record = json.loads((Path(settings.output) / "run.json").read_text())
         return run_folder.inspect(settings, record["data_fingerprint"], record["deepspeed"])
 
-    longer = inspect("0:8 1K:16 4K:32", 32)
-    assert [tuple(one) for one in longer.plan.segments] == [(0, 0, 8), (4, 32, 16), (10, 128, 32)]
-    assert "batch.ramp: 0:8 1K:16 -> 0:8 1K:16 4K:32" in "\n".join(longer.changes)
+    longer = inspect("0:8 700:16 4K:32", 32)
+    assert [tuple(one) for one in longer.plan.segments] == [(0, 0, 8), (3, 24, 16), (10, 136, 32)]
+    assert "batch.ramp: 0:8 700:16 -> 0:8 700:16 4K:32" in "\n".join(longer.changes)
     assert longer.notes[-1] == (
         "The peak learning rate of a step of 16 samples changes from 0.005 to 0.00354, because it follows from batch.ramp and "
         "batch.global_batch_size. To keep it, give --optimizer.learning_rate 0.00707."
     )
     with pytest.raises(
-        UserError, match=r"gives other sizes than the run has read: 8 from token 0, 16 from token 1,024\. Keep .* token 3,072, "
+        UserError, match=r"gives other sizes than the run has read: 8 from token 0, 16 from token 768\. Keep .* token 3,328, "
     ):
         inspect("0:8 2K:16", 16)
