@@ -107,7 +107,10 @@ class MuonStep(torch.optim.Optimizer):
         apply_update(weight, update, group["lr"], group["weight_decay"], cautious=group["cautious"], scale=scale)
 
     def _orthogonalised(self, tensors: list[Tensor], blends: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's slices of the orthogonalised matrices that lie in `tensors`, given its slices of the matrices by name."""
+        """Return this rank's slices of the orthogonalised matrices that lie in `tensors`, given its slices of the matrices by name.
+
+        `blends` is empty afterwards.
+        """
         call = tuple(map(id, tensors))
         if call not in self._exchanges:
             names = [name for name in self.pieces.names_in(tensors) if name in self._matrices]
@@ -116,5 +119,8 @@ class MuonStep(torch.optim.Optimizer):
         precision = self._optimizer.settings.muon_precision
         in_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
         like = torch.empty(0, dtype=torch.bfloat16 if in_bf16 else torch.float32, device=device)
-        stacks = exchange.gather({name: blend.to(like) for name, blend in blends.items()}, like)
-        return exchange.scatter([(names, newton_schulz(matrices)) for names, matrices in stacks], like)
+        stacks, orthogonal = exchange.gather({name: blends.pop(name).to(like) for name in list(blends)}, like), []
+        while stacks:  # blends and stacks are released as soon as they are read: they are as large as the matrices
+            names, matrices = stacks.pop()
+            orthogonal.append((names, newton_schulz(matrices)))
+        return exchange.scatter(orthogonal, like)
