@@ -52,7 +52,7 @@ def test_the_demo_recipe_is_the_default():
     assert settings.output == "runs/demo"
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 4), (8, 1)])
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 32), (2, 16), (8, 4)])
 def test_the_default_micro_batch_is_the_whole_share_of_a_rank(ranks, micro_batch):
     batch = share_the_batch(read_run_settings([]), Layout(ranks)).batch
     assert (batch.micro_batch_size, batch.accumulation_steps(ranks)) == (micro_batch, 1)
@@ -145,17 +145,17 @@ def test_the_default_warm_up_follows_the_length(steps, warm_up):
 
 
 @pytest.mark.parametrize(
-    ("words", "warm_up"), [("--train_steps=1", 0), ("--train_steps=60", 6), ("--train_tokens=20480", 1), ("--train_steps=61", 60)]
+    ("words", "warm_up"), [("--train_steps=1", 0), ("--train_steps=15", 1), ("--train_tokens=81920", 1), ("--train_steps=16", 15)]
 )
 def test_a_length_below_the_demo_recipes_warm_up_needs_no_other_option(words, warm_up):
-    """The demo recipe has 60 steps of warm-up."""
+    """The demo recipe has 15 steps of warm-up."""
     assert read_run_settings([words]).warmup_steps == warm_up
 
 
 def test_demo_recipe_that_is_given_keeps_its_warm_up_under_any_name():
     for path in ("launch/recipes/demo.yaml", str(REPOSITORY / "launch" / "recipes" / "demo.yaml")):
-        message = f"schedule.warmup_steps 60 ({path}) must be below train_steps 50 (command line)."
-        assert refusal("--config", path, "--train_steps", "50")[0].startswith(message)
+        message = f"schedule.warmup_steps 15 ({path}) must be below train_steps 10 (command line)."
+        assert refusal("--config", path, "--train_steps", "10")[0].startswith(message)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -249,9 +249,9 @@ def test_complaints_of_ranges_model_length_and_objective_come_together(recipe):
             "adamw, muon, lamb or lion.",
         ),
         (
-            ["--optimizer.momentum=0.9"],
-            "optimizer.momentum 0.9 (command line) has no effect with optimizer.name adamw (default). Remove it, or use optimizer.name "
-            "muon, lars or sgd.",
+            ["--optimizer.name=adamw", "--optimizer.momentum=0.9"],
+            "optimizer.momentum 0.9 (command line) has no effect with optimizer.name adamw (command line). Remove it, or use "
+            "optimizer.name muon, lars or sgd.",
         ),
         (
             ["--optimizer.name=lion", "--optimizer.muon_precision=bf16"],
