@@ -21,6 +21,8 @@ from launch.ranks.layout import Layout
 from launch.ranks.processes import Process, find_process
 from launch.training import deepspeed_config
 from launch.training.deepspeed_json import read_deepspeed_json
+from launch.training.estimates import model_state_bytes, parameters_per_rank
+from launch.training.optimizers import optimizer_for
 from launch.training.recipe import read_run_settings
 from launch.training.settings import RunSettings
 from model.config import ModelConfig
@@ -217,6 +219,18 @@ def matrices_of(pieces) -> list[str]:
     return [name for name, shape in pieces.shapes.items() if len(shape) >= 2]
 
 
+def optimizer_bytes(engine, settings: RunSettings, json_name: str) -> tuple[float, float]:
+    """Return the mean bytes on a rank of the optimizer's states and its own copy of the weights, and the figure in the plan."""
+    network = {parameter.untyped_storage().data_ptr() for parameter in engine._model.parameters()}
+    copies = [tensor for tensor in engine._state.tensors if tensor.untyped_storage().data_ptr() not in network]
+    states = [tensor for state in engine._built.state.values() for tensor in state.values() if tensor.dim()]
+    (measured,) = engine.ranks.sum([float(sum(tensor.nbytes for tensor in (*copies, *states)))])
+    parameters = parameters_per_rank(settings.model, engine.layout, "dualpipev" if "dualpipev" in json_name else "1f1b")
+    bytes_of_states = optimizer_for(settings.optimizer).state_bytes
+    planned = model_state_bytes(parameters, engine.zero_stage, engine.layout.zero_size, settings.precision, bytes_of_states)
+    return measured / engine.process.world_size, planned["optimizer"]
+
+
 @contextlib.contextmanager
 def poisoned(on_this_rank: bool):
     """Make the loss on this rank NaN inside the context."""
@@ -265,6 +279,7 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
     if engine.pieces:
         results["bytes"] = engine.ranks.all_gather((engine.pieces.bytes_exchanged, len(matrices_of(engine.pieces))))
         results["scalars"] = reports[-1].scalars
+    results["optimizer_bytes"] = optimizer_bytes(engine, settings, case["json"])
     return results | {"history": [(report.loss, report.gradient_norm) for report in reports]}
 
 

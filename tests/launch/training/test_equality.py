@@ -296,6 +296,12 @@ def test_lamb_exchanges_16_bytes_a_matrix_and_reports_one_ratio(name, first_half
     assert answer["scalars"] == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", [*TRAINED, *IN_BF16])
+def test_plan_counts_the_memory_of_the_optimizer(name, first_half):
+    measured, planned = first_half.answer(name)["optimizer_bytes"]
+    assert measured == pytest.approx(planned, rel=0.03)  # vectors are whole on tensor-parallel ranks, and DeepSpeed pads
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_special_cases_match_plain_pytorch(name, first_half):
     assert_equal(first_half.answer(name), plain(OTHERS[name][1])[0][:FEWER_STEPS], 1e-5, 1e-5)
