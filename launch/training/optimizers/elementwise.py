@@ -15,9 +15,9 @@ from launch.training.optimizers.beta2 import sum_with
 def adam_direction(state: Mapping[str, Tensor], gradient: Tensor, group: dict) -> Tensor:
     """Advance Adam's running means by one step and return mean / (root of mean square + epsilon), both corrected for their start at 0.
 
-    `state` has step, exp_avg and exp_avg_sq, which are changed in place (Kingma and Ba 2014, arXiv 1412.6980). `group` has betas and eps.
+    `state` has exp_avg and exp_avg_sq, which are changed in place, and step, the number of steps with this one (Kingma and Ba 2014,
+    arXiv 1412.6980). `group` has betas and eps.
     """
-    state["step"] += 1
     step, (beta1, beta2) = float(state["step"]), group["betas"]
     mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
     mean_square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -56,7 +56,7 @@ class Elementwise(Optimizer):
 
     @abc.abstractmethod
     def direction(self, group: dict, state: dict[str, Tensor], gradient: Tensor) -> Tensor:
-        """Advance the states by one step, the number of steps included, and return the update, without rate and decay."""
+        """Advance the states by one step and return the update, without rate and decay. The number of steps counts this one already."""
 
 
 class ElementwiseStep(torch.optim.Optimizer):
@@ -72,5 +72,7 @@ class ElementwiseStep(torch.optim.Optimizer):
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
-                    update = self._optimizer.direction(group, self._optimizer.state_of(self, tensor), tensor.grad)
+                    state = self._optimizer.state_of(self, tensor)
+                    state["step"] += 1
+                    update = self._optimizer.direction(group, state, tensor.grad)
                     apply_update(tensor, update, group["lr"], group["weight_decay"], cautious=group["cautious"])

@@ -70,5 +70,7 @@ class _LambStep(torch.optim.Optimizer):
     def _direction(self, group: dict, tensor: Tensor) -> Tensor:
         """Return Adam's direction plus the decay."""
         assert tensor.grad is not None
-        direction = adam_direction(self._optimizer.state_of(self, tensor), tensor.grad, group)
+        state = self._optimizer.state_of(self, tensor)
+        state["step"] += 1
+        direction = adam_direction(state, tensor.grad, group)
         return direction.add_(decaying(tensor, direction, self._optimizer.settings.cautious_decay), alpha=group["weight_decay"])

@@ -21,7 +21,6 @@ class Lion(Elementwise):
 
     def direction(self, group: dict, state: dict[str, Tensor], gradient: Tensor) -> Tensor:
         """Return the sign of the mean with beta1; the mean that is kept has beta2."""
-        state["step"] += 1
         beta1, beta2 = group["betas"]
         update = state["exp_avg"].lerp(gradient, 1 - beta1).sign_()
         state["exp_avg"].lerp_(gradient, 1 - beta2)

@@ -80,7 +80,6 @@ class MuonStep(torch.optim.Optimizer):
         blends: dict[str, Tensor] = {}
         for group, tensor in given:
             state = self._optimizer.state_of(self, tensor)
-            steps = state["step"].clone()
             state["step"] += 1
             for piece in self.pieces.of(tensor):
                 weight, gradient, mean, mean_square = (
@@ -90,7 +89,7 @@ class MuonStep(torch.optim.Optimizer):
                     mean.lerp_(gradient, 1 - group["momentum"])
                     blends[piece.shard_slice.name] = gradient.lerp(mean, group["momentum"])
                 else:
-                    states = {"step": steps.clone(), "exp_avg": mean, "exp_avg_sq": mean_square}
+                    states = {"step": state["step"], "exp_avg": mean, "exp_avg_sq": mean_square}
                     direction = adam_direction(states, gradient, group)
                     apply_update(weight, direction, group["lr"], group["weight_decay"], cautious=group["cautious"])
         updates = self._orthogonalised([tensor for _, tensor in given], blends)

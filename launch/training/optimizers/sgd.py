@@ -21,5 +21,4 @@ class SGD(Elementwise):
 
     def direction(self, group: dict, state: dict[str, Tensor], gradient: Tensor) -> Tensor:
         """Return the running sum of gradients, which is a state and must not be changed."""
-        state["step"] += 1
         return state["momentum"].mul_(group["momentum"]).add_(gradient)
