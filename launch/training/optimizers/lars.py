@@ -68,7 +68,7 @@ class _LarsStep(torch.optim.Optimizer):
                 weight, gradient, momentum = (one.view(-1)[piece.values] for one in (tensor, tensor.grad, state["momentum"]))
                 weight_norm, gradient_norm = norms.get(piece.shard_slice.name, (0.0, 0.0))
                 rate = group["lr"] * trust_ratio(weight_norm, gradient_norm, group["weight_decay"])
-                decayed = decaying(weight, gradient, self._optimizer.settings.cautious_decay)
-                momentum.add_(gradient, alpha=rate).add_(decayed, alpha=rate * group["weight_decay"])
+                momentum.add_(gradient, alpha=rate)
+                momentum.add_(decaying(weight, momentum, self._optimizer.settings.cautious_decay), alpha=rate * group["weight_decay"])
                 weight.sub_(momentum)
         self.norms |= norms

@@ -1,7 +1,8 @@
 """Optimizers for one process and whole parameters, written as in their papers or taken from torch. They share nothing with ours."""
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -20,15 +21,58 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> Step:
     decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [{"params": decayed, "weight_decay": 0.0 if settings.cautious_decay else settings.weight_decay}, {"params": others}],
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
+        weight_decay=0.0,
     )
 
     def step(rate: float) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        with decay_beside(decayed if settings.cautious_decay else [], rate, settings):
+            optimizer.step()
+
+    return step
+
+
+@contextlib.contextmanager
+def decay_beside(decayed: list[nn.Parameter], rate: float, settings: OptimizerSettings) -> Iterator[None]:
+    """Decay weights by their values before an update without decay: if cautious, only those that it does not move away from 0."""
+    before = [w.detach().clone() for w in decayed]
+    yield
+    for w, old in zip(decayed, before, strict=True):
+        w.data -= rate * settings.weight_decay * old * cautious_mask(old - w.detach(), old, settings)
+
+
+def cautious_mask(update: torch.Tensor, w: torch.Tensor, settings: OptimizerSettings) -> torch.Tensor | float:
+    """Return the indicator function of arXiv 2510.12402, or 1 without cautious decay."""
+    return (update * w >= 0).to(w.dtype) if settings.cautious_decay else 1.0
+
+
+def sgd(model: nn.Module, settings: OptimizerSettings) -> Step:
+    """torch's SGD with momentum, and decay that acts on the weights."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=settings.momentum)
+
+    def step(rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = rate
+        with decay_beside([parameter for parameter in model.parameters() if parameter.dim() >= 2], rate, settings):
+            optimizer.step()
+
+    return step
+
+
+def lion(model: nn.Module, settings: OptimizerSettings) -> Step:
+    """Algorithm 2 of arXiv 2302.06675, with vectors that have no decay."""
+    means = {parameter: torch.zeros_like(parameter) for parameter in model.parameters()}
+
+    @torch.no_grad()
+    def step(rate: float) -> None:
+        for w, m in means.items():
+            c = (settings.beta1 * m + (1 - settings.beta1) * w.grad).sign()
+            m.copy_(settings.beta2 * m + (1 - settings.beta2) * w.grad)
+            decay = settings.weight_decay if w.dim() >= 2 else 0.0
+            w -= rate * (c + decay * cautious_mask(c, w, settings) * w)
 
     return step
 
@@ -65,7 +109,7 @@ def lamb(model: nn.Module, settings: OptimizerSettings) -> Step:
             v.copy_(settings.beta2 * v + (1 - settings.beta2) * x.grad**2)
             r = (m / (1 - settings.beta1**count)) / ((v / (1 - settings.beta2**count)).sqrt() + settings.epsilon)
             if x.dim() >= 2:
-                r = r + settings.weight_decay * x
+                r = r + settings.weight_decay * cautious_mask(r, x, settings) * x
                 if x.norm() > 0 and r.norm() > 0:
                     r = x.norm() / r.norm() * r
             x -= rate * r
@@ -84,7 +128,8 @@ def lars(model: nn.Module, settings: OptimizerSettings) -> Step:
             local = 1.0
             if w.dim() >= 2 and w.norm() > 0 and w.grad.norm() > 0:
                 local = 0.001 * w.norm() / (w.grad.norm() + decay * w.norm())
-            v.copy_(settings.momentum * v + rate * local * (w.grad + decay * w))
+            v.copy_(settings.momentum * v + rate * local * w.grad)
+            v += rate * local * decay * cautious_mask(v, w, settings) * w
             w -= v
 
     return step
@@ -108,12 +153,12 @@ def muon(model: nn.Module, settings: OptimizerSettings) -> Step:
             x = x / x.norm()
             for _ in range(5):
                 x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
-            w -= rate * (settings.weight_decay * w + 0.2 * max(w.shape) ** 0.5 * x)
+            w -= rate * (settings.weight_decay * cautious_mask(x, w, settings) * w + 0.2 * max(w.shape) ** 0.5 * x)
 
     return step
 
 
-REFERENCES = {"adamw": adamw, "lamb": lamb, "lars": lars, "muon": muon}
+REFERENCES = {"adamw": adamw, "lamb": lamb, "lars": lars, "lion": lion, "muon": muon, "sgd": sgd}
 """Reference by the name of the optimizer."""
 
 

@@ -46,7 +46,15 @@ def set_rate(built: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.0}, {"beta1": 0.0, "epsilon": 1e-3, "weight_decay": 1.0, "momentum": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weight_decay": 0.0},
+        {"beta1": 0.0, "epsilon": 1e-3, "weight_decay": 1.0, "momentum": 0.0},
+        {"cautious_decay": True, "weight_decay": 1.0, "momentum": 0.5},
+    ],
+)
 # In float32 a weight of 1 has steps of 1.19e-7.
 @pytest.mark.parametrize(
     ("name", "rate", "dtype", "bound"),
