@@ -174,7 +174,7 @@ class Engine:
         watch = Stopwatch(self.device)
         loss_scale = self._loss_scale  # that of the gradients: the step may change it
         if self.pieces is not None:
-            self.pieces.watch = watch
+            self.pieces.watch, self.pieces.is_reported = watch, with_scalars
         loss, gradient_norm, skipped = self._step_on(micro_batches, divisors, watch)
         if not skipped:
             count_step(self._built)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.training.optimizers.base import Optimizer, is_matrix, split_by_decay
+from launch.training.optimizers.base import Optimizer, Update, is_matrix, split_by_decay
+from launch.training.optimizers.changes import Changes
 from launch.training.optimizers.elementwise import adam_direction, apply_update
 from launch.training.optimizers.matrix_exchange import MatrixExchange
 from launch.training.optimizers.newton_schulz import newton_schulz
-from launch.training.optimizers.pieces import Pieces
+from launch.training.optimizers.pieces import Piece, Pieces
 from model.transformer import Block
 
 
@@ -59,6 +60,10 @@ class Muon(Optimizer):
         defaults |= {"lr": 0.0, "cautious": numbers.cautious_decay, "hold_zeros": False}
         return MuonStep(self, matrices, split_by_decay(model, numbers.decay_coefficient), defaults)
 
+    def report(self, built: Any) -> dict[str, Update]:
+        """Return the norms of each matrix and of its change in the last step."""
+        return {name: Update(*norms) for name, norms in built.changes.take(built.pieces).items()}
+
 
 class MuonStep(torch.optim.Optimizer):
     """The torch optimizer. DeepSpeed gives each call of `step` all tensors or a part of them, the same part on every rank of a stage."""
@@ -72,6 +77,8 @@ class MuonStep(torch.optim.Optimizer):
         self._optimizer = optimizer
         self._matrices = matrices
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}  # by the tensors that a call is given
+        self.changes = Changes()
+        """What a step that is reported changed."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -90,20 +97,20 @@ class MuonStep(torch.optim.Optimizer):
                     blends[piece.shard_slice.name] = gradient.lerp(mean, group["momentum"])
                 else:
                     states = {"step": state["step"], "exp_avg": mean, "exp_avg_sq": mean_square}
-                    direction = adam_direction(states, gradient, group)
-                    apply_update(weight, direction, group["lr"], group["weight_decay"], cautious=group["cautious"])
+                    self._move(group, weight, adam_direction(states, gradient, group), piece)
         updates = self._orthogonalised([tensor for _, tensor in given], blends)
         for group, tensor in given:
             for piece in self.pieces.of(tensor):
                 if (update := updates.get(piece.shard_slice.name)) is not None:
-                    self._move(group, tensor.view(-1)[piece.values], update.to(tensor.device), piece.shard_slice.shape)
+                    weight, update = tensor.view(-1)[piece.values], update.to(tensor.device)
+                    if group["hold_zeros"]:  # their gradients are 0, but an orthogonalised matrix has no zeros there
+                        update = update.masked_fill(weight == 0, 0)
+                    self._move(group, weight, update, piece, 0.2 * math.sqrt(max(piece.shard_slice.shape)))
 
-    def _move(self, group: dict, weight: Tensor, update: Tensor, shape: tuple[int, ...]) -> None:
-        """Change a slice of a matrix of `shape`, given that slice of the orthogonal matrix."""
-        if group["hold_zeros"]:  # their gradients are 0, but an orthogonalised matrix has no zeros there
-            update = update.masked_fill(weight == 0, 0)
-        scale = 0.2 * math.sqrt(max(shape))
-        apply_update(weight, update, group["lr"], group["weight_decay"], cautious=group["cautious"], scale=scale)
+    def _move(self, group: dict, weight: Tensor, update: Tensor, piece: Piece, scale: float = 1.0) -> None:
+        """Change the slice `weight` of a parameter, which is `piece`, by scale x update."""
+        with self.changes.measured(self.pieces, piece, weight):
+            apply_update(weight, update, group["lr"], group["weight_decay"], cautious=group["cautious"], scale=scale)
 
     def _orthogonalised(self, tensors: list[Tensor], blends: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's slices of the orthogonalised matrices that lie in `tensors`, given its slices of the matrices by name.

@@ -67,6 +67,8 @@ class Pieces:
         self._names = _names_by_tensor(self.all)
         self.bytes_exchanged = 0
         """Bytes that this rank has given to exchanges since the start; its own share of an all-to-all does not travel or count."""
+        self.is_reported = False
+        """True in a step after which the engine asks the optimizer for its report; the engine sets it before each step."""
         self.watch = Stopwatch(device)
         """Time of the exchanges; the engine replaces it in each step."""
 

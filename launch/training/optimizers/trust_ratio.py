@@ -29,10 +29,10 @@ def norms_of_matrices(pieces: Pieces, tensors: Sequence[Tensor], directions: Seq
         for piece in pieces.of(tensor):
             if piece.shard_slice.name in row and not piece.is_replica:
                 for column, whole in enumerate((tensor, direction)):
-                    squares[row[piece.shard_slice.name], column] += _sum_of_squares(whole.view(-1)[piece.values])
+                    squares[row[piece.shard_slice.name], column] += sum_of_squares(whole.view(-1)[piece.values])
     return dict(zip(names, map(tuple, pieces.sum(squares).sqrt().tolist()), strict=True))
 
 
-def _sum_of_squares(values: Tensor) -> Tensor:
+def sum_of_squares(values: Tensor) -> Tensor:
     """Return the sum of the squares of a vector as a scalar in float64."""
     return torch.stack([torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in values.split(_CHUNK)]).square().sum()
