@@ -8,8 +8,7 @@ import torch
 
 from launch.ranks.processes import Process, find_process
 from launch.training.optimizers import muon
-from launch.training.optimizers.pieces import Pieces
-from tests.launch.training.layouts_on_ranks import build_engine, micro_batches, rate
+from tests.launch.training.layouts_on_ranks import build_engine, is_of_a_linear, micro_batches, rate
 from tests.ranks import answer
 
 STEPS = 3
@@ -17,34 +16,25 @@ STEPS = 3
 
 def train(case: dict, process: Process) -> dict:
     """Return the losses, and per step the matrices that this rank orthogonalised and the bytes that it sent."""
-    attached: list[Pieces] = []
-    attached_to: list[muon.MuonStep] = []
-    attach, orthogonalise, counted = muon.Muon.attach, muon.newton_schulz, []
+    orthogonalise, counted = muon.newton_schulz, []
 
     def counting(matrices: torch.Tensor) -> torch.Tensor:
         counted.append(len(matrices))
         return orthogonalise(matrices)
 
-    def keeping(self, built, pieces) -> None:
-        attached.append(pieces)
-        attached_to.append(built)
-        attach(self, built, pieces)
-
-    muon.newton_schulz, muon.Muon.attach = counting, keeping
+    muon.newton_schulz = counting
     engine, settings = build_engine(case, process)
     losses = []
     for step in range(STEPS):
         batches = micro_batches(step, settings.model, engine.layout, process.rank, settings.batch.micro_batch_size, case)
         losses.append(engine.train_step(batches, rate(step, settings), step).loss)
-    muon.newton_schulz, muon.Muon.attach = orthogonalise, attach
-    (pieces,) = attached
-    shapes = [shape for name, shape in pieces.shapes.items() if name in attached_to[0]._matrices]
+    muon.newton_schulz, pieces = orthogonalise, engine.pieces
+    shapes = [shape for name, shape in pieces.shapes.items() if is_of_a_linear(name)]
     return {
         "losses": losses,
         "orthogonalised": sum(counted) / STEPS,
         "sent": pieces.bytes_exchanged / STEPS,
         "places": pieces.num_places,
-        "parameters": len(pieces.shapes),
         "matrices": len(shapes),
         "values": sum(rows * columns for rows, columns in shapes),
     }
