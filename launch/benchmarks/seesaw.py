@@ -14,25 +14,25 @@ from data.command_line import UserError, read_settings, run_script
 from launch.benchmarks.settings import SeesawSettings
 from launch.benchmarks.training_runs import pretrain, read_curve
 
-RAMPS = {"plain": "null", "seesaw": "seesaw"}
-"""The contenders: name and batch.ramp."""
+CONTENDERS = ("plain", "seesaw")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train what is missing and print the table after each seed. Return the exit status."""
     settings = read_settings(SeesawSettings, arguments, "Compare the demo's recipe with and without batch.ramp seesaw.")
     for seed in settings.seeds:
-        for name, ramp in RAMPS.items():
-            _train(settings, name, ramp, seed)
+        for name in CONTENDERS:
+            _train(settings, name, seed)
         print("\n".join(table(settings)), flush=True)
     return 0
 
 
-def _train(settings: SeesawSettings, name: str, ramp: str, seed: int) -> None:
+def _train(settings: SeesawSettings, name: str, seed: int) -> None:
     """Train one contender. Raises UserError if the run fails; its output is above the message."""
     output = _folder(settings, name, seed)
     if _result(output):
         return
+    ramp = settings.ramp if name == "seesaw" else "null"
     chosen: dict[str, object] = {"config": "launch/recipes/demo.yaml", "data.path": Path(settings.data).resolve(), "output": output}
     chosen |= {"seed": seed, "train_tokens": f"{settings.train_tokens:.0f}", "schedule.kind": settings.kind, "batch.ramp": ramp}
     chosen |= {"log.validation_interval": 0, "log.validation_samples": 0, "log.sample_interval": 0, "checkpoint.interval": 250}
@@ -56,7 +56,7 @@ def table(settings: SeesawSettings) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     differences = []
     for seed in settings.seeds:
-        results = [_result(_folder(settings, name, seed)) for name in RAMPS]
+        results = [_result(_folder(settings, name, seed)) for name in CONTENDERS]
         if results[0] is None or results[1] is None:
             continue
         (steps, loss), (fewer, other) = results[0], results[1]

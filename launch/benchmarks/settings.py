@@ -136,6 +136,8 @@ class SeesawSettings:
     """Folder of the runs, one for each seed and contender."""
     kind: Literal["cosine", "linear", "wsd"] = "cosine"
     """Schedule of the learning rate."""
+    ramp: str = "seesaw"
+    """batch.ramp of the runs whose batch grows: seesaw, seesaw:SIZE or seesaw:SIZE:STEP."""
     train_tokens: Annotated[float, Gt(0)] = 3_072_000.0
     """Length of each run in tokens (the demo's: 1,500 steps of 8 sequences)."""
     seeds: tuple[int, ...] = (1, 2, 3)

@@ -20,14 +20,14 @@ def test_runs_that_are_missing_are_trained_and_compared(tmp_path, monkeypatch, c
 
     def pretrain(chosen):
         started.append(chosen)
-        write_curve(chosen["output"], *((50, 2.5) if chosen["batch.ramp"] == "seesaw" else (100, 2.25)))
+        write_curve(chosen["output"], *((50, 2.5) if chosen["batch.ramp"] == "seesaw:32:4" else (100, 2.25)))
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(seesaw, "pretrain", pretrain)
-    words = ["--output", str(tmp_path), "--data", str(tmp_path / "prepared"), "--seeds", "1"]
+    words = ["--output", str(tmp_path), "--data", str(tmp_path / "prepared"), "--ramp", "seesaw:32:4", "--seeds", "1"]
     write_curve(tmp_path / "plain_1", 100, 2.0)
     assert seesaw.main(words) == 0
-    assert [(one["seed"], one["batch.ramp"], one["data.path"]) for one in started] == [(1, "seesaw", tmp_path / "prepared")]
+    assert [(one["seed"], one["batch.ramp"], one["data.path"]) for one in started] == [(1, "seesaw:32:4", tmp_path / "prepared")]
     assert "| 1 | 100 | 50 | 0.500 | 2.0000 | 2.5000 | +0.5000 |" in capsys.readouterr().out
     monkeypatch.setattr(seesaw, "pretrain", lambda chosen: type("Done", (), {"returncode": 1}))
     with pytest.raises(UserError, match=r"plain_3 did not end\. The same command resumes it"):
