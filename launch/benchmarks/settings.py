@@ -136,10 +136,10 @@ class SeesawSettings:
     """Folder of the runs, one for each seed and contender."""
     kind: Literal["cosine", "linear", "wsd"] = "cosine"
     """Schedule of the learning rate."""
-    ramp: str = "seesaw"
+    ramp: str = "seesaw:128:16"
     """batch.ramp of the runs whose batch grows: seesaw, seesaw:SIZE or seesaw:SIZE:STEP."""
     train_tokens: Annotated[float, Gt(0)] = 3_072_000.0
-    """Length of each run in tokens (the demo's: 1,500 steps of 8 sequences)."""
+    """Length of each run in tokens (the demo's: 375 steps of 32 sequences)."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds to train with."""
 

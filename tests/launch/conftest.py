@@ -37,4 +37,5 @@ def tiny(prepared, tmp_path):
         words += [f"--model.{name}", str(value)]
     words += ["--batch.global_batch_size", "8", "--batch.micro_batch_size", "2", "--train_steps", "12", "--schedule.warmup_steps", "2"]
     words += ["--log.interval", "4", "--log.validation_interval", "6", "--log.validation_samples", "4", "--log.sample_interval", "6"]
+    words += ["--optimizer.name", "adamw", "--optimizer.learning_rate", "5e-3"]
     return [*words, "--checkpoint.interval", "4", "--checkpoint.keep", "10"]

@@ -29,6 +29,9 @@ from model.config import ModelConfig
 from tests.launch.training.test_resume import assert_same_run, curves, run, statuses, train_plainly
 
 DECAYING = ("cosine", "linear", "wsd")
+SMALL = ["--batch.global_batch_size=8", "--optimizer.name=adamw", "--optimizer.learning_rate=5e-3"]
+LONG = [*SMALL, "--train_tokens=3.072e6", "--schedule.warmup_steps=60"]
+"""1,500 steps of 8 samples of 256 tokens."""
 
 ramps = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), max_size=4).map(
     lambda steps: [(0, 3), *((sum(length for length, _ in steps[: number + 1]), steps[number][1]) for number in range(len(steps)))]
@@ -94,7 +97,7 @@ def test_rate_and_beta2_follow_the_size_of_the_batch(rule, power):
 
 @pytest.mark.parametrize("kind", DECAYING)
 def test_seesaw_doubles_where_the_rate_halves_and_keeps_the_noise(kind):
-    words = ["--train_tokens", "3.072e6", "--schedule.kind", kind]
+    words = [*LONG, "--schedule.kind", kind]
     plain, seesaw = read_run_settings(words), read_run_settings([*words, "--batch.ramp", "seesaw"])
     plan, before = seesaw.batch_plan, plain.batch_plan
     assert [one.size for one in plan.segments] == [8 << n for n in range(5)]
@@ -113,13 +116,13 @@ def test_seesaw_doubles_where_the_rate_halves_and_keeps_the_noise(kind):
 
 
 def test_seesaw_ends_at_the_size_that_is_given():
-    settings = read_run_settings(["--train_tokens", "3.072e6", "--schedule.kind", "cosine", "--batch.ramp", "seesaw:33"])
+    settings = read_run_settings([*LONG, "--schedule.kind", "cosine", "--batch.ramp", "seesaw:33"])
     assert [one.size for one in settings.batch_plan.segments] == [8, 16, 32]
 
 
 @pytest.mark.parametrize("kind", DECAYING)
 def test_seesaw_of_small_steps_grows_where_the_rate_has_fallen_as_much(kind):
-    words = ["--train_tokens", "3.072e6", "--schedule.kind", kind]
+    words = [*LONG, "--schedule.kind", kind]
     plan, before = (read_run_settings([*words, *more]).batch_plan for more in (["--batch.ramp", "seesaw:32:4"], []))
     assert [one.size for one in plan.segments] == [8, 12, 16, 20, 24, 28, 32]
     for segment in plan.segments[1:]:
@@ -168,13 +171,13 @@ def test_wrong_ramp_is_refused_with_one_sentence(name):
     words, message = REFUSALS[name]
     length = [] if any("train_steps" in word for word in words) else ["--train_tokens=3.072e6"]
     with pytest.raises(UserError) as refused:
-        read_run_settings([*words, *length])
+        read_run_settings([*SMALL, *words, *length])
     assert message in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
 
 
 def test_sizes_to_come_must_be_shared_and_passed_ones_are_not_checked():
-    settings = read_run_settings(["--batch.ramp=0:6 4K:8", "--batch.micro_batch_size=2"])
+    settings = read_run_settings([*SMALL, "--batch.ramp=0:6 4K:8", "--batch.micro_batch_size=2"])
     with pytest.raises(UserError, match=r"batch\.ramp 0:6 4K:8 \(command line\): size 6 is not a multiple of .* = 4\.\nNearest: 4 or 8"):
         share_the_batch(settings, Layout(2))
     assert share_the_batch(settings, Layout(2), settings.batch_plan, 3).batch.micro_batch_size == 2
@@ -199,7 +202,7 @@ def test_noise_scale_needs_two_micro_batches_in_steps_to_come():
 
 
 def test_plan_of_a_resumed_ramp_does_not_check_sizes_that_have_passed():
-    words = ["--batch.ramp=seesaw:16", "--batch.global_batch_size=2", "--batch.micro_batch_size=2", "--train_tokens=3e6"]
+    words = [*SMALL, "--batch.ramp=seesaw:16", "--batch.global_batch_size=2", "--batch.micro_batch_size=2", "--train_tokens=3e6"]
     settings, layout = read_run_settings([*words, "--schedule.kind=cosine"]), Layout(8, 2)
     batches = settings.batch_plan
     with pytest.raises(UserError, match=r"batch\.ramp seesaw:16 \(command line\): size 2 is not a multiple of .* = 8\."):
@@ -212,11 +215,22 @@ def test_plan_of_a_resumed_ramp_does_not_check_sizes_that_have_passed():
     assert "16 sequences = micro-batch 2 x accumulation 2 x data parallel 4; 4,096 tokens a step; steps 1 to " in shown
     assert f"; {batches.steps:,} steps, where a batch of 2 would need 5,85" in shown, "at most 16 samples less than 3e6 tokens"
     assert "rate: 0.005 at 2 sequences, cosine" in shown and "advice: batch 512 to 4,096 tokens (published: " in shown
+    assert "note: only" not in shown
     assert "decay timescale 0.34 of the run" in shown, "of the batch of 2, at which the rate is 0.005"
 
 
+def test_plan_notes_a_seesaw_whose_last_size_has_few_steps():
+    def shown(ramp: str) -> str:
+        settings = read_run_settings([*LONG, "--schedule.kind=cosine", f"--batch.ramp={ramp}"])
+        merged = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 1}
+        return plan(share_the_batch(settings, Layout(1)), merged, Layout(1), "cpu", settings.batch_plan, None)
+
+    assert "    note: only 14 steps read 128 sequences, too few for the optimizer's running means to settle; " in shown("seesaw")
+    assert "note: only" not in shown("seesaw:32:4")
+
+
 def test_dualpipev_needs_its_micro_batches_at_the_smallest_size():
-    settings = read_run_settings(["--batch.ramp=0:2 4K:8", "--batch.micro_batch_size=1"])
+    settings = read_run_settings([*SMALL, "--batch.ramp=0:2 4K:8", "--batch.micro_batch_size=1"])
     written = {"zero_optimization": {"stage": 1}, "pipeline": {"stages": 2, "schedule": "dualpipev"}}
     with pytest.raises(UserError, match=r"needs at least 4 micro-batches .* the smallest size of batch\.ramp 0:2 4K:8, 2, give 2"):
         deepspeed_config.complete(written, "x.json", settings, Layout(2, 2), "cpu", size=2)

@@ -259,7 +259,7 @@ def test_complaints_of_ranges_model_length_and_objective_come_together(recipe):
             "optimizer.name muon.",
         ),
         (
-            ["--optimizer.name=sgd", "--batch.beta2_rule=tokens", "--batch.ramp=0:4 1K:8"],
+            ["--optimizer.name=sgd", "--batch.beta2_rule=tokens", "--batch.ramp=0:4 1K:8", "--batch.global_batch_size=8"],
             "batch.beta2_rule tokens (command line) has no effect with optimizer.name sgd (command line). Remove it, or use "
             "optimizer.name adamw, muon, lamb or lion.",
         ),
