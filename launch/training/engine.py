@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -95,6 +96,8 @@ class Engine:
             model = self._build(merged_json, settings.recompute, mpu)
             self._change_modules(model, settings)
             built = optimizer.build(model)
+            if type(built) not in ZERO_SUPPORTED_OPTIMIZERS:  # of others DeepSpeed warns in each run: "untested optimizer"
+                ZERO_SUPPORTED_OPTIMIZERS.append(type(built))
             # DeepSpeed's engine, of whose attributes few have types.
             self._deepspeed: Any = deepspeed.initialize(model=model, optimizer=built, config=merged_json, mpu=mpu)[0]
         self._model = self._deepspeed.module

@@ -261,6 +261,7 @@ def test_ramp_on_two_ranks_equals_one_plain_process(tiny, tmp_path):
     output = run(2, [*arguments, "--deepspeed", "ds_configs/zero2.json"])
     assert "From step 4 on a step reads 16 samples in place of 8." in output
     assert "ramp: 0:8 700:16 gives steps of 8 (rate x 0.707), then 16 (rate x 1)\n" in output
+    assert "untested optimizer" not in output, "a warning of DeepSpeed"
     losses, model = train_plainly(arguments, SIZES, rates_of(arguments))
     found = curves(tmp_path / "run")
     assert list(found["loss/train"].values()) == pytest.approx(losses, abs=1e-6)
