@@ -66,7 +66,7 @@ LAYOUTS = [
     *((4, json, STAGES | TENSOR) for json in ("pipeline_zero1", "pipeline_dualpipev")),
     *((4, json, STAGES | SEQUENCE) for json in ("pipeline_zero1", "pipeline_dualpipev")),
 ]
-OTHER_OPTIMIZERS = ("lamb",)
+OTHER_OPTIMIZERS = ("lamb", "muon")
 """Optimizers that are compared next to AdamW, each in its share of the layouts."""
 _WITHOUT_GROUPS = [
     *((2, json, {}) for json in ("zero1", "zero2", "zero3")),

@@ -36,7 +36,7 @@ GLOBAL_BATCH = 8
 SEQUENCE = 16
 TARGET_LENGTH = 12
 VOCABULARY = 64
-RATES = {"adamw": 1e-3, "lamb": 2e-3, "lars": 1.0, "muon": 1e-3}
+RATES = {"adamw": 1e-3, "lamb": 2e-3, "lars": 1.0, "lion": 3e-4, "muon": 1e-3, "sgd": 2e-2}
 """Learning rate by optimizer, at which the weights move about equally far."""
 
 
@@ -165,6 +165,8 @@ def train_plain(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping or float("inf"))
         beta2 = beta2_of(step, case, settings)
         take_step(rate(step, settings), *([] if beta2 is None else [beta2]))
+        for name, is_zero in held.items():  # Muon moves weights without a gradient
+            model.get_parameter(name).data[is_zero] = 0
         history.append((float(loss.detach()), float(norm)))
     return history, weights
 

@@ -4,10 +4,11 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from launch.checkpoints.checkpoint import folder_name, read_manifest
 from launch.checkpoints.opening import AveragedState, open_model
@@ -49,11 +50,21 @@ WITH_OTHERS = {
     for optimizer in [OTHER_OPTIMIZERS[number // 2 % len(OTHER_OPTIMIZERS)]]
     for family in [DECODERS[(number + 1) % 2]]
 }
-# On 4 ranks, which share two cores in these tests, the other optimizers have every third layout here and all of them in a slow test.
-ON_FOUR_RANKS = {name: case for name, case in WITH_OTHERS.items() if case[0] == 4}
+# On 4 ranks, which share two cores in these tests, the other optimizers have every third layout; the slow tests have the others.
+ON_FOUR_RANKS = [name for name, (ranks, _) in WITH_OTHERS.items() if ranks == 4]
+# In the slow tests every layout is trained with each of the other optimizers.
+WITH_THE_REMAINING = {
+    name: (ranks, case_of(json_name, sizes, DECODERS[number % 2], optimizer=optimizer))
+    for number, (ranks, json_name, sizes) in enumerate(LAYOUTS)
+    for optimizer in OTHER_OPTIMIZERS
+    for name in [name_of(ranks, json_name, sizes, optimizer, DECODERS[number % 2])]
+    if name_of(ranks, json_name, sizes, optimizer, DECODERS[(number + 1) % 2]) not in WITH_OTHERS
+}
+ONLY_SLOW = {*WITH_THE_REMAINING, *ON_FOUR_RANKS[1::3], *ON_FOUR_RANKS[2::3]}
 TRAINED = (
     WITH_ADAMW
-    | {name: case for name, case in WITH_OTHERS.items() if name not in list(ON_FOUR_RANKS)[1::3] + list(ON_FOUR_RANKS)[2::3]}
+    | WITH_OTHERS
+    | WITH_THE_REMAINING
     | {
         name_of(ranks, json_name, sizes, family): (ranks, case_of(json_name, sizes, family, samples=True))
         for family, layouts in FAMILY_LAYOUTS.items()
@@ -141,13 +152,13 @@ IN_BF16 = (
         )
     }
     | {
-        f"bf16 lamb {ranks} {json_name} {sizes}": (
-            ranks,
-            {"json": json_name, "layout": sizes, "model": GPT2, "precision": "bf16", "optimizer": "lamb"},
+        f"bf16 {optimizer} 2 {json_name} {sizes}": (
+            2,
+            {"json": json_name, "layout": sizes, "model": GPT2, "precision": "bf16", "optimizer": optimizer},
         )
-        for ranks, json_name, sizes in (
-            *((2, f"zero{stage}", {}) for stage in (1, 2, 3)),
-            (2, "pipeline_zero1", STAGES),
+        for optimizer, json_name, sizes in (
+            *(("lamb", f"zero{stage}", {}) for stage in (1, 2, 3)),
+            ("lamb", "pipeline_zero1", STAGES),
         )
     }
     | {"bf16, not a number": (4, {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "precision": "bf16", "poison": 5})}
@@ -191,25 +202,30 @@ def make_models(folder: Path) -> None:
         huggingface.export(model.config, model.state_dict(), folder / name)
 
 
+def with_marks(names: Iterable[str]) -> list:
+    """Return the names as values of pytest.mark.parametrize, of which those in ONLY_SLOW are slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ONLY_SLOW else name for name in names]
+
+
 class JobsOnRanks:
-    """Asks ranks once for all jobs of a world size, and keeps their results or their failure."""
+    """Asks ranks once for all jobs of a world size, once more for those of slow tests, and keeps their results or their failure."""
 
     def __init__(self, jobs: dict[str, tuple[int, dict]], ranks: AskedRanks):
         self._jobs, self._ranks = jobs, ranks
-        self._answers: dict[int, dict[str, dict] | AssertionError] = {}
+        self._answers: dict[tuple[int, bool], dict[str, dict] | AssertionError] = {}
 
     def answer(self, name: str) -> dict:
-        """Return the result of a job. All jobs of its world size are run together, at the first call."""
-        ranks = self._jobs[name][0]
-        if ranks not in self._answers:
-            jobs = {other: job for other, (world_size, job) in self._jobs.items() if world_size == ranks}
+        """Return the result of a job. All jobs that share its ranks are run together, at the first call."""
+        key = ranks, _ = self._jobs[name][0], name in ONLY_SLOW
+        if key not in self._answers:
+            jobs = {other: job for other, (world_size, job) in self._jobs.items() if (world_size, other in ONLY_SLOW) == key}
             try:
-                answers = self._ranks.answers(ranks, list(jobs.values()), timeout_seconds=500)
+                answers = self._ranks.answers(ranks, list(jobs.values()), timeout_seconds=1500 if name in ONLY_SLOW else 500)
                 assert all(str(answer) == str(answers[0]) for answer in answers), "the ranks report different numbers"
-                self._answers[ranks] = dict(zip(jobs, answers[0], strict=True))
+                self._answers[key] = dict(zip(jobs, answers[0], strict=True))
             except AssertionError as failure:
-                self._answers[ranks] = failure
-        results = self._answers[ranks]
+                self._answers[key] = failure
+        results = self._answers[key]
         if isinstance(results, AssertionError):
             raise results
         return results[name]
@@ -263,6 +279,12 @@ def plain(case: dict) -> tuple:
     )
 
 
+def differences(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the largest difference in each parameter."""
+    assert ours.keys() == expected.keys()
+    return {name: float((ours[name] - tensor).abs().max()) for name, tensor in expected.items()}
+
+
 def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: float) -> None:
     assert len(measured["history"]) == len(expected) >= FEWER_STEPS
     for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], expected, strict=True):
@@ -272,28 +294,53 @@ def assert_equal(measured: dict, expected: list, loss_bound: float, norm_bound: 
         assert norm == pytest.approx(plain_norm, rel=norm_bound)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", with_marks(TRAINED))
 def test_a_layout_gives_the_numbers_of_plain_pytorch(name, first_half, saved):
     history, weights = plain(TRAINED[name][1])
     assert_equal(first_half.answer(name), history[:STEPS], 1e-5, 1e-5)
-    ours = AveragedState([saved / name / folder_name(STEPS)])
-    assert ours.keys() == weights.keys()
-    for parameter, tensor in weights.items():
-        assert float((ours[parameter] - tensor).abs().max()) < WEIGHT_BOUNDS[TRAINED[name][1].get("optimizer", "adamw")], parameter
+    apart = differences(AveragedState([saved / name / folder_name(STEPS)]), weights)
+    assert max(apart.values()) < WEIGHT_BOUNDS[TRAINED[name][1].get("optimizer", "adamw")], apart
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINED if "-lamb-" in name])
-def test_lamb_exchanges_16_bytes_a_matrix_and_reports_one_ratio(name, first_half):
-    answer, family = first_half.answer(name), name.rpartition("-")[2]
+def like(name: str) -> list[str]:
+    """Return the names in TRAINED that are slow tests if `name` is one, and no slow tests if it is none."""
+    return [other for other in TRAINED if (other in ONLY_SLOW) == (name in ONLY_SLOW)]
+
+
+SCALARS = {
+    "lamb": {f"optimizer/{scalar}" for scalar in ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max", "update_rms")},
+    "muon": {"optimizer/update_rms"},
+}
+
+
+@pytest.mark.parametrize("name", with_marks(name for name, (_, case) in TRAINED.items() if case.get("optimizer") in SCALARS))
+def test_all_layouts_report_the_same_scalars_of_an_optimizer(name, first_half):
+    optimizer, family = name.split("-")[-2:]
+    reference = first_half.answer(next(other for other in like(name) if other.endswith(f"-{optimizer}-{family}")))["scalars"]
+    assert set(reference) == SCALARS[optimizer] and min(reference.values()) > 0
+    assert first_half.answer(name)["scalars"] == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", with_marks(name for name in TRAINED if "-lamb-" in name))
+def test_lamb_exchanges_16_bytes_a_matrix(name, first_half):
     ranks, case = TRAINED[name]
-    for exchanged, matrices in answer["bytes"]:
+    for exchanged, matrices in first_half.answer(name)["bytes"]:
         ranks_of_stage = ranks // case["layout"].get("pipeline_stages", 1)
         assert exchanged == (16 * matrices * STEPS if ranks_of_stage > 1 else 0)
-    reference = first_half.answer(next(other for other in TRAINED if other.endswith(f"-lamb-{family}")))["scalars"]
-    assert set(reference) == {
-        f"optimizer/{scalar}" for scalar in ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max", "update_rms")
-    }
-    assert answer["scalars"] == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", with_marks(name for name in TRAINED if "-muon-" in name))
+def test_muon_exchanges_no_more_than_the_bound_of_the_layout(name, first_half):
+    """The bounds of launch/training/optimizers/matrix_exchange.py, in float32, plus the report of one step."""
+    ranks, case = TRAINED[name]
+    sizes, exchanged = case["layout"], first_half.answer(name)["bytes"]
+    ranks_of_stage = ranks // sizes.get("pipeline_stages", 1)
+    values = sum(weight.numel() for parameter, weight in plain(case)[1].items() if is_of_a_linear(parameter))
+    tensor_ranks = sizes.get("tensor_parallel_size", 1)
+    each = 4 * (ranks_of_stage + tensor_ranks - 2) / tensor_ranks if case["json"] == "zero0" else 8
+    report = sum(16 * matrices for _, matrices in exchanged)
+    total = sum(sent for sent, _ in exchanged)
+    assert report < total <= each * values * STEPS + report if ranks_of_stage > 1 else total == 0
 
 
 @pytest.mark.parametrize("name", [*TRAINED, *IN_BF16])
@@ -355,13 +402,15 @@ def test_noise_scale_changes_no_bit_and_off_it_registers_nothing(first_half, sav
     assert on["hooks"] > 0 and off["hooks"] == 0
 
 
+def alike(case: dict) -> tuple:
+    return case["model"], case.get("optimizer")
+
+
 # Which checkpoint each layout resumes from: that of the layout half of the list later, of the same family and optimizer.
 RESUMES_FROM = {
     name: others[(others.index(name) + len(others) // 2) % len(others)]
     for name, (_, case) in TRAINED.items()
-    for others in [
-        [other for other, (_, one) in TRAINED.items() if (one["model"], one.get("optimizer")) == (case["model"], case.get("optimizer"))]
-    ]
+    for others in [[other for other in like(name) if alike(TRAINED[other][1]) == alike(case)]]
 }
 
 
@@ -397,10 +446,10 @@ def second_half(first_half, saved, asked_ranks) -> JobsOnRanks:
     return JobsOnRanks(resumed | started | compressed, asked_ranks)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", with_marks(TRAINED))
 def test_resume_in_another_layout_matches_a_run_that_never_stopped(name, first_half, second_half):
-    for ranks in {TRAINED[other][0] for other in TRAINED}:  # every job that saves a checkpoint has run
-        first_half.answer(next(other for other in TRAINED if TRAINED[other][0] == ranks))
+    for ranks in {ranks for ranks, _ in TRAINED.values()}:  # every job that saves a checkpoint has run
+        first_half.answer(next(other for other in like(name) if TRAINED[other][0] == ranks))
     assert_equal(second_half.answer(name), plain(TRAINED[name][1])[0][STEPS : STEPS + FEWER_STEPS], 1e-5, 1e-5)
 
 
@@ -474,7 +523,6 @@ MANY_RANKS = {
     "an encoder-decoder in eight parts": (4, case_of("pipeline_dualpipev", {"pipeline_stages": 4}, "t5")),
     "an encoder-decoder in four stages with one embedding": (4, case_of("pipeline_zero1", {"pipeline_stages": 4}, "transformer")),
     "as many stages as layers": (5, case_of("pipeline_zero1", {"pipeline_stages": 5}, "llama", pipeline={"partition": "uniform"})),
-    **{name: one for name, one in ON_FOUR_RANKS.items() if name not in TRAINED},
     "a stage without weights": (
         5,
         case_of("pipeline_zero1", {"pipeline_stages": 5}, "llama", pipeline={"partition": "uniform"}) | {"model": WITHOUT_WEIGHTS},
