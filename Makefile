@@ -1,11 +1,12 @@
-# make demo: real text in, a trained model out.   make test: the test suite.   Both first install what they need.
+# make demo: real text in, a trained model out.   make test: the test suite.   make slow: the tests that take minutes.
+# Each first installs what it needs.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install check test demo
+.PHONY: install check test slow demo
 
 install: $(VENV)/installed
 
@@ -24,6 +25,10 @@ check: install
 
 test: install
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+slow: install  # most of these wait for launchers, networks and SLURM, so two at a time take little longer than one
+	$(BIN)/pytest -m "slow and not alone" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m alone
 
 demo: install
 	$(BIN)/python launch/demo.py

@@ -165,7 +165,9 @@ class AskedRanks:
             outputs = [answer.result() for answer in reading]
         if late or not all(output[-1:] and output[-1].startswith(_ANSWER) for output in outputs):
             self._end(world_size)
-            raise AssertionError(f"ranks {late} were late:\n" * bool(late) + "\n---\n".join("".join(output) for output in outputs))
+            statuses = [process.returncode for process in processes]
+            message = f"ranks {late} were not done after {timeout_seconds} s" if late else f"the ranks ended with {statuses}"
+            raise AssertionError(f"{message}:\n" + "\n---\n".join("".join(output) for output in outputs))
         return [json.loads(output[-1].removeprefix(_ANSWER)) for output in outputs]
 
     def close(self) -> None:
@@ -175,7 +177,8 @@ class AskedRanks:
     def _end(self, world_size: int) -> None:
         """Close the input of these ranks, at whose end they exit. No process outlives the call."""
         for process in self._processes[world_size]:
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self._processes.pop(world_size):
             try:
                 process.wait(timeout=30)

@@ -20,6 +20,7 @@ CORPORA = REPOSITORY.parent / "shared" / "corpora"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(not (CORPORA / "wikitext-2").is_dir(), reason="wikitext-2 and sst2 are not next to the repository"),
 ]
 

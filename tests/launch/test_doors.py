@@ -195,7 +195,7 @@ def test_dry_run_prints_the_plan_and_makes_no_files(tiny, tmp_path):
 
 def test_ctrl_c_under_the_deepspeed_launcher_saves_and_can_resume(tiny, tmp_path):
     command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), str(PRETRAIN), *tiny]
-    command += ["--train_steps", "200", "--checkpoint.interval", "0", "--log.validation_interval", "0", "--log.sample_interval", "0"]
+    command += ["--train_steps", "80", "--checkpoint.interval", "0", "--log.validation_interval", "0", "--log.sample_interval", "0"]
     process = launched(command, start_new_session=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
@@ -208,7 +208,7 @@ def test_ctrl_c_under_the_deepspeed_launcher_saves_and_can_resume(tiny, tmp_path
     assert checkpoint.find_damage(saved) is None
     again = launched(command)
     output = again.communicate(timeout=180)[0]
-    assert f"Resuming from step {checkpoint.step_of(saved)} of 200" in output, output
+    assert f"Resuming from step {checkpoint.step_of(saved)} of 80" in output, output
     assert again.returncode == 0
 
 

@@ -14,6 +14,7 @@ CORPUS = REPOSITORY.parent / "shared" / "corpora" / "multi30k-en-de"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(not CORPUS.is_dir(), reason=f"{CORPUS.name} is not next to the repository"),
 ]
 

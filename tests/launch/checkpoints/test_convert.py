@@ -390,6 +390,7 @@ def test_a_run_resumes_from_a_converted_checkpoint_with_equal_results(tiny, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_conversion_takes_about_as_long_as_three_copies(tmp_path):
     """Measure three rounds of both on a gigabyte from eight ranks; `pytest -m slow -s` shows the seconds."""
     shapes = {f"{layer}.{name}.weight": shape for layer in range(8) for name, shape in {"up": (1024, 4096), "down": (4096, 1536)}.items()}

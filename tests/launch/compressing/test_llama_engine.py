@@ -117,6 +117,7 @@ def test_different_ids_or_perplexity_are_errors(tokenizer_path, tmp_path):
         llama_engine.verify(path, other, load_tokenizer(tokenizer_path), 1e-4)
 
 
+@pytest.mark.alone
 def test_four_bits_generate_at_least_twice_as_fast_as_ours(capsys):
     assert generation.main(["--size", "llama-160m", "--types", "q4_0", "q4_k_m", "--new_tokens", "32"]) == 0
     times_ours = dict(re.findall(r"^(.*?) +[\d.]+ +[\d.]+ +[\d.]+ +([\d.]+) +[\d.]+$", capsys.readouterr().out, re.M))
