@@ -104,7 +104,11 @@ AFTER_COMPRESSION = {
             (("zero3", {}, GATHERED), ("pipeline_zero1", STAGES, {}), ("zero1", TENSOR, {}), ("pipeline_dualpipev", STAGES, {})),
         ),
         ("rounded", ROUNDED, (("zero2", {}, {}), ("zero3", {}, GATHERED), ("pipeline_zero1", STAGES, {}))),
-        ("rounded by lamb", ROUNDED, (("zero2", {}, {"optimizer": "lamb"}),)),
+        ("taught by muon", TAUGHT, (("zero3", {}, GATHERED | {"optimizer": "muon"}), ("zero1", TENSOR, {"optimizer": "muon"}))),
+        *(
+            (f"rounded by {name}", ROUNDED, (("zero2_offload", {}, {"optimizer": name}),))
+            for name in ("muon", "lamb", "lars", "lion", "sgd")
+        ),
         ("taught in bf16", TAUGHT, (("zero1", {}, {"precision": "bf16"}),)),
     )
     for json, sizes, more in layouts

@@ -71,6 +71,7 @@ TRAINED = (
         for ranks, json_name, sizes in layouts
     }
 )
+WITH_CAUTION = ["--optimizer.cautious_decay=true", "--optimizer.weight_decay=1"]
 OTHERS = {
     "clipping off": (2, {"json": "zero2", "model": GPT2, "clipping": 0.0}),
     "clipping off, pipeline": (2, {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "clipping": 0.0}),
@@ -86,6 +87,17 @@ OTHERS = {
         2,
         {"json": "zero1", "layout": TENSOR, "model": LLAMA | {"intermediate_size": 33}, "optimizer": "lamb"},
     ),
+    "muon, sub-groups": (2, {"json": "zero3", "model": LLAMA, "zero": {"sub_group_size": 6000}, "optimizer": "muon"}),
+    "muon, not a number": (2, {"json": "zero2", "model": LLAMA, "poison": 5, "optimizer": "muon"}),
+    "muon, uneven feed-forward": (
+        2,
+        {"json": "zero1", "layout": TENSOR, "model": LLAMA | {"intermediate_size": 33}, "optimizer": "muon"},
+    ),
+    "muon, cross-attention": (2, case_of("pipeline_zero1", STAGES, "t5", optimizer="muon")),
+    **{
+        f"{'cautious ' if cautious else ''}{name}": (2, case_of("zero1", {}, "llama", optimizer=name, words=WITH_CAUTION * cautious))
+        for name, cautious in (("sgd", False), ("lion", False), ("lion", True), ("adamw", True), ("muon", True))
+    },
     "lars": (2, {"json": "zero1", "layout": TENSOR, "model": LLAMA, "optimizer": "lars"}),
     "lars, pipeline": (2, {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "optimizer": "lars"}),
     "four stages in a row of five layers": (
@@ -158,7 +170,9 @@ IN_BF16 = (
         )
         for optimizer, json_name, sizes in (
             *(("lamb", f"zero{stage}", {}) for stage in (1, 2, 3)),
-            ("lamb", "pipeline_zero1", STAGES),
+            *(("muon", f"zero{stage}", {}) for stage in (1, 3)),
+            *((optimizer, "pipeline_zero1", STAGES) for optimizer in ("lamb", "muon")),
+            *((optimizer, "zero1", {}) for optimizer in ("lars", "lion", "sgd")),
         )
     }
     | {"bf16, not a number": (4, {"json": "pipeline_zero1", "layout": STAGES, "model": LLAMA, "precision": "bf16", "poison": 5})}

@@ -8,8 +8,9 @@ import pytest
 
 from launch.checkpoints.checkpoint import folder_name
 from launch.checkpoints.opening import AveragedState
-from tests.launch.training.layout_cases import OTHER_OPTIMIZERS, case_of
+from tests.launch.training.layout_cases import case_of
 from tests.launch.training.layouts_on_ranks import STEPS, train_plain
+from tests.launch.training.optimizer_references import REFERENCES
 from tests.ranks import AskedRanks
 
 RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
@@ -18,7 +19,7 @@ MISSING = [name for name in ("g++", "ninja") if not shutil.which(name)] + ([] if
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"DeepSpeed needs them to compile its reader, and they are missing: {', '.join(MISSING)}")
-@pytest.mark.parametrize("optimizer", ["adamw", *OTHER_OPTIMIZERS])
+@pytest.mark.parametrize("optimizer", REFERENCES)
 def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(optimizer, tmp_path):
     zero = {
         "sub_group_size": 6000,
