@@ -15,7 +15,7 @@ from launch.training.teacher import Teacher
 from model.config import ModelConfig, count_parameters, flops_per_token
 
 MIN_LAST_STEPS = 50
-"""Steps of the last size of a seesaw ramp below which the plan has a note. In a run of 1,500 steps of 8 sequences (AdamW, cosine, one
+"""Steps of the last size of a seesaw ramp below which the plan has a note. In a run of 1,500 steps of 8 sequences (cosine, one
 seed) doublings up to 128 ended with 14 steps of that size and lost 0.021 nats a token. The sizes 8, 12, 16, 24 and 32 needed as many
 steps, ended with 119 of the last size, and lost nothing."""
 
