@@ -94,7 +94,9 @@ class Runs:
             if "not finite" in done.stderr:
                 return math.inf
             if done.returncode:
-                raise RuntimeError(f"{trained.name} failed:\n{done.stdout}{done.stderr}")
+                raise UserError(
+                    f"{done.stdout}{done.stderr}\nThe run in {self.folder / trained.name} did not end. The same command resumes it."
+                )
         curve = self.curve(trained)
         assert curve is not None
         return curve[max(curve)]
@@ -106,7 +108,7 @@ class Runs:
             run, options = Path(folder) / "run", {"log.validation_interval": 0, "checkpoint.interval": 0, "log.interval": 1}
             done = self._pretrain(trained, run, steps + 2, options)
             if done.returncode:
-                raise RuntimeError(f"{trained.name} failed:\n{done.stdout}{done.stderr}")
+                raise UserError(f"{done.stdout}{done.stderr}\nThe timed run of {trained.optimizer} did not end.")
             seconds = list(read_curve(run, "time/step").values())
         return statistics.median(seconds[2:])
 

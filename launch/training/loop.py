@@ -142,7 +142,7 @@ def _is_logged(run: Run, done: int) -> bool:
 def _train_step(run: Run, step: int) -> StepReport:
     """Take one optimizer step and report it to the monitor."""
     start = time.perf_counter()
-    rate, size = _learning_rate(run, step), run.plan.size(step)
+    rate, size = rate_of_step(run.settings, run.plan, step), run.plan.size(step)
     batch, beta2 = run.settings.batch, run.settings.batch.beta2(size, run.settings.optimizer.beta2)
     if run.monitor and batch.ramp and step and size != run.plan.size(step - 1):
         run.monitor.log(f"From step {step + 1} on a step reads {size} samples in place of {run.plan.size(step - 1)}.")
@@ -171,11 +171,15 @@ def _reading(run: Run) -> Iterator[None]:
         raise RankError(f"{run.engine.process}: {error} {checkpoint.describe_newest(run.checkpoints)}") from error
 
 
-def _learning_rate(run: Run, step: int) -> float:
-    settings, schedule = run.settings, run.settings.schedule
-    peak = settings.optimizer.learning_rate * settings.batch.rate_factor(run.plan.size(step))
-    warmup_steps = settings.warmup_steps_in(run.plan)
-    return learning_rate(step, run.plan, peak, schedule.kind, warmup_steps, schedule.min_learning_rate, schedule.decay_fraction)
+def rate_of_step(settings: RunSettings, plan: BatchPlan, step: int) -> float:
+    """Return the learning rate of a step of `plan`, a plan of this run.
+
+    The whole schedule is multiplied by the rate factor of the batch, its minimum too, but not above `schedule.min_learning_rate`: this is
+    where every run ends.
+    """
+    schedule, factor = settings.schedule, settings.batch.rate_factor(plan.size(step))
+    peak, minimum = settings.optimizer.learning_rate * factor, schedule.min_learning_rate * min(factor, 1.0)
+    return learning_rate(step, plan, peak, schedule.kind, settings.warmup_steps_in(plan), minimum, schedule.decay_fraction)
 
 
 def _check_disk(run: Run, step: int) -> str | None:

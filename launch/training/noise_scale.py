@@ -139,7 +139,7 @@ class NoiseScale:
         whole = self.estimate()
         measured = f"over the last {self.steps:,} steps{', without the tied embedding' if self._without_tied else ''}"
         if whole.low is None:
-            return f"Noise scale: the {self.steps:,} measured steps are too few for an estimate."
+            return f"Noise scale: no estimate, because the {self.steps:,} measured steps are too few or their noise hides the gradient."
         known = whole.scale if whole.high is not None else None
         low, step = whole.low * sequence_length, f"a step has {step_tokens:,} tokens"
         if known is None:

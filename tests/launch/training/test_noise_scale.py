@@ -140,7 +140,7 @@ def test_a_run_writes_the_noise_scale_and_three_lines_of_advice(tiny, tmp_path):
     assert {"noise/scale_of_norms", "noise/scale_of_attention", "noise/scale_of_feed_forward", "noise/scale_of_embedding"} <= last.keys()
     assert "noise/low" not in written[4], "four steps have no interval"
     early, quarter, end = lines_of(tmp_path / "run")
-    assert early == "Noise scale: the 2 measured steps are too few for an estimate."
+    assert early == "Noise scale: no estimate, because the 2 measured steps are too few or their noise hides the gradient."
     for line, steps in ((quarter, 10), (end, 40)):
         assert re.match(rf"Noise scale: .* over the last {steps} steps; a step has 256 tokens\. A batch of twice the size would need", line)
     recorded = read_manifest(tmp_path / "run" / "checkpoints" / folder_name(40))["noise_scale"]

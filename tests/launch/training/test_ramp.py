@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -21,6 +22,7 @@ from launch.checkpoints.opening import AveragedState
 from launch.ranks.layout import Layout
 from launch.training import deepspeed_config, run_folder
 from launch.training.data import open_data
+from launch.training.loop import rate_of_step
 from launch.training.plan import plan
 from launch.training.recipe import read_run_settings
 from launch.training.schedule import learning_rate
@@ -83,6 +85,17 @@ def test_rate_reaches_the_minimum_at_the_end_of_any_ramp(ramp, tokens, kind, war
     ]
     assert rates[-1] == 0.01
     assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.parametrize("kind", DECAYING)
+def test_a_smaller_batch_has_the_schedule_of_the_last_one_times_its_factor(kind):
+    words = ["--batch.ramp=0:8 524288:128", "--batch.global_batch_size=128", "--train_tokens=3.2768e6", "--schedule.warmup_steps=0"]
+    settings = read_run_settings([*words, f"--schedule.kind={kind}", "--optimizer.learning_rate=1e-3", "--schedule.min_learning_rate=5e-4"])
+    plan = settings.batch_plan
+    plain = read_run_settings(["--train_tokens=3.2768e6", "--batch.global_batch_size=8"]).batch_plan
+    for step in range(plan.steps):
+        of_the_schedule = learning_rate(plan.position(step) // 8, plain, 1e-3, kind, 0, 5e-4)
+        assert rate_of_step(settings, plan, step) == pytest.approx(of_the_schedule * math.sqrt(plan.size(step) / 128), rel=1e-12)
 
 
 @pytest.mark.parametrize(("rule", "power"), [("sqrt", 0.5), ("linear", 1), ("none", 0)])
