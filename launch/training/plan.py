@@ -14,6 +14,8 @@ from launch.training.settings import RunSettings
 from launch.training.teacher import Teacher
 from model.config import ModelConfig, count_parameters, flops_per_token
 
+MAX_DECAY = 0.02
+"""Share of a matrix that may decay in a step without a warning. More than it averages AdamW's updates over fewer than 50 steps."""
 MIN_LAST_STEPS = 50
 """Steps of the last size of a seesaw ramp below which the plan has a note. In a run of 1,500 steps of 8 sequences (cosine, one
 seed) doublings up to 128 ended with 14 steps of that size and lost 0.021 nats a token. The sizes 8, 12, 16, 24 and 32 needed as many
@@ -50,6 +52,7 @@ def plan(
         *_ramp_rows(settings, batches),
         ("length", _length(batches, data)),
         ("rate", _rate(settings, batches)),
+        *_decay_rows(settings),
         *([] if initial or teacher else _advice(settings, layout, batches, data)),
         ("optimizer", optimizer_for(settings.optimizer).describe()),
         ("engine", _engine(settings, merged_json["zero_optimization"], layout, device)),
@@ -95,16 +98,27 @@ def _ramp_rows(settings: RunSettings, batches: BatchPlan) -> Rows:
     if batch.beta2_rule != "fixed":
         text += "; beta2 " + ", then ".join(f"{batch.beta2(one.size, optimizer.beta2):.4g}" for one in taken)
     rows = [("ramp", text)]
-    if len(taken) < len(batches.segments) and not batch.is_seesaw:
+    if batch.is_seesaw:
+        rows += _seesaw_rows(batch.ramp, batch.seesaw_sizes[-1], taken[-1].size, len(taken), batches.steps - taken[-1].first_step)
+    elif len(taken) < len(batches.segments):
         rows.append(
             ("warning", f"the run ends before its batch has {batches.segments[len(taken)].size} sequences, which batch.ramp asks for")
         )
-    left = batches.steps - taken[-1].first_step
-    if batch.is_seesaw and left < MIN_LAST_STEPS:
-        text = (
-            f"only {left} steps read {taken[-1].size} sequences, too few for the optimizer's running means to settle; end with a smaller "
-        )
-        rows.append(("note", text + "SIZE, as in batch.ramp seesaw:SIZE:STEP, whose smaller STEP saves as many steps"))
+    return rows
+
+
+def _seesaw_rows(ramp: str, wanted: int, last: int, sizes: int, steps: int) -> Rows:
+    """Return a warning if the largest size is not reached, and a note if it has few steps. `last` is the last size, with `steps` steps."""
+    rows = []
+    if sizes == 1:
+        rows.append(("warning", f"batch.ramp {ramp} has no effect: the schedule's learning rate falls too little before the run ends"))
+    elif last < wanted and ":" in ramp:
+        text = f"the batch ends with {last} sequences and not with {wanted}, because the schedule's learning rate falls too little"
+        rows.append(("warning", text))
+    if sizes > 1 and steps < MIN_LAST_STEPS:
+        text = f"only {steps} steps read" if steps > 1 else "only 1 step reads"
+        text += f" {last} sequences, too few for the optimizer's running means to settle; end with a smaller SIZE"
+        rows.append(("note", text + ("" if ramp.count(":") == 2 else "; batch.ramp seesaw:SIZE:STEP then saves as many steps")))
     return rows
 
 
@@ -116,6 +130,17 @@ def _rate(settings: RunSettings, batches: BatchPlan) -> str:
         f"{optimizer.learning_rate:g}{size}, {schedule.kind}, warm-up {settings.warmup_steps_in(batches)} steps{end}; "
         f"clipping {optimizer.gradient_clipping:g}, decay {optimizer.weight_decay:g}"
     )
+
+
+def _decay_rows(settings: RunSettings) -> Rows:
+    """Return a warning if a step decays so much of each matrix that hardly any step has an effect for long."""
+    optimizer = settings.optimizer
+    share = optimizer.learning_rate * optimizer.decay_coefficient
+    if share <= MAX_DECAY or not optimizer_for(optimizer).has_adamw_rates:
+        return []
+    text = f"a step at the peak rate decays each matrix by {share:.2g} of its value; lower optimizer.weight_decay"
+    independent = ", which optimizer.decay independent does not multiply by the learning rate"
+    return [("warning", text + (independent if optimizer.decay == "independent" else ""))]
 
 
 def _advice(settings: RunSettings, layout: Layout, batches: BatchPlan, data: RunData | None) -> Rows:
@@ -275,10 +300,11 @@ def _pipeline_rows(settings: RunSettings, merged_json: dict, layout: Layout) -> 
         share = micro_batches * (settings.batch.micro_batch_size or 1)
         size = largest_micro_batch_size(share, stages)
         better = share // size
+        smallest = "a smallest size in batch.ramp" if settings.batch.ramp and not settings.batch.is_seesaw else "a batch.global_batch_size"
         advice = (
             f"batch.micro_batch_size {size} gives {better}: bubble {layout.bubble(better):.1%}"
             if better > micro_batches
-            else f"a batch.global_batch_size of {min_micro_batches(stages) * layout.data_parallel_size} or more would give enough"
+            else f"{smallest} of {min_micro_batches(stages) * layout.data_parallel_size} or more would give enough"
         )
         rows.append(("warning", f"{micro_batches} micro-batches are too few for {stages} stages; {advice}"))
     return rows

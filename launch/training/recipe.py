@@ -14,6 +14,9 @@ from model.config import ModelConfig, named_size
 
 ALIASES = {"--deepspeed_config": "--deepspeed", "--data": "--data.path", "--preserve_sparsity": "--hold_zeros"}
 """Other names of options. The first two are the names that DeepSpeed's users and other tools of this project use."""
+_IN_STEPS_AND_TOKENS = (("--train_steps", "--train_tokens"), ("--schedule.warmup_steps", "--schedule.warmup_tokens"))
+_OTHER_UNITS = (*_IN_STEPS_AND_TOKENS, *((tokens, steps) for steps, tokens in _IN_STEPS_AND_TOKENS))
+"""Pairs of an option and the option that gives the same length in the other unit."""
 _DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 
 
@@ -39,7 +42,7 @@ def _read(words: list[str]) -> RunSettings:
     try:
         return read_settings(
             RunSettings,
-            [*expand_size_option(words), *expand_length_option(words), *words],
+            [*expand_size_option(words), *expand_length_options(words), *words],
             "Train a transformer with DeepSpeed.",
             aliases=ALIASES,
             defaults=_model_defaults,
@@ -60,10 +63,10 @@ def expand_size_option(words: list[str]) -> list[str]:
     return [f"--model.{name}={'null' if value is None else str(value).lower()}" for name, value in shape.items()]
 
 
-def expand_length_option(words: list[str]) -> list[str]:
-    """Return an option that removes the recipe's length of training if the command line gives it in the other unit."""
-    steps, tokens = has_option(words, "--train_steps"), has_option(words, "--train_tokens")
-    return (["--train_steps=null"] if tokens and not steps else []) + (["--train_tokens=null"] if steps and not tokens else [])
+def expand_length_options(words: list[str]) -> list[str]:
+    """Return options that remove the recipe's length of training or warm-up if the command line gives it in the other unit."""
+    pairs = [pair for pair in _OTHER_UNITS if has_option(words, pair[0]) and not has_option(words, pair[1])]
+    return [f"{other}=null" for _, other in pairs]
 
 
 def has_option(words: list[str], name: str) -> bool:

@@ -367,7 +367,7 @@ def _complaints_about_ramp(settings: RunSettings) -> list[str]:
         return []
     complaints = []
     if settings.schedule.kind == "constant":
-        complaints.append(f"{ramp} needs a schedule whose rate falls, but {describe(settings, 'schedule.kind')} never does.")
+        complaints.append(f"{ramp} needs a schedule whose rate falls; that of {describe(settings, 'schedule.kind')} never falls.")
     if settings.train_tokens is None:
         complaints.append(
             f"{ramp} needs train_tokens in place of {describe(settings, 'train_steps')}: the ramp decides the number of steps."

@@ -18,7 +18,7 @@ from launch.ranks.layout import Layout
 from launch.training.estimates import flops_per_counted_token, model_state_bytes, parameters_per_rank
 from launch.training.peak import peak_flops
 from launch.training.plan import plan
-from launch.training.settings import DataSettings, RunSettings, ScheduleSettings, share_the_batch
+from launch.training.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings, share_the_batch
 from model.config import ModelConfig, count_parameters, flops_per_token
 from model.transformer import Transformer, layers
 
@@ -255,6 +255,18 @@ def test_plan_of_a_constant_rate_shows_no_end_rate():
     assert lines(constant, {"stage": 1})["rate"] == "0.0003, constant, warm-up 10 steps; clipping 1, decay 0.1"
 
 
+def test_plan_warns_of_a_decay_that_is_far_too_strong():
+    def warning(**optimizer) -> str | None:
+        settings = dataclasses.replace(SETTINGS, optimizer=OptimizerSettings(**optimizer))
+        return lines(settings, {"stage": 1}).get("warning")
+
+    strong = "a step at the peak rate decays each matrix by 0.1 of its value; lower optimizer.weight_decay"
+    assert warning(decay="independent") == f"{strong}, which optimizer.decay independent does not multiply by the learning rate"
+    assert warning(learning_rate=0.01, weight_decay=10.0, name="muon") == strong
+    assert warning() is None and warning(decay="independent", weight_decay=1e-4) is None
+    assert warning(name="lars", learning_rate=10.0) is None, "its trust ratio scales the decay too"
+
+
 PIPELINE = {"stages": 2, "partition": "parameters", "schedule": "1f1b"}
 
 
@@ -300,6 +312,12 @@ def test_too_few_micro_batches_get_a_warning_whose_advice_helps(global_batch_siz
         enough = re.search(r"batch\.global_batch_size of (\d+)", warning)
         assert "warning" not in shown(global_batch_size=int(enough[1])), "this many are enough"
         assert "warning" in shown(global_batch_size=int(enough[1]) - layout.data_parallel_size), "fewer are not"
+
+
+def test_too_few_micro_batches_of_a_ramp_name_its_smallest_size():
+    settings = share_the_batch(dataclasses.replace(SETTINGS, batch=BatchSettings(8, 1, "0:4 2K:8")), Layout(2, 2))
+    shown = lines(settings, {"stage": 1}, Layout(2, 2), pipeline=PIPELINE, gradient_accumulation_steps=4)
+    assert shown["warning"] == "4 micro-batches are too few for 2 stages; a smallest size in batch.ramp of 8 or more would give enough"
 
 
 @pytest.mark.parametrize(

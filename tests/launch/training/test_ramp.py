@@ -169,12 +169,12 @@ REFUSALS = {
     "small seesaw": (["--batch.ramp=seesaw:8:4"], "the largest size must be a number of at least 9, above batch.global_batch_size."),
     "constant": (
         ["--batch.ramp=seesaw", "--schedule.kind=constant"],
-        "batch.ramp seesaw (command line) needs a schedule whose rate falls, but schedule.kind constant (command line) never does.",
+        "batch.ramp seesaw (command line) needs a schedule whose rate falls; that of schedule.kind constant (command line) never falls.",
     ),
     "steps": (["--batch.ramp=seesaw", "--train_steps=99"], "needs train_tokens in place of train_steps 99 (command line)"),
     "rule of seesaw": (["--batch.ramp=seesaw", "--batch.rate_rule=linear"], "batch.rate_rule linear (command line) does not apply to"),
     "rule without ramp": (["--batch.beta2_rule=tokens"], "batch.beta2_rule tokens (command line) has no effect without batch.ramp."),
-    "both warm-ups": (["--config=launch/recipes/demo.yaml", "--schedule.warmup_tokens=9999"], "both set the warm-up; keep one"),
+    "both warm-ups": (["--schedule.warmup_steps=15", "--schedule.warmup_tokens=9999"], "both set the warm-up; keep one"),
     "long warm-up": (["--schedule.warmup_tokens=1e7"], "schedule.warmup_tokens 1e+07 (command line) must be below"),
 }
 
@@ -239,7 +239,25 @@ def test_plan_notes_a_seesaw_whose_last_size_has_few_steps():
         return plan(share_the_batch(settings, Layout(1)), merged, Layout(1), "cpu", settings.batch_plan, None)
 
     assert "    note: only 14 steps read 128 sequences, too few for the optimizer's running means to settle; " in shown("seesaw")
+    assert "; end with a smaller SIZE; batch.ramp seesaw:SIZE:STEP then saves as many steps\n" in shown("seesaw")
     assert "note: only" not in shown("seesaw:32:4")
+
+
+def test_plan_warns_of_a_seesaw_that_does_not_reach_its_size():
+    def shown(ramp: str, minimum: float) -> str:
+        words = [*LONG, "--schedule.kind=linear", f"--batch.ramp={ramp}", f"--schedule.min_learning_rate={minimum}"]
+        settings = read_run_settings(words)
+        merged = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 1}
+        return plan(share_the_batch(settings, Layout(1)), merged, Layout(1), "cpu", settings.batch_plan, None)
+
+    peak = read_run_settings(LONG).optimizer.learning_rate
+    for ramp in ("seesaw", "seesaw:32", "seesaw:32:4"):
+        no_effect = f" warning: batch.ramp {ramp} has no effect: the schedule's learning rate falls too little before the run ends\n"
+        assert no_effect in shown(ramp, peak)
+        assert "note: only" not in shown(ramp, peak)
+    ends = "warning: the batch ends with 16 sequences and not with 64, because the schedule's learning rate falls too little\n"
+    assert ends in shown("seesaw:64", 0.3 * peak)
+    assert "falls too little" not in shown("seesaw", 0.3 * peak) + shown("seesaw:16", 0.3 * peak)
 
 
 def test_dualpipev_needs_its_micro_batches_at_the_smallest_size():

@@ -114,6 +114,8 @@ def test_the_length_is_given_once_in_steps_or_in_tokens(recipe):
     assert refusal("--train_steps", "null") == ["Give train_steps or train_tokens, the length of training."]
     settings = read_run_settings(["--config", both, "--train_tokens", "1e6"])  # the command line's takes the place of the recipe's
     assert settings.batch_plan.steps == 1_000_000 // settings.batch_plan.tokens(0)
+    warm_up = recipe("train_steps: 800\nschedule: {warmup_steps: 15}\n")
+    assert read_run_settings(["--config", warm_up, "--schedule.warmup_tokens=81920"]).schedule == ScheduleSettings(warmup_tokens=81920)
     assert read_run_settings(["--config", both, "--train_steps", "7", "--schedule.warmup_steps", "1"]).batch_plan.steps == 7
     assert "is less than one step" in refusal("--train_tokens=5")[0]
 
