@@ -15,7 +15,7 @@ from launch.training.teacher import Teacher
 from model.config import ModelConfig, count_parameters, flops_per_token
 
 MAX_DECAY = 0.02
-"""Share of a matrix that may decay in a step without a warning. More than it averages AdamW's updates over fewer than 50 steps."""
+"""Share of a matrix that may decay in a step without a warning. With more, updates count for fewer than 50 steps."""
 MIN_LAST_STEPS = 50
 """Steps of the last size of a seesaw ramp below which the plan has a note. In a run of 1,500 steps of 8 sequences (cosine, one
 seed) doublings up to 128 ended with 14 steps of that size and lost 0.021 nats a token. The sizes 8, 12, 16, 24 and 32 needed as many
