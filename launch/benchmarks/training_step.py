@@ -30,6 +30,7 @@ CONTENDERS = {
     "ours ZeRO-1 eager, sgd": _BF16,
     "ours ZeRO-1 eager, lion": _BF16,
     "ours ZeRO-1 eager, muon in bf16": _BF16,
+    "ours ZeRO-1 eager, noise scale": _BF16,
     "ours ZeRO-1 eager, two ranks": _BF16,
     "ours ZeRO-2 eager, two ranks": _BF16,
     "ours ZeRO-3 eager, two ranks": _BF16,

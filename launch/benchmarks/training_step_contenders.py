@@ -22,12 +22,13 @@ from launch.training import deepspeed_config
 from launch.training.communication import initialize_communication
 from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.pipeline import engine_for
-from launch.training.settings import OptimizerSettings, RunSettings
+from launch.training.settings import LogSettings, OptimizerSettings, RunSettings
 from model.config import ModelConfig
 from model.loss import Labels, training_loss
 from model.transformer import Transformer
 
 ADAMW = OptimizerSettings()
+LOG = LogSettings()
 
 
 def measure(name: str, settings: TrainingStepSettings) -> int:
@@ -202,6 +203,7 @@ def _ours_under_deepspeed(
     tensor_parallel_size: int = 1,
     sequence_parallel_size: int = 1,
     optimizer: OptimizerSettings = ADAMW,
+    log: LogSettings = LOG,
 ) -> Callable[[], object]:
     """Our engine, as launch/pretrain.py runs it."""
     process = processes.find_process()
@@ -212,6 +214,7 @@ def _ours_under_deepspeed(
         model=_config(settings),
         batch=batch,
         optimizer=optimizer,
+        log=log,
         train_steps=1,
         compile=compiled,
         tensor_parallel_size=tensor_parallel_size,
@@ -251,6 +254,7 @@ TABLE: dict[str, Callable[[TrainingStepSettings], Callable[[], object]]] = {
     "ours ZeRO-1 eager, muon in bf16": functools.partial(
         _ours_under_deepspeed, optimizer=OptimizerSettings(name="muon", muon_precision="bf16")
     ),
+    "ours ZeRO-1 eager, noise scale": functools.partial(_ours_under_deepspeed, log=LogSettings(noise_scale=True)),
     "ours ZeRO-1 eager, two ranks": _ours_under_deepspeed,
     "ours ZeRO-2 eager, two ranks": functools.partial(_ours_under_deepspeed, json_name="zero2"),
     "ours ZeRO-3 eager, two ranks": functools.partial(_ours_under_deepspeed, json_name="zero3"),
