@@ -150,7 +150,7 @@ class AskedRanks:
         self._script, self._environment = script, environment
         self._processes: dict[int, list[subprocess.Popen]] = {}
 
-    def answers(self, world_size: int, question: object, timeout_seconds: float = 300) -> list:
+    def answers(self, world_size: int, question: object, timeout_seconds: float = 600) -> list:
         """Return each rank's answer. Ranks that fail are ended; the next question starts others."""
         if world_size not in self._processes:
             environments = _environments(world_size, self._environment)
