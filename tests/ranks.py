@@ -158,7 +158,12 @@ class AskedRanks:
         processes = self._processes[world_size]
         with ThreadPoolExecutor(world_size) as readers:
             reading = [readers.submit(_ask, process, json.dumps(question)) for process in processes]
-            wait(reading, timeout_seconds)
+            try:
+                wait(reading, timeout_seconds)
+            except BaseException:  # Ctrl-C: the readers end when the ranks do
+                for process in processes:
+                    process.kill()
+                raise
             late = [rank for rank, answer in enumerate(reading) if not answer.done()]
             for rank in late:
                 processes[rank].send_signal(signal.SIGABRT)  # faulthandler prints where it stood
