@@ -75,7 +75,7 @@ def open_data(settings: RunSettings) -> RunData:
 
 
 def refuse_too_many_epochs(limit: float | None, sampling: Sampling, plan: BatchPlan) -> None:
-    """Raise UserError if a run reads a source for more than `limit`, data.max_epochs, and name the most steps that fit."""
+    """Raise UserError if a run reads a source for more than `limit`, data.max_epochs, and name the longest run that fits."""
     positions = plan.position(plan.steps)
     epochs = sampling.blend.epochs(positions).tolist()
     most = max(range(len(epochs)), key=epochs.__getitem__)
@@ -83,10 +83,11 @@ def refuse_too_many_epochs(limit: float | None, sampling: Sampling, plan: BatchP
         return
     fitting = _longest(sampling.blend, limit, plan)
     reads, size = int(sampling.blend.counts(positions)[most]), int(sampling.blend.sizes[most])
+    nearest = f"train_steps {fitting:,}" if plan.train_tokens is None else f"train_tokens {plan.tokens_before(fitting)}"
     hundredths = -(-100 * reads // size)  # rounded up, because 1.00 would not be more than a limit of 1
     raise UserError(
         f"{sampling.names[most]} would be read for {hundredths / 100:.2f} epochs in {plan.steps:,} steps; data.max_epochs is {limit:g}.\n"
-        + (f"Nearest: train_steps {fitting:,}." if fitting else "Not even one step fits; raise data.max_epochs or prepare more text.")
+        + (f"Nearest: {nearest}." if fitting else "Not even one step fits; raise data.max_epochs or prepare more text.")
     )
 
 

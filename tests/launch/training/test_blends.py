@@ -113,6 +113,10 @@ def test_one_sample_too_many_is_shown_as_more_than_the_limit(tiny, monkeypatch, 
     assert message == (
         f"prepared would be read for 1.01 epochs in {samples + 1:,} steps; data.max_epochs is 1.\nNearest: train_steps {samples:,}."
     )
+    length = read_run_settings(tiny).model.sequence_length
+    in_tokens = refusal([*arguments, "--train_steps", "null", "--train_tokens", str((samples + 1) * length)], monkeypatch)
+    assert in_tokens.endswith(f"\nNearest: train_tokens {samples * length}.")
+    plan_of([*arguments, "--train_steps", "null", "--train_tokens", str(samples * length)], monkeypatch, capsys)
 
 
 def test_limit_below_one_step_is_refused(tiny, monkeypatch):
