@@ -136,6 +136,11 @@ def origin_of(settings: object, name: str) -> str | None:
     return getattr(settings, "_origins", {}).get(name)
 
 
+def recipes_of(settings: object) -> list[str]:
+    """Return the paths of the recipes that gave a value. Empty if `read_settings` did not read the settings."""
+    return [origin for origin in dict.fromkeys(getattr(settings, "_origins", {}).values()) if Path(origin).is_file()]
+
+
 def replace(settings: Settings, **changes: object) -> Settings:
     """Return the settings with other values for some fields. Unlike dataclasses.replace, it keeps the places where values were set."""
     changed = dataclasses.replace(settings, **changes)  # type: ignore[type-var]  # every settings class is a dataclass

@@ -2,6 +2,7 @@
 
 import torch
 
+from data.command_line import recipes_of
 from data.sampling.batch_plan import BatchPlan
 from data.tokenization.comparison import beginnings_differ
 from launch.checkpoints.initial import InitialWeights
@@ -59,6 +60,7 @@ def plan(
         *_notes_on_one_node(merged_json["zero_optimization"], layout, device),
         *_pipeline_rows(settings, merged_json, layout),
         ("memory", _memory(settings, merged_json, layout, teacher)),
+        *(("recipe", path) for path in recipes_of(settings)),
         ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),
     ]
     return "\n".join(f"{name:>8}: {text}" for name, text in rows)

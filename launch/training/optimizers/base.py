@@ -36,7 +36,7 @@ def scalars_of(updates: Mapping[str, Update]) -> dict[str, float]:
         scalars |= {"trust_ratio_min": min(ratios), "trust_ratio_median": median(ratios), "trust_ratio_max": max(ratios)}
     known = [(one.weight_norm, one.change_norm) for one in updates.values() if one.weight_norm is not None and one.change_norm is not None]
     if total := math.hypot(*(weight for weight, _ in known)):
-        scalars["update_rms"] = math.hypot(*(change for _, change in known)) / total
+        scalars["relative_update"] = math.hypot(*(change for _, change in known)) / total
     return {f"optimizer/{name}": value for name, value in scalars.items()}
 
 

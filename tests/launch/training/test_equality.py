@@ -322,8 +322,8 @@ def like(name: str) -> list[str]:
 
 
 SCALARS = {
-    "lamb": {f"optimizer/{scalar}" for scalar in ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max", "update_rms")},
-    "muon": {"optimizer/update_rms"},
+    "lamb": {f"optimizer/{scalar}" for scalar in ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max", "relative_update")},
+    "muon": {"optimizer/relative_update"},
 }
 
 

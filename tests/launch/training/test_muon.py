@@ -101,7 +101,7 @@ def test_a_step_that_is_reported_measures_the_change_of_each_matrix():
         torch.cat([one.flatten() for one in some]).norm()
         for some in ([model.get_parameter(n).detach() - w for n, w in before.items()], before.values())
     ]
-    assert scalars_of(updates) == {"optimizer/update_rms": pytest.approx(float(whole[0] / whole[1]), rel=1e-6)}
+    assert scalars_of(updates) == {"optimizer/relative_update": pytest.approx(float(whole[0] / whole[1]), rel=1e-6)}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

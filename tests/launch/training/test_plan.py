@@ -14,10 +14,12 @@ from data.sampling.objectives.causal import Causal
 from data.sampling.objectives.table import OBJECTIVES
 from data.sampling.order import Blend
 from data.sampling.sources import Sampling
+from launch import REPOSITORY
 from launch.ranks.layout import Layout
 from launch.training.estimates import flops_per_counted_token, model_state_bytes, parameters_per_rank
 from launch.training.peak import peak_flops
 from launch.training.plan import plan
+from launch.training.recipe import read_run_settings
 from launch.training.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings, share_the_batch
 from model.config import ModelConfig, count_parameters, flops_per_token
 from model.transformer import Transformer, layers
@@ -253,6 +255,11 @@ def test_plan_shows_the_share_of_fill_in_the_middle():
 def test_plan_of_a_constant_rate_shows_no_end_rate():
     constant = dataclasses.replace(SETTINGS, schedule=ScheduleSettings(kind="constant"))
     assert lines(constant, {"stage": 1})["rate"] == "0.0003, constant, warm-up 10 steps; clipping 1, decay 0.1"
+
+
+def test_plan_names_the_recipe_also_where_nobody_gave_one():
+    settings = read_run_settings(["--model.hidden_size=64", "--batch.micro_batch_size=8"])
+    assert lines(settings, {"stage": 1})["recipe"] == str(REPOSITORY / "launch" / "recipes" / "demo.yaml")
 
 
 def test_plan_warns_of_a_decay_that_is_far_too_strong():

@@ -94,7 +94,7 @@ def test_reported_trust_ratios_and_changes_are_those_of_the_weights():
         assert update.weight_norm == pytest.approx(float(before[name].norm()), rel=1e-5)
         assert update.change_norm == pytest.approx(change, rel=1e-3) == pytest.approx(0.01 * update.weight_norm, rel=1e-3)
     scalars = scalars_of(updates)
-    assert scalars["optimizer/update_rms"] == pytest.approx(0.01)
+    assert scalars["optimizer/relative_update"] == pytest.approx(0.01)
     ratios = sorted(update.trust_ratio for update in updates.values())
     assert [scalars[f"optimizer/trust_ratio_{name}"] for name in ("min", "median", "max")] == pytest.approx(
         [ratios[0], sum(ratios) / 2, ratios[1]]
