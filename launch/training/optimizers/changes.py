@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from launch.training.optimizers.pieces import Piece, Pieces
-from launch.training.optimizers.trust_ratio import sum_of_squares
+from launch.training.optimizers.trust_ratio import Norms, norms_of_all_ranks, sum_of_squares
 
 
 class Changes:
@@ -26,17 +26,10 @@ class Changes:
         yield
         self._squares[piece.shard_slice.name] = torch.stack([sum_of_squares(before), sum_of_squares(weight - before)])
 
-    def take(self, pieces: Pieces) -> dict[str, tuple[float, float]]:
+    def take(self, pieces: Pieces) -> Norms:
         """Return the norms of each whole matrix and of its change, and forget them. All ranks of a stage call this together.
 
         They add their sums of squares in one all-reduce of two float64 a matrix.
         """
-        names = [name for name, shape in pieces.shapes.items() if len(shape) >= 2]
-        if not names:
-            return {}
-        squares = torch.zeros(len(names), 2, dtype=torch.float64, device=pieces.device)
-        for row, name in enumerate(names):
-            if name in self._squares:
-                squares[row] = self._squares[name]
-        self._squares = {}
-        return dict(zip(names, map(tuple, pieces.sum(squares).sqrt().tolist()), strict=True))
+        squares, self._squares = self._squares, {}
+        return norms_of_all_ranks(pieces, [name for name, shape in pieces.shapes.items() if len(shape) >= 2], squares)

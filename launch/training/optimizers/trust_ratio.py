@@ -1,6 +1,6 @@
 """Norms of whole matrices, on which the learning rate of a matrix depends in LAMB and LARS."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,17 +20,26 @@ def norms_of_matrices(pieces: Pieces, tensors: Sequence[Tensor], directions: Seq
     matrix. Vectors (biases, norms) are left out: they have no trust ratio.
     """
     names = [name for name in pieces.names_in(tensors) if len(pieces.shapes[name]) >= 2]
-    if not names:
-        return {}
-    row = {name: index for index, name in enumerate(names)}
-    # float64: the two copies of a tied embedding are in stages that divide it differently, and must have the same ratio.
-    squares = torch.zeros(len(names), 2, dtype=torch.float64, device=tensors[0].device)
+    squares: dict[str, Tensor] = {}
     for tensor, direction in zip(tensors, directions, strict=True):
         for piece in pieces.of(tensor):
-            if piece.shard_slice.name in row and not piece.is_replica:
-                for column, whole in enumerate((tensor, direction)):
-                    squares[row[piece.shard_slice.name], column] += sum_of_squares(whole.view(-1)[piece.values])
-    return dict(zip(names, map(tuple, pieces.sum(squares).sqrt().tolist()), strict=True))
+            if len(piece.shard_slice.shape) >= 2 and not piece.is_replica:
+                both = torch.stack([sum_of_squares(whole.view(-1)[piece.values]) for whole in (tensor, direction)])
+                squares[piece.shard_slice.name] = squares.get(piece.shard_slice.name, 0) + both
+    return norms_of_all_ranks(pieces, names, squares)
+
+
+def norms_of_all_ranks(pieces: Pieces, names: Sequence[str], squares: Mapping[str, Tensor]) -> Norms:
+    """Return two norms of each whole matrix of `names`, given two sums of squares [2] over this rank's slices, by name, if it has any.
+
+    All ranks of the stage call this together, with the same names.
+    """
+    if not names:
+        return {}
+    # float64: the two copies of a tied embedding are in stages that divide it differently, and must have the same ratio.
+    none = torch.zeros(2, dtype=torch.float64, device=pieces.device)
+    table = torch.stack([squares.get(name, none).to(pieces.device) for name in names])
+    return dict(zip(names, map(tuple, pieces.sum(table).sqrt().tolist()), strict=True))
 
 
 def sum_of_squares(values: Tensor) -> Tensor:
