@@ -285,9 +285,17 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
     return results | {"history": [(report.loss, report.gradient_norm) for report in reports]}
 
 
-def main() -> None:
+def release_groups() -> None:
+    """End the process groups of a job. A run has one engine, these ranks have many, and idle groups have threads that wake up to poll."""
     from deepspeed.utils import groups
 
+    groups._release_process_group_references()
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+
+
+def main() -> None:
     from launch.ranks.rendezvous import connect
     from launch.training.communication import initialize_communication
 
@@ -301,7 +309,7 @@ def main() -> None:
             start = time.perf_counter()
             results.append(train_under_deepspeed(job, process))
             print(f"{time.perf_counter() - start:.1f} s: {job['case']}", flush=True)
-            groups._release_process_group_references()  # they belong to this engine's layout; a run has one engine, these ranks have many
+            release_groups()
         answer(results)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -234,7 +234,7 @@ class JobsOnRanks:
         if key not in self._answers:
             jobs = {other: job for other, (world_size, job) in self._jobs.items() if (world_size, other in ONLY_SLOW) == key}
             try:
-                answers = self._ranks.answers(ranks, list(jobs.values()), timeout_seconds=1500)
+                answers = self._ranks.answers(ranks, list(jobs.values()), timeout_seconds=900)
                 assert all(str(answer) == str(answers[0]) for answer in answers), "the ranks report different numbers"
                 self._answers[key] = dict(zip(jobs, answers[0], strict=True))
             except AssertionError as failure:
