@@ -33,7 +33,7 @@ class Memory:
     def read(self, weights) -> None:
         weights.fill(self.values)
 
-    def resume(self, steps: int, loss_scaler: dict | None) -> None:
+    def resume(self, steps: int) -> None:
         pass
 
 
