@@ -282,6 +282,7 @@ def train_under_deepspeed(job: dict, process: Process) -> dict:
         results["bytes"] = engine.ranks.all_gather((engine.pieces.bytes_exchanged, len(matrices_of(engine.pieces))))
         results["scalars"] = reports[-1].scalars
     results["optimizer_bytes"] = optimizer_bytes(engine, settings, case["json"])
+    engine._deepspeed.destroy()  # its hooks would keep it in memory, and with it its process groups
     return results | {"history": [(report.loss, report.gradient_norm) for report in reports]}
 
 
