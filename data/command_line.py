@@ -36,8 +36,8 @@ _USER_CAN_FIX = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE),
 }
 """Errors of the operating system that a user can fix. A missing file is not one: each script checks the files that it is given."""
-_COMMAND_LINE = "command line"
-_DEFAULT = "default"
+COMMAND_LINE = "command line"
+DEFAULT = "default"
 
 
 class UserError(ValueError):
@@ -84,7 +84,7 @@ class _Given:
     def origins(self) -> dict[str, str]:
         """The place where each value was set: "command line", or the path of a recipe."""
         in_recipes = {name: path for path, recipe in self.recipes.items() for name in recipe}
-        return in_recipes | dict.fromkeys(self.on_command_line, _COMMAND_LINE)
+        return in_recipes | dict.fromkeys(self.on_command_line, COMMAND_LINE)
 
     def without(self, name: str) -> "_Given":
         """Return the same values without those of one setting."""
@@ -115,10 +115,10 @@ def read_settings(
     recipes = {path: _read_recipe(path, options, aliases) for path in paths}
     given = _Given(recipes, [word for word in words if not word.startswith("--config=")])
     derived = defaults(given.values) if defaults else {}
-    derived_from = next((f"{name} {given.values[name]}" for name in defaults_from if name in given.values), _DEFAULT)
+    derived_from = next((f"{name} {given.values[name]}" for name in defaults_from if name in given.values), DEFAULT)
     current = {name: dataclasses.replace(option, default=derived.get(name, option.default)) for name, option in options.items()}
     values = _parse(_parser(settings, current, description, positional, aliases), given, current)
-    origins = dict.fromkeys(options, _DEFAULT) | dict.fromkeys(derived, derived_from) | given.origins
+    origins = dict.fromkeys(options, DEFAULT) | dict.fromkeys(derived, derived_from) | given.origins
     return _check(settings, values, options, origins)
 
 
@@ -414,7 +414,7 @@ def _explain(message: str, given: _Given, options: dict[str, _Option]) -> tuple[
     name, value = wrong.groups()
     allowed = _allowed(options[name].kind)
     hint = nearest(value, allowed) if len(allowed) > 1 else ""
-    return name, f"{name} is {value}; it must be {_choices(options[name].kind)}.{hint}{_set_in(given.origins.get(name, _DEFAULT))}"
+    return name, f"{name} is {value}; it must be {_choices(options[name].kind)}.{hint}{_set_in(given.origins.get(name, DEFAULT))}"
 
 
 def _choices(kind: object) -> str:
@@ -444,7 +444,7 @@ def _is_union(kind: object) -> bool:
 
 
 def _set_in(origin: str) -> str:
-    return {_COMMAND_LINE: " Set on the command line.", _DEFAULT: ""}.get(origin, f" Set in {origin}.")
+    return {COMMAND_LINE: " Set on the command line.", DEFAULT: ""}.get(origin, f" Set in {origin}.")
 
 
 def _check(settings: type[Settings], values: dict, options: dict[str, _Option], origins: dict[str, str]) -> Settings:

@@ -2,7 +2,7 @@
 
 import torch
 
-from data.command_line import recipes_of
+from data.command_line import COMMAND_LINE, DEFAULT, describe, origin_of, recipes_of
 from data.sampling.batch_plan import BatchPlan
 from data.tokenization.comparison import beginnings_differ
 from launch.checkpoints.initial import InitialWeights
@@ -53,6 +53,7 @@ def plan(
         *_ramp_rows(settings, batches),
         ("length", _length(batches, data)),
         ("rate", _rate(settings, batches)),
+        *_origin_rows(settings),
         *_decay_rows(settings),
         *([] if initial or teacher else _advice(settings, layout, batches, data)),
         ("optimizer", optimizer_for(settings.optimizer).describe()),
@@ -130,8 +131,19 @@ def _rate(settings: RunSettings, batches: BatchPlan) -> str:
     size = f" at {settings.batch.global_batch_size} sequences" if settings.batch.ramp else ""
     return (
         f"{optimizer.learning_rate:g}{size}, {schedule.kind}, warm-up {settings.warmup_steps_in(batches)} steps{end}; "
-        f"clipping {optimizer.gradient_clipping:g}, decay {optimizer.weight_decay:g}"
+        f"clipping {optimizer.gradient_clipping:g}"
     )
+
+
+def _origin_rows(settings: RunSettings) -> Rows:
+    """Return a note if the learning rate was not set where the optimizer was chosen, and may be another optimizer's."""
+    chosen, rate = (origin_of(settings, f"optimizer.{name}") for name in ("name", "learning_rate"))
+    if chosen in (None, DEFAULT) or rate in (chosen, COMMAND_LINE):
+        return []
+    if rate == DEFAULT and optimizer_for(settings.optimizer).has_adamw_rates:
+        return []
+    text = f"{describe(settings, 'optimizer.learning_rate')} was not chosen for {describe(settings, 'optimizer.name')}"
+    return [("note", f"{text}; each optimizer needs a rate of its own")]
 
 
 def _decay_rows(settings: RunSettings) -> Rows:

@@ -116,7 +116,7 @@ def test_plan_shows_every_row_of_a_plain_run():
     assert shown["samples"] == "3,200 of 128 tokens: documents joined and cut, seeing one another, 0.00% padding"
     assert shown["batch"] == "64 sequences = micro-batch 4 x accumulation 4 x data parallel 4; 8,192 tokens a step"
     assert shown["length"] == "100 steps, 819,200 tokens, 2.00 epochs"
-    assert shown["rate"] == "0.0003, cosine, warm-up 10 steps, down to 0; clipping 1, decay 0.1"
+    assert shown["rate"] == "0.0003, cosine, warm-up 10 steps, down to 0; clipping 1"
     assert shown["engine"] == f"ZeRO-2, bf16, 4 rank(s) on cpu, optimizer on cpu; {SETTINGS.deepspeed}"
     mib = parameters / 2**20
     assert shown["memory"] == (
@@ -254,12 +254,25 @@ def test_plan_shows_the_share_of_fill_in_the_middle():
 
 def test_plan_of_a_constant_rate_shows_no_end_rate():
     constant = dataclasses.replace(SETTINGS, schedule=ScheduleSettings(kind="constant"))
-    assert lines(constant, {"stage": 1})["rate"] == "0.0003, constant, warm-up 10 steps; clipping 1, decay 0.1"
+    assert lines(constant, {"stage": 1})["rate"] == "0.0003, constant, warm-up 10 steps; clipping 1"
 
 
 def test_plan_names_the_recipe_also_where_nobody_gave_one():
     settings = read_run_settings(["--model.hidden_size=64", "--batch.micro_batch_size=8"])
     assert lines(settings, {"stage": 1})["recipe"] == str(REPOSITORY / "launch" / "recipes" / "demo.yaml")
+
+
+def test_plan_notes_a_rate_that_was_set_for_another_optimizer():
+    def note(*words: str) -> str | None:
+        settings = read_run_settings(["--batch.micro_batch_size=8", "--train_steps=100", *words])
+        return lines(settings, {"stage": 1}).get("note")
+
+    of_demo, of_lion = "--optimizer.learning_rate=0.01", "--optimizer.name=lion"
+    demo = REPOSITORY / "launch" / "recipes" / "demo.yaml"
+    text = "was not chosen for optimizer.name lion (command line); each optimizer needs a rate of its own"
+    assert note(of_lion) == f"optimizer.learning_rate 0.01 ({demo}) {text}"
+    assert note("--size=gpt2-124m", of_lion).startswith("optimizer.learning_rate 0.0003 (default) was not")
+    assert note() is note(of_lion, of_demo) is note("--size=gpt2-124m", "--optimizer.name=muon") is None
 
 
 def test_plan_warns_of_a_decay_that_is_far_too_strong():
