@@ -70,14 +70,22 @@ class BatchSizes:
         unit = (self.micro_batch_size or 1) * data_parallel_size
         steps, remainder = divmod(size, unit)
         if remainder or not steps:
-            nearest = [str(unit * n) for n in (steps, steps + 1) if n]
+            name, number = self._part_to_change(size, unit)
+            nearest = [str(unit * n) for n in (number // unit, number // unit + 1) if n]
             of_a_rank = f"batch.micro_batch_size {self.micro_batch_size} x " if self.micro_batch_size else ""
-            given = f"batch.ramp {self.ramp}: size {size}" if self.ramp else f"batch.global_batch_size {size}"
             raise UserError(
-                f"{given} is not a multiple of {of_a_rank}"
+                f"{name} {number} is not a multiple of {of_a_rank}"
                 f"{name_of_ranks} {data_parallel_size}{f' = {unit}' if of_a_rank else ''}.\nNearest: {' or '.join(nearest)}."
             )
         return steps
+
+    def _part_to_change(self, size: int, unit: int) -> tuple[str, int]:
+        """Return the setting, or the part of batch.ramp, that makes `size` no multiple of `unit`, and its number."""
+        if self.ramp is None:
+            return "batch.global_batch_size", size
+        if self.is_seesaw and self.ramp.count(":") == 2 and self.global_batch_size % unit == 0:
+            return f"batch.ramp {self.ramp}: STEP", int(self.ramp.rpartition(":")[2])
+        return f"batch.ramp {self.ramp}: size", size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -201,6 +201,14 @@ def test_sizes_to_come_must_be_shared_and_passed_ones_are_not_checked():
     assert share_the_batch(open_size, Layout(4), open_size.batch_plan, 3).batch.micro_batch_size == 2, "4 ranks cannot share the passed 6"
 
 
+def test_refused_size_of_a_seesaw_names_the_part_to_change():
+    sizes = BatchSettings(8, 4, "seesaw:32:6")
+    with pytest.raises(UserError, match=r"^batch\.ramp seesaw:32:6: STEP 6 is not a multiple of .* = 8\.\nNearest: 8\.$"):
+        sizes.accumulation_steps(2, size=14)
+    with pytest.raises(UserError, match=r"^batch\.ramp seesaw:32:6: size 8 is not a multiple of .* = 12\.\nNearest: 12\.$"):
+        sizes.accumulation_steps(3)
+
+
 def test_noise_scale_needs_two_micro_batches_in_steps_to_come():
     words = ["--batch.ramp=0:4 4K:12 8K:16", "--batch.global_batch_size=16", "--log.noise_scale=true", "--batch.micro_batch_size=4"]
     settings = read_run_settings(words)
