@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -132,86 +132,18 @@ def answers_of_ranks(world_size: int, script: Path, *arguments: str, timeout_sec
 
     Each rank is a fresh Python, as under a launcher, with an order of its sets of its own: forks would hide where ranks part over it.
     """
-    outputs = finish([_fresh(script, arguments, each) for each in _environments(world_size, environment)], timeout_seconds)
+    command = [sys.executable, str(script), *arguments]
+    processes = [
+        subprocess.Popen(command, env=each, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for each in _environments(world_size, environment)
+    ]
+    outputs = finish(processes, timeout_seconds)
     found = [[line for line in output.splitlines() if line.startswith(_ANSWER)] for output in outputs]
     assert all(len(lines) == 1 for lines in found), "\n---\n".join(outputs)
     return [json.loads(lines[0].removeprefix(_ANSWER)) for lines in found]
 
 
-def _fresh(script: Path, arguments: Sequence[str], environment: dict[str, str], **more: int) -> subprocess.Popen:
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
-
-
-class AskedRanks:
-    """Ranks of a script that gives an `answer` for each of its `questions`: their start, which takes seconds, is paid once."""
-
-    def __init__(self, script: Path, **environment: str):
-        self._script, self._environment = script, environment
-        self._processes: dict[int, list[subprocess.Popen]] = {}
-
-    def answers(self, world_size: int, question: object, timeout_seconds: float = 600) -> list:
-        """Return each rank's answer. Ranks that fail are ended; the next question starts others."""
-        if world_size not in self._processes:
-            environments = _environments(world_size, self._environment)
-            self._processes[world_size] = [_fresh(self._script, (), each, stdin=subprocess.PIPE) for each in environments]
-        processes = self._processes[world_size]
-        with ThreadPoolExecutor(world_size) as readers:
-            reading = [readers.submit(_ask, process, json.dumps(question)) for process in processes]
-            try:
-                wait(reading, timeout_seconds)
-            except BaseException:  # Ctrl-C: the readers end when the ranks do
-                for process in processes:
-                    process.kill()
-                raise
-            late = [rank for rank, answer in enumerate(reading) if not answer.done()]
-            for rank in late:
-                processes[rank].send_signal(signal.SIGABRT)  # faulthandler prints where it stood
-            outputs = [answer.result() for answer in reading]
-        if late or not all(output[-1:] and output[-1].startswith(_ANSWER) for output in outputs):
-            self._end(world_size)
-            statuses = [process.returncode for process in processes]
-            message = f"ranks {late} were not done after {timeout_seconds} s" if late else f"the ranks ended with {statuses}"
-            raise AssertionError(f"{message}:\n" + "\n---\n".join("".join(output) for output in outputs))
-        return [json.loads(output[-1].removeprefix(_ANSWER)) for output in outputs]
-
-    def close(self) -> None:
-        for world_size in list(self._processes):
-            self._end(world_size)
-
-    def _end(self, world_size: int) -> None:
-        """Close the input of these ranks, at whose end they exit. No process outlives the call."""
-        for process in self._processes[world_size]:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-        for process in self._processes.pop(world_size):
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
-
-
-def _ask(process: subprocess.Popen, question: str) -> list[str]:
-    """Return the lines that a rank prints until its answer, or, if it ends without one, until its end."""
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(question + "\n")
-        process.stdin.flush()
-    lines: list[str] = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(_ANSWER):
-            break
-    return lines
-
-
-def questions() -> Iterator:
-    """The questions to a rank of `AskedRanks`, until there are no more."""
-    return map(json.loads, sys.stdin)
-
-
 def answer(value: object) -> None:
-    """Called once in a rank's script, at its end, or once for each of its `questions`: the value reaches the test."""
+    """Called once in a rank's script, at its end: the value reaches the test."""
     sys.stderr.flush()
     print("\n" + _ANSWER + json.dumps(value), flush=True)

@@ -1,4 +1,4 @@
-"""One rank of the equality tests: trains a tiny model for each job of the lists that it is asked for and returns losses and gradient norms.
+"""One rank of the equality tests: trains a tiny model for each job of a JSON file and returns losses and gradient norms.
 
 A job is {"case": the model and its layout, "first": first step, "steps": number of steps, "load": a checkpoint or null, "init": a
 model or null, "save": a folder or null}.
@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import json
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ from model.config import ModelConfig
 from model.loss import IGNORED, training_loss
 from model.transformer import Transformer
 from tests.launch.training.optimizer_references import REFERENCES, adamw_with_changing_beta2
-from tests.ranks import answer, questions
+from tests.ranks import answer, answers_of_ranks
 
 STEPS = 20
 GLOBAL_BATCH = 8
@@ -233,6 +234,13 @@ def optimizer_bytes(engine, settings: RunSettings, json_name: str) -> tuple[floa
     return measured / engine.process.world_size, planned["optimizer"]
 
 
+def results_of_ranks(world_size: int, jobs: list[dict], folder: Path, timeout_seconds: float, **environment: str) -> list[list[dict]]:
+    """Return the results of each rank for each job. `folder` is for the file of the jobs."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    return answers_of_ranks(world_size, Path(__file__), str(path), timeout_seconds=timeout_seconds, **environment)
+
+
 @contextlib.contextmanager
 def poisoned(on_this_rank: bool):
     """Make the loss on this rank NaN inside the context."""
@@ -294,6 +302,7 @@ def release_groups() -> None:
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
+    gc.collect()
 
 
 def main() -> None:
@@ -304,14 +313,13 @@ def main() -> None:
     process = find_process()
     initialize_communication(process, connect(process, 30, sys.argv), 600)
     gc.freeze()  # imported objects stay; visiting them at every collection would take a tenth of the time
-    for jobs in questions():
-        results = []
-        for job in jobs:
-            start = time.perf_counter()
-            results.append(train_under_deepspeed(job, process))
-            print(f"{time.perf_counter() - start:.1f} s: {job['case']}", flush=True)
-            release_groups()
-        answer(results)
+    results = []
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        start = time.perf_counter()
+        results.append(train_under_deepspeed(job, process))
+        print(f"{time.perf_counter() - start:.1f} s: {job['case']}", flush=True)
+        release_groups()
+    answer(results)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,10 +1,9 @@
 """Every layout gives the numbers of plain PyTorch on one process, and resumes from what any other layout saved."""
 
-import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -30,12 +29,10 @@ from tests.launch.training.layout_cases import (
     case_of,
     name_of,
 )
-from tests.launch.training.layouts_on_ranks import STEPS, is_of_a_linear, model_config, train_plain
+from tests.launch.training.layouts_on_ranks import STEPS, is_of_a_linear, model_config, results_of_ranks, train_plain
 from tests.launch.training.noise_by_brute_force import MEASURED_OR_NOT, WITH_NOISE_SCALE, assert_equals_brute_force
 from tests.launch.training.noise_by_brute_force import STEPS as NOISE_STEPS
-from tests.ranks import AskedRanks
 
-RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
 FEWER_STEPS = 10
 """Number of steps of jobs that save nothing."""
 
@@ -222,10 +219,10 @@ def with_marks(names: Iterable[str]) -> list:
 
 
 class JobsOnRanks:
-    """Asks ranks once for all jobs of a world size, once more for those of slow tests, and keeps their results or their failure."""
+    """Starts ranks once for all jobs of a world size, once more for those of slow tests, and keeps their results or their failure."""
 
-    def __init__(self, jobs: dict[str, tuple[int, dict]], ranks: AskedRanks):
-        self._jobs, self._ranks = jobs, ranks
+    def __init__(self, jobs: dict[str, tuple[int, dict]], folder: Path):
+        self._jobs, self._folder = jobs, folder
         self._answers: dict[tuple[int, bool], dict[str, dict] | AssertionError] = {}
 
     def answer(self, name: str) -> dict:
@@ -234,7 +231,7 @@ class JobsOnRanks:
         if key not in self._answers:
             jobs = {other: job for other, (world_size, job) in self._jobs.items() if (world_size, other in ONLY_SLOW) == key}
             try:
-                answers = self._ranks.answers(ranks, list(jobs.values()), timeout_seconds=900)
+                answers = results_of_ranks(ranks, list(jobs.values()), self._folder, timeout_seconds=900)
                 assert all(str(answer) == str(answers[0]) for answer in answers), "the ranks report different numbers"
                 self._answers[key] = dict(zip(jobs, answers[0], strict=True))
             except AssertionError as failure:
@@ -251,13 +248,7 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked_ranks() -> Iterator[AskedRanks]:
-    with contextlib.closing(AskedRanks(RANK_SCRIPT)) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def first_half(saved, asked_ranks) -> JobsOnRanks:
+def first_half(saved) -> JobsOnRanks:
     jobs = {name: (ranks, job(case, save=str(saved / name))) for name, (ranks, case) in TRAINED.items()}
     more = {
         name: (ranks, job(case)) for some in (OTHERS, ACCUMULATED, SAMPLED, IN_BF16, WITH_DROPOUT) for name, (ranks, case) in some.items()
@@ -267,7 +258,7 @@ def first_half(saved, asked_ranks) -> JobsOnRanks:
     make_models(saved)
     more |= {name: (2, job(compressed_case(name, saved), init=str(saved / "pruned"), save=str(saved / name))) for name in AFTER_COMPRESSION}
     assert not jobs.keys() & more.keys()
-    return JobsOnRanks(jobs | more, asked_ranks)
+    return JobsOnRanks(jobs | more, saved)
 
 
 WEIGHT_BOUNDS = {"adamw": 1e-5, "lamb": 1e-6, "muon": 5e-6}
@@ -448,7 +439,7 @@ STARTS_FROM = {
 
 
 @pytest.fixture(scope="module")
-def second_half(first_half, saved, asked_ranks) -> JobsOnRanks:
+def second_half(first_half, saved) -> JobsOnRanks:
     resumed = {
         name: (ranks, job(case, first=STEPS, load=str(saved / RESUMES_FROM[name] / folder_name(STEPS))))
         for name, (ranks, case) in TRAINED.items()
@@ -458,7 +449,7 @@ def second_half(first_half, saved, asked_ranks) -> JobsOnRanks:
         name: (2, job(compressed_case(name, saved), first=STEPS, load=str(saved / origin / folder_name(STEPS))))
         for name, origin in COMPRESSED_RESUMES_FROM.items()
     }
-    return JobsOnRanks(resumed | started | compressed, asked_ranks)
+    return JobsOnRanks(resumed | started | compressed, saved)
 
 
 @pytest.mark.parametrize("name", with_marks(TRAINED))
@@ -521,8 +512,8 @@ COMPILED = {
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU, and there is none")
 @pytest.mark.parametrize("ranks", COMPILED)
-def test_compiled_blocks_give_the_same_numbers(ranks, asked_ranks):
-    answers = asked_ranks.answers(ranks, [job(case) for case in COMPILED[ranks]])
+def test_compiled_blocks_give_the_same_numbers(ranks, tmp_path):
+    answers = results_of_ranks(ranks, [job(case) for case in COMPILED[ranks]], tmp_path, timeout_seconds=600)
     for case, measured in zip(COMPILED[ranks], answers[0], strict=True):
         assert_equal(measured, plain(case)[0][:FEWER_STEPS], 1e-5, 1e-5)
 
@@ -550,7 +541,6 @@ MANY_RANKS = {
 def test_many_ranks_match_plain_pytorch_and_resume(name, tmp_path):
     ranks, case = MANY_RANKS[name]
     jobs = [job(case, save=str(tmp_path)), job(case, first=STEPS, load=str(tmp_path / folder_name(STEPS)))]
-    with contextlib.closing(AskedRanks(RANK_SCRIPT)) as asked:
-        answers = asked.answers(ranks, jobs, timeout_seconds=500)
+    answers = results_of_ranks(ranks, jobs, tmp_path, timeout_seconds=500)
     for measured, expected in zip(answers[0], (plain(case)[0][:STEPS], plain(case)[0][STEPS : STEPS + FEWER_STEPS]), strict=True):
         assert_equal(measured, expected, 1e-5, 1e-5)

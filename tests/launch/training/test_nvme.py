@@ -1,6 +1,5 @@
 """State on NVMe gives the same numbers, and its checkpoints resume in memory and back. DeepSpeed compiles its reader for it."""
 
-import contextlib
 import shutil
 from pathlib import Path
 
@@ -9,11 +8,9 @@ import pytest
 from launch.checkpoints.checkpoint import folder_name
 from launch.checkpoints.opening import AveragedState
 from tests.launch.training.layout_cases import case_of
-from tests.launch.training.layouts_on_ranks import STEPS, train_plain
+from tests.launch.training.layouts_on_ranks import STEPS, results_of_ranks, train_plain
 from tests.launch.training.optimizer_references import REFERENCES
-from tests.ranks import AskedRanks
 
-RANK_SCRIPT = Path(__file__).with_name("layouts_on_ranks.py")
 MISSING = [name for name in ("g++", "ninja") if not shutil.which(name)] + ([] if Path("/usr/include/libaio.h").exists() else ["libaio-dev"])
 
 
@@ -44,8 +41,7 @@ def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(optimizer, tm
     ]
     history, weights = train_plain(in_memory)
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}  # a start killed while it compiles would leave a lock
-    with contextlib.closing(AskedRanks(RANK_SCRIPT, **environment)) as ranks:
-        answers = ranks.answers(2, jobs, timeout_seconds=900)[0]
+    answers = results_of_ranks(2, jobs, tmp_path, timeout_seconds=900, **environment)[0]
     for each, measured in zip(jobs, answers, strict=True):
         for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], history[each["first"] : each["first"] + STEPS], strict=True):
             assert loss == pytest.approx(plain_loss, abs=1e-5)
