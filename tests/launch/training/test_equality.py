@@ -349,7 +349,7 @@ def test_muon_exchanges_no_more_than_the_bound_of_the_layout(name, first_half):
     assert report < total <= each * values * STEPS + report if ranks_of_stage > 1 else total == 0
 
 
-@pytest.mark.parametrize("name", [*TRAINED, *IN_BF16])
+@pytest.mark.parametrize("name", with_marks([*TRAINED, *IN_BF16]))
 def test_plan_counts_the_memory_of_the_optimizer(name, first_half):
     measured, planned = first_half.answer(name)["optimizer_bytes"]
     assert measured == pytest.approx(planned, rel=0.03)  # vectors are whole on tensor-parallel ranks, and DeepSpeed pads
