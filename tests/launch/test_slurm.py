@@ -30,9 +30,10 @@ def slurm(tmp_path_factory):
 
 
 def recipe(prepared: Path, steps: int = NUM_STEPS) -> list[str]:
-    """Return arguments for the demo recipe with a smaller model and fewer steps."""
+    """Return arguments for the demo recipe with a smaller model, fewer and shorter steps."""
     model = {"vocab_size": 800, "sequence_length": 32, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     arguments = ["--precision", "float32", "--data", str(prepared), "--train_steps", str(steps), "--schedule.warmup_steps", "2"]
+    arguments += ["--optimizer.name", "adamw", "--batch.global_batch_size", "8"]
     for name, value in model.items():
         arguments += [f"--model.{name}", str(value)]
     arguments += ["--log.validation_interval", "0", "--log.validation_samples", "4", "--log.sample_interval", "0"]
