@@ -88,7 +88,11 @@ class Job(Generic[Settings]):
             self.workers.run_on_rank0(store.open)
             yield store
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{INTERRUPTED} {store.how_to_resume}") from None
+            if not self.output.exists():
+                raise KeyboardInterrupt(f"{INTERRUPTED} {store.how_to_resume}") from None
+            with contextlib.suppress(OSError):
+                store.remove()
+            raise KeyboardInterrupt(f"{INTERRUPTED} {self.output} is complete.") from None
         finally:
             store.close()
 

@@ -405,6 +405,24 @@ def test_ctrl_c_in_the_work_gives_one_sentence_and_leaves_nothing(name, moment, 
     assert ("out.unfinished; the same command resumes" in last) == keeps
 
 
+@pytest.mark.parametrize("name", ["prune", "quantize"])
+def test_ctrl_c_after_the_last_write_keeps_the_complete_folder(name, start, monkeypatch):
+    start(name, "--nonsense")  # imports the script
+    moment = "launch.compressing.layer_store.LayerStore.remove"
+    original, pressed = pkgutil.resolve_name(moment), []
+
+    def interrupted(store):
+        if not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        original(store)
+
+    monkeypatch.setattr(moment, interrupted)
+    ended = start(name, leaves="out")
+    last = ended.said.splitlines()[-1]
+    assert ended.status == 130 and last.startswith("Interrupted.") and last.endswith("/out is complete."), ended
+
+
 ROWS = [name for name in SCRIPTS if name not in ("show a run", "evaluate a run", "export a run", "pretrain --init")]
 
 
@@ -441,5 +459,7 @@ def test_ctrl_c_at_any_moment_gives_no_traceback(name, scene, tmp_path):
         assert process.returncode in (0, 130, -signal.SIGINT) and "Traceback" not in said, said
         left = {path.name for path in tmp_path.glob(f"*{moment}*")}
         allowed = {f"{moment}.unfinished"} if name in ("prune", "quantize") else set()
+        if f"{tmp_path / str(moment)} is complete." in said:  # Ctrl-C after the last write
+            allowed = {str(moment)}
         is_done = not process.returncode or (process.returncode == -signal.SIGINT and not said)  # killed while Python ended
         assert "Interrupted" not in said if is_done else left <= allowed, (left, said)
