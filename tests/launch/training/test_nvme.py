@@ -14,10 +14,16 @@ from tests.launch.training.optimizer_references import REFERENCES
 MISSING = [name for name in ("g++", "ninja") if not shutil.which(name)] + ([] if Path("/usr/include/libaio.h").exists() else ["libaio-dev"])
 
 
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Where DeepSpeed's reader is compiled, once for all optimizers: elsewhere a start killed while it compiles would leave a lock."""
+    return {"TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions"))}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"DeepSpeed needs them to compile its reader, and they are missing: {', '.join(MISSING)}")
 @pytest.mark.parametrize("optimizer", REFERENCES)
-def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(optimizer, tmp_path):
+def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(optimizer, environment, tmp_path):
     zero = {
         "sub_group_size": 6000,
         "stage3_param_persistence_threshold": 0,
@@ -40,7 +46,6 @@ def test_state_on_nvme_matches_plain_pytorch_and_resumes_in_memory(optimizer, tm
         job(on_nvme, STEPS, "memory", None),
     ]
     history, weights = train_plain(in_memory)
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}  # a start killed while it compiles would leave a lock
     answers = results_of_ranks(2, jobs, tmp_path, timeout_seconds=900, **environment)[0]
     for each, measured in zip(jobs, answers, strict=True):
         for (loss, norm), (plain_loss, plain_norm) in zip(measured["history"], history[each["first"] : each["first"] + STEPS], strict=True):
