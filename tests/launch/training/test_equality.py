@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -32,9 +33,18 @@ from tests.launch.training.layout_cases import (
 from tests.launch.training.layouts_on_ranks import STEPS, is_of_a_linear, model_config, results_of_ranks, train_plain
 from tests.launch.training.noise_by_brute_force import MEASURED_OR_NOT, WITH_NOISE_SCALE, assert_equals_brute_force
 from tests.launch.training.noise_by_brute_force import STEPS as NOISE_STEPS
+from tests.ranks import REPOSITORY
 
 FEWER_STEPS = 10
 """Number of steps of jobs that save nothing."""
+
+
+def optimizer_of_slow_tests() -> str:
+    """Return the one of OTHER_OPTIMIZERS that the hash of the commit chooses: within a few commits each has its turn."""
+    command = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
+    commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    return OTHER_OPTIMIZERS[int(commit or "0", 16) % len(OTHER_OPTIMIZERS)]
+
 
 # Layouts alternate between the two families for AdamW; the other family has another optimizer.
 WITH_ADAMW = {
@@ -47,7 +57,7 @@ WITH_OTHERS = {
     for optimizer in [OTHER_OPTIMIZERS[number // 2 % len(OTHER_OPTIMIZERS)]]
     for family in [DECODERS[(number + 1) % 2]]
 }
-# In the slow tests every layout is trained with each of the other optimizers.
+# In the slow tests every layout is trained with each of the other optimizers, with one of them at a commit.
 WITH_THE_REMAINING = {
     name: (ranks, case_of(json_name, sizes, DECODERS[number % 2], optimizer=optimizer))
     for number, (ranks, json_name, sizes) in enumerate(LAYOUTS)
@@ -58,16 +68,17 @@ WITH_THE_REMAINING = {
 # Four ranks share two cores in these tests: there every third layout has another optimizer than AdamW, and the slow tests have the rest.
 ON_FOUR_RANKS = [[name for name, (ranks, _) in some.items() if ranks == 4] for some in (WITH_ADAMW, WITH_OTHERS)]
 ONLY_SLOW = {*WITH_THE_REMAINING, *ON_FOUR_RANKS[0][2::3], *ON_FOUR_RANKS[1][0::3], *ON_FOUR_RANKS[1][1::3]}
-TRAINED = (
-    WITH_ADAMW
-    | WITH_OTHERS
-    | WITH_THE_REMAINING
-    | {
-        name_of(ranks, json_name, sizes, family): (ranks, case_of(json_name, sizes, family, samples=True))
-        for family, layouts in FAMILY_LAYOUTS.items()
-        for ranks, json_name, sizes in layouts
-    }
-)
+IN_OTHER_FAMILIES = {
+    name_of(ranks, json_name, sizes, family): (ranks, case_of(json_name, sizes, family, samples=True))
+    for family, layouts in FAMILY_LAYOUTS.items()
+    for ranks, json_name, sizes in layouts
+}
+CHOSEN = optimizer_of_slow_tests()
+TRAINED = {
+    name: (ranks, case)
+    for name, (ranks, case) in (WITH_ADAMW | WITH_OTHERS | WITH_THE_REMAINING | IN_OTHER_FAMILIES).items()
+    if name not in ONLY_SLOW or case.get("optimizer") in (None, CHOSEN)
+}
 WITH_CAUTION = ["--optimizer.cautious_decay=true", "--optimizer.weight_decay=1"]
 OTHERS = {
     "clipping off": (2, {"json": "zero2", "model": GPT2, "clipping": 0.0}),
