@@ -1,4 +1,6 @@
-"""Compare a run whose learning rate falls with one whose batch grows instead (batch.ramp seesaw), on the demo's recipe.
+"""Compare a run whose learning rate falls with one whose batch grows instead (batch.ramp seesaw), on the demo's model and tokens.
+
+The demo's batch is large already, so the runs begin with a smaller one, at which more steps are left to save.
 
     python data/prepare.py --output prepared --vocab_size 4096
     python launch/benchmarks/seesaw.py --data prepared --output runs/seesaw
@@ -15,11 +17,13 @@ from launch.benchmarks.settings import SeesawSettings
 from launch.benchmarks.training_runs import pretrain, read_curve
 
 CONTENDERS = ("plain", "seesaw")
+WARMUP = 0.04
+"""Share of the tokens in which the rate rises, as in the demo's recipe."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train what is missing and print the table after each seed. Return the exit status."""
-    settings = read_settings(SeesawSettings, arguments, "Compare the demo's recipe with and without batch.ramp seesaw.")
+    settings = read_settings(SeesawSettings, arguments, "Train the demo's model with and without batch.ramp seesaw.")
     for seed in settings.seeds:
         for name in CONTENDERS:
             _train(settings, name, seed)
@@ -34,7 +38,9 @@ def _train(settings: SeesawSettings, name: str, seed: int) -> None:
         return
     ramp = settings.ramp if name == "seesaw" else "null"
     chosen: dict[str, object] = {"config": "launch/recipes/demo.yaml", "data.path": Path(settings.data).resolve(), "output": output}
-    chosen |= {"seed": seed, "train_tokens": f"{settings.train_tokens:.0f}", "schedule.kind": settings.kind, "batch.ramp": ramp}
+    chosen |= {"optimizer.name": settings.optimizer, "optimizer.learning_rate": settings.learning_rate}
+    chosen |= {"schedule.kind": settings.kind, "schedule.warmup_tokens": f"{WARMUP * settings.train_tokens:.0f}", "seed": seed}
+    chosen |= {"train_tokens": f"{settings.train_tokens:.0f}", "batch.global_batch_size": settings.batch_size, "batch.ramp": ramp}
     chosen |= {"log.validation_interval": 0, "log.validation_samples": 0, "log.sample_interval": 0, "checkpoint.interval": 250}
     if pretrain(chosen).returncode or not _result(output):
         raise UserError(f"The run in {output} did not end. The same command resumes it.")

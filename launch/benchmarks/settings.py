@@ -136,8 +136,14 @@ class SeesawSettings:
     """Folder of the runs, one for each seed and contender."""
     kind: Literal["cosine", "linear", "wsd"] = "cosine"
     """Schedule of the learning rate."""
-    ramp: str = "seesaw:128:16"
+    ramp: str = "seesaw:32:4"
     """batch.ramp of the runs whose batch grows: seesaw, seesaw:SIZE or seesaw:SIZE:STEP."""
+    batch_size: Annotated[int, Ge(1)] = 8
+    """Sequences per step of the other runs, and of the first steps under the ramp."""
+    optimizer: str = "adamw"
+    """Value of --optimizer.name of launch/pretrain.py."""
+    learning_rate: Annotated[float, Gt(0)] = 5e-3
+    """Peak rate at batch_size."""
     train_tokens: Annotated[float, Gt(0)] = 3_072_000.0
     """Length of each run in tokens (the demo's: 375 steps of 32 sequences)."""
     seeds: tuple[int, ...] = (1, 2, 3)

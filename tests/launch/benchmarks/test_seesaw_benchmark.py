@@ -24,10 +24,13 @@ def test_runs_that_are_missing_are_trained_and_compared(tmp_path, monkeypatch, c
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(seesaw, "pretrain", pretrain)
-    words = ["--output", str(tmp_path), "--data", str(tmp_path / "prepared"), "--ramp", "seesaw:32:4", "--seeds", "1"]
+    words = ["--output", str(tmp_path), "--data", str(tmp_path / "prepared"), "--ramp", "seesaw:32:4"]
+    words += ["--batch_size", "4", "--optimizer", "muon", "--train_tokens", "1000", "--seeds", "1"]
     write_curve(tmp_path / "plain_1", 100, 2.0)
     assert seesaw.main(words) == 0
     assert [(one["seed"], one["batch.ramp"], one["data.path"]) for one in started] == [(1, "seesaw:32:4", tmp_path / "prepared")]
+    assert started[0].items() >= {"optimizer.name": "muon", "optimizer.learning_rate": 0.005, "batch.global_batch_size": 4}.items()
+    assert (started[0]["train_tokens"], started[0]["schedule.warmup_tokens"]) == ("1000", "40"), "the warm-up has the demo's share"
     assert "| 1 | 100 | 50 | 0.500 | 2.0000 | 2.5000 | +0.5000 |" in capsys.readouterr().out
     monkeypatch.setattr(seesaw, "pretrain", lambda chosen: type("Done", (), {"returncode": 1}))
     with pytest.raises(UserError, match=r"plain_3 did not end\. The same command resumes it"):
