@@ -65,7 +65,7 @@ def probe(settings: RunSettings, merged_json: dict, layout: Layout, process: Pro
         "code": _code(),
         "settings": json.loads(json.dumps(chosen)),
         "data": data.fingerprint,
-        "probe": file.name,
+        "probe": str(file.absolute()),
         "free_gib": free / 2**30,
         "written_gb_s": _PROBE_BYTES / write_seconds / 1e9,
         "building": [str(lock) for lock, _ in locks],
@@ -90,7 +90,8 @@ def check_consistent(reports: list[dict], folder: Path) -> str:
     for report in reports[1:]:
         if differences := _differences(first, report):
             different.setdefault(("differ", f"from rank 0 on {first['host']}: {'; '.join(differences)}."), []).append(report)
-        if not (folder / report["probe"]).exists():
+        probe = Path(report["probe"])  # nodes may see the disk under other names, and another job may have made a folder meanwhile
+        if not (folder / probe.name).exists() and not probe.exists():
             message = f"to another {folder} than rank 0: the output must be on a disk that all nodes share."
             different.setdefault(("write", message), []).append(report)
     lines = [f"{_name(ranks)} {verb}{'s' if len(ranks) == 1 else ''} {what}" for (verb, what), ranks in different.items()]

@@ -59,6 +59,14 @@ def test_rank_that_differs_is_named(tmp_path, other, words):
     assert message.startswith("Rank 2 on n2 ") and words in message and "\n" not in message
 
 
+def test_folder_that_another_job_makes_meanwhile_is_no_other_disk(tmp_path):
+    """Tasks of an array make their common folder between the starts of two ranks, which then probe different folders."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "p").touch()
+    meanwhile = reports(tmp_path, probe=str(tmp_path / "runs" / "p"))
+    assert preflight.check_consistent(meanwhile, tmp_path) == ""
+
+
 def test_ranks_that_differ_in_the_same_way_are_named_together(tmp_path):
     alike = [report | {"data": "1"} if report["rank"] else report for report in reports(tmp_path)]
     message = "Ranks 1, 2 on n1, n2 differ from rank 0 on n0: the data: prepared is 1, on rank 0 01234567."
