@@ -116,7 +116,12 @@ def finish(processes: Sequence[ForkedRank | subprocess.Popen], timeout_seconds: 
     """What each rank printed. Fails with all outputs where one did not end with status 0; no process outlives the call."""
     with ThreadPoolExecutor(len(processes)) as readers:  # all are read at once: a full pipe would stop its writer
         reading = [readers.submit(process.communicate) for process in processes]
-        wait(reading, timeout_seconds)
+        try:
+            wait(reading, timeout_seconds)
+        except BaseException:  # Ctrl-C: the readers end when the ranks do
+            for process in processes:
+                process.kill()
+            raise
         late = [rank for rank, process in enumerate(processes) if process.poll() is None]
         for rank in late:
             processes[rank].send_signal(signal.SIGABRT)  # faulthandler prints where it stood

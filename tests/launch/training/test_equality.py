@@ -41,8 +41,8 @@ FEWER_STEPS = 10
 
 def optimizer_of_slow_tests() -> str:
     """Return the one of OTHER_OPTIMIZERS that the hash of the commit chooses: within a few commits each has its turn."""
-    command = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
-    commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    git = shutil.which("git")
+    commit = subprocess.run([git, "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout if git else ""
     return OTHER_OPTIMIZERS[int(commit or "0", 16) % len(OTHER_OPTIMIZERS)]
 
 
@@ -57,7 +57,7 @@ WITH_OTHERS = {
     for optimizer in [OTHER_OPTIMIZERS[number // 2 % len(OTHER_OPTIMIZERS)]]
     for family in [DECODERS[(number + 1) % 2]]
 }
-# In the slow tests every layout is trained with each of the other optimizers, with one of them at a commit.
+# The slow tests train every layout with the other optimizers too. Each commit has one of these optimizers in its slow tests.
 WITH_THE_REMAINING = {
     name: (ranks, case_of(json_name, sizes, DECODERS[number % 2], optimizer=optimizer))
     for number, (ranks, json_name, sizes) in enumerate(LAYOUTS)
