@@ -132,9 +132,10 @@ class LayerStore(Mapping[str, "Tensor | Quantized"]):
             ) from error
 
     def remove(self) -> None:
-        """Delete the folder."""
-        self.close()
-        shutil.rmtree(self.folder)
+        """Delete the folder; one that cannot be deleted does no harm."""
+        with contextlib.suppress(OSError):
+            self.close()
+            shutil.rmtree(self.folder)
 
     def _read_json(self, name: str) -> Any:
         return json.loads(self._path(name).read_text(encoding="utf-8"))

@@ -281,6 +281,11 @@ def write(report: Report, folder: Path) -> None:
     (folder / "report.md").write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
 
 
+def is_in(folder: Path) -> bool:
+    """Return True if `folder` has a report, which is the last part of a compressed model to be written."""
+    return (folder / "report.md").is_file()
+
+
 def bits_per_weight(weights: Weights) -> str:
     """Return 8 x bytes / parameters as text."""
     return f"{8 * weights.bytes / weights.parameters:.2f}"

@@ -1,6 +1,5 @@
 """End of a compression: the result is measured, written, read by other software, and reported."""
 
-import contextlib
 import dataclasses
 import shlex
 import statistics
@@ -86,8 +85,7 @@ def finish(job: Job, result: Result, store: LayerStore) -> int:
     except (ValueError, OSError) as error:  # new_folder has named the output in errors of the operating system
         message = str(error) if isinstance(error, UserError) else f"{job.output} could not be written: {error}."
         raise UserError(f"{message} {store.how_to_resume}") from error
-    with contextlib.suppress(OSError):  # a folder that cannot be deleted does no harm
-        store.remove()
+    store.remove()
     print("\n" + (job.output / "report.md").read_text(encoding="utf-8").split("\n## ")[0].rstrip())
     print(f"\n{job.output}: transformers loads it with no missing or unexpected key. The full report is {job.output}/report.md.")
     return _status(job, finished)

@@ -88,11 +88,11 @@ class Job(Generic[Settings]):
             self.workers.run_on_rank0(store.open)
             yield store
         except KeyboardInterrupt:
-            if not self.output.exists():
-                raise KeyboardInterrupt(f"{INTERRUPTED} {store.how_to_resume}") from None
-            with contextlib.suppress(OSError):
+            told = store.how_to_resume
+            if report.is_in(self.output):
                 store.remove()
-            raise KeyboardInterrupt(f"{INTERRUPTED} {self.output} is complete.") from None
+                told = f"{self.output} is complete."
+            raise KeyboardInterrupt(f"{INTERRUPTED} {told}") from None
         finally:
             store.close()
 
