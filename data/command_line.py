@@ -38,6 +38,7 @@ _USER_CAN_FIX = {
 """Errors of the operating system that a user can fix. A missing file is not one: each script checks the files that it is given."""
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+"""Two places where a value was set, as `origin_of` returns them. The others are paths of recipes."""
 
 
 class UserError(ValueError):

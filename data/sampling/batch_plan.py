@@ -51,13 +51,19 @@ class BatchSizes:
         return self.ramp is not None and self.ramp.partition(":")[0] == SEESAW
 
     @property
+    def seesaw_step(self) -> int | None:
+        """STEP of a ramp seesaw:SIZE:STEP; None for every other."""
+        words = (self.ramp or "").split(":")
+        return int(words[2]) if self.is_seesaw and len(words) == 3 else None
+
+    @property
     def seesaw_sizes(self) -> list[int]:
         """The sizes of a seesaw ramp: the first one and its doublings, or all that are a multiple of STEP above it."""
         assert self.ramp is not None
         _, *numbers = self.ramp.split(":")
         largest = int(numbers[0]) if numbers else SEESAW_GROWTH * self.global_batch_size
-        if len(numbers) == 2:
-            return list(range(self.global_batch_size, largest + 1, int(numbers[1])))
+        if self.seesaw_step:
+            return list(range(self.global_batch_size, largest + 1, self.seesaw_step))
         return [self.global_batch_size << n for n in range(largest.bit_length()) if self.global_batch_size << n <= largest]
 
     def accumulation_steps(self, data_parallel_size: int, name_of_ranks: str = "data_parallel_size", size: int | None = None) -> int:
@@ -83,8 +89,8 @@ class BatchSizes:
         """Return the setting, or the part of batch.ramp, that makes `size` no multiple of `unit`, and its number."""
         if self.ramp is None:
             return "batch.global_batch_size", size
-        if self.is_seesaw and self.ramp.count(":") == 2 and self.global_batch_size % unit == 0:
-            return f"batch.ramp {self.ramp}: STEP", int(self.ramp.rpartition(":")[2])
+        if self.seesaw_step and self.global_batch_size % unit == 0:
+            return f"batch.ramp {self.ramp}: STEP", self.seesaw_step
         return f"batch.ramp {self.ramp}: size", size
 
 

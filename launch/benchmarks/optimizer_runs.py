@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.command_line import UserError
 from launch.benchmarks.settings import OptimizersSettings
-from launch.benchmarks.training_runs import pretrain, read_curve
+from launch.benchmarks.training_runs import pretrain, read_curve, warmup_share
 from launch.training.recipe import read_run_settings
 
 _CURVE = "bits_per_byte/validation"
@@ -48,7 +48,7 @@ class Runs:
         plan = recipe.batch_plan
         self.tokens_per_sequence = recipe.model.sequence_length
         self._sequences = plan.position(plan.steps)
-        self._warmup_share = recipe.warmup_steps / plan.steps
+        self._warmup_share = warmup_share(recipe)
         self._check_folder()
 
     def _check_folder(self) -> None:

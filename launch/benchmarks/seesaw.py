@@ -13,12 +13,13 @@ from pathlib import Path
 from statistics import mean
 
 from data.command_line import UserError, read_settings, run_script
+from launch import REPOSITORY
 from launch.benchmarks.settings import SeesawSettings
-from launch.benchmarks.training_runs import pretrain, read_curve
+from launch.benchmarks.training_runs import pretrain, read_curve, warmup_share
+from launch.training.recipe import read_run_settings
 
 CONTENDERS = ("plain", "seesaw")
-WARMUP = 0.04
-"""Share of the tokens in which the rate rises, as in the demo's recipe."""
+RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,9 +38,10 @@ def _train(settings: SeesawSettings, name: str, seed: int) -> None:
     if _result(output):
         return
     ramp = settings.ramp if name == "seesaw" else "null"
-    chosen: dict[str, object] = {"config": "launch/recipes/demo.yaml", "data.path": Path(settings.data).resolve(), "output": output}
+    warmup_tokens = warmup_share(read_run_settings(["--config", str(RECIPE)])) * settings.train_tokens
+    chosen: dict[str, object] = {"config": RECIPE, "data.path": Path(settings.data).resolve(), "output": output}
     chosen |= {"optimizer.name": settings.optimizer, "optimizer.learning_rate": settings.learning_rate}
-    chosen |= {"schedule.kind": settings.kind, "schedule.warmup_tokens": f"{WARMUP * settings.train_tokens:.0f}", "seed": seed}
+    chosen |= {"schedule.kind": settings.kind, "schedule.warmup_tokens": f"{warmup_tokens:.0f}", "seed": seed}
     chosen |= {"train_tokens": f"{settings.train_tokens:.0f}", "batch.global_batch_size": settings.batch_size, "batch.ramp": ramp}
     chosen |= {"log.validation_interval": 0, "log.validation_samples": 0, "log.sample_interval": 0, "checkpoint.interval": 250}
     if pretrain(chosen).returncode or not _result(output):

@@ -3,7 +3,7 @@
 import torch
 
 from data.command_line import COMMAND_LINE, DEFAULT, describe, origin_of, recipes_of
-from data.sampling.batch_plan import BatchPlan
+from data.sampling.batch_plan import BatchPlan, BatchSizes
 from data.tokenization.comparison import beginnings_differ
 from launch.checkpoints.initial import InitialWeights
 from launch.ranks.layout import Layout, largest_micro_batch_size, min_micro_batches
@@ -102,7 +102,7 @@ def _ramp_rows(settings: RunSettings, batches: BatchPlan) -> Rows:
         text += "; beta2 " + ", then ".join(f"{batch.beta2(one.size, optimizer.beta2):.4g}" for one in taken)
     rows = [("ramp", text)]
     if batch.is_seesaw:
-        rows += _seesaw_rows(batch.ramp, batch.seesaw_sizes[-1], taken[-1].size, len(taken), batches.steps - taken[-1].first_step)
+        rows += _seesaw_rows(batch, taken[-1].size, len(taken), batches.steps - taken[-1].first_step)
     elif len(taken) < len(batches.segments):
         rows.append(
             ("warning", f"the run ends before its batch has {batches.segments[len(taken)].size} sequences, which batch.ramp asks for")
@@ -110,18 +110,21 @@ def _ramp_rows(settings: RunSettings, batches: BatchPlan) -> Rows:
     return rows
 
 
-def _seesaw_rows(ramp: str, wanted: int, last: int, sizes: int, steps: int) -> Rows:
+def _seesaw_rows(batch: BatchSizes, last: int, sizes: int, steps: int) -> Rows:
     """Return a warning if the largest size is not reached, and a note if it has few steps. `last` is the last size, with `steps` steps."""
-    rows = []
+    assert batch.ramp is not None
+    rows, wanted = [], batch.seesaw_sizes[-1]
     if sizes == 1:
-        rows.append(("warning", f"batch.ramp {ramp} has no effect: the schedule's learning rate falls too little before the run ends"))
-    elif last < wanted and ":" in ramp:
+        rows.append(
+            ("warning", f"batch.ramp {batch.ramp} has no effect: the schedule's learning rate falls too little before the run ends")
+        )
+    elif last < wanted and ":" in batch.ramp:
         text = f"the batch ends with {last} sequences and not with {wanted}, because the schedule's learning rate falls too little"
         rows.append(("warning", text))
     if sizes > 1 and steps < MIN_LAST_STEPS:
         text = f"only {steps} steps read" if steps > 1 else "only 1 step reads"
         text += f" {last} sequences, too few for the optimizer's running means to settle; end with a smaller SIZE"
-        rows.append(("note", text + ("" if ramp.count(":") == 2 else "; batch.ramp seesaw:SIZE:STEP then saves as many steps")))
+        rows.append(("note", text + ("" if batch.seesaw_step else "; batch.ramp seesaw:SIZE:STEP then saves as many steps")))
     return rows
 
 
