@@ -3,16 +3,31 @@
 import signal
 import sys
 import threading
-from types import TracebackType
+from types import FrameType, TracebackType
 
 _previous_hook = sys.excepthook  # another one than Python's in IPython and in debuggers
 _previous_unraisable_hook = sys.unraisablehook
+_ctrl_c_came = False
+
+
+def ctrl_c_came() -> bool:
+    """Tell whether Ctrl-C was pressed, also where a library caught it and fails later because its import did not finish."""
+    return _ctrl_c_came
+
+
+def _note_ctrl_c(number: int, frame: FrameType | None) -> None:
+    global _ctrl_c_came
+    _ctrl_c_came = True
+    raise KeyboardInterrupt
 
 
 def _end_without_traceback_after_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Replace Python's traceback after Ctrl-C while a script still imports its modules; run_script handles it later."""
     if issubclass(kind, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
+    elif _ctrl_c_came:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     else:
         _previous_hook(kind, error, trace)
 
@@ -32,3 +47,6 @@ def _repeat_lost_ctrl_c(lost: "sys.UnraisableHookArgs") -> None:
 
 sys.excepthook = _end_without_traceback_after_ctrl_c
 sys.unraisablehook = _repeat_lost_ctrl_c
+_has_own_ctrl_c = hasattr(sys, "ps1") or signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # such as a Python prompt
+if not _has_own_ctrl_c and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, _note_ctrl_c)

@@ -24,6 +24,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from data import ctrl_c_came
 from data.ranges import violated_range
 
 Settings = typing.TypeVar("Settings")
@@ -193,8 +194,9 @@ def run_script(main: Callable[[Sequence[str]], int | None], leave: Callable[[int
 
 def status_and_message(error: Exception | KeyboardInterrupt) -> tuple[int, str | None]:
     """Return the exit status after an error, and the message for the user; None if it is a mistake of ours, which needs a traceback."""
-    if (interruption := _interruption_behind(error)) is not None:
-        return 128 + signal.SIGINT, str(interruption) or INTERRUPTED
+    interruption = _interruption_behind(error)
+    if interruption is not None or ctrl_c_came():
+        return 128 + signal.SIGINT, str(interruption or "") or INTERRUPTED
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, BrokenPipeError):

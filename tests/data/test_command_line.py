@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import textwrap
 import typing
 from pathlib import Path
 from typing import Annotated, Literal
@@ -449,6 +450,34 @@ def test_import_keeps_the_hook_of_a_debugger_for_other_errors(monkeypatch, capsy
     for error in (ValueError(), KeyboardInterrupt()):
         sys.excepthook(type(error), error, None)
     assert others == [ValueError] and capsys.readouterr().err == "Interrupted.\n"
+
+
+@pytest.mark.parametrize("moment", ["import", "work"])
+def test_ctrl_c_that_a_library_catches_before_it_fails_is_ctrl_c(moment, tmp_path):
+    """torch catches an interrupted import of numpy, which later fails as a module without its last names."""
+    swallow = (
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\nexcept KeyboardInterrupt:\n    pass\n"
+        "raise AttributeError('module numpy has no attribute matrix')\n"
+    )
+    in_main = f"def main(arguments):\n{textwrap.indent(swallow, '    ')}run_script(main)\n"
+    script = tmp_path / "script.py"
+    script.write_text("import os, signal, time\nfrom data.command_line import run_script\n" + (swallow if moment == "import" else in_main))
+    ended = subprocess.run([sys.executable, script], env=clean_environment(), capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "Interrupted.\n")
+
+
+@pytest.mark.parametrize("kept", ["signal.SIG_IGN", "lambda number, frame: None"])
+def test_import_keeps_what_somebody_else_does_on_ctrl_c(kept):
+    program = (
+        f"import signal; kept = {kept}; signal.signal(signal.SIGINT, kept); import data; assert signal.getsignal(signal.SIGINT) is kept"
+    )
+    subprocess.run([sys.executable, "-c", program], env=clean_environment(), check=True)
+
+
+def test_import_keeps_ctrl_c_of_a_python_prompt():
+    typed = "import signal\nimport data\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    ended = subprocess.run([sys.executable, "-i"], input=typed, env=clean_environment(), capture_output=True, text=True)
+    assert ended.stdout == "True\n", ended
 
 
 def test_ctrl_c_in_a_callback_that_cannot_raise_it_is_not_lost(tmp_path):
