@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from data.command_line import UserError
+from data.command_line import INTERRUPTED, UserError
 
 _LONGEST_NAME = 240
 """Bytes of a name for an output. Disks allow 255, of which temporary names need some."""
@@ -47,6 +47,17 @@ def publish_folder(temporary: Path, path: Path, sync_contents: bool = True) -> N
     sync_to_disk(path.absolute().parent)
 
 
+@contextlib.contextmanager
+def complete_after_ctrl_c(temporary: Path, path: Path) -> Iterator[None]:
+    """Publish a file or folder in this block: a Ctrl-C that comes after it was renamed says that `path` is complete."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if temporary.exists():
+            raise
+        raise KeyboardInterrupt(f"{INTERRUPTED} {path} is complete.") from None
+
+
 def write_file(path: Path, contents: str | bytes, temporary: Path | None = None) -> None:
     """Create or replace a small file (text is written as UTF-8); after a failure the old one is still there.
 
@@ -76,7 +87,8 @@ def new_file(path: Path) -> Iterator[Path]:
         try:
             yield folder / path.name
             _refuse_existing(path)
-            publish_file(folder / path.name, path)
+            with complete_after_ctrl_c(folder / path.name, path):
+                publish_file(folder / path.name, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -99,7 +111,8 @@ def new_folder(path: Path, temporary: Path | None = None) -> Iterator[Path]:
         try:
             yield temporary
             _refuse_existing(path)
-            publish_folder(temporary, path)
+            with complete_after_ctrl_c(temporary, path):
+                publish_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -13,7 +13,7 @@ import torch
 import tqdm
 
 from data.command_line import UserError
-from data.files import output_complaint, parent_complaint, publish_folder, refuse_full_disk, write_file
+from data.files import complete_after_ctrl_c, output_complaint, parent_complaint, publish_folder, refuse_full_disk, write_file
 from data.tokenization.companions import GENERATION, licence_files
 from launch.checkpoints import checkpoint, state
 from launch.checkpoints.run_record import find_tokenizer, moved_paths, tokenizer_files
@@ -65,7 +65,8 @@ def convert(folder: Path, output: Path, file_bytes: float, log: Callable[[str], 
                 copy.parent.mkdir(exist_ok=True)
                 write_file(copy, path.read_bytes())
         write_file(partial / "run.json", record)
-        publish_folder(partial, output, sync_contents=False)
+        with complete_after_ctrl_c(partial, output):
+            publish_folder(partial, output, sync_contents=False)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}. Nothing was converted.") from error
     finally:

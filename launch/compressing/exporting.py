@@ -80,6 +80,12 @@ def _write_gguf(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokeni
     entries = gguf_tokenizer(tokenizer, config.vocab_size)
     for kind_of_text in texts_with_other_ids(tokenizer):
         print(f"llama.cpp gives other ids than this project to {kind_of_text}.")
+    blocks = {"q8_0": 32, "q4_0": 32}.get(kind, 256 if kind in llama_engine.K_QUANTS else 1)
+    if others := gguf_file.indivisible(config, blocks):
+        print(
+            f"The row lengths of {', '.join(others[:8])} ({len(others)} in all) are not multiples of {blocks}: these matrices are stored "
+            f"in another type than {kind}."
+        )
     first_kind = "f16" if kind in llama_engine.K_QUANTS else cast(gguf_file.Kind, kind)  # llama.cpp makes the other types from f16
     refuse_full_disk(output, gguf_file.size(config, first_kind))
     _refuse_not_finite(opened)
@@ -95,12 +101,6 @@ def _write_gguf(settings: ExportSettings, opened: OpenedModel, tokenizer: Tokeni
         checks = _check_gguf(unfinished, kind, opened, tokenizer)
         stored = ", ".join(f"{count} {name}" for name, count in gguf_file.types(unfinished).most_common())
         size = unfinished.stat().st_size
-    blocks = {"q8_0": 32, "q4_0": 32}.get(kind, 256 if kind in llama_engine.K_QUANTS else 1)
-    if others := gguf_file.indivisible(config, blocks):
-        print(
-            f"The row lengths of {', '.join(others[:8])} ({len(others)} in all) are not multiples of {blocks}: these matrices are stored "
-            f"in another type than {kind}."
-        )
     return f"{output}: {size:,} bytes, tensors: {stored}.\n{checks}."
 
 

@@ -405,22 +405,32 @@ def test_ctrl_c_in_the_work_gives_one_sentence_and_leaves_nothing(name, moment, 
     assert ("out.unfinished; the same command resumes" in last) == keeps
 
 
-@pytest.mark.parametrize("name", ["prune", "quantize"])
-def test_ctrl_c_after_the_last_write_keeps_the_complete_folder(name, start, monkeypatch):
+PUBLICATION = {
+    "generate lines": "data.files.publish_file",
+    "compare": "data.files.publish_folder",
+    "export": "data.files.publish_folder",
+    "export GGUF": "data.files.publish_file",
+    "prune": "data.files.publish_folder",
+    "quantize": "data.files.publish_folder",
+    "convert": "launch.checkpoints.conversion.publish_folder",
+}
+"""Function that gives the output of each script its final name."""
+
+
+@pytest.mark.parametrize("name", PUBLICATION)
+def test_ctrl_c_after_the_last_write_keeps_the_complete_output(name, start, monkeypatch):
     start(name, "--nonsense")  # imports the script
-    moment = "launch.compressing.layer_store.LayerStore.remove"
-    original, pressed = pkgutil.resolve_name(moment), []
+    original = pkgutil.resolve_name(PUBLICATION[name])
 
-    def interrupted(store):
-        if not pressed:
-            pressed.append(True)
-            os.kill(os.getpid(), signal.SIGINT)
-        original(store)
+    def interrupted(*arguments, **more):
+        original(*arguments, **more)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(moment, interrupted)
-    ended = start(name, leaves="out")
+    monkeypatch.setattr(PUBLICATION[name], interrupted)
+    output = "out.gguf" if name == "export GGUF" else "out"
+    ended = start(name, leaves=output)
     last = ended.said.splitlines()[-1]
-    assert ended.status == 130 and last.startswith("Interrupted.") and last.endswith("/out is complete."), ended
+    assert ended.status == 130 and last.startswith("Interrupted.") and last.endswith(f"/{output} is complete."), ended
 
 
 ROWS = [name for name in SCRIPTS if name not in ("show a run", "evaluate a run", "export a run", "pretrain --init")]
