@@ -184,23 +184,32 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
         plan = plan_after(settings, newest[1])
         if newest[1]["step"] > plan.steps:
             raise UserError(f"{newest[0]} is already beyond the {plan.steps} steps of this command. Nearest: {newest[1]['step']}.")
-        notes += _note_on_rate(before["recipe"], settings, plan, newest[1]["step"])
+        notes += _notes_on_batch(before["recipe"], settings, plan, newest[1]["step"])
     return Start(before["run_id"], True, plan, (*notes, *_note_on_order(changed, settings)), tuple(changed))
 
 
-def _note_on_rate(recipe: dict, settings: RunSettings, plan: BatchPlan, step: int) -> list[str]:
-    """Return a note if step `step` has another learning rate than with the recorded recipe only because the ramp is another."""
+def _notes_on_batch(recipe: dict, settings: RunSettings, plan: BatchPlan, step: int) -> list[str]:
+    """Return notes if step `step` has another learning rate or beta2 than with the recorded recipe only because the ramp is another."""
     fields = {field.name for field in dataclasses.fields(BatchSettings)}
     former = BatchSettings(**{name: value for name, value in recipe["batch"].items() if name in fields})
-    size, peak = plan.size(step), settings.optimizer.learning_rate
-    factors = former.rate_factor(size), settings.batch.rate_factor(size)
-    if factors[0] == factors[1] or size != plan.size(step - 1) or peak != recipe["optimizer"]["learning_rate"]:
+    now, size, optimizer = settings.batch, plan.size(step), settings.optimizer
+    if size != plan.size(step - 1):
         return []
-    before, now = (f"{peak * factor:.3g}" for factor in factors)
-    return [
-        f"The peak learning rate of a step of {size} samples changes from {before} to {now}, because it follows from batch.ramp and "
-        f"batch.global_batch_size. To keep it, give --optimizer.learning_rate {peak * factors[0] / factors[1]:.3g}."
-    ]
+    because = "because it follows from batch.ramp and batch.global_batch_size. To keep it, give"
+    notes, rate, factors = [], optimizer.learning_rate, (former.rate_factor(size), now.rate_factor(size))
+    before, after = (rate * factor for factor in factors)
+    if before != after and rate == recipe["optimizer"]["learning_rate"]:
+        notes.append(
+            f"The peak learning rate of a step of {size} samples changes from {before:.3g} to {after:.3g}, {because} "
+            f"--optimizer.learning_rate {rate * factors[0] / factors[1]:.3g}."
+        )
+    before, after = former.beta2(size, optimizer.beta2), now.beta2(size, optimizer.beta2)
+    if before != after and (optimizer.beta2, now.beta2_rule) == (recipe["optimizer"]["beta2"], former.beta2_rule):
+        notes.append(
+            f"beta2 of a step of {size} samples changes from {before:.4g} to {after:.4g}, {because} "
+            f"--optimizer.beta2 {before ** (now.global_batch_size / size):.6g}."
+        )
+    return notes
 
 
 def _note_on_order(changed: list[str], settings: RunSettings) -> list[str]:

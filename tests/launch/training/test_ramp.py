@@ -382,8 +382,8 @@ def test_killed_ramp_reads_every_position_once_on_changing_ranks(tiny, tmp_path)
 def refuses_other_ramps(arguments: list[str]) -> None:
     """Check which ramps a run of 3 steps of 8 and 5 of 16 samples may resume with: 3,328 tokens."""
 
-    def inspect(ramp: str, size: int) -> run_folder.Start:
-        words = [*arguments, "--allow_changes", "--batch.ramp", ramp, "--batch.global_batch_size", str(size)]
+    def inspect(ramp: str, size: int, *more: str) -> run_folder.Start:
+        words = [*arguments, "--allow_changes", "--batch.ramp", ramp, "--batch.global_batch_size", str(size), *more]
         settings = read_run_settings(words)
         plan, step = run_folder.find_plan(settings)
         settings = share_the_batch(settings, Layout(1), plan, step)
@@ -393,10 +393,14 @@ def refuses_other_ramps(arguments: list[str]) -> None:
     longer = inspect("0:8 700:16 4K:32", 32)
     assert [tuple(one) for one in longer.plan.segments] == [(0, 0, 8), (3, 24, 16), (10, 136, 32)]
     assert "batch.ramp: 0:8 700:16 -> 0:8 700:16 4K:32" in "\n".join(longer.changes)
-    assert longer.notes[-1] == (
+    assert longer.notes[-2:] == (
         "The peak learning rate of a step of 16 samples changes from 0.005 to 0.00354, because it follows from batch.ramp and "
-        "batch.global_batch_size. To keep it, give --optimizer.learning_rate 0.00707."
+        "batch.global_batch_size. To keep it, give --optimizer.learning_rate 0.00707.",
+        "beta2 of a step of 16 samples changes from 0.95 to 0.9747, because it follows from batch.ramp and batch.global_batch_size. To "
+        "keep it, give --optimizer.beta2 0.9025.",
     )
+    other_rule = inspect("0:8 700:16 4K:32", 32, "--batch.beta2_rule", "fixed")
+    assert other_rule.notes[-1] == longer.notes[-2], "another rule is named among the changes"
     with pytest.raises(
         UserError, match=r"gives other sizes than the run has read: 8 from token 0, 16 from token 768\. Keep .* token 3,328, "
     ):
