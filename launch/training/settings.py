@@ -173,7 +173,8 @@ class LogSettings:
     """Text that a decoder continues in those samples. An encoder-decoder takes it as the source and writes the likeliest target."""
     noise_scale: bool = False
     """Estimate the gradient noise scale, a lower bound of the largest useful batch (McCandlish et al. 2018, arXiv 1812.06162), and write
-    it to TensorBoard. A step must have two micro-batches or more."""
+    it to TensorBoard. A step must have two micro-batches or more: with one data rank the default batch.micro_batch_size is at most
+    half of the smallest batch."""
     noise_horizon: Annotated[int, Ge(10)] = 50
     """Horizon of the noise scale's running means, in steps of the run's largest batch. A step with fewer sequences counts less."""
 
@@ -472,7 +473,8 @@ def share_the_batch(settings: RunSettings, layout: Layout, plan: BatchPlan | Non
         raise UserError(add_origins(str(error), settings)) from error
     if settings.batch.ramp:  # a run that resumes keeps the micro-batches of one that never stopped, and so its bits
         shares += [size // layout.data_parallel_size for size in plan.sizes_from(0) if size % layout.data_parallel_size == 0]
-    size = settings.batch.micro_batch_size or _micro_batch_size(shares, layout.pipeline_stages)
+    least = 2 if settings.log.noise_scale and layout.data_parallel_size == 1 else 1
+    size = settings.batch.micro_batch_size or _micro_batch_size(shares, layout.pipeline_stages, least)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
     schedule = settings.schedule
     if schedule.warmup_tokens is None:
@@ -504,7 +506,10 @@ def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, l
     return f"{wanted} needs at least two micro-batches a step, and {step} has one. Use {advice}."
 
 
-def _micro_batch_size(shares: Sequence[int], stages: int) -> int:
-    """Return the default micro-batch size for a rank's shares of all sizes of the batch: the largest that divides them."""
-    largest = largest_micro_batch_size(min(shares), stages)
+def _micro_batch_size(shares: Sequence[int], stages: int, least: int) -> int:
+    """Return the default micro-batch size for a rank's shares of all sizes of the batch: the largest that divides them.
+
+    Each share has `least` micro-batches or more, if it has as many sequences.
+    """
+    largest = min(largest_micro_batch_size(min(shares), stages), max(1, min(shares) // least))
     return next(size for size in range(largest, 0, -1) if math.gcd(*shares) % size == 0)

@@ -101,8 +101,16 @@ def test_doubling_the_batch_follows_the_paper():
 @pytest.mark.parametrize(
     ("words", "ranks", "message"),
     [
-        (["--batch.global_batch_size=8"], 1, "a step of 8 sequences has one. Use --batch.micro_batch_size 4."),
-        (["--batch.global_batch_size=15"], 1, "a step of 15 sequences has one. Use --batch.micro_batch_size 5."),
+        (
+            ["--batch.global_batch_size=8", "--batch.micro_batch_size=8"],
+            1,
+            "a step of 8 sequences has one. Use --batch.micro_batch_size 4.",
+        ),
+        (
+            ["--batch.global_batch_size=15", "--batch.micro_batch_size=15"],
+            1,
+            "a step of 15 sequences has one. Use --batch.micro_batch_size 5.",
+        ),
         (["--batch.global_batch_size=1"], 1, "a step of 1 sequence has one. Use --batch.global_batch_size 2 or more."),
         (["--sequence_parallel_size=2"], 2, "is not supported with sequence_parallel_size 2 (command line): each rank has only a part"),
     ],
@@ -112,6 +120,15 @@ def test_a_noise_scale_that_cannot_be_measured_is_refused(words, ranks, message)
     with pytest.raises(UserError, match=re.escape(message)) as refused:
         share_the_batch(settings, Layout(ranks, sequence_parallel_size=settings.sequence_parallel_size))
     assert str(refused.value).startswith("log.noise_scale true (command line)")
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [(["8"], 4), (["15"], 5), (["2"], 1), (["64", "--batch.ramp=0:6 20K:64"], 2), (["64", "--batch.ramp=seesaw:128"], 32)],
+)
+def test_one_data_rank_has_two_micro_batches_by_default(words, size):
+    settings = read_run_settings([*ON, "--train_tokens=1e6", "--batch.global_batch_size", *words])
+    assert share_the_batch(settings, Layout(1)).batch.micro_batch_size == size
 
 
 def test_two_data_ranks_are_two_micro_batches():
