@@ -36,6 +36,7 @@ SETTINGS = {
     "launch/benchmarks/generation.py": (benchmarks.GenerationSettings, None),
     "launch/benchmarks/pruning_and_quantization.py": (benchmarks.CompressionSettings, None),
     "launch/benchmarks/training_step.py": (benchmarks.TrainingStepSettings, None),
+    "launch/benchmarks/optimizers.py": (benchmarks.OptimizersSettings, None),
     "launch/benchmarks/seesaw.py": (benchmarks.SeesawSettings, None),
     "data/prepare.py": (PrepareSettings, None),
     "launch/benchmarks/preparation.py": (benchmarks.PreparationSettings, None),
