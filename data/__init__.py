@@ -23,13 +23,13 @@ def _note_ctrl_c(number: int, frame: FrameType | None) -> None:
 
 def _end_without_traceback_after_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Replace Python's traceback after Ctrl-C while a script still imports its modules; run_script handles it later."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("Interrupted.", file=sys.stderr)
-    elif _ctrl_c_came:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    else:
+    is_ctrl_c = issubclass(kind, KeyboardInterrupt)
+    if not is_ctrl_c and not _ctrl_c_came:
         _previous_hook(kind, error, trace)
+        return
+    print("Interrupted.", file=sys.stderr)
+    if not is_ctrl_c:  # after a KeyboardInterrupt Python itself ends as killed by Ctrl-C
+        sys.exit(128 + signal.SIGINT)
 
 
 def _repeat_lost_ctrl_c(lost: "sys.UnraisableHookArgs") -> None:

@@ -388,16 +388,30 @@ OWN_TESTS_OF_CTRL_C = {
 MOMENTS = [(name, moment) for name, moments in IN_THE_WORK.items() for moment in moments]
 
 
+def press_ctrl_c(monkeypatch, moment: str, *, after: bool = False) -> None:
+    """Press Ctrl-C at the first call of the function `moment`: before its work, or after it."""
+    original, pressed = pkgutil.resolve_name(moment), []
+
+    def press() -> None:
+        if not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupted(*arguments, **more):
+        if not after:
+            press()
+        result = original(*arguments, **more)
+        if after:
+            press()
+        return result
+
+    monkeypatch.setattr(moment, interrupted)
+
+
 @pytest.mark.parametrize(("name", "moment"), MOMENTS)
 def test_ctrl_c_in_the_work_gives_one_sentence_and_leaves_nothing(name, moment, start, monkeypatch):
     start(name, *(["--nonsense"] if name != "demo" else ["nonsense"]))  # imports the script
-    original = pkgutil.resolve_name(moment)
-
-    def interrupted(*arguments, **more):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(*arguments, **more)
-
-    monkeypatch.setattr(moment, interrupted)
+    press_ctrl_c(monkeypatch, moment)
     keeps = name in ("prune", "quantize") and moment != "launch.compressing.setup._check_weights"
     ended = start(name, leaves="out.unfinished" if keeps else "")
     last = ended.said.splitlines()[-1]
@@ -420,17 +434,20 @@ PUBLICATION = {
 @pytest.mark.parametrize("name", PUBLICATION)
 def test_ctrl_c_after_the_last_write_keeps_the_complete_output(name, start, monkeypatch):
     start(name, "--nonsense")  # imports the script
-    original = pkgutil.resolve_name(PUBLICATION[name])
-
-    def interrupted(*arguments, **more):
-        original(*arguments, **more)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(PUBLICATION[name], interrupted)
+    press_ctrl_c(monkeypatch, PUBLICATION[name], after=True)
     output = "out.gguf" if name == "export GGUF" else "out"
     ended = start(name, leaves=output)
     last = ended.said.splitlines()[-1]
     assert ended.status == 130 and last.startswith("Interrupted.") and last.endswith(f"/{output} is complete."), ended
+
+
+@pytest.mark.parametrize("name", ["prune", "quantize"])
+def test_ctrl_c_while_layers_are_deleted_keeps_the_complete_folder(name, start, monkeypatch):
+    start(name, "--nonsense")  # imports the script
+    press_ctrl_c(monkeypatch, "launch.compressing.layer_store.LayerStore.remove")
+    ended = start(name, leaves="out")
+    last = ended.said.splitlines()[-1]
+    assert ended.status == 130 and last.startswith("Interrupted.") and last.endswith("/out is complete."), ended
 
 
 ROWS = [name for name in SCRIPTS if name not in ("show a run", "evaluate a run", "export a run", "pretrain --init")]
