@@ -118,7 +118,7 @@ class Cluster:
         shown = self.command("scontrol", "show", "job", "--oneliner", job)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def await_end(self, job: str, seconds: float = 120) -> str:
+    def await_end(self, job: str, seconds: float = 300) -> str:
         """Wait until a job has ended and return its state: COMPLETED, FAILED, CANCELLED ..."""
 
         def over() -> bool:

@@ -68,7 +68,7 @@ class Job:
         return self.slurm.await_end(self.id)
 
     def await_checkpoint(self) -> None:
-        await_(lambda: bool(checkpoint.published(self.run / "checkpoints")), 60, "the first checkpoint", self.all_logs)
+        await_(lambda: bool(checkpoint.published(self.run / "checkpoints")), 120, "the first checkpoint", self.all_logs)
 
     def all_logs(self) -> str:
         logs = sorted((self.folder / "logs").rglob("*.log"))
@@ -200,13 +200,13 @@ def test_job_near_its_time_limit_saves_and_resumes(slurm, prepared, tmp_path):
 
     The steps take about a minute, so that the warning finds the job training.
     """
-    job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=1500), options=("--time=1", "--signal=B:USR1@30"))
+    job = train(slurm, tmp_path, "zero3", *recipe(prepared, steps=1000), options=("--time=1", "--signal=B:USR1@30"))
     await_(lambda: job.about["Restarts"] == "1", 100, "the first restart", job.all_logs)
     slurm.command("scontrol", "update", f"jobid={job.id}", "timelimit=10")
     assert "SIGUSR1 received" in job_log(job.about)
     assert job.await_end() == "COMPLETED", job.all_logs()
     assert job.about["Restarts"] == "1", job.all_logs()
-    assert sorted(losses(job.run)) == list(range(1, 1501))
+    assert sorted(losses(job.run)) == list(range(1, 1001))
 
 
 def test_one_task_per_node_starts_the_ranks_and_needs_no_home(slurm, undisturbed, prepared, tmp_path):
