@@ -2,7 +2,11 @@
 
 import collections
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts its background jobs so, and a process passes it on to those that it starts. They must hear the Ctrl-C of the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers and the ranks that they start share a few cores. A thread of torch that waits for another one uses a core: with two threads
     # in each process, a step of a tiny model took 20 times the processor time of one thread.
