@@ -437,7 +437,8 @@ def _allowed(kind: object) -> list[str]:
     if _is_union(kind):
         return [words for part in typing.get_args(kind) for words in _allowed(part)]
     if typing.get_origin(kind) is tuple:
-        return ["a list"]
+        item = typing.get_args(kind)[0]
+        return [f"a list of {({int: 'whole numbers', float: 'numbers', str: 'texts'}).get(item) or _choices(item)}"]
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return [names.get(kind, str(kind))]  # type: ignore[call-overload]
 

@@ -38,7 +38,7 @@ class BatchSizes:
     """Sizes of the batch over the run (default: one size). A list of THRESHOLD:SIZE, thresholds in tokens with K, M, B or T, such as
     "0:64 20M:128 80M:256": it ends with batch.global_batch_size. Or seesaw (Meterez et al. 2025, arXiv 2510.14717): the batch starts at
     batch.global_batch_size and doubles each time the schedule halves the learning rate, which then falls by the root of 2 alone, up
-    to 16 times the first size, or up to SIZE with seesaw:SIZE. With seesaw:SIZE:STEP, such as seesaw:32:4, it grows by STEP sequences
+    to 16 times the first size, or to SIZE with seesaw:SIZE. With seesaw:SIZE:STEP, such as seesaw:32:4, it grows by STEP sequences
     each time the schedule's rate has fallen in proportion: fewer steps for the same SIZE."""
 
     def __post_init__(self) -> None:
@@ -149,11 +149,18 @@ def _wrong_seesaw(numbers: Sequence[str], first: int) -> str | None:
     if numbers and (not numbers[0].isdecimal() or not least <= int(numbers[0]) < 2**31):
         twice = ", twice batch.global_batch_size" if len(numbers) == 1 else ", above batch.global_batch_size"
         return f"the largest size must be a number of at least {least}{twice}."
+    if len(numbers) == 1:
+        below = first << (int(numbers[0]) // first).bit_length() - 1
+        return None if below == int(numbers[0]) else f"doublings of {first} do not reach {numbers[0]}. Nearest: {below} or {2 * below}."
     if len(numbers) == 2:
         growth = int(numbers[0]) - first
         smallest = -(-growth // (MAX_SEESAW_SIZES - 1))
         if not numbers[1].isdecimal() or not smallest <= int(numbers[1]) <= growth:
             return f"STEP must be a number from {smallest} (which gives at most {MAX_SEESAW_SIZES} sizes) to {growth}."
+        step = int(numbers[1])
+        if growth % step:
+            below = int(numbers[0]) - growth % step
+            return f"steps of {step} from {first} do not reach {numbers[0]}. Nearest: {below} or {below + step}."
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.command_line import UserError
 from launch.benchmarks.settings import OptimizersSettings
-from launch.benchmarks.training_runs import pretrain, read_curve, warmup_share
+from launch.benchmarks.training_runs import pretrain, read_curve, unfinished, warmup_share
 from launch.training.recipe import read_run_settings
 
 _CURVE = "bits_per_byte/validation"
@@ -94,9 +94,8 @@ class Runs:
             if "not finite" in done.stderr:
                 return math.inf
             if done.returncode:
-                raise UserError(
-                    f"{done.stdout}{done.stderr}\nThe run in {self.folder / trained.name} did not end. The same command resumes it."
-                )
+                print(f"{done.stdout}{done.stderr}", file=sys.stderr)
+                raise unfinished(self.folder / trained.name, done.returncode)
         curve = self.curve(trained)
         assert curve is not None
         return curve[max(curve)]

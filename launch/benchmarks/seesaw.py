@@ -8,14 +8,15 @@ The demo's batch is large already, so the runs begin with a smaller one, at whic
 Both read the same tokens. It is resumable: the same command resumes the runs that are not done, and prints the table of those that are.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
-from data.command_line import UserError, read_settings, run_script
+from data.command_line import read_settings, run_script
 from launch import REPOSITORY
 from launch.benchmarks.settings import SeesawSettings
-from launch.benchmarks.training_runs import pretrain, read_curve, warmup_share
+from launch.benchmarks.training_runs import pretrain, read_curve, unfinished, warmup_share, words_of
 from launch.training.recipe import read_run_settings
 
 CONTENDERS = ("plain", "seesaw")
@@ -25,6 +26,8 @@ RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 def main(arguments: Sequence[str]) -> int:
     """Train what is missing and print the table after each seed. Return the exit status."""
     settings = read_settings(SeesawSettings, arguments, "Train the demo's model with and without batch.ramp seesaw.")
+    for seed, name in itertools.product(settings.seeds, CONTENDERS):
+        read_run_settings(words_of(_chosen(settings, name, seed)))  # mistakes are reported before any training
     for seed in settings.seeds:
         for name in CONTENDERS:
             _train(settings, name, seed)
@@ -37,15 +40,21 @@ def _train(settings: SeesawSettings, name: str, seed: int) -> None:
     output = _folder(settings, name, seed)
     if _result(output):
         return
+    status = pretrain(_chosen(settings, name, seed)).returncode
+    if status or not _result(output):
+        raise unfinished(output, status)
+
+
+def _chosen(settings: SeesawSettings, name: str, seed: int) -> dict[str, object]:
+    """Return the settings of a contender's run, by name."""
+    output = _folder(settings, name, seed)
     ramp = settings.ramp if name == "seesaw" else "null"
     warmup_tokens = warmup_share(read_run_settings(["--config", str(RECIPE)])) * settings.train_tokens
     chosen: dict[str, object] = {"config": RECIPE, "data.path": Path(settings.data).resolve(), "output": output}
     chosen |= {"optimizer.name": settings.optimizer, "optimizer.learning_rate": settings.learning_rate}
     chosen |= {"schedule.kind": settings.kind, "schedule.warmup_tokens": f"{warmup_tokens:.0f}", "seed": seed}
     chosen |= {"train_tokens": f"{settings.train_tokens:.0f}", "batch.global_batch_size": settings.batch_size, "batch.ramp": ramp}
-    chosen |= {"log.validation_interval": 0, "log.validation_samples": 0, "log.sample_interval": 0, "checkpoint.interval": 250}
-    if pretrain(chosen).returncode or not _result(output):
-        raise UserError(f"The run in {output} did not end. The same command resumes it.")
+    return chosen | {"log.validation_interval": 0, "log.validation_samples": 0, "log.sample_interval": 0, "checkpoint.interval": 250}
 
 
 def _folder(settings: SeesawSettings, name: str, seed: int) -> Path:

@@ -108,9 +108,9 @@ class OptimizersSettings:
     """Recipe that every run has in common. Its tokens, and the share of warm-up steps, hold at every batch size."""
     optimizers: tuple[str, ...] = ("adamw", "muon")
     """Optimizers to compare: values of --optimizer.name of launch/pretrain.py."""
-    rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2)
+    rates: tuple[Annotated[float, Gt(0)], ...] = (2.5e-3, 5e-3, 1e-2, 2e-2)
     """Learning rates that every optimizer is trained with at the first of --batch_sizes."""
-    batch_sizes: tuple[int, ...] = (8, 64, 256)
+    batch_sizes: tuple[Annotated[int, Ge(1)], ...] = (8, 64, 256)
     """Sequences per step."""
     micro_batch_size: Annotated[int, Ge(1)] = 16
     """Most sequences per forward pass."""

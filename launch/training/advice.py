@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from launch.ranks.layout import Layout
+
 Rows = list[tuple[str, str]]
 """Lines of the plan: name and text."""
 
@@ -119,12 +121,12 @@ def advice_rows(facts: Facts, has_adamw_rates: bool) -> Rows:
     return rows
 
 
-def accumulation_rows(accumulation: int, data_parallel_size: int, pipeline_stages: int, has_ramp: bool = False) -> Rows:
+def accumulation_rows(accumulation: int, layout: Layout, has_ramp: bool = False) -> Rows:
     """Return a note if micro-batches are accumulated without other replicas to wait for (Marek et al. 2025, arXiv 2507.07101).
 
     A pipeline needs its micro-batches. Whether one micro-batch could be larger depends on memory, which is not known here.
     """
-    if accumulation == 1 or data_parallel_size > 1 or pipeline_stages > 1:
+    if accumulation == 1 or layout.data_parallel_size > 1 or layout.pipeline_stages > 1:
         return []
     smaller = "smaller sizes in batch.ramp" if has_ramp else "a smaller batch.global_batch_size"
     text = f"accumulation {accumulation} without data parallelism saves little time; {smaller}, with learning rate and beta2 to suit, "

@@ -64,7 +64,8 @@ def pretrain(settings: RunSettings, arguments: Sequence[str], stop: StopRequest)
 def _plan(ready: Ready) -> str:
     settings, start = ready.settings, ready.start
     batches = start.plan if start else settings.batch_plan
-    return plan(settings, ready.merged_json, ready.layout, ready.device, batches, ready.data, ready.initial, ready.teacher)
+    shown = plan(settings, ready.merged_json, ready.layout, ready.device, batches, ready.data, ready.initial, ready.teacher)
+    return "\n".join([shown, *(start.notes if start and settings.dry_run else ())])  # a run that trains writes the notes into its log
 
 
 def _train(ready: Ready, stop: StopRequest) -> int:
@@ -198,7 +199,7 @@ def _introduce(monitor: Monitor, ready: Ready, first_step: int, batch_plan: Batc
     assert start is not None
     for note in start.notes:
         monitor.log(note)
-    if new_size := run_folder.describe_new_size(settings, batch_plan, first_step):
+    if new_size := run_folder.describe_new_size(settings, batch_plan, first_step, start.former):
         monitor.log(new_size)
     steps = batch_plan.steps
     begun = f"Resuming from step {first_step} of {steps}, {how_loaded}" if first_step else f"Starting at step 0 of {steps}"

@@ -50,6 +50,7 @@ def plan(
             else [("data", f"{', '.join(settings.data.path)} is missing: the embedded corpus is prepared first")]
         ),
         ("batch", batches.describe(layout.data_parallel_size)),
+        *_noise_rows(settings, layout),
         *_ramp_rows(settings, batches),
         ("length", _length(batches, data)),
         ("rate", _rate(settings, batches)),
@@ -103,11 +104,27 @@ def _ramp_rows(settings: RunSettings, batches: BatchPlan) -> Rows:
     rows = [("ramp", text)]
     if batch.is_seesaw:
         rows += _seesaw_rows(batch, taken[-1].size, len(taken), batches.steps - taken[-1].first_step)
-    elif len(taken) < len(batches.segments):
+        return rows
+    unused = [int(word.rpartition(":")[2]) for word in batch.ramp.split()]
+    for one in batches.segments:
+        unused.remove(one.size)
+    if unused:
+        text = f"no step reads {' or '.join(map(str, unused))} sequences, because a step goes beyond the next threshold of batch.ramp"
+        rows.append(("note", text))
+    if len(taken) < len(batches.segments):
         rows.append(
             ("warning", f"the run ends before its batch has {batches.segments[len(taken)].size} sequences, which batch.ramp asks for")
         )
     return rows
+
+
+def _noise_rows(settings: RunSettings, layout: Layout) -> Rows:
+    """Return a note if one rank accumulates micro-batches only because the noise scale compares them."""
+    is_set = origin_of(settings, "batch.micro_batch_size") not in (None, DEFAULT)
+    if not settings.log.noise_scale or is_set or layout.data_parallel_size > 1 or layout.pipeline_stages > 1:
+        return []
+    text = "log.noise_scale compares the micro-batches of a step, so a step has two or more; batch.micro_batch_size sets their size"
+    return [("note", text)]
 
 
 def _seesaw_rows(batch: BatchSizes, last: int, sizes: int, steps: int) -> Rows:
@@ -153,7 +170,7 @@ def _decay_rows(settings: RunSettings) -> Rows:
     """Return a warning if a step decays so much of each matrix that hardly any step has an effect for long."""
     optimizer = settings.optimizer
     share = optimizer.learning_rate * optimizer.decay_coefficient
-    if share <= MAX_DECAY or not optimizer_for(optimizer).has_adamw_rates:
+    if share <= MAX_DECAY or optimizer.has_trust_ratio:
         return []
     text = f"a step at the peak rate decays each matrix by {share:.2g} of its value; lower optimizer.weight_decay"
     independent = ", which optimizer.decay independent does not multiply by the learning rate"
@@ -178,7 +195,7 @@ def _advice(settings: RunSettings, layout: Layout, batches: BatchPlan, data: Run
     accumulation = settings.batch.accumulation_steps(layout.data_parallel_size, size=batches.size(batches.steps - 1))
     return [
         *advice_rows(facts, optimizer_for(optimizer).has_adamw_rates),
-        *accumulation_rows(accumulation, layout.data_parallel_size, layout.pipeline_stages, settings.batch.ramp is not None),
+        *([] if _noise_rows(settings, layout) else accumulation_rows(accumulation, layout, settings.batch.ramp is not None)),
         *(epoch_rows(settings.data.path, data.sampling.epochs(batches.position(batches.steps))) if data else []),
     ]
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,6 +95,8 @@ class Start:
     """Messages for the log, a line each."""
     changes: tuple[str, ...] = ()
     """Settings and data that differ from those of the run so far, a line each."""
+    former: tuple[Segment, ...] = ()
+    """The sizes of all steps that the run would have had without a change, as its newest checkpoint has them."""
 
 
 def find_paths(settings: RunSettings) -> RunSettings:
@@ -177,6 +180,7 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
         advice = refusal or "Give another --output, or --allow_changes to resume with the new settings."
         raise UserError("\n".join([f"{folder} has another run:", *(f"  {line}" for line in changed), advice]))
     plan, notes = settings.batch_plan, [f"Resuming with a change: {line}" for line in changed]
+    former: tuple[Segment, ...] = ()
     if newest:
         _refuse_other_model(*newest, settings)
         if refusal:
@@ -184,17 +188,21 @@ def inspect(settings: RunSettings, fingerprint: str, merged_json: dict) -> Start
         plan = plan_after(settings, newest[1])
         if newest[1]["step"] > plan.steps:
             raise UserError(f"{newest[0]} is already beyond the {plan.steps} steps of this command. Nearest: {newest[1]['step']}.")
-        notes += _notes_on_batch(before["recipe"], settings, plan, newest[1]["step"])
-    return Start(before["run_id"], True, plan, (*notes, *_note_on_order(changed, settings)), tuple(changed))
+        former = _segments_in(newest[1], settings)
+        notes += _notes_on_batch(before["recipe"], settings, plan.size(newest[1]["step"]), former)
+    return Start(before["run_id"], True, plan, (*notes, *_note_on_order(changed, settings)), tuple(changed), former)
 
 
-def _notes_on_batch(recipe: dict, settings: RunSettings, plan: BatchPlan, step: int) -> list[str]:
-    """Return notes if step `step` has another learning rate or beta2 than with the recorded recipe only because the ramp is another."""
+def _notes_on_batch(recipe: dict, settings: RunSettings, size: int, segments: Sequence[Segment]) -> list[str]:
+    """Return notes if steps of `size` have another learning rate or beta2 than with the recorded recipe only because the ramp is another.
+
+    `segments` are those of the run so far. If none has this size, there is nothing to keep.
+    """
+    if size not in {one.size for one in segments}:
+        return []
     fields = {field.name for field in dataclasses.fields(BatchSettings)}
     former = BatchSettings(**{name: value for name, value in recipe["batch"].items() if name in fields})
-    now, size, optimizer = settings.batch, plan.size(step), settings.optimizer
-    if size != plan.size(step - 1):
-        return []
+    now, optimizer = settings.batch, settings.optimizer
     because = "because it follows from batch.ramp and batch.global_batch_size. To keep it, give"
     notes, rate, factors = [], optimizer.learning_rate, (former.rate_factor(size), now.rate_factor(size))
     before, after = (rate * factor for factor in factors)
@@ -249,11 +257,25 @@ def plan_after(settings: RunSettings, manifest: dict) -> BatchPlan:
             f"{one.size} from token {one.first_position * settings.model.sequence_length:,}" for one in segments if one.first_step < step
         ]
         tokens = dataclasses.replace(settings.batch_plan, segments=segments).tokens_before(step)
-        raise UserError(
-            f"{describe(settings, 'batch.ramp')} gives other sizes than the run has read: {', '.join(taken)}. "
-            f"Keep these sizes; only those after token {tokens:,}, where the newest checkpoint ends, can be changed."
-        )
+        advice = f"Keep these sizes; only those after token {tokens:,}, where the newest checkpoint ends, can be changed."
+        if settings.batch.is_seesaw:
+            advice = _list_in_place_of_seesaw(settings, [one for one in segments if one.first_step < step])
+        raise UserError(f"{describe(settings, 'batch.ramp')} gives other sizes than the run has read: {', '.join(taken)}. {advice}")
     return settings.batch_plan.after(step, segments)
+
+
+def _list_in_place_of_seesaw(settings: RunSettings, taken: Sequence[Segment]) -> str:
+    """Return advice for a run whose length or schedule has changed after it read the sizes `taken`."""
+    batch, optimizer, last = settings.batch, settings.optimizer, taken[-1].size
+    ramp = " ".join(f"{one.first_position * settings.model.sequence_length}:{one.size}" for one in taken)
+    options = [f'--batch.ramp "{ramp}"', f"--batch.global_batch_size {last}"]
+    options.append(f"--optimizer.learning_rate {optimizer.learning_rate * batch.rate_factor(last):.6g}")
+    if batch.beta2_rule != BatchSettings.beta2_rule:
+        options.append(f"--optimizer.beta2 {batch.beta2(last, optimizer.beta2):.6g}")
+    return (
+        "The sizes of seesaw follow from the length of the run and from its schedule. To change these and keep sizes and rates, give "
+        f"{' '.join(options)} --allow_changes."
+    )
 
 
 def _segments_in(manifest: dict, settings: RunSettings) -> tuple[Segment, ...]:
@@ -352,11 +374,16 @@ def _copy_tokenizer(folder: Path, tokenizer: Path, initial: OpenedModel | None, 
         copy_companions(other.parent, folder, published | others, roles)
 
 
-def describe_new_size(settings: RunSettings, plan: BatchPlan, first_step: int) -> str | None:
-    """Return a line on what changes with the batch size at the step that a run resumes at; None if it does not change there."""
-    if not first_step or settings.batch.ramp or plan.segments[-1].first_step != first_step:
+def describe_new_size(settings: RunSettings, plan: BatchPlan, first_step: int, former: tuple[Segment, ...]) -> str | None:
+    """Return a line on what changes with the batch size at the step that a run resumes at; None if it does not change there.
+
+    `former` are the sizes that the run would have had without a change.
+    """
+    if not 0 < first_step < plan.steps or settings.batch.ramp or plan.segments[-1].first_step != first_step:
         return None
-    before = dataclasses.replace(plan, segments=plan.segments[:-1])
+    before = dataclasses.replace(plan, segments=former)
+    if before.size(first_step) == plan.size(first_step):
+        return None
     text = (
         f"From step {first_step + 1} on a step reads {plan.size(first_step)} samples in place of {before.size(first_step)}, the first of "
         f"them at position {plan.position(first_step):,}: none is read twice or left out. "

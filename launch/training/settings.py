@@ -40,7 +40,7 @@ class OptimizerSettings:
     """Decay of matrices (embeddings among them) a step, as a multiple of the learning rate. Biases and norms have no decay."""
     decay: Literal["times_rate", "independent"] = "times_rate"
     """What weight_decay is multiplied by in a step: the step's learning rate, or (independent) that rate / learning_rate, so that another
-    learning_rate leaves the decay as it is."""
+    learning_rate leaves the decay as it is. Not for lamb and lars, whose trust ratio scales the decay too."""
     cautious_decay: bool = False
     """Decay a weight only where the update does not oppose it: where it also brings the weight nearer to 0 (arXiv 2510.12402)."""
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
@@ -60,6 +60,11 @@ class OptimizerSettings:
     def decay_coefficient(self) -> float:
         """Factor of the weights that a step subtracts, as a multiple of that step's learning rate."""
         return self.weight_decay / self.learning_rate if self.decay == "independent" else self.weight_decay
+
+    @property
+    def has_trust_ratio(self) -> bool:
+        """True if each matrix has a rate of its own, which scales its decay too."""
+        return self.name in ("lamb", "lars")
 
 
 _OPTIMIZERS_THAT_READ: dict[str, tuple[str, ...]] = {
@@ -349,8 +354,9 @@ def _complaints_about_steps(settings: RunSettings, plan: BatchPlan) -> list[str]
     if warmup_steps < plan.steps or settings.schedule.kind == "constant":
         return []
     if settings.schedule.warmup_tokens is not None:
-        most = tokens if settings.train_tokens is not None else f"{plan.tokens_before(plan.steps):,}, the tokens of {steps}"
-        return [f"{describe(settings, 'schedule.warmup_tokens')} must be below {most}."]
+        most = f"{plan.tokens_before(plan.steps - 1):,}, the tokens of all steps but the last of "
+        most += tokens if settings.train_tokens is not None else steps
+        return [f"{describe(settings, 'schedule.warmup_tokens')} is too long: it must be at most {most}."]
     of_a_step = f" with {size} x {length}" if len(plan.segments) == 1 else ""
     most = steps if settings.train_steps is not None else f"{plan.steps}, the steps of {tokens}{of_a_step}"
     return [
@@ -397,6 +403,11 @@ def _complaints_about_optimizer(settings: RunSettings) -> list[str]:
         for field, names in changed.items()
         if chosen.name not in names
     ]
+    if chosen.decay == "independent" and chosen.has_trust_ratio:
+        complaints.append(
+            f"{describe(settings, 'optimizer.decay')} is not supported with {describe(settings, 'optimizer.name')}, whose trust ratio "
+            "scales the decay too. Use --optimizer.decay times_rate."
+        )
     if chosen.weight_decay == 0:
         complaints += [
             f"{describe(settings, f'optimizer.{field}')} has no effect with {describe(settings, 'optimizer.weight_decay')}. "

@@ -109,10 +109,10 @@ def test_trials_of_few_tokens_get_no_advice():
 
 
 def test_accumulation_is_noted_only_without_replicas_and_pipeline():
-    assert accumulation_rows(1, 1, 1) == accumulation_rows(8, 2, 1) == accumulation_rows(8, 1, 2) == []
-    [(name, text)] = accumulation_rows(8, 1, 1)
+    assert accumulation_rows(1, Layout(1)) == accumulation_rows(8, Layout(2)) == accumulation_rows(8, Layout(2, 2)) == []
+    [(name, text)] = accumulation_rows(8, Layout(1))
     assert name == "note" and text.startswith("accumulation 8 without data parallelism saves little time; ") and "2507.07101" in text
-    assert "; smaller sizes in batch.ramp, with" in accumulation_rows(8, 1, 1, has_ramp=True)[0][1]
+    assert "; smaller sizes in batch.ramp, with" in accumulation_rows(8, Layout(1), has_ramp=True)[0][1]
 
 
 def test_each_source_that_is_read_more_than_four_times_is_warned_of():

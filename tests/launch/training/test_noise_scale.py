@@ -15,6 +15,7 @@ from launch.ranks.layout import Layout
 from launch.training import assembly
 from launch.training.gradient_squares import OTHERS, PARTS, GradientSquares
 from launch.training.noise_scale import NoiseScale, doubling
+from launch.training.plan import plan
 from launch.training.recipe import read_run_settings
 from launch.training.settings import share_the_batch
 from tests.ranks import finish, start_ranks
@@ -129,6 +130,19 @@ def test_a_noise_scale_that_cannot_be_measured_is_refused(words, ranks, message)
 def test_one_data_rank_has_two_micro_batches_by_default(words, size):
     settings = read_run_settings([*ON, "--train_tokens=1e6", "--batch.global_batch_size", *words])
     assert share_the_batch(settings, Layout(1)).batch.micro_batch_size == size
+
+
+def test_plan_states_that_the_noise_scale_asks_for_the_micro_batches():
+    def shown(*words: str) -> str:
+        settings = share_the_batch(read_run_settings(["--train_tokens=3e6", "--batch.global_batch_size=8", *words]), Layout(1))
+        merged = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2}
+        return plan(settings, merged, Layout(1), "cpu", settings.batch_plan, None)
+
+    note, advice = "note: log.noise_scale compares the micro-batches of a step", "note: accumulation 2 without data parallelism"
+    assert note in shown(*ON) and advice not in shown(*ON)
+    chosen = shown(*ON, "--batch.micro_batch_size=4")
+    assert note not in chosen and advice in chosen
+    assert note not in shown()
 
 
 def test_two_data_ranks_are_two_micro_batches():

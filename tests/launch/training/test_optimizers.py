@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 import typing
 
 import pytest
@@ -198,6 +199,17 @@ def test_a_checkpoint_of_another_optimizer_is_refused_by_both_names(tmp_path):
         f"{tmp_path} holds the state of the optimizer adamw, which lion cannot use. Resume with optimizer.name adamw, or start another "
         "run from its weights with --init and another --output."
     )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_independent_decay_is_refused_where_a_trust_ratio_scales_it(name):
+    complaints = RunSettings(train_steps=20, optimizer=OptimizerSettings(name=name, decay="independent")).complaints()
+    assert bool(complaints) == hasattr(sys.modules[OPTIMIZERS[name].__module__], "trust_ratio")
+    for complaint in complaints:
+        assert complaint == (
+            f"optimizer.decay independent is not supported with optimizer.name {name}, whose trust ratio scales the decay too. "
+            "Use --optimizer.decay times_rate."
+        )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -284,6 +284,7 @@ def test_plan_warns_of_a_decay_that_is_far_too_strong():
     assert warning(decay="independent") == f"{strong}, which optimizer.decay independent does not multiply by the learning rate"
     assert warning(learning_rate=0.01, weight_decay=10.0, name="muon") == strong
     assert warning() is None and warning(decay="independent", weight_decay=1e-4) is None
+    assert warning(name="lion", learning_rate=0.01, weight_decay=10.0) == warning(name="sgd", learning_rate=1.0) == strong
     assert warning(name="lars", learning_rate=10.0) is None, "its trust ratio scales the decay too"
 
 

@@ -129,7 +129,7 @@ def test_seesaw_doubles_where_the_rate_halves_and_keeps_the_noise(kind):
 
 
 def test_seesaw_ends_at_the_size_that_is_given():
-    settings = read_run_settings([*LONG, "--schedule.kind", "cosine", "--batch.ramp", "seesaw:33"])
+    settings = read_run_settings([*LONG, "--schedule.kind", "cosine", "--batch.ramp", "seesaw:32"])
     assert [one.size for one in settings.batch_plan.segments] == [8, 16, 32]
 
 
@@ -166,6 +166,8 @@ REFUSALS = {
     "largest size below two": (["--batch.ramp=seesaw:12"], "the largest size must be a number of at least 16"),
     "seesaw of three numbers": (["--batch.ramp=seesaw:16:8:4"], "write seesaw, seesaw:SIZE or seesaw:SIZE:STEP."),
     "step of seesaw": (["--batch.ramp=seesaw:64:3"], "STEP must be a number from 4 (which gives at most 16 sizes) to 56."),
+    "seesaw beyond a doubling": (["--batch.ramp=seesaw:33"], "doublings of 8 do not reach 33. Nearest: 32 or 64."),
+    "seesaw beyond a step": (["--batch.ramp=seesaw:30:4"], "steps of 4 from 8 do not reach 30. Nearest: 28 or 32."),
     "small seesaw": (["--batch.ramp=seesaw:8:4"], "the largest size must be a number of at least 9, above batch.global_batch_size."),
     "constant": (
         ["--batch.ramp=seesaw", "--schedule.kind=constant"],
@@ -175,7 +177,11 @@ REFUSALS = {
     "rule of seesaw": (["--batch.ramp=seesaw", "--batch.rate_rule=linear"], "batch.rate_rule linear (command line) does not apply to"),
     "rule without ramp": (["--batch.beta2_rule=tokens"], "batch.beta2_rule tokens (command line) has no effect without batch.ramp."),
     "both warm-ups": (["--schedule.warmup_steps=15", "--schedule.warmup_tokens=9999"], "both set the warm-up; keep one"),
-    "long warm-up": (["--schedule.warmup_tokens=1e7"], "schedule.warmup_tokens 1e+07 (command line) must be below"),
+    "long warm-up": (["--schedule.warmup_tokens=1e7"], "schedule.warmup_tokens 1e+07 (command line) is too long: it must be at most "),
+    "warm-up into the last step": (
+        ["--train_steps=20", "--schedule.warmup_tokens=40000"],
+        "it must be at most 38,912, the tokens of all steps but the last of train_steps 20 (command line).",
+    ),
 }
 
 
@@ -266,6 +272,17 @@ def test_plan_warns_of_a_seesaw_that_does_not_reach_its_size():
     ends = "warning: the batch ends with 16 sequences and not with 64, because the schedule's learning rate falls too little\n"
     assert ends in shown("seesaw:64", 0.3 * peak)
     assert "falls too little" not in shown("seesaw", 0.3 * peak) + shown("seesaw:16", 0.3 * peak)
+
+
+def test_plan_names_a_size_that_no_step_reads():
+    def shown(ramp: str) -> str:
+        settings = read_run_settings([*SMALL, "--batch.global_batch_size=32", "--train_tokens=3e6", f"--batch.ramp={ramp}"])
+        merged = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 1}
+        return plan(share_the_batch(settings, Layout(1)), merged, Layout(1), "cpu", settings.batch_plan, None)
+
+    note = "note: no step reads 8 sequences, because a step goes beyond the next threshold of batch.ramp\n"
+    assert note in shown("0:4 100:8 110:16 100K:32")
+    assert "no step reads" not in shown("0:4 2K:8 100K:32")
 
 
 def test_dualpipev_needs_its_micro_batches_at_the_smallest_size():

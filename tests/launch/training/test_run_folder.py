@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -275,12 +276,76 @@ def test_another_batch_size_is_described_with_the_length_of_the_run(run, length,
     run.record()
     run.save(10, batch_plan=run.settings.batch_plan)
     settings = dataclasses.replace(run.settings, batch=BatchSettings(16))
-    plan = run.start(batch=BatchSettings(16), allow_changes=True).plan
-    assert run_folder.describe_new_size(settings, plan, 10) == (
+    start = run.start(batch=BatchSettings(16), allow_changes=True)
+    assert run_folder.describe_new_size(settings, start.plan, 10, start.former) == (
         f"From step 11 on a step reads 16 samples in place of 8, the first of them at position 80: none is read twice or left out. {end}"
     )
-    assert run_folder.describe_new_size(settings, plan, 20) is None, "the change was at step 10"
-    assert run_folder.describe_new_size(run.settings, run.settings.batch_plan, 0) is None
+    assert run_folder.describe_new_size(settings, start.plan, 20, start.former) is None, "the change was at step 10"
+    assert run_folder.describe_new_size(run.settings, run.settings.batch_plan, 0, start.former) is None
+
+
+def test_a_run_without_its_former_ramp_is_compared_with_that_ramp(run):
+    """A ramp of 8 and from sample 80 on of 16 samples, which ends after 15 steps."""
+    length = run.settings.model.sequence_length
+    ramp = BatchSettings(16, ramp=f"0:8 {80 * length}:16")
+    run.settings = dataclasses.replace(run.settings, batch=ramp, train_tokens=160.0 * length, train_steps=None)
+    run.record()
+
+    def described(step: int, size: int) -> str | None:
+        run.save(step, batch_plan=run.settings.batch_plan)
+        start = run.start(batch=BatchSettings(size), allow_changes=True)
+        return run_folder.describe_new_size(dataclasses.replace(run.settings, batch=BatchSettings(size)), start.plan, step, start.former)
+
+    assert "so the run has 10 steps in place of 15." in described(5, 24)
+    assert described(10, 16) is None, "the ramp would have had the same size"
+    assert described(15, 8) is None, "no step is left"
+
+
+@pytest.mark.parametrize(("step", "size"), [(9, 8), (10, 16), (11, 16)])
+def test_a_rate_that_follows_a_longer_ramp_is_noted_at_the_boundary_too(run, step, size):
+    """Before the boundary the rate of 8 samples is noted. A size that the former ramp did not have has no rate to keep."""
+    length = run.settings.model.sequence_length
+    run.settings = dataclasses.replace(run.settings, batch=BatchSettings(16, ramp=f"0:8 {80 * length}:16"))
+    run.record()
+    run.save(step, batch_plan=run.settings.batch_plan)
+    notes = run.start(batch=BatchSettings(32, ramp=f"0:8 {80 * length}:16 {500 * length}:32"), allow_changes=True).notes
+    assert (
+        [note for note in notes if note.startswith("The peak")]
+        == [note for note in notes if f"rate of a step of {size} samples" in note]
+        != []
+    )
+    notes = run.start(batch=BatchSettings(24, ramp=f"0:8 {80 * length}:24"), allow_changes=True).notes if step == 10 else ()
+    assert not any(note.startswith("The peak") for note in notes), "the former ramp had no step of 24 samples"
+
+
+def test_refused_length_of_a_seesaw_gives_a_ramp_that_keeps_its_rates(run):
+    length = run.settings.model.sequence_length
+    run.settings = dataclasses.replace(
+        run.settings,
+        batch=BatchSettings(8, ramp="seesaw:16:4", beta2_rule="tokens"),
+        schedule=ScheduleSettings(warmup_steps=2),
+        train_tokens=800.0 * length,
+        train_steps=None,
+    )
+    before = run.settings.batch_plan
+    run.record()
+    step = before.segments[-1].first_step + 1
+    run.save(step, batch_plan=before)
+    assert run.start().plan == before
+    message = run.refusal(train_tokens=1600.0 * length, allow_changes=True)
+    assert "The sizes of seesaw follow from the length of the run and from its schedule. To change these and keep sizes" in message
+    ramp, size, rate, beta2 = re.search(
+        r'--batch\.ramp "(.+)" --batch\.global_batch_size (\d+) --optimizer\.learning_rate (\S+) --optimizer\.beta2 (\S+) --allow_changes',
+        message,
+    ).groups()
+    batch = BatchSettings(int(size), ramp=ramp, beta2_rule="tokens")
+    optimizer = OptimizerSettings(learning_rate=float(rate), beta2=float(beta2))
+    after = run.start(batch=batch, optimizer=optimizer, train_tokens=1600.0 * length, allow_changes=True).plan
+    assert after.begins_with(step, before.segments) and 1600 - 16 < after.position(after.steps) <= 1600
+    for one in (8, 12, 16):
+        former = run.settings.batch.rate_factor(one) * run.settings.optimizer.learning_rate
+        assert float(rate) * batch.rate_factor(one) == pytest.approx(former, rel=1e-5)
+        assert batch.beta2(one, float(beta2)) == pytest.approx(run.settings.batch.beta2(one, run.settings.optimizer.beta2), rel=1e-5)
 
 
 def test_run_json_keeps_all_allowed_changes_with_their_times(saved):
