@@ -280,6 +280,12 @@ class BatchPlan:
         segment = next(one for one in reversed(self.segments) if one.first_position <= position)
         return segment.first_step + (position - segment.first_position) // segment.size
 
+    def steps_to_read(self, tokens: float) -> int:
+        """Return the fewest steps that read at least `tokens`, also beyond the end of the run."""
+        position = math.ceil(tokens / self.sequence_length)
+        step = self.step_of(position)
+        return step + (self.position(step) < position)
+
     def tokens(self, step: int) -> int:
         """Tokens that a step reads."""
         return self.size(step) * self.sequence_length

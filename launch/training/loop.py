@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from data.command_line import RankError, UserError
+from data.command_line import RankError, UserError, describe
 from data.files import nearest_existing
 from data.sampling.batch_plan import BatchPlan
 from data.sampling.batches import Batch
@@ -88,16 +88,21 @@ class Run:
 
 
 def train(run: Run) -> int:
-    """Train from `run.first_step` to the end of the plan. Returns the exit status: 0 done, 85 stopped and saved, 1 not saved.
+    """Train from `run.first_step` to the end of the plan, or to its pause. Returns the exit status: 0 done, 85 stopped and saved, 1 not
+    saved.
 
     Raises FloatingPointError if the gradient was not finite in too many steps in a row, or if a validation loss, or a value that a
     checkpoint would hold, is not finite.
     """
-    log, monitor, steps = run.settings.log, run.monitor, run.plan.steps
+    log, monitor, steps, pause = run.settings.log, run.monitor, run.plan.steps, run.settings.pause_step(run.plan)
     saved_step = run.first_step or None
+    if saved_step and pause <= saved_step < steps:
+        if monitor:
+            monitor.log(f"Nothing to train: step {saved_step} has read {describe(run.settings, 'pause_tokens')}. Give a larger value, or none.")
+        return SAVED_AND_UNFINISHED
     skipped_in_a_row = 0
     for step in range(run.first_step, steps):
-        done, last = step + 1, step + 1 == steps
+        done, last, pauses = step + 1, step + 1 == steps, step + 1 == pause
         report = _train_step(run, step)
         skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
         if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -105,26 +110,24 @@ def train(run: Run) -> int:
                 f"The gradient was not finite in {skipped_in_a_row} steps in a row; the last was step {done}. "
                 + checkpoint.describe_newest(run.checkpoints)
             )
-        if run.validation_batches and (last or _is_due(done, log.validation_interval)):
+        if run.validation_batches and (last or pauses or _is_due(done, log.validation_interval)):
             _validate(run, done)
         if run.sample_text and log.sample_interval and (last or _is_due(done, log.sample_interval)):
             text = run.sample_text(done)
             if monitor:
                 monitor.text("samples", text, done)
         lost_folder = None
-        if last or report.stop_asked or _is_due(done, run.settings.checkpoint.interval):
+        if last or pauses or report.stop_asked or _is_due(done, run.settings.checkpoint.interval):
             lost_folder = _check_disk(run, done)
             saved_step = done if _save(run, done) else saved_step
         if lost_folder and monitor:
             monitor.log(f"{lost_folder}; {_how_to_resume(saved_step, done)}")
         if lost_folder and not last:
             return SAVED_AND_UNFINISHED if saved_step == done else 1
-        if report.stop_asked and not last:
+        if (report.stop_asked or pauses) and not last:
             if monitor:
-                monitor.log(
-                    f"Stopped by {run.stop.signal_name or 'a signal to another rank'} after step {done}; "
-                    + _how_to_resume(saved_step, done)
-                )
+                by = describe(run.settings, "pause_tokens") if pauses else run.stop.signal_name or "a signal to another rank"
+                monitor.log(f"Stopped by {by} after step {done}; {_how_to_resume(saved_step, done)}")
             return SAVED_AND_UNFINISHED if saved_step == done else 1
     return 0 if saved_step == steps else 1
 

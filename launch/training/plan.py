@@ -52,7 +52,7 @@ def plan(
         ("batch", batches.describe(layout.data_parallel_size)),
         *_noise_rows(settings, layout),
         *_ramp_rows(settings, batches),
-        ("length", _length(batches, data)),
+        ("length", _length(settings, batches, data)),
         ("rate", _rate(settings, batches)),
         *_origin_rows(settings),
         *_decay_rows(settings),
@@ -83,9 +83,11 @@ def _work(model: ModelConfig, batches: BatchPlan, data: RunData | None) -> str:
     return f"{flops:,.0f} FLOPs per {_counted(model)}, forward and backward, {_attention(model)} counted; {total:.3g} in all"
 
 
-def _length(batches: BatchPlan, data: RunData | None) -> str:
+def _length(settings: RunSettings, batches: BatchPlan, data: RunData | None) -> str:
     text = f"{batches.steps:,} steps, {batches.tokens_before(batches.steps):,} tokens"
-    return text + (f", {_epochs(batches, data)} epochs" if data else "")
+    text += f", {_epochs(batches, data)} epochs" if data else ""
+    pause = settings.pause_step(batches)
+    return text + (f"; this start ends after step {pause:,} ({describe(settings, 'pause_tokens')})" if pause < batches.steps else "")
 
 
 def _ramp_rows(settings: RunSettings, batches: BatchPlan) -> Rows:

@@ -58,6 +58,7 @@ _HARMLESS = (
     "compile",
     "log.",
     "checkpoint.",
+    "pause_tokens",
     "resume",
     "allow_changes",
     "peak_tflops",

@@ -222,6 +222,9 @@ class RunSettings:
     train_tokens: Annotated[float, Gt(0), Lt(1e18)] | None = None
     """Length of training in tokens, rounded down to whole steps. Every position of a sample counts, padding too. In an encoder-decoder
     only the positions of the source count."""
+    pause_tokens: Annotated[float, Gt(0), Lt(1e18)] | None = None
+    """Stop before the end, after the first step that has read this many tokens: validate, save a checkpoint and end with status 85. The
+    schedule stays that of the whole run. The same command with a larger value, or without it, resumes (default: no pause)."""
     precision: Literal["bf16", "fp16", "float32"] = "bf16"
     """Type of weights and activations. With bf16 and fp16 the optimizer keeps float32 master weights."""
     seed: int = 1
@@ -289,11 +292,13 @@ class RunSettings:
         if self.batch.is_seesaw:
             plan = self._plan_of_one_size  # on whose rates the ramp depends
         if self.schedule.warmup_tokens is not None:
-            position = math.ceil(self.schedule.warmup_tokens / plan.sequence_length)
-            step = plan.step_of(position)
-            return step + (plan.position(step) < position)
+            return plan.steps_to_read(self.schedule.warmup_tokens)
         chosen = self.schedule.warmup_steps
         return min(100, plan.steps // 10) if chosen is None else chosen
+
+    def pause_step(self, plan: BatchPlan) -> int:
+        """Return the number of steps after which a run that reads the samples of `plan` stops."""
+        return plan.steps if self.pause_tokens is None else min(plan.steps_to_read(self.pause_tokens), plan.steps)
 
     def complaints(self) -> list[str]:
         """Return a message for each combination of settings that is invalid. Ranges are checked before."""

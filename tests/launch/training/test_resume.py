@@ -90,6 +90,11 @@ def curves(folder: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+def entries(folder: Path, name: str) -> list[tuple[int, float]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
 def board_curve(folder: Path) -> list[tuple[int, float]]:
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
@@ -130,6 +135,23 @@ def test_sigterm_to_one_rank_stops_and_saves_all_after_the_same_step(tiny, tmp_p
     assert checkpoint.step_of(checkpoint.published(stopped / "checkpoints")[0]) == 8  # asked during step 7, all ranks know in step 8
     run(2, [*arguments, "--output", str(stopped), "--resume"])
     assert_same_run(whole, stopped)
+
+
+def test_paused_runs_have_the_weights_of_a_run_that_never_stopped(tiny, tmp_path):
+    """The pauses are between the steps of checkpoints, in a run whose batch grows."""
+    arguments = [*tiny, "--batch.ramp", "0:4 300:8", "--log.validation_interval", "0"]
+    whole, paused = tmp_path / "whole", tmp_path / "paused"
+    run(1, [*arguments, "--output", str(whole)])
+    tokens_of_step = dict(entries(whole, "progress/tokens"))
+    for step, pause in ((3, tokens_of_step[3]), (3, tokens_of_step[2] + 1), (6, tokens_of_step[6])):
+        ((status, output),) = endings(start_ranks(1, SCRIPT, *arguments, "--output", str(paused), "--pause_tokens", str(pause)))
+        assert status == SAVED_AND_UNFINISHED and f"this start ends after step {step} (pause_tokens {pause}" in output, output
+        assert checkpoint.step_of(checkpoint.published(paused / "checkpoints")[0]) == step
+    assert [step for step, _ in entries(paused, "loss/validation")] == [3, 6]
+    run(1, [*arguments, "--output", str(paused)])
+    assert entries(paused, "loss/train") == entries(whole, "loss/train")
+    ours, theirs = (AveragedState(checkpoint.published(folder / "checkpoints")[:1]) for folder in (paused, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs.keys())
 
 
 def test_signal_during_start_up_stops_the_run_after_its_first_step(tiny, tmp_path):
