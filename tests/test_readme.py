@@ -14,6 +14,7 @@ from launch.checkpoints.settings import ConvertSettings
 from launch.compare import read_compare_settings
 from launch.compressing.settings import ExportSettings, PruneSettings, QuantizeSettings
 from launch.evaluation.settings import EvaluateSettings, GenerateSettings
+from launch.searching.settings import read_search_settings
 from launch.training.recipe import read_run_settings
 from tests.ranks import REPOSITORY
 
@@ -22,7 +23,7 @@ PAGES = {
     for path in sorted(REPOSITORY.rglob("*.md"))
     if not any(part.startswith(".") for part in path.relative_to(REPOSITORY).parts)
 }
-ROOMS = ("model", "data", "ds_configs", "launch", "launch/recipes", "launch/compressing", "launch/benchmarks")
+ROOMS = ("model", "data", "ds_configs", "launch", "launch/recipes", "launch/compressing", "launch/searching", "launch/benchmarks")
 MOST_BYTES_OF_THE_FRONT_PAGE = 12_000
 LONGEST_LINE = 300
 SCRIPTS = (".py", ".sbatch", ".sh")
@@ -72,6 +73,8 @@ def test_every_command_is_accepted_by_its_script(words):
         read_run_settings(arguments)
     elif script == "data/show.py":
         read_show_settings(arguments)
+    elif script in ("launch/search.py", "launch/slurm/search.sbatch"):
+        read_search_settings(arguments)
     elif script == "launch/compare.py":
         read_compare_settings(arguments)
     else:

@@ -22,6 +22,8 @@ from data.command_line import UserError
 from data.files import publish_file, publish_folder, sha256_of, sync_to_disk, write_file
 
 MANIFEST = "manifest.json"
+LOCK_NAME = ".lock"
+"""File in the folder of a run, next to checkpoints/, that the run locks while it trains."""
 _NAME = re.compile(r"step_(\d{8,})")
 
 

@@ -6,6 +6,11 @@ import signal
 import sys
 from typing import NoReturn
 
+SAVED_AND_UNFINISHED = 85
+"""Exit status of a run that was asked to stop: it saved a checkpoint, and the same command resumes it."""
+NOT_TO_BE_REQUEUED = 93
+"""Exit status of a run that would fail again if it were started again."""
+
 
 class StopRequest:
     """SIGINT, SIGTERM, SIGUSR1 and SIGHUP request a stop after the current step; a second SIGINT ends the process at once.

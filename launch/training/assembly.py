@@ -20,7 +20,7 @@ from launch.checkpoints.initial import InitialWeights
 from launch.evaluation.tasks.task import TextRequest
 from launch.ranks.collectives import describe_lost_ranks
 from launch.ranks.layout import describe_layout
-from launch.ranks.stopping import StopRequest
+from launch.ranks.stopping import NOT_TO_BE_REQUEUED, StopRequest
 from launch.training import run_folder
 from launch.training.data import RunData
 from launch.training.disk_watch import DiskWatch
@@ -36,9 +36,6 @@ from launch.training.plan import plan
 from launch.training.settings import RunSettings, share_the_batch
 from launch.training.setup import Ready, get_ready
 from model.transformer import layers
-
-NOT_TO_BE_REQUEUED = 93
-"""Exit status of a run that would fail again if it were started again."""
 
 
 def pretrain(settings: RunSettings, arguments: Sequence[str], stop: StopRequest) -> int:

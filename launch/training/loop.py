@@ -15,7 +15,7 @@ from data.sampling.batches import Batch
 from launch.checkpoints import checkpoint
 from launch.evaluation.score import Score, bits_per_byte, perplexity
 from launch.ranks.collectives import RanksMissing
-from launch.ranks.stopping import StopRequest
+from launch.ranks.stopping import SAVED_AND_UNFINISHED, StopRequest
 from launch.training.disk_watch import DiskWatch
 from launch.training.engine import Engine, StepReport
 from launch.training.monitor import Monitor
@@ -23,8 +23,6 @@ from launch.training.noise_scale import NoiseScale
 from launch.training.schedule import learning_rate
 from launch.training.settings import RunSettings
 
-SAVED_AND_UNFINISHED = 85
-"""Exit status of a run that was asked to stop: it saved a checkpoint, and the same command resumes it."""
 MAX_SKIPPED_IN_A_ROW = 50
 """Steps in a row whose gradient was not finite before the run stops (an fp16 loss scale needs about 16 to settle)."""
 _ADVICE_AFTER = (0.05, 0.25, 1.0)
@@ -98,7 +96,8 @@ def train(run: Run) -> int:
     saved_step = run.first_step or None
     if saved_step and pause <= saved_step < steps:
         if monitor:
-            monitor.log(f"Nothing to train: step {saved_step} has read {describe(run.settings, 'pause_tokens')}. Give a larger value, or none.")
+            given = describe(run.settings, "pause_tokens")
+            monitor.log(f"Nothing to train: the run has read {given} in {saved_step} steps. Give a larger value, or none.")
         return SAVED_AND_UNFINISHED
     skipped_in_a_row = 0
     for step in range(run.first_step, steps):

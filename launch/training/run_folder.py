@@ -70,7 +70,6 @@ _SAMPLE_ORDER = ("seed", "data.weights", "data.packing", "data.objective", "data
 
 _MODEL_PATHS = ("init", "distillation.teacher")
 """Settings that are the path of another model."""
-LOCK_NAME = ".lock"
 PROBE_PREFIX = ".preflight-"
 """Start of the names of the files that ranks write before the run begins, to check that they can."""
 _MATHEMATICAL_KEYS = (
@@ -290,7 +289,7 @@ def _segments_in(manifest: dict, settings: RunSettings) -> tuple[Segment, ...]:
 
 def _is_ours(name: str) -> bool:
     """True for the name of a file that a start may leave that ended before its first record."""
-    return name in ("run.json.tmp", LOCK_NAME) or name.startswith(PROBE_PREFIX)
+    return name in ("run.json.tmp", checkpoint.LOCK_NAME) or name.startswith(PROBE_PREFIX)
 
 
 def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
@@ -301,7 +300,7 @@ def lock(settings: RunSettings, patience_seconds: float = 0) -> BinaryIO:
     folder = Path(settings.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock_file(folder / LOCK_NAME, patience_seconds, warning="Make sure that no second run trains in it.")
+        file = lock_file(folder / checkpoint.LOCK_NAME, patience_seconds, warning="Make sure that no second run trains in it.")
     except OSError as error:
         raise UserError(f"output {folder}: {error.filename} is not writable: {error.strerror}.") from error
     if file is None:

@@ -17,7 +17,7 @@ from launch.checkpoints import checkpoint
 from launch.evaluation import evaluating
 from launch.evaluation.settings import EvaluateSettings
 from launch.ranks.launchers import free_port
-from launch.training.loop import SAVED_AND_UNFINISHED
+from launch.ranks.stopping import SAVED_AND_UNFINISHED
 from tests.ranks import REPOSITORY, clean_environment, finish, start_ranks
 from tests.words import over
 

@@ -25,7 +25,7 @@ from torch.sparse import to_sparse_semi_structured
 from torch.utils.benchmark import Timer
 
 from launch.checkpoints.opening import open_model
-from launch.training.loop import SAVED_AND_UNFINISHED
+from launch.ranks.stopping import SAVED_AND_UNFINISHED
 from model import huggingface
 from model.compression.pruning import Sparsity, sparsegpt
 from model.compression.statistics import InputStatistics, matrices

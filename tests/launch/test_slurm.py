@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from launch.checkpoints import checkpoint
+from tests.launch.searching.searches import runs, words
 from tests.launch.slurm_cluster import SLURM_SCRIPTS, Cluster, await_, cluster, job_log
 from tests.ranks import REPOSITORY
 
@@ -301,3 +302,20 @@ def test_corpus_prepared_on_three_nodes_equals_that_of_one(slurm, tmp_path):
     folders = (tmp_path / "1", tmp_path / "3")
     one, three = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in folders)
     assert len(one) > 6 and one == three
+
+
+def test_an_array_of_four_workers_searches_on_although_a_node_dies(slurm, tmp_path):
+    """14 trials of 3 seconds. The worker of the dead node is requeued, and some worker resumes its run."""
+    arguments = words(tmp_path / "search", settings=["train_steps 300"])
+    array = slurm.submit("--array=0-3", "--exclusive", "--time=5", str(SLURM_SCRIPTS / "search.sbatch"), *arguments, cwd=tmp_path)
+    workers = [f"{array}_{task}" for task in range(4)]
+    await_(lambda: len(list(tmp_path.glob("search/trials/*/seed_1/checkpoints"))) > 4, 120, "the second runs of the workers")
+    node = slurm.about(workers[1])["NodeList"]
+    death_of_node(int(node.removeprefix("n")) - 1)(Job(slurm, workers[1], tmp_path), ("n1", "n2", "n3", "n4"))
+    logs = "".join(job_log(slurm.about(worker)) for worker in workers)
+    assert [slurm.await_end(worker) for worker in workers] == ["COMPLETED"] * 4, logs
+    assert slurm.about(workers[1])["Restarts"] == "1", logs
+    found = runs(arguments)
+    assert len(found) == 14 and {run.record.state for run in found} == {"finished"}
+    for run in found:
+        assert [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 301))

@@ -17,7 +17,7 @@ import pytest
 from data.preparation.driver import prepare
 from data.preparation.settings import PrepareSettings
 from launch.checkpoints import checkpoint
-from launch.training.loop import SAVED_AND_UNFINISHED
+from launch.ranks.stopping import SAVED_AND_UNFINISHED
 from tests.launch.hosts import Host, Hosts, two_hosts
 from tests.launch.ranks.test_launchers import need
 from tests.launch.training.test_resume import curves

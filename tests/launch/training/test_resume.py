@@ -20,8 +20,8 @@ from launch.checkpoints import checkpoint
 from launch.checkpoints.opening import AveragedState
 from launch.evaluation import evaluating
 from launch.evaluation.settings import EvaluateSettings
+from launch.ranks.stopping import SAVED_AND_UNFINISHED
 from launch.training.data import open_data
-from launch.training.loop import SAVED_AND_UNFINISHED
 from launch.training.recipe import read_run_settings
 from model.transformer import Transformer
 from tests.ranks import ForkedRank, finish, start_ranks
@@ -151,7 +151,7 @@ def test_paused_runs_have_the_weights_of_a_run_that_never_stopped(tiny, tmp_path
     run(1, [*arguments, "--output", str(paused)])
     assert entries(paused, "loss/train") == entries(whole, "loss/train")
     ours, theirs = (AveragedState(checkpoint.published(folder / "checkpoints")[:1]) for folder in (paused, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs.keys())
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_signal_during_start_up_stops_the_run_after_its_first_step(tiny, tmp_path):
