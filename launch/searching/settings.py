@@ -17,8 +17,10 @@ METHODS_THAT_LEARN = ("tpe", "gp")
 
 @dataclasses.dataclass(frozen=True)
 class RungSettings:
-    """Early stopping of weak trials (ASHA, Li et al. 2018, arXiv 1810.05934). A trial stops at a rung, with a checkpoint, and resumes when
-    its score there is among the best of 1 / factor."""
+    """Early stopping of weak trials (ASHA, Li et al. 2018, arXiv 1810.05934).
+
+    A trial stops at a rung, with a checkpoint, and resumes when its score there is among the best 1 / factor.
+    """
 
     first_tokens: Annotated[float, Gt(0)] | None = None
     """Tokens at which a trial reaches the first rung. Each further rung needs factor times as many (default: no rungs)."""

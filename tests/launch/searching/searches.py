@@ -38,3 +38,12 @@ def search(arguments: Sequence[str]) -> tuple[int, str]:
 
 def runs(arguments: Sequence[str]) -> list[TrialRun]:
     return [run for trial in Search(read_search_settings(arguments)).trials for run in trial.runs]
+
+
+def tiny_settings(prepared: Path) -> list[str]:
+    """Return the settings of a real run of 40 steps, with checkpoints of steps 20 and 40."""
+    model = {"vocab_size": 800, "sequence_length": 32, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    chosen = {f"model.{name}": value for name, value in model.items()} | {"data": prepared, "optimizer.name": "adamw", "train_steps": 40}
+    chosen |= {"batch.global_batch_size": 8, "schedule.warmup_steps": 2, "log.validation_samples": 4, "checkpoint.interval": 20}
+    chosen |= {"log.validation_interval": 0, "log.sample_interval": 0, "precision": "float32"}
+    return [f"{name} {value}" for name, value in chosen.items()]

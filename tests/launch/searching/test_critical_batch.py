@@ -10,7 +10,7 @@ from data.command_line import UserError
 from launch.searching.critical_batch import critical_batch
 from launch.searching.search import Search
 from launch.searching.settings import read_search_settings
-from tests.launch.searching.searches import search
+from tests.launch.searching.searches import search, tiny_settings
 from tests.ranks import REPOSITORY, finish, start_ranks
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
@@ -58,16 +58,9 @@ def test_the_largest_batch_within_the_tolerance_is_the_critical_one():
 def parent(prepared, tmp_path_factory):
     """Folder of a run of 40 steps of 8 sequences, with checkpoints of steps 20 and 40, whose rate falls from step 2 on."""
     folder = tmp_path_factory.mktemp("parent") / "run"
-    finish(start_ranks(1, REPOSITORY / "launch" / "pretrain.py", *tiny_words(prepared), "--output", str(folder)))
+    words = [word for text in tiny_settings(prepared) for word in f"--{text}".split()]
+    finish(start_ranks(1, REPOSITORY / "launch" / "pretrain.py", *words, "--output", str(folder)))
     return folder
-
-
-def tiny_words(prepared) -> list[str]:
-    model = {"vocab_size": 800, "sequence_length": 32, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    chosen = {f"model.{name}": value for name, value in model.items()} | {"data": prepared, "optimizer.name": "adamw", "train_steps": 40}
-    chosen |= {"batch.global_batch_size": 8, "schedule.warmup_steps": 2, "log.validation_samples": 4, "checkpoint.interval": 20}
-    chosen |= {"log.validation_interval": 0, "log.sample_interval": 0, "precision": "float32"}
-    return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
 
 
 def test_branches_of_a_run_have_its_rate_times_the_root_of_the_batch(parent, tmp_path):
@@ -97,16 +90,9 @@ def metrics(folder: Path, name: str) -> dict[int, float]:
 
 def test_a_rung_with_a_decay_has_the_score_of_its_branch(prepared, tmp_path):
     """The branch reads 0.25 of the rung's tokens with a rate that falls to 0; the run itself resumes at the rung with its own rate."""
-    chosen = [*zip(*[iter(tiny_words(prepared))] * 2, strict=True), ("--schedule.kind", "constant")]
-    arguments = ["--space", "optimizer.learning_rate 1e-3 1e-2", "--method", "grid", "--rungs.first_tokens", "4096", "--rungs.factor", "2"]
-    arguments += [
-        "--rungs.decay",
-        "0.25",
-        "--settings",
-        *(f"{name.strip('-')} {value}" for name, value in chosen),
-        "--output",
-        str(tmp_path / "s"),
-    ]
+    arguments = ["--space", "optimizer.learning_rate 1e-3 1e-2", "--method", "grid", "--output", str(tmp_path / "s")]
+    arguments += ["--rungs.first_tokens", "4096", "--rungs.factor", "2", "--rungs.decay", "0.25"]
+    arguments += ["--settings", *tiny_settings(prepared), "schedule.kind constant"]
     status, printed = search(arguments)
     assert status == 0, printed
     _, best = (trial.runs[0] for trial in Search(read_search_settings(arguments)).trials)

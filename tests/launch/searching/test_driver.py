@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +13,8 @@ import pytest
 
 from launch.searching.search import Search
 from launch.searching.settings import read_search_settings
-from tests.launch.searching.searches import GRID, TOKENS_OF_A_STEP, runs, search, start, words
+from tests.launch.searching.searches import GRID, TOKENS_OF_A_STEP, runs, search, start, tiny_settings, words
+from tests.ranks import REPOSITORY
 
 
 def report(folder: Path) -> str:
@@ -120,10 +122,15 @@ def test_the_score_of_a_trial_is_the_mean_of_its_repeats(tmp_path):
         assert len(set(losses)) == 3 and one.scores(trial) == [pytest.approx(sum(losses) / 3)]
 
 
-def test_a_higher_accuracy_is_better_with_maximize(tmp_path):
-    arguments = words(tmp_path / "s", GRID[:1], objective="accuracy/validation", maximize="true")
-    status, printed = search(arguments)
-    assert status == 0 and "best: 1.0000 (trial 4: optimizer.learning_rate 0.01)" in printed, printed
+def test_another_objective_ranks_the_same_runs_anew(undisturbed, tmp_path):
+    """A name that no run writes is refused, and nothing is lost."""
+    folder = shutil.copytree(undisturbed, tmp_path / "s")
+    status, printed = search(words(folder, objective="accuracy/validation", maximize="true"))
+    assert status == 0 and "best: 1.0000 (trial 8: optimizer.learning_rate 0.01, optimizer.weight_decay 0)" in printed, printed
+    status, printed = search(words(folder, objective="loss/validatoin"))
+    assert status == 2 and 'Did you mean "loss/validation"? They write: accuracy/validation, loss/validation' in printed, printed
+    assert search(words(folder))[0] == 0
+    assert_same_search(folder, undisturbed)
 
 
 def test_diverged_and_failed_trials_are_reported_and_the_others_go_on(tmp_path):
@@ -193,11 +200,11 @@ def test_a_mistake_is_one_clear_sentence_before_anything_is_written(mistake, tmp
     assert not (tmp_path / "s").exists()
 
 
-def test_an_objective_that_no_run_writes_names_the_curves_that_there_are(tmp_path):
-    arguments = words(tmp_path / "s", objective="loss/validatoin")
-    status, printed = search(arguments)
-    assert status == 2 and 'Did you mean "loss/validation"? They write: accuracy/validation, loss/validation' in printed, printed
-    assert search(words(tmp_path / "s"))[0] == 0  # nothing was lost
+def test_an_objective_that_no_run_writes_is_refused_by_the_first_run(tmp_path):
+    """It is refused when the run validates for the first time, which here is at its end."""
+    status, printed = search(words(tmp_path / "s", objective="loss/test"))
+    assert status == 2 and "objective loss/test (command line) is not a curve of these runs." in printed, printed
+    assert len(list(tmp_path.glob("s/trials/*"))) == 1
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path):
@@ -207,3 +214,12 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path):
     assert (
         status == 2 and "is not the folder of a search" in printed and [path.name for path in (tmp_path / "s").iterdir()] == ["notes.txt"]
     )
+
+
+@pytest.mark.slow
+def test_runs_start_under_the_launcher_in_the_layout_that_is_given(prepared, tmp_path):
+    arguments = ["--space", "optimizer.learning_rate 1e-3 1e-2", "--method", "grid", "--output", str(tmp_path / "s")]
+    arguments += ["--launcher", "deepspeed --num_accelerators 2 --master_port {port}", "--settings", *tiny_settings(prepared)]
+    status, printed = search([*arguments, f"deepspeed {REPOSITORY}/ds_configs/zero2.json", "tensor_parallel_size 2"])
+    assert status == 0 and "2 of 2 trials done" in printed, printed
+    assert "2 ranks" in (tmp_path / "s" / "trials" / "0000" / "seed_1.out").read_text().replace("rank(s)", "ranks")
