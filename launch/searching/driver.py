@@ -3,13 +3,10 @@
 Everything is in the trials' folders, so a worker that is killed loses nothing, and any number of workers may run at once.
 """
 
-import ctypes
 import dataclasses
-import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,77 +20,15 @@ from launch.searching.progress import Progress
 from launch.searching.report import write_hparams, write_report
 from launch.searching.search import Search, Work
 from launch.searching.settings import SearchSettings
+from launch.searching.slots import Slot
 from launch.searching.trials import Record
 
 MAX_FAILURES = 5
 """Starts in a row that may fail without a new checkpoint before a run is given up."""
 _POLL_SECONDS = 0.2
-_WAIT_SECONDS = 2.0
-"""Time between two looks for work while only other workers have some."""
+_LOOK_SECONDS = 2.0
+"""Time between two looks into all folders: for work while there is none, and for the first validation of a run."""
 _REPORT_SECONDS = 60.0
-_PR_SET_PDEATHSIG = 1  # prctl(2)
-_LIBC = ctypes.CDLL(None)  # loaded before any fork
-
-
-class Slot:
-    """A share of this machine's cores and GPUs, and the run that uses it."""
-
-    def __init__(self, index: int, count: int):
-        cores = sorted(os.sched_getaffinity(0))
-        self._cores = cores[index::count] or [cores[index % len(cores)]]
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        self._devices = ",".join(visible[index * len(visible) // count : (index + 1) * len(visible) // count]) if count > 1 else None
-        self.work: Work | None = None
-        self._process: subprocess.Popen | None = None
-        self._started, self._step_before = 0.0, 0
-
-    def start(self, work: Work, command: Sequence[str]) -> None:
-        """Start a run. It is asked to save and stop if this process ends."""
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
-        environment |= {"CUDA_VISIBLE_DEVICES": self._devices} if self._devices else {}
-        parent = os.getpid()
-
-        def prepare() -> None:
-            """Ask the kernel to send SIGTERM if the parent ends, and use the cores of this slot."""
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it ended before the line above
-                os._exit(1)
-            os.sched_setaffinity(0, self._cores)
-
-        self._step_before, self._started = work.run.newest_step, time.monotonic()
-        with open(work.run.output, "a") as output:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                preexec_fn=prepare,
-                start_new_session=True,  # Ctrl-C reaches only this process, which then asks the runs to stop
-            )
-        self.work = work
-
-    def poll(self) -> int | None:
-        """Return the exit status of the run; None while it runs."""
-        assert self._process is not None
-        return self._process.poll()
-
-    def wait(self) -> int:
-        """Return the exit status of the run when it has ended."""
-        assert self._process is not None
-        return self._process.wait()
-
-    def stop(self) -> None:
-        """Ask the run to save and stop."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-
-    def release(self) -> tuple[Work, float, bool]:
-        """Free the slot. Return its work, the seconds that the run took, and whether it has a new checkpoint."""
-        work = self.work
-        assert work is not None
-        self.work = self._process = None
-        return work, time.monotonic() - self._started, work.run.newest_step > self._step_before
 
 
 def run_search(settings: SearchSettings) -> int:
@@ -130,20 +65,27 @@ class _Worker:
     def work(self, stop: StopRequest) -> None:
         """Start runs and record their ends until nothing is left, or until a signal."""
         print(f"{self._progress.line(0)} | {self._search.folder}", flush=True)
+        next_look = 0.0
         while not stop.signal_name:
             for slot in self._slots:
                 if slot.work and (status := slot.poll()) is not None:
                     self._finish(slot, status)
-            was_done = self._search.is_done()
-            for slot in self._slots:
-                if slot.work is None and (work := self._search.next_work()):
-                    slot.start(work, self._command(self._search.prepare(work)))
-            if all(slot.work is None for slot in self._slots):
-                if was_done:
+                    next_look = 0.0
+            if time.monotonic() >= next_look:
+                if self._start_runs():
                     return
-                time.sleep(_WAIT_SECONDS)
-            self._check_objective()
+                self._check_objective()
+                next_look = time.monotonic() + _LOOK_SECONDS
             time.sleep(_POLL_SECONDS)
+
+    def _start_runs(self) -> bool:
+        """Start a run in each free slot, as long as there is work. Return True if the search is done."""
+        free = [slot for slot in self._slots if slot.work is None]
+        was_done = len(free) == len(self._slots) and self._search.is_done()
+        for slot in free:
+            if work := self._search.next_work():
+                slot.start(work, self._command(self._search.prepare(work)))
+        return was_done and all(slot.work is None for slot in self._slots)
 
     def stop_all(self) -> None:
         """Ask all runs to save and stop, and record how they end."""

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from data.command_line import UserError
+from launch.searching.batch_report import batch_section
 from launch.searching.critical_batch import critical_batch
 from launch.searching.search import Search
 from launch.searching.settings import read_search_settings
+from launch.searching.trials import Record
 from tests.launch.searching.searches import search, tiny_settings
 from tests.ranks import REPOSITORY, finish, start_ranks
 
@@ -81,6 +83,20 @@ def test_branches_of_a_run_have_its_rate_times_the_root_of_the_batch(parent, tmp
     assert before == {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()}
     page = (tmp_path / "s" / "report.html").read_text()
     assert "too short" in page and "The critical batch" in page
+
+
+def test_the_report_proposes_a_ramp_from_the_losses_of_branches(parent, tmp_path):
+    """The losses are written by hand."""
+    arguments = ["--preset", "critical_batch", "--branch.parent", str(parent), "--branch.step", "20", "--output", str(tmp_path / "s")]
+    one = Search(read_search_settings([*arguments, "--branch.tokens", str(32 * 64 * 32)]))
+    for number, (size, loss) in enumerate({4: 3.0, 8: 3.002, 16: 3.009, 32: 3.02, 64: 3.1}.items()):
+        trial = one.trials.create(number)
+        trial.write({"batch.global_batch_size": str(size)})
+        trial.runs[0].write(Record("finished", 0, ({"loss/validation": loss},)))
+    _, _, figure, note = batch_section(one)
+    assert figure is not None
+    assert note.startswith("At 5,120 tokens the critical batch is 16 sequences (512 tokens): the largest whose loss is at most 0.01 above")
+    assert '--batch.ramp "0:8 5120:16" --batch.global_batch_size 16.' in note
 
 
 def metrics(folder: Path, name: str) -> dict[int, float]:
