@@ -26,7 +26,7 @@ from launch.searching.trials import Record
 MAX_FAILURES = 5
 """Starts in a row that may fail without a new checkpoint before a run is given up."""
 _POLL_SECONDS = 0.2
-_LOOK_SECONDS = 2.0
+_LOOK_SECONDS = 1.0
 """Time between two looks into all folders: for work while there is none, and for the first validation of a run."""
 _REPORT_SECONDS = 60.0
 

@@ -14,7 +14,6 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from scipy.stats import qmc
 
 from launch.searching.space import Dimension, Values
 
@@ -49,6 +48,8 @@ def _random_shares(count: int, seed: int, number: int) -> np.ndarray:
 
 def _sobol_shares(count: int, seed: int, number: int) -> np.ndarray:
     """Return point `number` of a scrambled Sobol sequence (Owen 1998)."""
+    from scipy.stats import qmc  # its import takes as long as all others of a worker together
+
     points = qmc.Sobol(count, rng=np.random.default_rng(seed % 2**64))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a number of points that is not a power of 2
