@@ -1,7 +1,7 @@
-"""Seconds of an optimizer step by part, from the work of a rank and the speeds of its device and network.
+"""Seconds of an optimizer step by part: the work of a rank, over the speeds of its device and network.
 
-The form is that of published step-time models: a micro-batch takes its computation over the speed of the device and its exchange over the
-speed of the links; a step takes m + p - 1 micro-batches in a pipeline of p stages, and the exchange of its gradients.
+A micro-batch takes its computation over the speed of the device and its exchange over the speed of the links. A step takes m + p - 1
+micro-batches in a pipeline of p stages (Narayanan et al. 2021, arXiv 2104.04473, section 2.2), and the exchange of its gradients.
 """
 
 import dataclasses
@@ -16,6 +16,26 @@ from model.config import ModelConfig, flops_per_token
 
 TOKENS_OF_FIT = 2048
 """Tokens of a sequence in the runs that devices.SMALL_BATCH was fitted to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The work of one rank: of a micro-batch, forward and backward pass, and of the end of a step."""
+
+    products: float
+    """FLOPs of matrix products, with those of recomputation."""
+    attention: float
+    """FLOPs of attention's two products over all keys, with those of recomputation."""
+    kept: float
+    """Bytes that the blocks keep, and keep again when they are recomputed."""
+    exchanged: float
+    """Bytes that tensor and sequence parallelism send."""
+    gathered: float
+    """Bytes of weights and gradients that ZeRO-3 sends."""
+    gradients: float
+    """Bytes that the data ranks send at the end of a step: gradients in float32, and new weights."""
+    factor: float
+    """Factor of the computation's time, for odd heads and for small micro-batches of tensor parallelism."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,91 +75,75 @@ class Cluster:
         beside = max(1, self.gpus_per_node // stride)
         return min(self.device.link_bandwidth, self.network.bandwidth * beside) * devices.NETWORK_SHARE
 
+    def gather_bandwidth(self, ranks: int) -> float:
+        """Return bytes a second at which ZeRO-3 gathers, as fitted; less in proportion if the network is slower than the fit's."""
+        if ranks <= self.gpus_per_node:
+            return self.device.speeds.gather_bytes
+        of_a_node = self.network.bandwidth * self.gpus_per_node
+        return self.device.speeds.gather_bytes * min(1.0, of_a_node / (8 * devices.GATHER_NETWORK))
+
 
 def has_odd_heads(model: ModelConfig) -> bool:
     """True if the head size is not a multiple of 8, for which tensor cores need padding or other kernels."""
     return model.head_size % 8 != 0
 
 
-def micro_batch_seconds(
-    model: ModelConfig, sequences: int, recompute: bool, layout: Layout, device: Device, precision: str = "bf16"
-) -> float:
-    """Return the seconds of a rank's forward and backward pass of a micro-batch, without exchange.
+def work_of(
+    model: ModelConfig, sequences: int, recompute: bool, layout: Layout, zero_stage: int, precision: str = "bf16", split_head: bool = False
+) -> Work:
+    """Return the work of a rank for micro-batches of `sequences` sequences, as a mean over the pipeline stages.
 
-    Products, attention and the movement of the bytes that blocks keep have a speed each. Recomputation adds a third.
+    `split_head`: tensor parallelism divides the head too, which ours does not. With recomputation blocks run forward twice.
     """
-    tokens = sequences * model.sequence_length
-    ranks = layout.pipeline_stages * layout.tensor_parallel_size * layout.sequence_parallel_size
-    again = 4 / 3 if recompute else 1.0
+    tokens, stages, tensor = sequences * model.sequence_length, layout.pipeline_stages, layout.tensor_parallel_size
+    own, again = tokens / layout.sequence_parallel_size, 4 / 3 if recompute else 1.0
     head = 6.0 * model.vocab_size * model.hidden_size * model.token_head
-    products = flops_per_token(model, 1, causal=True) - head  # a sequence of one token has no attention to speak of
+    products = flops_per_token(model, 1) - head  # a sequence of one token has no attention to speak of
     attention = flops_per_token(model, causal=False) - products - head
     kept = stack_bytes(model, sequences, model.sequence_length, "cuda", precision, False, 1)
-    peak, speeds = device.tflops * 1e12, device.speeds
-    seconds = tokens * (products * again + head) / (peak * speeds.products) + tokens * attention * again / (peak * speeds.attention)
-    seconds = (seconds + kept * again * speeds.passes / device.memory_bandwidth) / ranks
-    own = sequences * model.sequence_length / TOKENS_OF_FIT / layout.sequence_parallel_size
-    split = layout.tensor_parallel_size > 1
-    odd = devices.ODD_HEAD_FACTOR if has_odd_heads(model) else 1.0
-    return seconds * odd * (1 + devices.SMALL_BATCH / own if split else 1.0)
+    small = 1 + devices.SMALL_BATCH * TOKENS_OF_FIT / own if tensor > 1 or stages > 1 else 1.0
+    whole = parameters_per_rank(model, layout)
+    return Work(
+        products=own * (products * again / tensor + head / (tensor if split_head else 1)) / stages,
+        attention=own * attention * again / tensor / stages,
+        kept=kept * again / tensor / stages / layout.sequence_parallel_size,
+        exchanged=_exchanged(model, own, recompute, layout, DTYPES[precision].itemsize),
+        gathered=3 * _others(layout.zero_size) * whole * DTYPES[precision].itemsize if zero_stage == 3 else 0.0,
+        gradients=(4 + 2) * _others(layout.zero_size) * whole if zero_stage < 3 else 0.0,
+        factor=small * (devices.ODD_HEAD_FACTOR if has_odd_heads(model) else 1.0),
+    )
 
 
-def exchange_seconds(
-    model: ModelConfig, sequences: int, recompute: bool, layout: Layout, cluster: Cluster, zero_stage: int, precision: str
-) -> float:
-    """Return the seconds of exchange in a micro-batch.
+def _exchanged(model: ModelConfig, tokens: float, recompute: bool, layout: Layout, size: int) -> float:
+    """Return the bytes that a rank sends inside a micro-batch of `tokens` tokens of its own.
 
     Tensor parallelism sums the hidden states twice in a block's forward and twice in its backward pass, and twice more if the block is
-    computed again (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Sequence parallelism exchanges queries, keys, values and the result
-    in each (Jacobs et al. 2023, arXiv 2309.14509, section 3.2). ZeRO-3 gathers the weights twice and reduces the gradients once.
+    computed again (Shoeybi et al. 2019, arXiv 1909.08053, section 3); a sum sends everything twice. Sequence parallelism exchanges
+    queries, keys, values and the result in each pass (Jacobs et al. 2023, arXiv 2309.14509, section 3.2).
     """
-    size, tensor, sequence = DTYPES[precision].itemsize, layout.tensor_parallel_size, layout.sequence_parallel_size
-    blocks = model.total_blocks / layout.pipeline_stages
-    hidden = sequences * model.sequence_length / sequence * model.hidden_size * size
-    passes = 3 if recompute else 2
-    seconds = 0.0
-    if tensor > 1:
-        seconds += 2 * passes * 2 * (tensor - 1) / tensor * hidden * blocks / cluster.group_bandwidth(tensor)
-    if sequence > 1:
-        keys = 2 * model.num_key_value_heads / model.num_attention_heads
-        seconds += passes * (2 + keys) * (sequence - 1) / sequence * hidden * blocks / cluster.group_bandwidth(sequence, tensor)
-    if zero_stage == 3 and layout.zero_size > 1:
-        whole = parameters_per_rank(model, layout) * size
-        speed = cluster.device.speeds.gather_bytes
-        if layout.world_size > cluster.gpus_per_node:
-            speed *= min(1.0, cluster.network.bandwidth * min(cluster.gpus_per_node, 8) / 8 / devices.GATHER_NETWORK)
-        seconds += 3 * (layout.zero_size - 1) / layout.zero_size * whole / speed
-    return seconds
+    tensor, sequence, passes = layout.tensor_parallel_size, layout.sequence_parallel_size, 3 if recompute else 2
+    hidden = tokens * model.hidden_size * size * model.total_blocks / layout.pipeline_stages
+    keys = 2 * model.num_key_value_heads / model.num_attention_heads
+    return hidden * passes * (2 * 2 * _others(tensor) + (2 + keys) / tensor * _others(sequence))
 
 
-def gradient_seconds(model: ModelConfig, layout: Layout, cluster: Cluster, zero_stage: int) -> float:
-    """Return the seconds in which the data ranks sum their float32 gradients and share the new weights, at the end of a step."""
-    ranks = layout.zero_size
-    if ranks == 1 or zero_stage == 3:
-        return 0.0
-    moved = (4 + 2) * (ranks - 1) / ranks * parameters_per_rank(model, layout)
-    return moved / cluster.group_bandwidth(ranks, layout.tensor_parallel_size)
+def _others(size: int) -> float:
+    """Return the share of something divided among `size` ranks that the other ranks have."""
+    return (size - 1) / size
 
 
-def step_seconds(
-    model: ModelConfig,
-    sequences: int,
-    micro_batches: int,
-    recompute: bool,
-    layout: Layout,
-    cluster: Cluster,
-    zero_stage: int,
-    precision: str = "bf16",
-) -> StepTime:
-    """Return the time of a step of `micro_batches` micro-batches of `sequences` sequences on each data rank."""
-    compute = micro_batch_seconds(model, sequences, recompute, layout, cluster.device, precision)
-    exchange = exchange_seconds(model, sequences, recompute, layout, cluster, zero_stage, precision)
-    stages = layout.pipeline_stages
+def step_time(work: Work, micro_batches: int, layout: Layout, cluster: Cluster) -> StepTime:
+    """Return the time of a step of `micro_batches` micro-batches on each data rank."""
+    device, speeds = cluster.device, cluster.device.speeds
+    peak, tensor, sequence = device.tflops * 1e12, layout.tensor_parallel_size, layout.sequence_parallel_size
+    compute = work.products / (peak * speeds.products) + work.attention / (peak * speeds.attention)
+    compute = work.factor * (compute + work.kept * devices.PASSES / device.memory_bandwidth)
+    exchange = work.exchanged / cluster.group_bandwidth(tensor * sequence) + work.gathered / cluster.gather_bandwidth(layout.world_size)
     return StepTime(
         compute=micro_batches * compute,
         exchange=micro_batches * exchange,
-        bubble=(stages - 1) * (compute + exchange),
-        gradients=gradient_seconds(model, layout, cluster, zero_stage),
+        bubble=(layout.pipeline_stages - 1) * (compute + exchange),
+        gradients=work.gradients / cluster.group_bandwidth(layout.zero_size, tensor),
     )
 
 
