@@ -38,7 +38,7 @@ def plan(
     `batches` determines which samples each step reads, also those before a resume.
     """
     rows = [
-        ("model", _model(settings.model)),
+        ("model", describe_model(settings.model)),
         *([("init", str(initial) + ("; zero weights stay 0" if settings.hold_zeros else ""))] if initial else []),
         *([("teacher", str(teacher))] if teacher else []),
         *(_beginning_rows(data, initial, teacher) if data else []),
@@ -68,7 +68,8 @@ def plan(
     return "\n".join(f"{name:>8}: {text}" for name, text in rows)
 
 
-def _model(model: ModelConfig) -> str:
+def describe_model(model: ModelConfig) -> str:
+    """Return the size and shape of a model in one line."""
     return (
         f"{count_parameters(model):,} parameters: {_stacks(model)}, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads ({model.num_key_value_heads} key/value), {model.activation} {model.intermediate_size}, "

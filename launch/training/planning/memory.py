@@ -13,9 +13,9 @@ from model.config import ModelConfig, Part, count_parameters
 
 DeviceType = Literal["cpu", "cuda"]
 
-ALLOCATOR_FACTOR = 1.04
+ALLOCATOR_FACTOR = 1.02
 """Memory that the allocator reserves for each byte in use. Fitted by launch/benchmarks/planner.py on BLOOM's runs, 2026-12-01."""
-BASE_BYTES = 5.9e9
+BASE_BYTES = 7.2e9
 """Memory of a process on a GPU beside its tensors: CUDA's context, NCCL's buffers, workspaces. Fitted in the same way."""
 CPU_BASE_BYTES = 0.5e9
 """Memory of a process on a CPU beside its tensors: Python with torch and DeepSpeed, measured on the demo."""

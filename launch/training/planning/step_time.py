@@ -32,6 +32,8 @@ class Work:
     """Bytes that tensor and sequence parallelism send."""
     gathered: float
     """Bytes of weights and gradients that ZeRO-3 sends."""
+    reduced: float
+    """Bytes of float32 gradients that the data ranks send in each micro-batch under ZeRO-2, which keeps only its own part of the sum."""
     gradients: float
     """Bytes that the data ranks send at the end of a step: gradients in float32, and new weights."""
     factor: float
@@ -45,7 +47,7 @@ class StepTime:
     compute: float
     """Forward and backward passes of all micro-batches of a rank."""
     exchange: float
-    """Exchange inside micro-batches: tensor and sequence parallelism, and the weights and gradients of ZeRO-3."""
+    """Exchange inside micro-batches: tensor and sequence parallelism, gradients under ZeRO-2, weights and gradients under ZeRO-3."""
     bubble: float
     """Waiting of a pipeline stage."""
     gradients: float
@@ -109,7 +111,8 @@ def work_of(
         kept=kept * again / tensor / stages / layout.sequence_parallel_size,
         exchanged=_exchanged(model, own, recompute, layout, DTYPES[precision].itemsize),
         gathered=3 * _others(layout.zero_size) * whole * DTYPES[precision].itemsize if zero_stage == 3 else 0.0,
-        gradients=(4 + 2) * _others(layout.zero_size) * whole if zero_stage < 3 else 0.0,
+        reduced=4 * _others(layout.zero_size) * whole if zero_stage == 2 else 0.0,
+        gradients={0: 6, 1: 6, 2: 2, 3: 0}[zero_stage] * _others(layout.zero_size) * whole,
         factor=small * (devices.ODD_HEAD_FACTOR if has_odd_heads(model) else 1.0),
     )
 
@@ -138,12 +141,14 @@ def step_time(work: Work, micro_batches: int, layout: Layout, cluster: Cluster) 
     peak, tensor, sequence = device.tflops * 1e12, layout.tensor_parallel_size, layout.sequence_parallel_size
     compute = work.products / (peak * speeds.products) + work.attention / (peak * speeds.attention)
     compute = work.factor * (compute + work.kept * devices.PASSES / device.memory_bandwidth)
-    exchange = work.exchanged / cluster.group_bandwidth(tensor * sequence) + work.gathered / cluster.gather_bandwidth(layout.world_size)
+    data = cluster.group_bandwidth(layout.zero_size, tensor)
+    exchange = work.exchanged / cluster.group_bandwidth(tensor * sequence) + work.reduced / data
+    exchange += work.gathered / cluster.gather_bandwidth(layout.world_size)
     return StepTime(
         compute=micro_batches * compute,
         exchange=micro_batches * exchange,
         bubble=(layout.pipeline_stages - 1) * (compute + exchange),
-        gradients=work.gradients / cluster.group_bandwidth(layout.zero_size, tensor),
+        gradients=work.gradients / data,
     )
 
 
