@@ -149,7 +149,9 @@ def _nanotron(run: PublishedRun) -> float:
     model, layout = run.model, run.layout
     tensor, stages, tokens = layout.tensor_parallel_size, layout.pipeline_stages, run.model.sequence_length
     states = 18 if run.zero_stage == 0 else 6 + 12 / layout.data_parallel_size
-    kept = micro_batches_in_flight(run.accumulation, stages) * model.num_layers / stages * block_bytes(model, run.micro_batch, tokens) / tensor
+    kept = (
+        micro_batches_in_flight(run.accumulation, stages) * model.num_layers / stages * block_bytes(model, run.micro_batch, tokens) / tensor
+    )
     logits = 8 * run.micro_batch * tokens * model.vocab_size / tensor if stages == 1 else 0.0
     return (states * _of_first_stage(run) + kept + logits) / GIB
 

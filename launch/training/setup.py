@@ -26,6 +26,8 @@ from launch.training import deepspeed_config, preflight, run_folder
 from launch.training.communication import initialize_communication
 from launch.training.data import RunData, open_data, prepare_embedded_corpus, refuse_too_many_epochs, wait_for, will_be_prepared
 from launch.training.deepspeed_json import read_deepspeed_json
+from launch.training.planning.memory import DeviceType
+from launch.training.planning.micro_batch import device_bytes, largest_micro_batch, refuse_what_cannot_fit
 from launch.training.settings import RunSettings, share_the_batch
 from launch.training.teacher import Teacher
 from model.transformer import Block, Transformer
@@ -41,8 +43,8 @@ class Ready:
     settings: RunSettings
     """Settings of the run, with the micro-batch size and stages that follow from the number of ranks."""
     process: Process
-    device: str
-    """Type of the device, "cuda" or "cpu"."""
+    device: DeviceType
+    """Type of the device."""
     layout: Layout
     merged_json: dict
     """DeepSpeed's JSON with every "auto" filled in."""
@@ -67,15 +69,19 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     settings = run_folder.find_paths(settings)
     process = processes.find_process()
     processes.share_cores(process)
-    device = processes.device_name()
+    device: DeviceType = "cuda" if processes.device_name() == "cuda" else "cpu"
     if device == "cpu":
         processes.keep_freed_memory()
     written = read_deepspeed_json(settings.deepspeed)
     layout = deepspeed_config.layout_of(written, settings, process.world_size)
     batches, first_step = run_folder.find_plan(settings)
-    settings = share_the_batch(settings, layout, batches, first_step)
+    memory_bytes = device_bytes(device, process.local_world_size)
+    most = None if settings.batch.micro_batch_size else largest_micro_batch(settings, written, layout, device, memory_bytes)
+    settings = share_the_batch(settings, layout, batches, first_step, most)
     smallest = min(batches.sizes_from(first_step))
     merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size, smallest)
+    if not settings.dry_run:
+        refuse_what_cannot_fit(settings, merged, layout, device, memory_bytes)
     if settings.dry_run:
         data, start = (None, None) if will_be_prepared(settings) else _open_data_and_folder(settings, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)

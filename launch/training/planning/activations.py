@@ -50,9 +50,7 @@ def block_input_bytes(model: ModelConfig, sequences: int, tokens: int, precision
 
 
 @functools.lru_cache(maxsize=4096)
-def _counted(
-    model: ModelConfig, sequences: int, tokens: int, device: str, precision: str, tensor_parallel_size: int, part: Part
-) -> int:
+def _counted(model: ModelConfig, sequences: int, tokens: int, device: str, precision: str, tensor_parallel_size: int, part: Part) -> int:
     """Return the bytes of the distinct storages that autograd keeps in one forward pass of a block."""
     split = _share(dataclasses.replace(model, sequence_length=max(tokens, model.sequence_length)), tensor_parallel_size)
     dtype = DTYPES[precision]

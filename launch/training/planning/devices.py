@@ -71,9 +71,7 @@ _A100_80_SPEEDS = Speeds(0.93, 0.53, 176e9, _FITTED.format("A100 80GB"))
 _BORROWED = dataclasses.replace(_H100_SPEEDS, source="not fitted: the shares of the H100")
 
 DEVICES: Mapping[str, Device] = {
-    "h100": Device(
-        DATA_SHEET_TFLOPS["H100"], 80e9, 3.35e12, 450e9, 700, "infiniband-400", _H100_SPEEDS, "NVIDIA H100 data sheet, SXM5"
-    ),
+    "h100": Device(DATA_SHEET_TFLOPS["H100"], 80e9, 3.35e12, 450e9, 700, "infiniband-400", _H100_SPEEDS, "NVIDIA H100 data sheet, SXM5"),
     "h200": Device(DATA_SHEET_TFLOPS["H200"], 141e9, 4.8e12, 450e9, 700, "infiniband-400", _BORROWED, "NVIDIA H200 data sheet, SXM"),
     "a100-40gb": Device(
         DATA_SHEET_TFLOPS["A100"], 40e9, 1.555e12, 300e9, 400, "infiniband-200", _A100_40_SPEEDS, "NVIDIA A100 data sheet, SXM4 40GB"

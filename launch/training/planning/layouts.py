@@ -15,6 +15,8 @@ from launch.training.planning.step_time import Cluster, StepTime, step_time, uti
 
 LARGEST_MICRO_BATCH_TOKENS = 1 << 17
 """Tokens of the largest micro-batch that is tried, unless a sequence has more: beyond it no device gets faster."""
+SAME_TIME = 1.01
+"""Factor of the least time up to which the largest micro-batch is taken: larger products are rarely slower."""
 _JSON = {"zero1": "zero1.json", "zero2": "zero2.json", "zero3": "zero3.json", "pipeline": "pipeline_zero1.json"}
 _CHOICES = ("deepspeed", "pipeline_stages", "tensor_parallel_size", "sequence_parallel_size", "recompute", "batch.micro_batch_size")
 """Settings that are chosen here unless the user gives them."""
@@ -66,10 +68,15 @@ def candidates(settings: PlanSettings, cluster: Cluster) -> tuple[list[Candidate
             sized = [_candidate(settings, json_name, layout, merged, stage, cluster, recompute, size) for size in _sizes(settings, layout)]
             fitting = [one for one in sized if one.memory.total <= cluster.device.memory_bytes]
             if fitting:
-                found.append(min(fitting, key=lambda one: one.time.total))
+                fastest = min(one.time.total for one in fitting)
+                found.append(max((one for one in fitting if one.time.total <= SAME_TIME * fastest), key=_micro_batch_size))
             elif sized:
                 found.append(min(sized, key=lambda one: one.memory.total))
     return sorted(found, key=lambda one: (one.time.total, one.memory.total)), list(reasons)
+
+
+def _micro_batch_size(one: Candidate) -> int:
+    return one.settings.batch.micro_batch_size or 0
 
 
 def _candidate(
@@ -85,10 +92,10 @@ def _candidate(
 
 
 def _layouts(settings: PlanSettings, gpus_per_node: int) -> Iterator[tuple[str, Layout]]:
-    """Yield each JSON file with each grid of the devices; pipelines only with the JSON that is made for them."""
+    """Yield each JSON file with each grid of the devices; pipelines only with the JSON that is made for them, and with equal stages."""
     powers = [1 << n for n in range(settings.gpus.bit_length()) if settings.gpus % (1 << n) == 0]
     inside = [size for size in powers if size <= gpus_per_node]
-    stages = _values(settings, "pipeline_stages", [size for size in powers if size <= settings.model.total_blocks])
+    stages = _values(settings, "pipeline_stages", [size for size in powers if settings.model.total_blocks % size == 0])
     tensor, sequence = (_values(settings, f"{name}_parallel_size", inside) for name in ("tensor", "sequence"))
     for pipeline, size, parts in itertools.product(stages, tensor, sequence):
         if settings.gpus % (pipeline * size * parts) == 0:

@@ -29,7 +29,7 @@ _BUCKET = 500_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank: that of the fullest pipeline stage, or its mean where only the mean is known."""
+    """Bytes of one rank. In a pipeline the model states are a mean over the stages, and activations those of the first."""
 
     parts: Mapping[str, float]
     """Bytes by part: weights, gradients, optimizer, and so on."""
@@ -108,6 +108,8 @@ def run_memory(settings: RunSettings, merged_json: dict, layout: Layout, device:
     pipeline = merged_json.get("pipeline", {}) if layout.pipeline_stages > 1 else {}
     schedule = pipeline.get("schedule", "1f1b")
     parameters = parameters_per_rank(model, layout, schedule)
+    if layout.pipeline_stages > 1:  # stages are cut by their parameters, but an embedding is in one piece
+        parameters = max(parameters, model.vocab_size * model.hidden_size)
     stage = int(zero.get("stage", 0))
     state_bytes = optimizer_for(settings.optimizer).state_bytes
     parts = model_state_bytes(parameters, stage, layout.zero_size, precision, state_bytes)
@@ -117,8 +119,9 @@ def run_memory(settings: RunSettings, merged_json: dict, layout: Layout, device:
     if teacher:
         parts["teacher"] = count_parameters(teacher) * DTYPES[precision].itemsize
     sequences, tokens = settings.batch.micro_batch_size or 1, model.sequence_length
-    in_flight = micro_batches_in_flight(settings.batch.global_batch_size // sequences // layout.data_parallel_size, layout.pipeline_stages, schedule)
-    parts["activations"] = activation_bytes(model, sequences, tokens, device, precision, settings.recompute, layout, max(1, in_flight))
+    micro_batches = max(1, settings.batch.global_batch_size // (sequences * layout.data_parallel_size))
+    in_flight = micro_batches_in_flight(micro_batches, layout.pipeline_stages, schedule)
+    parts["activations"] = activation_bytes(model, sequences, tokens, device, precision, settings.recompute, layout, in_flight)
     parts["logits"] = logit_bytes(model, sequences, tokens // layout.sequence_parallel_size, device, precision)
     parts["buffers"] = buffer_bytes(model, zero, parameters, precision, layout)
     elsewhere = {"optimizer"} if _device_of(zero, "offload_optimizer") not in ("none", device) else set()

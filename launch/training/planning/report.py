@@ -98,7 +98,9 @@ def _rows_of_run(settings: PlanSettings, cluster: Cluster, best: Candidate) -> R
         ("checkpoint", _checkpoint(settings, nodes, best.time.total)),
     ]
     if has_odd_heads(model):
-        text = f"model.head_size {model.head_size} is not a multiple of 8: published runs with such heads took {ODD_HEAD_FACTOR} times as long"
+        text = (
+            f"model.head_size {model.head_size} is not a multiple of 8: published runs with such heads took {ODD_HEAD_FACTOR} times as long"
+        )
         rows.append(("warning", f"{text}. Choose model.num_attention_heads so that the head size is a multiple of 64"))
     return rows
 
@@ -117,7 +119,9 @@ def _checkpoint(settings: PlanSettings, nodes: int, step_seconds: float) -> str:
     size = optimizer_for(settings.optimizer).checkpoint_bytes * count_parameters(settings.model)
     seconds = size / (nodes * settings.disk_speed * 1e9)
     every = checkpoint_interval(seconds, settings.gpus)
-    return f"{_gb(size)}, {seconds:,.0f} s to write at {settings.disk_speed:g} GB/s a node; one every {_duration(every)} ({every / step_seconds:,.0f} steps of layout 1) loses the least time"
+    steps = f"{every / step_seconds:,.0f} steps of layout 1"
+    written = f"{_gb(size)}, {seconds:,.0f} s to write at {settings.disk_speed:g} GB/s a node"
+    return f"{written}; one every {_duration(every)} ({steps}) loses the least time to failures"
 
 
 def _describe(one: Candidate) -> str:

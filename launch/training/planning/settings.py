@@ -52,7 +52,8 @@ class PlanSettings(RunSettings):
         elif self.gpus % per_node:
             below = self.gpus // per_node * per_node
             complaints.append(
-                f"{describe(self, 'gpus')} does not fill nodes of {per_node}. Nearest: --gpus {below} or {below + per_node}; or give --nodes."
+                f"{describe(self, 'gpus')} does not fill nodes of {per_node}. "
+                f"Nearest: --gpus {below} or {below + per_node}; or give --nodes."
             )
         return complaints
 

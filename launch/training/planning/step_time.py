@@ -67,15 +67,19 @@ class Cluster:
     network: Network
     gpus_per_node: int
 
-    def group_bandwidth(self, size: int, stride: int = 1) -> float:
-        """Return bytes a second of each rank of a group of `size` ranks, each `stride` ranks from the next.
+    def exchange_bandwidth(self, size: int) -> float:
+        """Return bytes a second of each rank of a tensor-parallel or sequence-parallel group of `size` ranks side by side."""
+        inside = self.device.link_bandwidth * devices.LINK_SHARE
+        return inside if size <= self.gpus_per_node else min(inside, self.network.bandwidth * devices.NETWORK_SHARE)
+
+    def data_bandwidth(self, size: int, stride: int) -> float:
+        """Return bytes a second at which each of `size` data ranks, `stride` ranks from one another, sums its gradients.
 
         Inside a node it is the link's. Between nodes the ranks of a group that share a node send through all their adapters.
         """
-        if size * stride <= self.gpus_per_node:
-            return self.device.link_bandwidth * devices.LINK_SHARE
-        beside = max(1, self.gpus_per_node // stride)
-        return min(self.device.link_bandwidth, self.network.bandwidth * beside) * devices.NETWORK_SHARE
+        between = self.network.bandwidth * max(1, self.gpus_per_node // stride)
+        is_inside = size * stride <= self.gpus_per_node
+        return devices.NETWORK_SHARE * (self.device.link_bandwidth if is_inside else min(self.device.link_bandwidth, between))
 
     def gather_bandwidth(self, ranks: int) -> float:
         """Return bytes a second at which ZeRO-3 gathers, as fitted; less in proportion if the network is slower than the fit's."""
@@ -141,8 +145,8 @@ def step_time(work: Work, micro_batches: int, layout: Layout, cluster: Cluster) 
     peak, tensor, sequence = device.tflops * 1e12, layout.tensor_parallel_size, layout.sequence_parallel_size
     compute = work.products / (peak * speeds.products) + work.attention / (peak * speeds.attention)
     compute = work.factor * (compute + work.kept * devices.PASSES / device.memory_bandwidth)
-    data = cluster.group_bandwidth(layout.zero_size, tensor)
-    exchange = work.exchanged / cluster.group_bandwidth(tensor * sequence) + work.reduced / data
+    data = cluster.data_bandwidth(layout.zero_size, tensor)
+    exchange = work.exchanged / cluster.exchange_bandwidth(tensor * sequence) + work.reduced / data
     exchange += work.gathered / cluster.gather_bandwidth(layout.world_size)
     return StepTime(
         compute=micro_batches * compute,
