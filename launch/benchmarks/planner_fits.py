@@ -91,8 +91,9 @@ def sample(number: int, share: float, seed: int) -> np.ndarray:
     return np.isin(np.arange(number), chosen)
 
 
-def bloom_time(seed: int) -> Check:
-    """Check BLOOM's seconds of a step, fitted on a random quarter: share of the peak, exchange and sum of gradients in bytes a second."""
+def bloom_time(seed: int, share: float = 0.25) -> Check:
+    """Check BLOOM's seconds of a step, fitted on a random `share` of its rows: the share of the peak, and the speeds of both
+    exchanges."""
     runs = [run for run in read_runs("bloom") if run.seconds]
     features = []
     for run in runs:
@@ -101,18 +102,18 @@ def bloom_time(seed: int) -> Check:
         # Its gradients are fp16 and are summed whole: 4 bytes sent for each, where our gradients in float32 and new weights are 6.
         features.append([times * flops / (DEVICES[run.device].tflops * 1e12), times * work.exchanged / 1e9, work.gradients * 4 / 6 / 1e9])
     published = np.array([run.seconds for run in runs], dtype=float)
-    return _check("BLOOM, seconds a step", runs, np.array(features), published, sample(len(runs), 0.25, seed), _speeds_of_bloom)
+    return _check("BLOOM, seconds a step", runs, np.array(features), published, sample(len(runs), share, seed), _speeds_of_bloom)
 
 
 def _speeds_of_bloom(factors: np.ndarray) -> dict[str, float]:
     return dict(zip(("share of the peak", "exchange, GB/s", "gradients, GB/s"), _inverses(factors), strict=True))
 
 
-def bloom_memory(seed: int) -> Check:
-    """Check BLOOM's memory, fitted on a random quarter of the rows that no note doubts: a factor, and a base in GB."""
+def bloom_memory(seed: int, share: float = 0.25) -> Check:
+    """Check BLOOM's memory, fitted on a random `share` of the rows that no note doubts: a factor, and a base in GB."""
     runs, features, published = _memory_rows("bloom")
     doubted = np.array([run.is_doubted for run in runs])
-    seen = sample(len(runs), 0.25, seed) & ~doubted
+    seen = sample(len(runs), share, seed) & ~doubted
     return _check("BLOOM, memory", runs, features, published, seen, _factor_and_base)
 
 
@@ -136,8 +137,8 @@ def _factor_and_base(factors: np.ndarray) -> dict[str, float]:
     return {"factor": float(factors[0]), "base": float(factors[1])}
 
 
-def foundry(seed: int) -> list[Check]:
-    """Check llm-foundry's MFU for each device, fitted on a random quarter of its rows: three speeds.
+def foundry(seed: int, share: float = 0.25) -> list[Check]:
+    """Check llm-foundry's MFU for each device, fitted on a random `share` of its rows: three speeds.
 
     The seven runs in FP8 take the speeds of the H100 in bf16, but for products, whose speed is fitted on half of them.
     """
@@ -148,7 +149,7 @@ def foundry(seed: int) -> list[Check]:
         own = [run for run in runs if run.name == name]
         features, moved = np.array([_foundry_features(run) for run in own]), np.array([_seconds_of_moving(run) for run in own])
         published = np.array([run.micro_batch * run.model.sequence_length / (run.tokens_per_second or 1) for run in own])
-        seen = sample(len(own), 0.5 if name == "h100 fp8" else 0.25, seed)
+        seen = sample(len(own), max(0.5, share) if name == "h100 fp8" else share, seed)
         if name == "h100 fp8":
             known = moved + features[:, 1:] @ speeds[1:]
             speeds = np.array([*fit(features[seen, :1], published[seen], known[seen]), *speeds[1:]])
