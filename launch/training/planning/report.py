@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from data.command_line import DEFAULT, UserError, as_text, describe, origin_of, replace
 from launch.training.advice import Band, Facts, Rows, batch_band
-from launch.training.data import open_data
+from launch.training.data import RunData, open_data
+from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.estimates import parameters_in_blocks
 from launch.training.optimizers import optimizer_for
 from launch.training.peak import measured_flops
@@ -26,12 +27,15 @@ SHOWN = 5
 def report(settings: PlanSettings, arguments: Sequence[str]) -> str:
     """Return the plan as lines to print. Raises UserError if no layout is possible, or none fits."""
     settings = with_batch(settings)
+    if origin_of(settings, "deepspeed") not in (None, DEFAULT):
+        read_deepspeed_json(settings.deepspeed)  # a mistake in it is no reason that belongs to one layout
+    data = None if origin_of(settings, "data.path") in (None, DEFAULT) else open_data(settings)
     cluster = cluster_of(settings)
     found, reasons = candidates(settings, cluster)
     fitting = [one for one in found if one.memory.total <= cluster.device.memory_bytes]
     if not fitting:
         raise UserError(_why_nothing_fits(settings, cluster, found, reasons))
-    rows = _rows_of_run(settings, cluster, fitting[0])
+    rows = _rows_of_run(settings, cluster, fitting[0], data)
     for number, one in enumerate(fitting[:SHOWN], 1):
         rows += [("", ""), (str(number), _describe(one)), *_rows_of_layout(settings, cluster, one), ("", command(one, arguments))]
     return "\n".join(f"{name:>10}{':' if name else ' '} {text}".rstrip() for name, text in rows)
@@ -80,7 +84,7 @@ def _published_batch(settings: PlanSettings) -> Band:
     return batch_band(facts)
 
 
-def _rows_of_run(settings: PlanSettings, cluster: Cluster, best: Candidate) -> Rows:
+def _rows_of_run(settings: PlanSettings, cluster: Cluster, best: Candidate, data: RunData | None) -> Rows:
     model, device, batches = settings.model, cluster.device, best.settings.batch_plan
     nodes, size = settings.gpus // settings.gpus_per_node, settings.batch.global_batch_size
     chosen = f" (published laws: {_published_batch(settings)}); --batch.global_batch_size sets another" if _chooses_batch(settings) else ""
@@ -94,7 +98,7 @@ def _rows_of_run(settings: PlanSettings, cluster: Cluster, best: Candidate) -> R
             f"{settings.network or device.network} between them",
         ),
         ("sources", f"{device.source}; {cluster.network.source}; speeds {device.speeds.source}"),
-        *_data_rows(settings, batches.position(batches.steps)),
+        *(_data_rows(data, batches.position(batches.steps)) if data else []),
         ("checkpoint", _checkpoint(settings, nodes, best.time.total)),
     ]
     if has_odd_heads(model):
@@ -105,13 +109,10 @@ def _rows_of_run(settings: PlanSettings, cluster: Cluster, best: Candidate) -> R
     return rows
 
 
-def _data_rows(settings: PlanSettings, positions: int) -> Rows:
-    """Describe the data if the user named it. Raises UserError if it does not fit the model."""
-    if origin_of(settings, "data.path") in (None, DEFAULT):
-        return []
-    sampling = open_data(settings).sampling
-    epochs = sampling.epochs(positions)
-    tokens = {name: len(folder.splits["train"]) for name, folder in sampling.folders.items()}
+def _data_rows(data: RunData, positions: int) -> Rows:
+    """Return a line for each source: its tokens, and how often a run of `positions` samples reads them."""
+    epochs = data.sampling.epochs(positions)
+    tokens = {name: len(folder.splits["train"]) for name, folder in data.sampling.folders.items()}
     return [("data", f"{name}: {tokens[name]:,} training tokens, read {epochs[name]:.2f} times") for name in tokens]
 
 
