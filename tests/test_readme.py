@@ -14,6 +14,7 @@ from launch.checkpoints.settings import ConvertSettings
 from launch.compare import read_compare_settings
 from launch.compressing.settings import ExportSettings, PruneSettings, QuantizeSettings
 from launch.evaluation.settings import EvaluateSettings, GenerateSettings
+from launch.training.planning.settings import read_plan_settings
 from launch.training.recipe import read_run_settings
 from tests.ranks import REPOSITORY
 
@@ -38,6 +39,7 @@ SETTINGS = {
     "launch/benchmarks/training_step.py": (benchmarks.TrainingStepSettings, None),
     "launch/benchmarks/optimizers.py": (benchmarks.OptimizersSettings, None),
     "launch/benchmarks/seesaw.py": (benchmarks.SeesawSettings, None),
+    "launch/benchmarks/planner.py": (benchmarks.PlannerSettings, None),
     "data/prepare.py": (PrepareSettings, None),
     "launch/benchmarks/preparation.py": (benchmarks.PreparationSettings, None),
     "launch/slurm/prepare.sbatch": (PrepareSettings, None),
@@ -70,6 +72,8 @@ def test_every_command_is_accepted_by_its_script(words):
         check_batch_script(script, arguments)
     elif script in ("launch/pretrain.py", "launch/preflight.py"):
         read_run_settings(arguments)
+    elif script == "launch/plan.py":
+        read_plan_settings(arguments)
     elif script == "data/show.py":
         read_show_settings(arguments)
     elif script == "launch/compare.py":

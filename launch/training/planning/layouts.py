@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from data.command_line import DEFAULT, UserError, origin_of, replace
+from data.command_line import DEFAULT, UserError, add_origins, origin_of, replace
 from launch import REPOSITORY
 from launch.ranks.layout import Layout
 from launch.training.deepspeed_config import complete, layout_of
@@ -62,7 +62,7 @@ def candidates(settings: PlanSettings, cluster: Cluster) -> tuple[list[Candidate
         try:
             merged, stage = _checked(settings, json_name, layout, cluster.gpus_per_node)
         except UserError as error:
-            reasons |= dict.fromkeys(str(error).splitlines())
+            reasons[add_origins(str(error), settings)] = None
             continue
         for recompute in _values(settings, "recompute", (False, True)):
             sized = [_candidate(settings, json_name, layout, merged, stage, cluster, recompute, size) for size in _sizes(settings, layout)]
@@ -106,9 +106,8 @@ def _layouts(settings: PlanSettings, gpus_per_node: int) -> Iterator[tuple[str, 
 
 def _checked(settings: PlanSettings, path: str, layout: Layout, gpus_per_node: int) -> tuple[dict, int]:
     """Return DeepSpeed's JSON as the run would receive it, and its ZeRO stage. Raises UserError if the project does not allow it."""
-    size = settings.batch.micro_batch_size or 1
-    run = _with_layout(settings, path, layout, settings.recompute, size)
-    run.batch.accumulation_steps(layout.data_parallel_size)
+    settings.batch.accumulation_steps(layout.data_parallel_size)
+    run = _with_layout(settings, path, layout, settings.recompute, settings.batch.micro_batch_size or 1)
     written = read_deepspeed_json(path)
     assert layout_of(written, run, settings.gpus) == layout
     merged = complete(written, path, run, layout, "cpu" if settings.device == "cpu" else "cuda", gpus_per_node)

@@ -124,7 +124,8 @@ def run_memory(settings: RunSettings, merged_json: dict, layout: Layout, device:
     parts["activations"] = activation_bytes(model, sequences, tokens, device, precision, settings.recompute, layout, in_flight)
     parts["logits"] = logit_bytes(model, sequences, tokens // layout.sequence_parallel_size, device, precision)
     parts["buffers"] = buffer_bytes(model, zero, parameters, precision, layout)
-    elsewhere = {"optimizer"} if _device_of(zero, "offload_optimizer") not in ("none", device) else set()
+    # With its states on the host, the optimizer's gradients are there too (ZeRO-Offload: Ren et al. 2021, arXiv 2101.06840, section 3).
+    elsewhere = {"optimizer", "gradients"} if _device_of(zero, "offload_optimizer") not in ("none", device) else set()
     elsewhere |= {"weights"} if _device_of(zero, "offload_param") not in ("none", device) else set()
     if device == "cpu":
         return Memory(parts, frozenset(elsewhere), 1.0, CPU_BASE_BYTES)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from data.command_line import DEFAULT, UserError, as_text, describe, origin_of, replace
+from launch.ranks.layout import Layout
 from launch.training.advice import Band, Facts, Rows, batch_band
 from launch.training.data import RunData, open_data
 from launch.training.deepspeed_json import read_deepspeed_json
@@ -182,8 +183,9 @@ def _short_path(path: str) -> str:
 
 
 def _why_nothing_fits(settings: PlanSettings, cluster: Cluster, found: Sequence[Candidate], reasons: Sequence[str]) -> str:
-    """Return why there is no layout to show: nothing that is allowed, or nothing that fits."""
+    """Return why there is no layout to show: nothing that is allowed, or nothing that fits. Raises UserError if no grid is possible."""
     if not found:
+        Layout(settings.gpus, settings.pipeline_stages or 1, settings.tensor_parallel_size, settings.sequence_parallel_size)  # may refuse
         return "\n".join([f"No layout of {describe(settings, 'gpus')} is possible:", *reasons[:8]])
     least = min(found, key=lambda one: one.memory.total)
     largest = max(least.memory.parts, key=lambda name: least.memory.parts[name])
