@@ -62,6 +62,7 @@ def _counted(model: ModelConfig, sequences: int, tokens: int, device: str, preci
     kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no two have the same key
 
     def keep(tensor: Tensor) -> Tensor:
+        """Note a tensor that autograd keeps."""
         if _key(tensor) not in own:
             kept[_key(tensor)] = tensor
         return tensor

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from launch.benchmarks import planner
+from launch.benchmarks import planner, planner_table
 from launch.benchmarks.planner_fits import (
     Check,
     Errors,
@@ -47,12 +47,12 @@ def test_memory_of_bloom_is_within_its_bounds():
 
 def test_five_of_six_runs_without_memory_are_flagged_and_no_other():
     check = bloom_memory(SEED)
-    assert flagged(check, planner.CAPACITY_GB) == (["A321", "A328", "A329", "A359", "A360"], ["A374"])
-    assert max(check.predicted) < planner.CAPACITY_GB
+    assert flagged(check, planner_table.CAPACITY_GB) == (["A321", "A328", "A329", "A359", "A360"], ["A374"])
+    assert max(check.predicted) < planner_table.CAPACITY_GB
 
 
 @pytest.mark.parametrize("source", ["nanotron", "torchtitan"])
-def test_memory_of_other_systems_is_within_15_percent_for_four_of_five_rows(source):
+def test_memory_of_other_systems_is_within_15_percent_for_most_rows(source):
     errors = left_out_memory(source).errors
     assert len(errors.values) == len([run for run in read_runs(source) if run.memory])
     assert errors.within(0.15) >= 0.80
@@ -69,7 +69,7 @@ def test_mfu_of_nanotron_is_predicted_without_a_fit():
 
 
 def test_constants_of_the_planner_are_those_of_the_fit_to_all_rows():
-    fitted: dict[str, dict[str, float]] = {check.name: check.constants for check in planner.all_checks(SEED, 1.0)}
+    fitted: dict[str, dict[str, float]] = {check.name: check.constants for check in planner_table.all_checks(SEED, 1.0)}
     time, memory = fitted["BLOOM, seconds a step"], fitted["BLOOM, memory"]
     a100 = devices.DEVICES["a100-80gb"]
     assert time["exchange, GB/s"] * 1e9 / a100.link_bandwidth == pytest.approx(devices.LINK_SHARE, rel=0.05)
@@ -81,7 +81,7 @@ def test_constants_of_the_planner_are_those_of_the_fit_to_all_rows():
         assert speeds.gather_bytes == pytest.approx(found["gather, GB/s"] * 1e9, rel=0.02)
 
 
-def test_fit_finds_known_factors_despite_outliers_and_leaves_out_negative_ones():
+def test_fit_finds_known_factors_and_leaves_out_negative_ones():
     features = np.array([[n, 1.0] for n in range(1, 21)])
     published = features @ [2.0, 3.0]
     published[4] *= 3

@@ -81,7 +81,7 @@ def test_utilisation_is_work_over_peak():
     assert utilisation(MODEL, 16, 2.0, 4, H100) == flops_per_token(MODEL) * 16 * 2048 / (2 * 4 * 989e12)
 
 
-def test_every_number_of_a_device_and_a_network_is_plausible_and_has_a_source():
+def test_devices_and_networks_have_plausible_numbers_and_sources():
     for device in DEVICES.values():
         assert device.source and device.speeds.source and device.network in NETWORKS
         assert 0 < device.speeds.attention < device.speeds.products < 1
