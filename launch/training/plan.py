@@ -12,6 +12,7 @@ from launch.training.data import RunData
 from launch.training.estimates import flops_per_counted_token, parameters_in_blocks
 from launch.training.optimizers import optimizer_for
 from launch.training.planning.memory import run_memory
+from launch.training.planning.step_time import odd_head_warnings
 from launch.training.settings import RunSettings
 from launch.training.teacher import Teacher
 from model.config import ModelConfig, count_parameters, flops_per_token
@@ -64,6 +65,7 @@ def plan(
         ("engine", _engine(settings, merged_json["zero_optimization"], layout, device)),
         *_notes_on_one_node(merged_json["zero_optimization"], layout, device),
         *_pipeline_rows(settings, merged_json, layout),
+        *(("warning", text) for text in (odd_head_warnings(settings.model) if device == "cuda" else [])),
         *_memory_rows(settings, merged_json, layout, device, teacher, memory_bytes),
         *(("recipe", path) for path in recipes_of(settings)),
         ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),

@@ -15,10 +15,10 @@ from launch.training.optimizers import optimizer_for
 from launch.training.peak import measured_flops
 from launch.training.plan import describe_model
 from launch.training.planning.cost import checkpoint_interval, run_cost
-from launch.training.planning.devices import DEVICES, NETWORKS, ODD_HEAD_FACTOR, cpu
+from launch.training.planning.devices import DEVICES, NETWORKS, cpu
 from launch.training.planning.layouts import Candidate, candidates
 from launch.training.planning.settings import ALIASES, OWN_OPTIONS, PlanSettings
-from launch.training.planning.step_time import Cluster, has_odd_heads
+from launch.training.planning.step_time import Cluster, odd_head_warnings
 from model.config import count_parameters, flops_per_token
 
 SHOWN = 5
@@ -102,11 +102,7 @@ def _rows_of_run(settings: PlanSettings, cluster: Cluster, best: Candidate, data
         *(_data_rows(data, batches.position(batches.steps)) if data else []),
         ("checkpoint", _checkpoint(settings, nodes, best.time.total)),
     ]
-    if has_odd_heads(model):
-        text = (
-            f"model.head_size {model.head_size} is not a multiple of 8: published runs with such heads took {ODD_HEAD_FACTOR} times as long"
-        )
-        rows.append(("warning", f"{text}. Choose model.num_attention_heads so that the head size is a multiple of 64"))
+    rows += [("warning", text) for text in odd_head_warnings(model)]
     return rows
 
 

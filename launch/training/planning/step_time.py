@@ -94,6 +94,15 @@ def has_odd_heads(model: ModelConfig) -> bool:
     return model.head_size % 8 != 0
 
 
+def odd_head_warnings(model: ModelConfig) -> list[str]:
+    """Return a warning if the head size makes a GPU slow."""
+    if not has_odd_heads(model):
+        return []
+    times = f"published runs with such heads took {devices.ODD_HEAD_FACTOR} times as long"
+    advice = "Choose model.num_attention_heads so that the head size is a multiple of 64"
+    return [f"model.head_size {model.head_size} is not a multiple of 8: {times}. {advice}"]
+
+
 def work_of(
     model: ModelConfig, sequences: int, recompute: bool, layout: Layout, zero_stage: int, precision: str = "bf16", split_head: bool = False
 ) -> Work:

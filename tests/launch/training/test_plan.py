@@ -383,6 +383,13 @@ def test_plan_warns_if_a_rank_has_less_memory_than_the_run_needs():
     assert warning in shown(2**28) and warning not in shown(2**30) and " MiB of 1.00 GiB\n" in shown(2**30)
 
 
+def test_plan_warns_of_odd_heads_on_a_gpu():
+    odd = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, head_size=20))
+    text = "model.head_size 20 is not a multiple of 8: published runs with such heads took 1.3 times as long. "
+    assert lines(odd, {"stage": 1}, device="cuda")["warning"].startswith(text)
+    assert "warning" not in lines(odd, {"stage": 1}) and "warning" not in lines(SETTINGS, {"stage": 1}, device="cuda")
+
+
 PLUS_PLUS = {"stage": 3, "zero_hpz_partition_size": 8, "zero_quantized_weights": True, "zero_quantized_gradients": True}
 
 
