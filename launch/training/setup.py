@@ -27,8 +27,8 @@ from launch.training.communication import initialize_communication
 from launch.training.data import RunData, open_data, prepare_embedded_corpus, refuse_too_many_epochs, wait_for, will_be_prepared
 from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.planning.memory import DeviceType
-from launch.training.planning.micro_batch import device_bytes, largest_micro_batch, refuse_what_cannot_fit
-from launch.training.settings import RunSettings, share_the_batch
+from launch.training.planning.micro_batch import device_bytes, refuse_what_cannot_fit, share_and_complete
+from launch.training.settings import RunSettings
 from launch.training.teacher import Teacher
 from model.transformer import Block, Transformer
 
@@ -76,12 +76,7 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     layout = deepspeed_config.layout_of(written, settings, process.world_size)
     batches, first_step = run_folder.find_plan(settings)
     memory_bytes = device_bytes(device, process.local_world_size)
-    most = None if settings.batch.micro_batch_size else largest_micro_batch(settings, written, layout, device, memory_bytes)
-    settings = share_the_batch(settings, layout, batches, first_step, most)
-    smallest = min(batches.sizes_from(first_step))
-    merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size, smallest)
-    if not settings.dry_run:
-        refuse_what_cannot_fit(settings, merged, layout, device, memory_bytes)
+    settings, merged = share_and_complete(settings, written, layout, device, memory_bytes, process.local_world_size, batches, first_step)
     if settings.dry_run:
         data, start = (None, None) if will_be_prepared(settings) else _open_data_and_folder(settings, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
@@ -201,7 +196,7 @@ def _prepare_missing_corpus(settings: RunSettings, store: dist.Store, process: P
 
 
 def _check_all_ranks(
-    settings: RunSettings, merged: dict, layout: Layout, process: Process, device: str, store: dist.Store, compare: bool
+    settings: RunSettings, merged: dict, layout: Layout, process: Process, device: DeviceType, store: dist.Store, compare: bool
 ) -> tuple[RunData, run_folder.Start, InitialWeights | None, Teacher | None, list[dict]]:
     """Open what this rank starts with, and gather the reports of all ranks on rank 0.
 
@@ -213,6 +208,7 @@ def _check_all_ranks(
     try:
         if device == "cuda":
             processes.device_index(process)
+        refuse_what_cannot_fit(settings, merged, layout, device, device_bytes(device, process.local_world_size))
         data, start = _open_data_and_folder(settings, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
         if compare:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 import torch
 
 from data.command_line import UserError, describe
+from data.sampling.batch_plan import BatchPlan
 from launch import REPOSITORY
 from launch.ranks.layout import Layout
+from launch.training.deepspeed_config import complete
 from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.planning.devices import machine_bytes
 from launch.training.planning.memory import DeviceType, Memory, run_memory
-from launch.training.settings import RunSettings
+from launch.training.settings import RunSettings, share_the_batch
 
 MOST_TOKENS_ON_CPU = 8192
 """Tokens of the largest default micro-batch on a CPU. Larger ones are no faster there, and take memory."""
@@ -30,16 +32,42 @@ def device_bytes(device: DeviceType, local_ranks: int) -> float:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.device_count() else float("inf")
 
 
-def largest_micro_batch(settings: RunSettings, written: dict, layout: Layout, device: DeviceType, memory_bytes: float) -> int:
-    """Return the largest number of sequences of a micro-batch that fits the device, and at least 1.
+def share_and_complete(
+    settings: RunSettings,
+    written: dict,
+    layout: Layout,
+    device: DeviceType,
+    memory_bytes: float,
+    ranks_per_node: int,
+    batches: BatchPlan,
+    first_step: int,
+) -> tuple[RunSettings, dict]:
+    """Return the settings with a micro-batch that fits, if none was given, and DeepSpeed's completed JSON.
 
-    On a CPU it is that of MOST_TOKENS_ON_CPU. `written` is DeepSpeed's JSON, whose training numbers may be "auto".
+    `batches` and `first_step` are those of a run that resumes. Raises UserError as share_the_batch and complete do.
     """
+
+    def shared(most: int | None) -> tuple[RunSettings, dict]:
+        """Return both for a default micro-batch of at most `most` sequences."""
+        chosen = share_the_batch(settings, layout, batches, first_step, most)
+        smallest = min(batches.sizes_from(first_step))
+        return chosen, complete(written, settings.deepspeed, chosen, layout, device, ranks_per_node, smallest)
+
     if device == "cpu":
-        return max(1, MOST_TOKENS_ON_CPU // settings.model.sequence_length)
-    merged = {"zero_optimization": {}} | written
-    fits = lambda size: _memory(settings, merged, layout, device, size).total <= FITS * memory_bytes  # noqa: E731
-    below, above = 1, settings.batch.global_batch_size // layout.data_parallel_size + 1
+        return shared(max(1, MOST_TOKENS_ON_CPU // settings.model.sequence_length))
+    chosen, merged = shared(None)
+    assert chosen.batch.micro_batch_size is not None
+    if settings.batch.micro_batch_size is None:
+        most = largest_micro_batch(chosen, merged, layout, memory_bytes)
+        if most < chosen.batch.micro_batch_size:
+            return shared(most)
+    return chosen, merged
+
+
+def largest_micro_batch(settings: RunSettings, merged: dict, layout: Layout, memory_bytes: float) -> int:
+    """Return the largest number of sequences of a micro-batch that fits a GPU, up to that of the settings and at least 1."""
+    fits = lambda size: _memory(settings, merged, layout, "cuda", size).total <= FITS * memory_bytes  # noqa: E731
+    below, above = 1, (settings.batch.micro_batch_size or 1) + 1
     while above - below > 1:
         middle = (below + above) // 2
         below, above = (middle, above) if fits(middle) else (below, middle)

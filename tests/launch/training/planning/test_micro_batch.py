@@ -11,7 +11,7 @@ from launch.training.deepspeed_config import complete
 from launch.training.deepspeed_json import read_deepspeed_json
 from launch.training.planning import micro_batch
 from launch.training.planning.memory import run_memory
-from launch.training.planning.micro_batch import FITS, largest_micro_batch, refuse_what_cannot_fit
+from launch.training.planning.micro_batch import FITS, refuse_what_cannot_fit, share_and_complete
 from launch.training.recipe import read_run_settings
 from launch.training.settings import share_the_batch
 
@@ -19,11 +19,14 @@ GPT2 = ["--size", "gpt2-124m", "--train_tokens", "1e9", "--batch.global_batch_si
 ZERO1 = {"zero_optimization": {"stage": 1}}
 
 
-def default_size(words: list[str], layout: Layout, device: str, memory_bytes: float = 0.0) -> int:
-    settings = read_run_settings(words)
-    most = largest_micro_batch(settings, ZERO1, layout, device, memory_bytes)
-    size = share_the_batch(settings, layout, most=most).batch.micro_batch_size
-    assert size is not None
+def default_size(words: list[str], layout: Layout, device: str, memory_bytes: float = 0.0, json: str = "zero1.json") -> int:
+    path = str(REPOSITORY / "ds_configs" / json)
+    settings = read_run_settings([*words, "--deepspeed", path])
+    batches, written = settings.batch_plan, read_deepspeed_json(path)
+    shared, merged = share_and_complete(settings, written, layout, device, memory_bytes, layout.world_size, batches, 0)
+    size = shared.batch.micro_batch_size
+    assert size is not None and merged["train_micro_batch_size_per_gpu"] == size
+    assert merged["gradient_accumulation_steps"] * size * layout.data_parallel_size == min(batches.sizes_from(0))
     return size
 
 
@@ -54,8 +57,10 @@ def test_a_given_micro_batch_is_kept():
 def test_other_rules_of_the_default_hold_below_the_limit():
     assert default_size([*GPT2[:4], "--batch.global_batch_size", "8", "--log.noise_scale"], Layout(1), "cpu") == 4, "two micro-batches"
     assert default_size([*GPT2[:4], "--batch.global_batch_size", "48", "--batch.ramp", "0:12 1M:48"], Layout(1), "cpu") == 6
-    assert default_size(GPT2, Layout(8, 8), "cpu") == 8
-    assert default_size([*GPT2[:4], "--batch.global_batch_size", "64"], Layout(8, 8), "cpu") == 2, "four micro-batches a stage"
+    assert default_size(GPT2, Layout(8, 8), "cpu", json="pipeline_zero1.json") == 8
+    assert default_size([*GPT2[:4], "--batch.global_batch_size", "64"], Layout(8, 8), "cpu", json="pipeline_zero1.json") == 2, (
+        "four micro-batches a stage"
+    )
 
 
 def refused(words: list[str], layout: Layout, device: str, gigabytes: float, json: str = "zero1.json") -> str | None:
