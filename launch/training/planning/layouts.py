@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from data.command_line import DEFAULT, UserError, add_origins, origin_of, replace
 from launch import REPOSITORY
@@ -54,18 +55,18 @@ class Candidate:
 def candidates(settings: PlanSettings, cluster: Cluster) -> tuple[list[Candidate], list[str]]:
     """Return, for each layout and with and without recomputation, the fastest micro-batch that fits, fastest first.
 
-    The second value is what fits nowhere: for an empty list of candidates, the reasons why each kind of layout is impossible. If no
-    micro-batch of a layout fits, its candidate is the one with the least memory.
+    If no micro-batch of a layout fits, its candidate is the one with the least memory. The second value has the reasons why the project
+    refuses other layouts.
     """
     found, reasons = [], dict[str, None]()
-    for json_name, layout in _layouts(settings, cluster.gpus_per_node):
+    for path, layout in _layouts(settings, cluster.gpus_per_node):
         try:
-            merged, stage = _checked(settings, json_name, layout, cluster.gpus_per_node)
+            merged, stage = _checked(settings, path, layout, cluster.gpus_per_node)
         except UserError as error:
             reasons[add_origins(str(error), settings)] = None
             continue
         for recompute in _values(settings, "recompute", (False, True)):
-            sized = [_candidate(settings, json_name, layout, merged, stage, cluster, recompute, size) for size in _sizes(settings, layout)]
+            sized = [_candidate(settings, path, layout, merged, stage, cluster, recompute, size) for size in _sizes(settings, layout)]
             fitting = [one for one in sized if one.memory.total <= cluster.device.memory_bytes]
             if fitting:
                 fastest = min(one.time.total for one in fitting)
@@ -80,9 +81,9 @@ def _micro_batch_size(one: Candidate) -> int:
 
 
 def _candidate(
-    settings: PlanSettings, json_name: str, layout: Layout, merged: dict, stage: int, cluster: Cluster, recompute: bool, size: int
+    settings: PlanSettings, path: str, layout: Layout, merged: dict, stage: int, cluster: Cluster, recompute: bool, size: int
 ) -> Candidate:
-    run = _with_layout(settings, json_name, layout, recompute, size)
+    run = _with_layout(settings, path, layout, recompute, size)
     micro_batches = run.batch.global_batch_size // size // layout.data_parallel_size
     work = work_of(run.model, size, recompute, layout, stage, run.precision)
     time = step_time(work, micro_batches, layout, cluster)
@@ -135,7 +136,7 @@ def _sizes(settings: PlanSettings, layout: Layout) -> list[int]:
     return [size for size in range(1, min(share, most) + 1) if share % size == 0]
 
 
-def _values(settings: PlanSettings, name: str, values):
+def _values(settings: PlanSettings, name: str, values: Sequence[Any]) -> Sequence[Any]:
     """Return the values of a setting to try: only that of the user, if there is one."""
     return (getattr(settings, name),) if _is_given(settings, name) else values
 
