@@ -14,9 +14,14 @@ from model.config import ModelConfig, Part, count_parameters
 DeviceType = Literal["cpu", "cuda"]
 
 ALLOCATOR_FACTOR = 1.02
-"""Memory that the allocator reserves for each byte in use. Fitted by launch/benchmarks/planner.py on BLOOM's runs, 2026-12-01."""
+"""Memory that the allocator reserves for each byte of tensors. Fitted by launch/benchmarks/planner.py on BLOOM's runs, 2026-12-01."""
 BASE_BYTES = 7.2e9
-"""Memory of a process on a GPU beside its tensors: CUDA's context, NCCL's buffers, workspaces. Fitted in the same way."""
+"""Memory of a process on a GPU beside that: CUDA's context, NCCL's buffers, workspaces, fragments. Fitted in the same way."""
+LEAST_BASE_BYTES = 1e9
+"""The same for a run with few tensors; a rough value for CUDA's context and workspaces."""
+BASE_SHARE = 0.3
+"""Growth of that with each byte of tensors, up to BASE_BYTES. nanotron's runs, whose tensors begin at 5 GB, take 1.2 to 1.6 times as much
+memory as tensors."""
 CPU_BASE_BYTES = 0.5e9
 """Memory of a process on a CPU beside its tensors: Python with torch and DeepSpeed, measured on the demo."""
 _CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -32,18 +37,27 @@ class Memory:
     """Bytes of one rank. In a pipeline the model states are a mean over the stages, and activations those of the first."""
 
     parts: Mapping[str, float]
-    """Bytes by part: weights, gradients, optimizer, and so on."""
-    elsewhere: frozenset[str] = frozenset()
+    """Bytes of tensors by part: weights, gradients, optimizer, and so on."""
+    elsewhere: frozenset[str]
     """Parts that are offloaded and take no memory of the device."""
-    factor: float = 1.0
-    """Memory that is reserved for each byte in use."""
-    base: float = 0.0
-    """Memory of the process beside its tensors."""
+    device: DeviceType
+
+    @property
+    def tensors(self) -> float:
+        """Bytes of the tensors on the device."""
+        return sum(size for name, size in self.parts.items() if name not in self.elsewhere)
+
+    @property
+    def least(self) -> float:
+        """Bytes that the device needs even if the allocator wastes nothing."""
+        return self.tensors + (LEAST_BASE_BYTES if self.device == "cuda" else CPU_BASE_BYTES)
 
     @property
     def total(self) -> float:
-        """Bytes that the device needs."""
-        return self.factor * sum(size for name, size in self.parts.items() if name not in self.elsewhere) + self.base
+        """Bytes that the device is expected to need."""
+        if self.device == "cpu":
+            return self.least
+        return ALLOCATOR_FACTOR * self.tensors + min(BASE_BYTES, LEAST_BASE_BYTES + BASE_SHARE * self.tensors)
 
 
 def stack_bytes(
@@ -127,9 +141,7 @@ def run_memory(settings: RunSettings, merged_json: dict, layout: Layout, device:
     # With its states on the host, the optimizer's gradients are there too (ZeRO-Offload: Ren et al. 2021, arXiv 2101.06840, section 3).
     elsewhere = {"optimizer", "gradients"} if _device_of(zero, "offload_optimizer") not in ("none", device) else set()
     elsewhere |= {"weights"} if _device_of(zero, "offload_param") not in ("none", device) else set()
-    if device == "cpu":
-        return Memory(parts, frozenset(elsewhere), 1.0, CPU_BASE_BYTES)
-    return Memory(parts, frozenset(elsewhere), ALLOCATOR_FACTOR, BASE_BYTES)
+    return Memory(parts, frozenset(elsewhere), device)
 
 
 def buffer_bytes(model: ModelConfig, zero: dict, parameters: float, precision: str, layout: Layout) -> float:

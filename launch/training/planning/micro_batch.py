@@ -18,11 +18,9 @@ from launch.training.settings import RunSettings, share_the_batch
 MOST_TOKENS_ON_CPU = 8192
 """Tokens of the largest default micro-batch on a CPU. Larger ones are no faster there, and take memory."""
 FITS = 0.94
-"""Share of a GPU's memory that a plan may fill. Estimates were up to 12 % below published values, but for one row."""
-HOPELESS = 1.1
-"""A run that is estimated to need more than this multiple of a GPU's memory is refused."""
+"""Share of a GPU's memory that a default micro-batch may fill. The rest is a reserve for errors of the estimate."""
 HOPELESS_ON_CPU = 2.0
-"""The same of a machine's memory, which other processes and swap make less certain."""
+"""A run that needs more than this multiple of a machine's memory is refused. Swap and other processes make it less certain than a GPU's."""
 
 
 def device_bytes(device: DeviceType, local_ranks: int) -> float:
@@ -75,14 +73,14 @@ def largest_micro_batch(settings: RunSettings, merged: dict, layout: Layout, mem
 
 
 def refuse_what_cannot_fit(settings: RunSettings, merged: dict, layout: Layout, device: DeviceType, memory_bytes: float) -> None:
-    """Raise UserError if a run needs far more memory than each rank has, and name what would fit."""
+    """Raise UserError if a run cannot fit the memory that each rank has, and name what would fit."""
     memory = run_memory(settings, merged, layout, device)
-    if memory.total <= memory_bytes * (HOPELESS if device == "cuda" else HOPELESS_ON_CPU):
+    if memory.least <= memory_bytes * (1.0 if device == "cuda" else HOPELESS_ON_CPU):
         return
     largest = max(memory.parts, key=lambda name: memory.parts[name])
     whose = "the GPU has" if device == "cuda" else "this machine has for each rank"
     raise UserError(
-        f"The run needs about {memory.total / 1e9:.1f} GB on each rank with {describe(settings, 'batch.micro_batch_size')} "
+        f"The run needs at least {memory.least / 1e9:.1f} GB on each rank with {describe(settings, 'batch.micro_batch_size')} "
         f"(most of it {largest}: {memory.parts[largest] / 1e9:.1f} GB); {whose} {memory_bytes / 1e9:.1f} GB. "
         f"{next(_ways_to_fit(settings, merged, layout, device, memory_bytes))}"
     )

@@ -137,10 +137,12 @@ def _rows_of_layout(settings: PlanSettings, cluster: Cluster, one: Candidate) ->
     price = f", price {cost.price:,.0f}" if cost.price is not None else ""
     shares = f"bubble {time.bubble / total:.1%}, communication {(time.exchange + time.gradients) / total:.1%}"
     parts = ", ".join(f"{name} {_gb(size)}" for name, size in memory.parts.items() if size and name not in memory.elsewhere)
-    reserve = memory.total - sum(size for name, size in memory.parts.items() if name not in memory.elsewhere)
     return [
         ("time", f"{total:.3g} s a step, {one.tokens_per_second:,.0f} tokens/s, MFU {one.mfu:.1%}; {shares}"),
-        ("memory", f"{_gb(memory.total)} of {_gb(cluster.device.memory_bytes)}: {parts}, base and reserve {_gb(reserve)}"),
+        (
+            "memory",
+            f"{_gb(memory.total)} of {_gb(cluster.device.memory_bytes)}: {parts}, base and reserve {_gb(memory.total - memory.tensors)}",
+        ),
         ("cost", f"{cost.days:.3g} days, {cost.gpu_hours:,.0f} device-hours, {cost.kilowatt_hours:,.0f} kWh{price}"),
     ]
 

@@ -11,6 +11,10 @@ from launch.training.planning.activations import block_bytes
 from launch.training.planning.memory import (
     ALLOCATOR_FACTOR,
     BASE_BYTES,
+    BASE_SHARE,
+    CPU_BASE_BYTES,
+    LEAST_BASE_BYTES,
+    Memory,
     activation_bytes,
     buffer_bytes,
     logit_bytes,
@@ -32,7 +36,15 @@ def test_parts_add_up_and_model_states_are_the_estimates(stage, optimizer):
     states = model_state_bytes(parameters_per_rank(MODEL, Layout(4)), stage, 4, "bf16", 8 if optimizer == "adamw" else 4)
     assert {name: memory.parts[name] for name in states} == states
     assert list(memory.parts) == [*states, "activations", "logits", "buffers"]
-    assert memory.total == pytest.approx(ALLOCATOR_FACTOR * sum(memory.parts.values()) + BASE_BYTES)
+    tensors = sum(memory.parts.values())
+    assert memory.tensors == pytest.approx(tensors) and memory.least == pytest.approx(tensors + LEAST_BASE_BYTES)
+    assert memory.total == pytest.approx((ALLOCATOR_FACTOR + BASE_SHARE) * tensors + LEAST_BASE_BYTES)
+
+
+def test_the_base_of_a_process_is_that_of_the_fit_for_large_runs():
+    memory = Memory({"weights": 60e9, "optimizer": 40e9}, frozenset({"optimizer"}), "cuda")
+    assert memory.total == ALLOCATOR_FACTOR * 60e9 + BASE_BYTES
+    assert dataclasses.replace(memory, device="cpu").total == 60e9 + CPU_BASE_BYTES
 
 
 def test_offloaded_parts_take_no_memory_of_the_gpu():
@@ -40,7 +52,7 @@ def test_offloaded_parts_take_no_memory_of_the_gpu():
     on_gpu, on_cpu = (run_memory(SETTINGS, {"zero_optimization": zero}, Layout(2), device) for device in ("cuda", "cpu"))
     assert on_gpu.elsewhere == {"optimizer", "gradients", "weights"} and not on_cpu.elsewhere
     kept = [size for name, size in on_gpu.parts.items() if name not in ("optimizer", "gradients", "weights")]
-    assert on_gpu.total == pytest.approx(ALLOCATOR_FACTOR * sum(kept) + BASE_BYTES)
+    assert on_gpu.tensors == pytest.approx(sum(kept)) and on_cpu.tensors == pytest.approx(sum(on_cpu.parts.values()))
 
 
 def test_micro_batches_in_flight_of_a_pipeline():

@@ -147,6 +147,15 @@ def test_own_options_and_devices_are_those_of_the_settings():
     assert set(choices) == {*DEVICES, "cpu"}
 
 
+def test_named_data_is_opened_and_its_epochs_are_shown(prepared):
+    words = ["--tokens", "1e6", "--gpus", "2", "--device", "h100", "--model.num_layers", "2", "--data", str(prepared)]
+    text = planned(words)
+    assert re.search(r"data: \w+: [\d,]+ training tokens, read \d+\.\d\d times", text)
+    assert all(str(prepared) in command for command in commands(text))
+    with pytest.raises(UserError, match=r"nowhere"):
+        planned([*words[:-1], "nowhere"])
+
+
 def test_this_machines_cpu_can_be_planned():
     words = ["--tokens", "1e7", "--gpus", "2", "--device", "cpu", "--peak_tflops", "0.1", "--model.num_layers", "2"]
     text = planned(words)
