@@ -11,9 +11,10 @@ from data.sampling.show_settings import ShowSettings
 from launch.benchmarks.settings import CompressionSettings, GenerationSettings, PreparationSettings, TrainingStepSettings
 from launch.compressing.settings import ExportSettings, PruneSettings, QuantizeSettings
 from launch.evaluation.settings import CompareSettings, EvaluateSettings, GenerateSettings
+from launch.training.planning.settings import PlanSettings
 from launch.training.settings import RunSettings
 
-CLASSES = (PrepareSettings, ShowSettings, RunSettings, EvaluateSettings, GenerateSettings, CompareSettings, PruneSettings)
+CLASSES = (PrepareSettings, ShowSettings, RunSettings, PlanSettings, EvaluateSettings, GenerateSettings, CompareSettings, PruneSettings)
 CLASSES += (QuantizeSettings, ExportSettings, CompressionSettings, GenerationSettings, PreparationSettings, TrainingStepSettings)
 NEGATIVE_ALLOWED = {"seed", "group_size", "quantization.group_size"}
 """A group size of -1 means one group per row, as in other tools."""
@@ -34,7 +35,9 @@ def integers(settings: type, prefix: str = "") -> list[str]:
 
 def refusals(settings: type, value: int, names: list[str]) -> dict[str, str]:
     """Return the line of each setting in the message that refuses a value for all of them."""
-    required = [name for name, field in ((field.name, field) for field in dataclasses.fields(settings)) if is_required(field)]
+    required = [
+        name for name, field in ((field.name, field) for field in dataclasses.fields(settings)) if is_required(field) and name not in names
+    ]
     words = [word for name in required for word in (f"--{name}", "x")]
     with pytest.raises(UserError) as refused:
         read_settings(settings, [*words, *(f"--{name}={value}" for name in names)], "Any.")

@@ -15,6 +15,7 @@ from launch.compare import read_compare_settings
 from launch.compressing.settings import ExportSettings, PruneSettings, QuantizeSettings
 from launch.evaluation.settings import EvaluateSettings, GenerateSettings
 from launch.searching.settings import read_search_settings
+from launch.training.planning.settings import read_plan_settings
 from launch.training.recipe import read_run_settings
 from tests.ranks import REPOSITORY
 
@@ -39,6 +40,7 @@ SETTINGS = {
     "launch/benchmarks/training_step.py": (benchmarks.TrainingStepSettings, None),
     "launch/benchmarks/optimizers.py": (benchmarks.OptimizersSettings, None),
     "launch/benchmarks/seesaw.py": (benchmarks.SeesawSettings, None),
+    "launch/benchmarks/planner.py": (benchmarks.PlannerSettings, None),
     "data/prepare.py": (PrepareSettings, None),
     "launch/benchmarks/preparation.py": (benchmarks.PreparationSettings, None),
     "launch/slurm/prepare.sbatch": (PrepareSettings, None),
@@ -71,6 +73,8 @@ def test_every_command_is_accepted_by_its_script(words):
         check_batch_script(script, arguments)
     elif script in ("launch/pretrain.py", "launch/preflight.py"):
         read_run_settings(arguments)
+    elif script == "launch/plan.py":
+        read_plan_settings(arguments)
     elif script == "data/show.py":
         read_show_settings(arguments)
     elif script in ("launch/search.py", "launch/slurm/search.sbatch"):

@@ -31,9 +31,9 @@ class BatchSizes:
     global_batch_size: Annotated[int, Gt(0), Lt(2**31)] = 32
     """Sequences per optimizer step, over all ranks. With batch.ramp: the last size of a list, and the first size of seesaw."""
     micro_batch_size: Annotated[int, Gt(0), Lt(2**31)] | None = None
-    """Sequences per forward pass of one rank. Gradient accumulation follows from it (default: the whole share of the rank, which needs
-    no accumulation; in a pipeline, the size that gives four micro-batches a stage; with batch.ramp, the largest size that divides the
-    shares of all its sizes)."""
+    """Sequences per forward pass of one rank. Gradient accumulation follows from it (default: the largest size that divides the rank's
+    share and fits the device, on a CPU at most 8,192 tokens; in a pipeline, at most the size that gives four micro-batches a stage; with
+    batch.ramp, a size that divides the shares of all its sizes)."""
     ramp: str | None = None
     """Sizes of the batch over the run (default: one size). A list of THRESHOLD:SIZE, thresholds in tokens with K, M, B or T, such as
     "0:64 20M:128 80M:256": it ends with batch.global_batch_size. Or seesaw (Meterez et al. 2025, arXiv 2510.14717): the batch starts at

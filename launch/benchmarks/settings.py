@@ -150,6 +150,18 @@ class SeesawSettings:
     """Seeds to train with."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannerSettings:
+    """Settings of launch/benchmarks/planner.py."""
+
+    seed: int = 1
+    """Seed of the random part of the runs that constants are fitted on."""
+    splits: Annotated[int, Ge(1)] = 20
+    """Random parts, with the seeds from 1 on, over which the errors of those fits are averaged in the table's last columns."""
+    picture: str | None = None
+    """SVG file to draw the picture into: predicted against published values (default: no picture)."""
+
+
 def chosen(kind: str, known: Sequence[str], only: Sequence[str]) -> list[str]:
     """Return the names to measure, in the order of `known`; all of them if `only` is empty. Raises UserError for an unknown `kind`."""
     for name in only:

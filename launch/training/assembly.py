@@ -33,6 +33,7 @@ from launch.training.noise_scale import NoiseScale
 from launch.training.peak import peak_flops
 from launch.training.pipeline import engine_for
 from launch.training.plan import plan
+from launch.training.planning.micro_batch import device_bytes
 from launch.training.settings import RunSettings, share_the_batch
 from launch.training.setup import Ready, get_ready
 from model.transformer import layers
@@ -61,7 +62,8 @@ def pretrain(settings: RunSettings, arguments: Sequence[str], stop: StopRequest)
 def _plan(ready: Ready) -> str:
     settings, start = ready.settings, ready.start
     batches = start.plan if start else settings.batch_plan
-    shown = plan(settings, ready.merged_json, ready.layout, ready.device, batches, ready.data, ready.initial, ready.teacher)
+    memory_bytes = device_bytes(ready.device, ready.process.local_world_size)
+    shown = plan(settings, ready.merged_json, ready.layout, ready.device, batches, ready.data, ready.initial, ready.teacher, memory_bytes)
     return "\n".join([shown, *(start.notes if start and settings.dry_run else ())])  # a run that trains writes the notes into its log
 
 

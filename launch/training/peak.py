@@ -7,8 +7,7 @@ import torch
 
 from launch.training.settings import RunSettings
 
-# Dense bf16/fp16 tensor-core peaks in TFLOP/s from NVIDIA's data sheets, by a part of the device's name.
-_DATA_SHEET_TFLOPS = {
+DATA_SHEET_TFLOPS = {
     "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,
@@ -19,7 +18,9 @@ _DATA_SHEET_TFLOPS = {
     "A10": 125,
     "V100": 125,
     "RTX 4090": 165,
+    "MI300X": 1307,
 }
+"""Dense bf16/fp16 tensor-core peaks in TFLOP/s from the data sheets of NVIDIA and AMD, by a part of the device's name."""
 
 
 def peak_flops(settings: RunSettings, device: str) -> tuple[float | None, str]:
@@ -33,7 +34,7 @@ def peak_flops(settings: RunSettings, device: str) -> tuple[float | None, str]:
         return None, "no MFU: the peak of this CPU is not known, and --peak_tflops is not set"
     if settings.precision != "float32":
         name = torch.cuda.get_device_name()
-        for part, tflops in _DATA_SHEET_TFLOPS.items():
+        for part, tflops in DATA_SHEET_TFLOPS.items():
             if re.search(rf"{part}\b", name):  # an L40 is not an L4
                 return tflops * 1e12, f"data sheet of {part}"
     return measured_flops(settings.precision, device), "measured: a matrix product of 1024 x 1024 x 1024"

@@ -9,8 +9,10 @@ from launch.checkpoints.initial import InitialWeights
 from launch.ranks.layout import Layout, largest_micro_batch_size, min_micro_batches
 from launch.training.advice import Facts, Rows, accumulation_rows, advice_rows, epoch_rows
 from launch.training.data import RunData
-from launch.training.estimates import flops_per_counted_token, model_state_bytes, parameters_in_blocks, parameters_per_rank
+from launch.training.estimates import flops_per_counted_token, parameters_in_blocks
 from launch.training.optimizers import optimizer_for
+from launch.training.planning.memory import run_memory
+from launch.training.planning.step_time import odd_head_warnings
 from launch.training.settings import RunSettings
 from launch.training.teacher import Teacher
 from model.config import ModelConfig, count_parameters, flops_per_token
@@ -32,13 +34,15 @@ def plan(
     data: RunData | None,
     initial: InitialWeights | None = None,
     teacher: Teacher | None = None,
+    memory_bytes: float | None = None,
 ) -> str:
     """Return the whole plan as lines to print. `data` is None if the embedded corpus would be prepared first.
 
-    `batches` determines which samples each step reads, also those before a resume.
+    `batches` determines which samples each step reads, also those before a resume. `memory_bytes` is the memory that a rank has (None:
+    not known).
     """
     rows = [
-        ("model", _model(settings.model)),
+        ("model", describe_model(settings.model)),
         *([("init", str(initial) + ("; zero weights stay 0" if settings.hold_zeros else ""))] if initial else []),
         *([("teacher", str(teacher))] if teacher else []),
         *(_beginning_rows(data, initial, teacher) if data else []),
@@ -61,14 +65,16 @@ def plan(
         ("engine", _engine(settings, merged_json["zero_optimization"], layout, device)),
         *_notes_on_one_node(merged_json["zero_optimization"], layout, device),
         *_pipeline_rows(settings, merged_json, layout),
-        ("memory", _memory(settings, merged_json, layout, teacher)),
+        *(("warning", text) for text in (odd_head_warnings(settings.model) if device == "cuda" else [])),
+        *_memory_rows(settings, merged_json, layout, device, teacher, memory_bytes),
         *(("recipe", path) for path in recipes_of(settings)),
         ("output", f"{settings.output}: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"),
     ]
     return "\n".join(f"{name:>8}: {text}" for name, text in rows)
 
 
-def _model(model: ModelConfig) -> str:
+def describe_model(model: ModelConfig) -> str:
+    """Return the size and shape of a model in one line."""
     return (
         f"{count_parameters(model):,} parameters: {_stacks(model)}, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads ({model.num_key_value_heads} key/value), {model.activation} {model.intermediate_size}, "
@@ -216,21 +222,22 @@ def _engine(settings: RunSettings, zero: dict, layout: Layout, device: str) -> s
     return f"{', '.join(parts)}; {settings.deepspeed}"
 
 
-def _memory(settings: RunSettings, merged_json: dict, layout: Layout, teacher: Teacher | None) -> str:
-    zero = merged_json["zero_optimization"]
-    on_a_rank = parameters_per_rank(settings.model, layout, merged_json.get("pipeline", {}).get("schedule", "1f1b"))
-    states = model_state_bytes(
-        on_a_rank, zero.get("stage", 0), layout.zero_size, settings.precision, optimizer_for(settings.optimizer).state_bytes
-    )
-    group = int(zero.get("zero_hpz_partition_size", 1))
-    if group > 1:
-        states["second copy of the weights (hpZ)"] = states["weights"] * layout.zero_size / group
+def _memory_rows(
+    settings: RunSettings, merged_json: dict, layout: Layout, device: str, teacher: Teacher | None, memory_bytes: float | None
+) -> Rows:
+    """Return the estimated memory of a rank by part, with a warning if it is more than `memory_bytes`."""
+    memory = run_memory(settings, merged_json, layout, "cuda" if device == "cuda" else "cpu", teacher.config if teacher else None)
+    kept = {name: memory.parts[name] for name in ("activations", "logits", "buffers")}
+    states = {name: size for name, size in memory.parts.items() if name not in {"teacher", *kept}}
     text = f"model states per rank {'(mean) ' if layout.pipeline_stages > 1 else ''}{_mib(sum(states.values()))}: "
     text += ", ".join(f"{name} {_mib(size)}" for name, size in states.items())
     if teacher:
-        size = count_parameters(teacher.config) * (4 if settings.precision == "float32" else 2)
-        text += f"; the teacher{' on the last stage' if layout.pipeline_stages > 1 else ''} {_mib(size)}"
-    return text + "; activations not counted"
+        text += f"; the teacher{' on the last stage' if layout.pipeline_stages > 1 else ''} {_mib(memory.parts['teacher'])}"
+    text += "; " + ", ".join(f"{name} {_mib(size)}" for name, size in kept.items()) + f"; with the process about {_mib(memory.total)}"
+    rows = [("memory", text + (f" of {_mib(memory_bytes)}" if memory_bytes else ""))]
+    if memory_bytes and memory.total > memory_bytes:
+        rows.append(("warning", "the run may not fit in memory; launch/plan.py shows layouts that fit"))
+    return rows
 
 
 def _quantization_rows(settings: RunSettings) -> Rows:

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 
 from data.command_line import UserError, read_settings
 from launch import REPOSITORY
@@ -17,6 +18,7 @@ ALIASES = {"--deepspeed_config": "--deepspeed", "--data": "--data.path", "--pres
 _IN_STEPS_AND_TOKENS = (("--train_steps", "--train_tokens"), ("--schedule.warmup_steps", "--schedule.warmup_tokens"))
 _OTHER_UNITS = (*_IN_STEPS_AND_TOKENS, *((tokens, steps) for steps, tokens in _IN_STEPS_AND_TOKENS))
 """Pairs of an option and the option that gives the same length in the other unit."""
+Settings = typing.TypeVar("Settings", bound=RunSettings)
 _DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 
 
@@ -25,26 +27,33 @@ def read_run_settings(arguments: Sequence[str]) -> RunSettings:
 
     Raises UserError with every complaint.
     """
+    return read_settings_with_run(arguments, RunSettings, "Train a transformer with DeepSpeed.", {})
+
+
+def read_settings_with_run(arguments: Sequence[str], kind: type[Settings], description: str, aliases: Mapping[str, str]) -> Settings:
+    """Return the settings of a script that has those of a run and some of its own, in the class `kind`, with more `aliases`."""
+    read = lambda words: _read(words, kind, description, aliases)  # noqa: E731
     words = without_local_rank(arguments)
     if any(has_option(words, name) for name in ("--config", "--size", "--init")):
-        return _read(words)
+        return read(words)
     words = ["--config", str(_DEMO_RECIPE), *words]
     with contextlib.suppress(UserError):
-        settings = _read(words)
+        settings = read(words)
         if settings.warmup_steps < settings.batch_plan.steps:
             return settings
     # A user who gives no recipe and a length that is shorter than the demo recipe's warm-up has not asked for that warm-up.
-    return _read(["--schedule.warmup_steps=null", *words])
+    return read(["--schedule.warmup_steps=null", *words])
 
 
-def _read(words: list[str]) -> RunSettings:
+def _read(words: list[str], kind: type[Settings], description: str, aliases: Mapping[str, str]) -> Settings:
     """Return the settings that a command line gives, which has a recipe, a size or an init."""
+    words = [_without_alias(word, aliases) for word in words]
     try:
         return read_settings(
-            RunSettings,
+            kind,
             [*expand_size_option(words), *expand_length_options(words), *words],
-            "Train a transformer with DeepSpeed.",
-            aliases=ALIASES,
+            description,
+            aliases={**ALIASES, **aliases},
             defaults=_model_defaults,
             defaults_from=("init", "size"),
         )
@@ -53,6 +62,12 @@ def _read(words: list[str]) -> RunSettings:
             raise
         advice = "Remove the settings that contradict those of init, which its weights fix, or start from other weights."
         raise UserError(f"{error}\n{advice}") from error
+
+
+def _without_alias(word: str, aliases: Mapping[str, str]) -> str:
+    """Return a word of the command line with the name of a setting in place of another name of it."""
+    name, equals, value = word.partition("=")
+    return f"{aliases.get(name, name)}{equals}{value}"
 
 
 def expand_size_option(words: list[str]) -> list[str]:

@@ -473,11 +473,13 @@ def _without_effect(settings: RunSettings, section: str, switch: str) -> list[st
     return [f"{describe(settings, f'{section}.{name}')} has no effect without {section}.{switch}." for name in unused]
 
 
-def share_the_batch(settings: RunSettings, layout: Layout, plan: BatchPlan | None = None, first_step: int = 0) -> RunSettings:
+def share_the_batch(
+    settings: RunSettings, layout: Layout, plan: BatchPlan | None = None, first_step: int = 0, most: int | None = None
+) -> RunSettings:
     """Return the settings with a micro-batch size and warm-up, if none were given.
 
-    `plan` and `first_step` are those of a run that resumes. Raises UserError if the run ends before its warm-up, or if a size of the
-    batch that is still to come cannot be shared by the ranks or has no noise scale.
+    `plan` and `first_step` are those of a run that resumes. `most` is the largest default micro-batch (None: no limit). Raises UserError
+    if the run ends before its warm-up, or if a size of the batch that is still to come cannot be shared by the ranks or has no noise scale.
     """
     plan = plan or settings.batch_plan
     if complaints := _complaints_about_steps(settings, plan):
@@ -490,7 +492,7 @@ def share_the_batch(settings: RunSettings, layout: Layout, plan: BatchPlan | Non
     if settings.batch.ramp:  # a run that resumes keeps the micro-batches of one that never stopped, and so its bits
         shares += [size // layout.data_parallel_size for size in plan.sizes_from(0) if size % layout.data_parallel_size == 0]
     least = 2 if settings.log.noise_scale and layout.data_parallel_size == 1 else 1
-    size = settings.batch.micro_batch_size or _micro_batch_size(shares, layout.pipeline_stages, least)
+    size = settings.batch.micro_batch_size or _micro_batch_size(shares, layout.pipeline_stages, least, most)
     batch = dataclasses.replace(settings.batch, micro_batch_size=size)
     schedule = settings.schedule
     if schedule.warmup_tokens is None:
@@ -522,10 +524,10 @@ def _why_noise_cannot_be_measured(settings: RunSettings, batch: BatchSettings, l
     return f"{wanted} needs at least two micro-batches a step, and {step} has one. Use {advice}."
 
 
-def _micro_batch_size(shares: Sequence[int], stages: int, least: int) -> int:
-    """Return the default micro-batch size for a rank's shares of all sizes of the batch: the largest that divides them.
+def _micro_batch_size(shares: Sequence[int], stages: int, least: int, most: int | None) -> int:
+    """Return the default micro-batch size for a rank's shares of all sizes of the batch: the largest up to `most` that divides them.
 
     Each share has `least` micro-batches or more, if it has as many sequences.
     """
-    largest = min(largest_micro_batch_size(min(shares), stages), max(1, min(shares) // least))
+    largest = min(largest_micro_batch_size(min(shares), stages), max(1, min(shares) // least), most or min(shares))
     return next(size for size in range(largest, 0, -1) if math.gcd(*shares) % size == 0)

@@ -26,7 +26,9 @@ from launch.training import deepspeed_config, preflight, run_folder
 from launch.training.communication import initialize_communication
 from launch.training.data import RunData, open_data, prepare_embedded_corpus, refuse_too_many_epochs, wait_for, will_be_prepared
 from launch.training.deepspeed_json import read_deepspeed_json
-from launch.training.settings import RunSettings, share_the_batch
+from launch.training.planning.memory import DeviceType
+from launch.training.planning.micro_batch import device_bytes, refuse_what_cannot_fit, share_and_complete
+from launch.training.settings import RunSettings
 from launch.training.teacher import Teacher
 from model.transformer import Block, Transformer
 
@@ -41,8 +43,8 @@ class Ready:
     settings: RunSettings
     """Settings of the run, with the micro-batch size and stages that follow from the number of ranks."""
     process: Process
-    device: str
-    """Type of the device, "cuda" or "cpu"."""
+    device: DeviceType
+    """Type of the device."""
     layout: Layout
     merged_json: dict
     """DeepSpeed's JSON with every "auto" filled in."""
@@ -67,15 +69,14 @@ def get_ready(settings: RunSettings, arguments: Sequence[str], preflight_alone: 
     settings = run_folder.find_paths(settings)
     process = processes.find_process()
     processes.share_cores(process)
-    device = processes.device_name()
+    device: DeviceType = "cuda" if processes.device_name() == "cuda" else "cpu"
     if device == "cpu":
         processes.keep_freed_memory()
     written = read_deepspeed_json(settings.deepspeed)
     layout = deepspeed_config.layout_of(written, settings, process.world_size)
     batches, first_step = run_folder.find_plan(settings)
-    settings = share_the_batch(settings, layout, batches, first_step)
-    smallest = min(batches.sizes_from(first_step))
-    merged = deepspeed_config.complete(written, settings.deepspeed, settings, layout, device, process.local_world_size, smallest)
+    memory_bytes = device_bytes(device, process.local_world_size)
+    settings, merged = share_and_complete(settings, written, layout, device, memory_bytes, process.local_world_size, batches, first_step)
     if settings.dry_run:
         data, start = (None, None) if will_be_prepared(settings) else _open_data_and_folder(settings, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
@@ -195,7 +196,7 @@ def _prepare_missing_corpus(settings: RunSettings, store: dist.Store, process: P
 
 
 def _check_all_ranks(
-    settings: RunSettings, merged: dict, layout: Layout, process: Process, device: str, store: dist.Store, compare: bool
+    settings: RunSettings, merged: dict, layout: Layout, process: Process, device: DeviceType, store: dist.Store, compare: bool
 ) -> tuple[RunData, run_folder.Start, InitialWeights | None, Teacher | None, list[dict]]:
     """Open what this rank starts with, and gather the reports of all ranks on rank 0.
 
@@ -207,6 +208,7 @@ def _check_all_ranks(
     try:
         if device == "cuda":
             processes.device_index(process)
+        refuse_what_cannot_fit(settings, merged, layout, device, device_bytes(device, process.local_world_size))
         data, start = _open_data_and_folder(settings, merged)
         initial, teacher = _initial_weights(settings, data, start), _teacher(settings, data)
         if compare:

@@ -48,6 +48,7 @@ SCRIPTS = {
     "pretrain": Script("launch.pretrain", TRAINING, "launch.training.assembly.assemble"),
     "pretrain --init": Script("launch.pretrain", f"{TRAINING} --init {{model}}", "launch.training.assembly.assemble"),
     "preflight": Script("launch.preflight", TRAINING),
+    "plan": Script("launch.plan", f"{TRAINING} --gpus 2", "launch.training.planning.report.candidates"),
     "evaluate": Script("launch.evaluate", "{model} --data {data}", "launch.checkpoints.opening.Transformer.from_state"),
     "evaluate a run": Script("launch.evaluate", "{run}", "launch.checkpoints.opening.Transformer.from_state"),
     "generate": Script(
@@ -74,6 +75,7 @@ SCRIPTS = {
     "benchmark of the training step": Script("launch.benchmarks.training_step", ""),
     "benchmark of seesaw": Script("launch.benchmarks.seesaw", ""),
     "benchmark of optimizers": Script("launch.benchmarks.optimizers", ""),
+    "benchmark of the planner": Script("launch.benchmarks.planner", ""),
 }
 FOLDERS = ("data", "model", "other", "marian", "run")
 FILES = ("text", "lines", "recipe", "deepspeed", "tokenizer")
@@ -84,12 +86,14 @@ FIXED_INPUT = "a benchmark, which writes only into temporary folders, and whose 
 NOT_APPLICABLE = {
     "demo": "takes no settings; each script that it starts has its own row",
     "benchmark of the training step": "reads and writes no file",
+    "benchmark of the planner": "reads its own file of published runs",
     "benchmark of optimizers": "starts launch/pretrain.py, which has its own row, with the paths that it is given",
     "benchmark of seesaw": "starts launch/pretrain.py, which has its own row, with the paths that it is given",
     **{(mistake, name): FIXED_INPUT for mistake in ("not UTF-8", "no permission to read") for name in SCRIPTS if "benchmark" in name},
     **{(mistake, name): WRITES_NOTHING
        for mistake in ("output exists", "output under a file", "no permission to write", "full disk")
-       for name in ("show", "show a run", "evaluate", "evaluate a run", "generate", *(name for name in SCRIPTS if "benchmark" in name))},
+       for name in ("show", "show a run", "plan", "evaluate", "evaluate a run", "generate",
+                    *(name for name in SCRIPTS if "benchmark" in name))},
     ("output exists", "prepare"): "returns the folder if its content is the same; tests/data/test_prepare.py",
     ("output exists", "pretrain"): "resumes the run; tests/launch/test_doors.py has a folder of another run",
     ("output exists", "pretrain --init"): "as pretrain",
@@ -100,7 +104,7 @@ NOT_APPLICABLE = {
     ("full disk", "preflight"): "writes one empty file, which must be writable",
     **{(mistake, name): READS_NO_WEIGHTS
        for mistake in ("NaN weights", "other tokenizer")
-       for name in ("show", "show a run", "pretrain", "preflight", "benchmark of preparation")},
+       for name in ("show", "show a run", "plan", "pretrain", "preflight", "benchmark of preparation")},
     ("NaN weights", "prepare"): READS_NO_WEIGHTS,
     ("NaN weights", "pretrain --init"): "read after the ranks are connected; tests/launch/training/test_resume.py",
     ("not UTF-8", "evaluate a run"): "reads no JSON but the checkpoint's manifest, which has a hash",

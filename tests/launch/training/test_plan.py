@@ -19,6 +19,8 @@ from launch.ranks.layout import Layout
 from launch.training.estimates import flops_per_counted_token, model_state_bytes, parameters_per_rank
 from launch.training.peak import peak_flops
 from launch.training.plan import plan
+from launch.training.planning.activations import block_bytes
+from launch.training.planning.memory import CPU_BASE_BYTES
 from launch.training.recipe import read_run_settings
 from launch.training.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings, share_the_batch
 from model.config import ModelConfig, count_parameters, flops_per_token
@@ -119,9 +121,11 @@ def test_plan_shows_every_row_of_a_plain_run():
     assert shown["rate"] == "0.0003, cosine, warm-up 10 steps, down to 0; clipping 1"
     assert shown["engine"] == f"ZeRO-2, bf16, 4 rank(s) on cpu, optimizer on cpu; {SETTINGS.deepspeed}"
     mib = parameters / 2**20
+    activations, logits = 2 * block_bytes(SETTINGS.model, 4, 128, "cpu") / 2**20, 4 * 128 * 1000 * (2 + 2 + 3 * 4) / 2**20
+    total = (6 + 8) * mib + activations + logits + CPU_BASE_BYTES / 2**20
     assert shown["memory"] == (
         f"model states per rank {6 * mib:.1f} MiB: weights {2 * mib:.1f} MiB, gradients {mib:.1f} MiB, optimizer {3 * mib:.1f} MiB; "
-        "activations not counted"
+        f"activations {activations:.1f} MiB, logits {logits:.1f} MiB, buffers {8 * mib:.1f} MiB; with the process about {total:.1f} MiB"
     )
     assert shown["output"] == "runs/run: checkpoints/, tb/ (TensorBoard), metrics.jsonl, log.txt, run.json"
 
@@ -369,6 +373,21 @@ def test_parameters_per_rank_match_the_built_layers(model):
     assert parameters_per_rank(model, Layout(4, 4)) == (count_parameters(model) + again(4)) / 4, "and where a decoder begins"
     on_both = in_the_middle * embedding
     assert parameters_per_rank(model, Layout(4, 2), "dualpipev") == (count_parameters(model) + on_both) / 2, "DualPipeV's ends are one rank"
+
+
+def test_plan_warns_if_a_rank_has_less_memory_than_the_run_needs():
+    def shown(memory_bytes: float) -> str:
+        return plan(SETTINGS, {"zero_optimization": {}}, FOUR, "cpu", SETTINGS.batch_plan, None, memory_bytes=memory_bytes)
+
+    warning = "warning: the run may not fit in memory; launch/plan.py shows layouts that fit"
+    assert warning in shown(2**28) and warning not in shown(2**30) and " MiB of 1.00 GiB\n" in shown(2**30)
+
+
+def test_plan_warns_of_odd_heads_on_a_gpu():
+    odd = dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, head_size=20))
+    text = "model.head_size 20 is not a multiple of 8: published runs with such heads took 1.3 times as long. "
+    assert lines(odd, {"stage": 1}, device="cuda")["warning"].startswith(text)
+    assert "warning" not in lines(odd, {"stage": 1}) and "warning" not in lines(SETTINGS, {"stage": 1}, device="cuda")
 
 
 PLUS_PLUS = {"stage": 3, "zero_hpz_partition_size": 8, "zero_quantized_weights": True, "zero_quantized_gradients": True}
