@@ -114,6 +114,8 @@ class _Worker:
             advice = "The first run of the search was refused. Correct its settings; the same command then continues."
             raise UserError(f"{after.reason}\n{advice}")
         work.run.write(after)
+        if len(after.metrics) > len(before.metrics):  # only the score of a branch is needed
+            shutil.rmtree(work.run.branch(before.target).folder / "checkpoints", ignore_errors=True)
         work.lock.close()
         if after.state == "failed":
             last = after.reason.splitlines()[-1:] or ["no output"]
@@ -130,7 +132,6 @@ class _Worker:
         if self._search.decays_now(work):  # either the run has just paused, or its branch has ended
             branch = work.run.branch(target)
             if status == 0 and branch.folder.exists():
-                shutil.rmtree(branch.folder / "checkpoints")  # only its score is needed
                 return dataclasses.replace(record, metrics=(*record.metrics, branch.last_metrics()), failures=0)
             if status == SAVED_AND_UNFINISHED:
                 return dataclasses.replace(record, failures=0)

@@ -1,6 +1,7 @@
 """Settings of launch/search.py."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -91,7 +92,25 @@ class SearchSettings:
 
     def complaints(self) -> list[str]:
         """Return a message for each combination of settings that is invalid."""
-        return [*_complaints_about_space(self), *_complaints_about_rungs(self), *_complaints_about_branch(self)]
+        return [
+            *_complaints_about_texts(self),
+            *_complaints_about_space(self),
+            *_complaints_about_rungs(self),
+            *_complaints_about_branch(self),
+        ]
+
+
+def _complaints_about_texts(settings: SearchSettings) -> list[str]:
+    """Return a message for each text that is empty or whose quotes do not match."""
+    complaints = []
+    for name, text in [*(("settings", text) for text in settings.settings), ("launcher", settings.launcher)]:
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            complaints.append(f'{name} "{text}": {str(error).lower()}.')
+        else:
+            complaints += ['settings has an empty text. Give "NAME VALUE".'] if name == "settings" and not words else []
+    return complaints
 
 
 def _complaints_about_space(settings: SearchSettings) -> list[str]:

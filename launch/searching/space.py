@@ -47,10 +47,12 @@ class Dimension:
 
 def read_dimension(text: str) -> Dimension:
     """Read "NAME VALUE VALUE ..." or "NAME log|linear LOW HIGH [N]". Raises ValueError with what is wrong."""
-    name, *words = text.split()
+    name, *words = text.split() or [""]
     name = name.removeprefix("--")
     if name in NOT_SEARCHED:
         raise ValueError(f"{name} cannot be searched: the search sets it for each run." if name != "config" else "give recipe instead.")
+    if not name:
+        raise ValueError("the text is empty. Give a setting and its values.")
     if not words or words[0] not in SCALES:
         if len(set(words)) < 2:
             raise ValueError('one point is not a space. Give two values or more, or "log LOW HIGH".')

@@ -187,6 +187,14 @@ MISTAKES = {
         ("optimizer.learning_rate log 1e-3 1e-1",),
         "method gp (command line) is not supported with rungs",
     ),
+    "a quote that does not end": (
+        {"settings": ["log.sample_prompt 'def"]},
+        GRID,
+        'settings "log.sample_prompt \'def": no closing quotation.',
+    ),
+    "an empty text": ({"settings": [""]}, GRID, "settings has an empty text."),
+    "a launcher with a quote": ({"launcher": "deepspeed '"}, GRID, 'launcher "deepspeed \'": no closing quotation.'),
+    "an empty space": ({}, ("",), 'space "": the text is empty.'),
     "an option that does not exist": ({"settings": ["trainsteps 12"]}, GRID, 'Did you mean "train_steps"?'),
 }
 
