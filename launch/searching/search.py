@@ -38,7 +38,7 @@ class Search:
         self.settings, self.folder = settings, Path(settings.output)
         branch = settings.branch
         self.parent = read_parent(Path(branch.parent), branch.step) if branch.parent is not None else None
-        self.base: RunSettings = read_run_settings([*self._common_words, *self._length_of_branches])
+        self.base = self._read(*self._length_of_branches)
         self.space, self.points = self._read_space()
         self.tokens = self.base.batch_plan.tokens_before(self.base.batch_plan.steps)
         self.rungs = self._read_rungs()
@@ -60,6 +60,10 @@ class Search:
     def num_trials(self) -> int:
         """Number of trials of the search."""
         return self.settings.trials or DEFAULT_TRIALS if self.points is None else len(self.points)
+
+    def _read(self, *words: str) -> RunSettings:
+        """Return the settings of a run that has not begun, with more options. Raises UserError for invalid ones."""
+        return read_run_settings([*self._common_words, *words, f"--output={self.folder / 'trials'}"])
 
     @property
     def _common_words(self) -> list[str]:
@@ -141,7 +145,7 @@ class Search:
 
     def _check_values(self, values: Values) -> None:
         try:
-            read_run_settings([*self._common_words, *words_of(values)])
+            self._read(*words_of(values))
         except UserError as error:
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
             raise UserError(f"A trial with {shown} is invalid: {error}") from error

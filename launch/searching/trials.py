@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from data.command_line import UserError
-from data.files import lock_file, write_file
+from data.files import lock_file, output_complaint, write_file
 from launch.checkpoints import checkpoint
 from launch.searching.space import Values
 
@@ -172,6 +172,8 @@ def check_record(folder: Path, decides: dict) -> None:
     if not path.exists():
         if folder.is_dir() and not all(entry.name.startswith(path.name) for entry in folder.iterdir()):
             raise UserError(f"output {folder} is not the folder of a search: it has files but no search.json. Give another --output.")
+        if not folder.is_dir() and (complaint := output_complaint(folder)):
+            raise UserError(complaint)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(decides, indent=1), path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}"))
         return

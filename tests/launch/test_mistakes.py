@@ -48,6 +48,7 @@ SCRIPTS = {
     "pretrain": Script("launch.pretrain", TRAINING, "launch.training.assembly.assemble"),
     "pretrain --init": Script("launch.pretrain", f"{TRAINING} --init {{model}}", "launch.training.assembly.assemble"),
     "preflight": Script("launch.preflight", TRAINING),
+    "search": Script("launch.search", "--recipe {recipe} --preset rate --output {new}", "launch.searching.driver.Slot"),
     "plan": Script("launch.plan", f"{TRAINING} --gpus 2", "launch.training.planning.report.candidates"),
     "evaluate": Script("launch.evaluate", "{model} --data {data}", "launch.checkpoints.opening.Transformer.from_state"),
     "evaluate a run": Script("launch.evaluate", "{run}", "launch.checkpoints.opening.Transformer.from_state"),
@@ -102,9 +103,10 @@ NOT_APPLICABLE = {
     ("full disk", "pretrain"): "tests/launch/training/test_resume.py: training continues",
     ("full disk", "pretrain --init"): "as pretrain",
     ("full disk", "preflight"): "writes one empty file, which must be writable",
+    ("full disk", "search"): "starts launch/pretrain.py, which has its own row",
     **{(mistake, name): READS_NO_WEIGHTS
        for mistake in ("NaN weights", "other tokenizer")
-       for name in ("show", "show a run", "plan", "pretrain", "preflight", "benchmark of preparation")},
+       for name in ("show", "show a run", "plan", "pretrain", "preflight", "search", "benchmark of preparation")},
     ("NaN weights", "prepare"): READS_NO_WEIGHTS,
     ("NaN weights", "pretrain --init"): "read after the ranks are connected; tests/launch/training/test_resume.py",
     ("not UTF-8", "evaluate a run"): "reads no JSON but the checkpoint's manifest, which has a hash",
@@ -388,6 +390,7 @@ IN_THE_WORK = {
 OWN_TESTS_OF_CTRL_C = {
     "prepare": "tests/data/preparation/test_crash.py",
     "pretrain": "saves and ends with status 85; tests/launch/test_doors.py",
+    "search": "saves its runs; tests/launch/searching/test_driver.py",
 }
 MOMENTS = [(name, moment) for name, moments in IN_THE_WORK.items() for moment in moments]
 

@@ -116,7 +116,7 @@ def test_a_rung_with_a_decay_has_the_score_of_its_branch(prepared, tmp_path):
     rates = metrics(branch.folder, "optimization/learning_rate")
     assert list(rates) == [17, 18, 19, 20] and list(rates.values()) == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
     assert record.metrics[0]["loss/validation"] == metrics(branch.folder, "loss/validation")[20]
-    assert metrics(best.folder, "optimization/learning_rate") == {step: pytest.approx(1e-2 * min(step / 2, 1)) for step in range(1, 33)}
+    assert metrics(best.folder, "optimization/learning_rate") == {step: pytest.approx(1e-2 * min(step / 3, 1)) for step in range(1, 33)}
     assert list(metrics(best.folder, "loss/validation")) == [16, 32] and record.target == 1  # the best of two leaves only the first rung
 
 
