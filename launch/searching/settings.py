@@ -9,9 +9,10 @@ from annotated_types import Ge, Gt, Le
 
 from data.command_line import describe, read_settings
 from launch import REPOSITORY
-from launch.searching.space import Dimension, read_dimension
+from launch.searching.space import NOT_SEARCHED, Dimension, read_dimension
 
 DEFAULT_TRIALS = 20
+_ADVICE = {"config": " (--recipe)", "output": " (--output is the folder of the search)"}
 METHODS_THAT_LEARN = ("tpe", "gp")
 """Methods whose proposals depend on the results of earlier trials."""
 
@@ -109,7 +110,11 @@ def _complaints_about_texts(settings: SearchSettings) -> list[str]:
         except ValueError as error:
             complaints.append(f'{name} "{text}": {str(error).lower()}.')
         else:
-            complaints += ['settings has an empty text. Give "NAME VALUE".'] if name == "settings" and not words else []
+            setting = words[0].removeprefix("--") if words else ""
+            if name == "settings" and not setting:
+                complaints.append('settings has an empty text. Give "NAME VALUE".')
+            elif name == "settings" and setting in NOT_SEARCHED and setting != "seed":
+                complaints.append(f"settings has {setting}, which the search sets for each run{_ADVICE.get(setting, '')}. Remove it.")
     return complaints
 
 

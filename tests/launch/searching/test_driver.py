@@ -192,6 +192,11 @@ MISTAKES = {
         GRID,
         'settings "log.sample_prompt \'def": no closing quotation.',
     ),
+    "a setting of the search": (
+        {"settings": ["output runs/x"]},
+        GRID,
+        "settings has output, which the search sets for each run (--output is",
+    ),
     "an empty text": ({"settings": [""]}, GRID, "settings has an empty text."),
     "a launcher with a quote": ({"launcher": "deepspeed '"}, GRID, 'launcher "deepspeed \'": no closing quotation.'),
     "an empty space": ({}, ("",), 'space "": the text is empty.'),
